@@ -1,0 +1,331 @@
+"""The judgement of every setting: an error with an id and a hint for each bad value."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from django.conf import settings
+from django.core.checks import CheckMessage, Error, Warning, register
+from django.utils.module_loading import import_string
+
+from .conf import DEFAULTS, parse_replicas
+
+__all__: list[str] = []
+
+TAG = "pinning"
+MIDDLEWARE = "pinning_middleware.middleware.PinningMiddleware"
+ROUTER = "pinning_middleware.routers.PinningRouter"
+CHOICES = {
+    "PINNING_SPREAD": ("request", "query"),
+    "PINNING_PRIMARY_DOWN": ("error", "stale"),
+    "PINNING_GUARANTEE": ("read-your-writes", "monotonic-reads"),
+}
+_HTTP_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+
+
+def _value(name: str) -> Any:
+    return getattr(settings, name, DEFAULTS.get(name))
+
+
+def _error(number: int, name: str, says: str, hint: str) -> Error:
+    return Error(
+        f"{name} {says}, not {_value(name)!r}.", hint=hint, id=f"pinning_middleware.E{number:03}"
+    )
+
+
+def _judge(
+    number: int, names: Iterable[str], good: Callable[[Any], bool], says: str, hint: str
+) -> list[CheckMessage]:
+    return [_error(number, name, says, hint) for name in names if not good(_value(name))]
+
+
+def _is_seconds(value: Any) -> bool:
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and value >= 0
+    )
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset)) and all(
+        isinstance(part, str) and part for part in value
+    )
+
+
+@register(TAG)
+def check_replicas(**kwargs: Any) -> list[CheckMessage]:
+    try:
+        pools = parse_replicas(_value("PINNING_REPLICAS"))
+    except ValueError as error:
+        return [
+            Error(
+                f"PINNING_REPLICAS: {error}, not {_value('PINNING_REPLICAS')!r}.",
+                hint='For one primary: ["replica1", "replica2"]. For several: '
+                '{"default": ["replica1"], "users": {"users_replica": 2}}.',
+                id="pinning_middleware.E001",
+            )
+        ]
+    found: list[CheckMessage] = []
+    seen: set[str] = set(pools)
+    for primary, weights in pools.items():
+        for alias in (primary, *weights):
+            if alias not in settings.DATABASES:
+                found.append(
+                    _error(
+                        2,
+                        "PINNING_REPLICAS",
+                        f"names {alias!r}, which DATABASES does not have",
+                        "Use the aliases of DATABASES.",
+                    )
+                )
+        for alias in weights:
+            if alias in seen:
+                found.append(
+                    _error(
+                        3,
+                        "PINNING_REPLICAS",
+                        f"gives {alias!r} two places",
+                        "A replica has one primary, and is not a primary itself.",
+                    )
+                )
+            seen.add(alias)
+    return found
+
+
+@register(TAG)
+def check_slave_databases(**kwargs: Any) -> list[CheckMessage]:
+    value = getattr(settings, "SLAVE_DATABASES", None)
+    if value is None:
+        return []
+    hint = "It is the older interface's list of replicas; use the aliases of DATABASES."
+    if not _is_texts(value):
+        return [_error_of_older("must be a list of aliases", value, hint)]
+    return [
+        _error_of_older(f"names {alias!r}, which DATABASES does not have", value, hint)
+        for alias in value
+        if alias not in settings.DATABASES
+    ]
+
+
+def _error_of_older(says: str, value: object, hint: str) -> Error:
+    return Error(f"SLAVE_DATABASES {says}, not {value!r}.", hint=hint, id="pinning_middleware.E004")
+
+
+@register(TAG)
+def check_seconds(**kwargs: Any) -> list[CheckMessage]:
+    names = ("PINNING_SECONDS", "PINNING_WAIT", "PINNING_RETRY_AFTER")
+    hint = "Give it in seconds, for example 15 or 0.05."
+    says = "must be a number of seconds, 0 or more"
+    return _judge(5, names, _is_seconds, says, hint) + _judge(
+        5,
+        ("PINNING_MAX_LAG",),
+        lambda value: value is None or _is_seconds(value),
+        f"{says}, or None",
+        hint,
+    )
+
+
+@register(TAG)
+def check_switches(**kwargs: Any) -> list[CheckMessage]:
+    names = ("PINNING_POSITIONS", "PINNING_ENABLED", "PINNING_COOKIE_HTTPONLY")
+    return _judge(
+        6,
+        names,
+        lambda value: isinstance(value, bool),
+        "must be True or False",
+        "A text such as 'False' counts as true; convert it where it is read from the environment.",
+    )
+
+
+@register(TAG)
+def check_choices(**kwargs: Any) -> list[CheckMessage]:
+    return [
+        _error(
+            7,
+            name,
+            f"must be one of {', '.join(map(repr, choices))}",
+            f"The default is {DEFAULTS[name]!r}.",
+        )
+        for name, choices in CHOICES.items()
+        if _value(name) not in choices
+    ]
+
+
+@register(TAG)
+def check_stores(**kwargs: Any) -> list[CheckMessage]:
+    hint = f"The default is {DEFAULTS['PINNING_STORES']!r}; see “Stores” in the documentation."
+    paths = _value("PINNING_STORES")
+    if not isinstance(paths, (list, tuple)) or not _is_texts(paths):
+        return [_error(8, "PINNING_STORES", "must be a list of dotted paths of classes", hint)]
+    found: list[CheckMessage] = []
+    for path in paths:
+        try:
+            store = import_string(path)
+        except ImportError as error:
+            found.append(_error(8, "PINNING_STORES", f"has {path!r} ({error})", hint))
+            continue
+        missing = [
+            method
+            for method in ("load", "save", "aload", "asave", "after_authentication")
+            if not hasattr(store, method)
+        ]
+        if missing:
+            lacks = f"has {path!r}, which lacks {', '.join(missing)}"
+            found.append(
+                _error(
+                    8,
+                    "PINNING_STORES",
+                    lacks,
+                    "Derive it from pinning_middleware.stores.BaseStore.",
+                )
+            )
+    return found
+
+
+@register(TAG)
+def check_names(**kwargs: Any) -> list[CheckMessage]:
+    return _judge(
+        9,
+        ("PINNING_COOKIE_NAME", "PINNING_HEADER_NAME"),
+        lambda value: isinstance(value, str) and _HTTP_TOKEN.fullmatch(value) is not None,
+        "must be a name that HTTP allows",
+        "Use letters, digits, hyphens and underscores.",
+    )
+
+
+@register(TAG)
+def check_cookie(**kwargs: Any) -> list[CheckMessage]:
+    hint = "Leave it out to use that of SESSION_COOKIE_…."
+    return [
+        *_judge(
+            10,
+            ("PINNING_COOKIE_DOMAIN", "PINNING_COOKIE_PATH"),
+            lambda value: value is None or isinstance(value, str),
+            "must be text",
+            hint,
+        ),
+        *_judge(
+            10,
+            ("PINNING_COOKIE_SECURE",),
+            lambda value: value is None or isinstance(value, bool),
+            "must be True or False",
+            hint,
+        ),
+        *_judge(
+            10,
+            ("PINNING_COOKIE_SAMESITE",),
+            lambda value: value in (None, False, "Lax", "Strict", "None"),
+            "must be 'Lax', 'Strict', 'None' or False",
+            hint,
+        ),
+    ]
+
+
+@register(TAG)
+def check_cache(**kwargs: Any) -> list[CheckMessage]:
+    return _judge(
+        11,
+        ("PINNING_CACHE",),
+        lambda value: value in settings.CACHES,
+        "must be an alias of CACHES",
+        f"CACHES has {', '.join(map(repr, settings.CACHES))}.",
+    )
+
+
+@register(TAG)
+def check_key(**kwargs: Any) -> list[CheckMessage]:
+    return _judge(
+        12,
+        ("PINNING_KEY",),
+        _is_path_of_callable,
+        "must be the dotted path of a function key(request) -> str or None",
+        f"The default is {DEFAULTS['PINNING_KEY']!r}, the logged-in user's id.",
+    )
+
+
+def _is_path_of_callable(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and callable(import_string(value))
+    except ImportError:
+        return False
+
+
+@register(TAG)
+def check_methods(**kwargs: Any) -> list[CheckMessage]:
+    return _judge(
+        13,
+        ("PINNING_PRIMARY_METHODS",),
+        lambda value: _is_texts(value) and all(method == method.upper() for method in value),
+        "must be a list of HTTP methods in capitals",
+        'For example ("POST", "PUT", "PATCH", "DELETE"), or () for none.',
+    )
+
+
+@register(TAG)
+def check_ignored_tables(**kwargs: Any) -> list[CheckMessage]:
+    return _judge(
+        14,
+        ("PINNING_IGNORED_TABLES",),
+        _is_texts,
+        "must be a list of names of tables",
+        'For example ("django_session",).',
+    )
+
+
+@register(TAG)
+def check_unknown_settings(**kwargs: Any) -> list[CheckMessage]:
+    return [
+        Warning(
+            f"{name} is not a setting of pinning_middleware.",
+            hint=_did_you_mean(name),
+            id="pinning_middleware.W001",
+        )
+        for name in dir(settings)
+        if name.startswith("PINNING_") and name not in DEFAULTS
+    ]
+
+
+def _did_you_mean(name: str) -> str:
+    near = difflib.get_close_matches(name, DEFAULTS, n=1)
+    return f"Did you mean {near[0]}?" if near else f"Known are {', '.join(DEFAULTS)}."
+
+
+@register(TAG)
+def check_wiring(**kwargs: Any) -> list[CheckMessage]:
+    if not _value("PINNING_REPLICAS"):
+        return []
+    return [
+        *_check_first(
+            "MIDDLEWARE", MIDDLEWARE, 2, "so that every read of a request is in its scope"
+        ),
+        *_check_first("DATABASE_ROUTERS", ROUTER, 3, "so that it can ask the routers after it"),
+    ]
+
+
+def _check_first(setting: str, path: str, number: int, why: str) -> list[CheckMessage]:
+    entries: Sequence[Any] = getattr(settings, setting)
+    if entries and (entries[0] == path or _is_instance(entries[0], path)):
+        return []
+    return [
+        Warning(
+            f"PINNING_REPLICAS is set, and {path} is not the first entry of {setting}.",
+            hint=f"Put it first, {why}. If that is on purpose, silence "
+            f"pinning_middleware.W{number:03}.",
+            id=f"pinning_middleware.W{number:03}",
+        )
+    ]
+
+
+def _is_instance(entry: Any, path: str) -> bool:
+    """Return whether this is the class of the path or one derived from it, or an instance."""
+    try:
+        kind = import_string(entry) if isinstance(entry, str) else type(entry)
+        return isinstance(kind, type) and issubclass(kind, import_string(path))
+    except ImportError:
+        return False

@@ -1,0 +1,235 @@
+"""The settings, each read once and forgotten on ``setting_changed``. Judged in ``checks`` only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+from django.core.signals import setting_changed
+from django.db import DEFAULT_DB_ALIAS
+from django.utils.module_loading import import_string
+
+if TYPE_CHECKING:
+    from django.http import HttpRequest
+
+__all__ = ["DEFAULTS", "Conf", "PoolSpec", "conf", "on_change", "parse_replicas"]
+
+DEFAULTS: dict[str, Any] = {
+    "PINNING_REPLICAS": [],
+    "PINNING_SECONDS": 15,
+    "PINNING_POSITIONS": True,
+    "PINNING_WAIT": 0,
+    "PINNING_STORES": ["pinning_middleware.stores.CookieStore"],
+    "PINNING_COOKIE_NAME": "pinning",
+    "PINNING_COOKIE_DOMAIN": None,
+    "PINNING_COOKIE_PATH": None,
+    "PINNING_COOKIE_SECURE": None,
+    "PINNING_COOKIE_SAMESITE": None,
+    "PINNING_COOKIE_HTTPONLY": True,
+    "PINNING_HEADER_NAME": "Pinning-Token",
+    "PINNING_CACHE": "default",
+    "PINNING_KEY": "pinning_middleware.stores.user_key",
+    "PINNING_PRIMARY_METHODS": ("POST", "PUT", "PATCH", "DELETE"),
+    "PINNING_SPREAD": "request",
+    "PINNING_IGNORED_TABLES": (),
+    "PINNING_MAX_LAG": None,
+    "PINNING_RETRY_AFTER": 10,
+    "PINNING_PRIMARY_DOWN": "error",
+    "PINNING_GUARANTEE": "read-your-writes",
+    "PINNING_ENABLED": True,
+}
+
+
+class PoolSpec(NamedTuple):
+    """A pool as the settings describe it; ``key`` is its name in a scope's state."""
+
+    key: str
+    primary: str
+    weights: Mapping[str, int]
+
+
+def parse_replicas(value: object) -> dict[str, dict[str, int]]:
+    """
+    Return ``PINNING_REPLICAS`` in its longest form: primary alias → {replica alias: weight}.
+
+    ``ValueError``, with a sentence for people, where it has none of its three forms.
+    """
+    if isinstance(value, (list, tuple)):
+        value = {DEFAULT_DB_ALIAS: value} if value else {}
+    if not isinstance(value, Mapping):
+        raise ValueError("it must be a list of aliases, or a mapping of a primary's alias to one")
+    pools: dict[str, dict[str, int]] = {}
+    for primary, replicas in value.items():
+        if isinstance(replicas, (list, tuple)):
+            if len(set(replicas)) != len(replicas):
+                raise ValueError(f"a replica of {primary!r} is named twice; use {{alias: weight}}")
+            replicas = dict.fromkeys(replicas, 1)
+        if not isinstance(replicas, Mapping):
+            raise ValueError(f"the replicas of {primary!r} must be a list or {{alias: weight}}")
+        for alias, weight in replicas.items():
+            if not isinstance(alias, str) or not isinstance(primary, str):
+                raise ValueError("aliases must be text")
+            if not isinstance(weight, int) or isinstance(weight, bool) or weight < 1:
+                raise ValueError(f"the weight of {alias!r} must be a whole number, at least 1")
+        pools[primary] = dict(replicas)
+    return pools
+
+
+class Conf:
+    """
+    The settings as the package uses them. Reading an attribute computes it once; a change of
+    any setting through ``override_settings`` starts anew.
+    """
+
+    def _get(self, name: str) -> Any:
+        return getattr(settings, name, DEFAULTS[name])
+
+    def _cookie(self, attribute: str) -> Any:
+        own = self._get(f"PINNING_COOKIE_{attribute}")
+        return getattr(settings, f"SESSION_COOKIE_{attribute}") if own is None else own
+
+    @cached_property
+    def enabled(self) -> bool:
+        return bool(self._get("PINNING_ENABLED"))
+
+    @cached_property
+    def replicas(self) -> dict[str, dict[str, int]]:
+        try:
+            return parse_replicas(self._get("PINNING_REPLICAS"))
+        except ValueError as error:
+            raise ImproperlyConfigured(f"PINNING_REPLICAS: {error}.") from None
+
+    @cached_property
+    def slave_databases(self) -> list[str] | None:
+        """The older interface's list of replicas; ``None`` where the site does not set it."""
+        value = getattr(settings, "SLAVE_DATABASES", None)
+        return None if value is None else list(value)
+
+    @cached_property
+    def pools(self) -> tuple[PoolSpec, ...]:
+        return tuple(PoolSpec(primary, primary, w) for primary, w in self.replicas.items() if w)
+
+    @cached_property
+    def legacy_pool(self) -> PoolSpec:
+        """The pool of the older interface's managers."""
+        own = next((spec for spec in self.pools if spec.primary == DEFAULT_DB_ALIAS), None)
+        if self.slave_databases is None:
+            return own or PoolSpec(DEFAULT_DB_ALIAS, DEFAULT_DB_ALIAS, {})
+        weights = dict.fromkeys(self.slave_databases, 1)
+        if own is not None and own.weights == weights:
+            return own
+        # Another rotation, so another place in the scope's state; the pins are the same.
+        return PoolSpec("SLAVE_DATABASES", DEFAULT_DB_ALIAS, weights)
+
+    @cached_property
+    def watched(self) -> dict[str, tuple[PoolSpec, ...]]:
+        """Alias of a primary → the pools that its writes pin."""
+        watched: dict[str, tuple[PoolSpec, ...]] = {spec.primary: (spec,) for spec in self.pools}
+        legacy = self.legacy_pool
+        if legacy.weights and legacy not in self.pools:
+            watched[legacy.primary] = (*watched.get(legacy.primary, ()), legacy)
+        return watched
+
+    @cached_property
+    def guarded(self) -> dict[str, str]:
+        """Alias of a replica → its primary's. Those of ``SLAVE_DATABASES`` stay writable."""
+        return {alias: spec.primary for spec in self.pools for alias in spec.weights}
+
+    @cached_property
+    def seconds(self) -> float:
+        return float(self._get("PINNING_SECONDS"))
+
+    @cached_property
+    def positions(self) -> bool:
+        return bool(self._get("PINNING_POSITIONS"))
+
+    @cached_property
+    def wait(self) -> float:
+        return float(self._get("PINNING_WAIT"))
+
+    @cached_property
+    def stores(self) -> tuple[Any, ...]:
+        """An instance of each store, in the order of the setting."""
+        return tuple(import_string(path)() for path in self._get("PINNING_STORES"))
+
+    @cached_property
+    def cookie_name(self) -> str:
+        return str(self._get("PINNING_COOKIE_NAME"))
+
+    @cached_property
+    def cookie(self) -> dict[str, Any]:
+        """The keyword arguments of ``HttpResponse.set_cookie`` that do not vary."""
+        return {
+            "domain": self._cookie("DOMAIN"),
+            "path": self._cookie("PATH"),
+            "secure": self._cookie("SECURE"),
+            "samesite": self._cookie("SAMESITE"),
+            "httponly": bool(self._get("PINNING_COOKIE_HTTPONLY")),
+        }
+
+    @cached_property
+    def header_name(self) -> str:
+        return str(self._get("PINNING_HEADER_NAME"))
+
+    @cached_property
+    def cache(self) -> str:
+        return str(self._get("PINNING_CACHE"))
+
+    @cached_property
+    def key(self) -> Callable[[HttpRequest], str | None]:
+        function: Callable[[HttpRequest], str | None] = import_string(self._get("PINNING_KEY"))
+        return function
+
+    @cached_property
+    def primary_methods(self) -> frozenset[str]:
+        return frozenset(self._get("PINNING_PRIMARY_METHODS"))
+
+    @cached_property
+    def spread_by_query(self) -> bool:
+        return bool(self._get("PINNING_SPREAD") == "query")
+
+    @cached_property
+    def ignored_tables(self) -> frozenset[str]:
+        return frozenset(table.lower() for table in self._get("PINNING_IGNORED_TABLES"))
+
+    @cached_property
+    def max_lag(self) -> float | None:
+        value = self._get("PINNING_MAX_LAG")
+        return None if value is None else float(value)
+
+    @cached_property
+    def retry_after(self) -> float:
+        return float(self._get("PINNING_RETRY_AFTER"))
+
+    @cached_property
+    def primary_down(self) -> Literal["error", "stale"]:
+        return "stale" if self._get("PINNING_PRIMARY_DOWN") == "stale" else "error"
+
+    @cached_property
+    def monotonic_reads(self) -> bool:
+        return bool(self._get("PINNING_GUARANTEE") == "monotonic-reads")
+
+
+conf = Conf()
+_listeners: list[Callable[[], None]] = []
+
+
+def on_change(listener: Callable[[], None]) -> Callable[[], None]:
+    """Call this whenever the settings were changed, after ``conf`` has forgotten the old ones."""
+    _listeners.append(listener)
+    return listener
+
+
+def _forget(*, setting: str, **kwargs: Any) -> None:
+    if setting.startswith(("PINNING_", "SESSION_COOKIE_")) or setting in _RELATED:
+        conf.__dict__.clear()
+        for listener in _listeners:
+            listener()
+
+
+_RELATED: Sequence[str] = ("SLAVE_DATABASES", "DATABASES", "CACHES", "DATABASE_ROUTERS")
+
+setting_changed.connect(_forget, dispatch_uid="pinning_middleware.conf")

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+from django.db import DatabaseError
+
+__all__ = ["InvalidToken", "ReplicaWriteError"]
+
+
+class ReplicaWriteError(DatabaseError):
+    """A write was tried on a replica's connection, and was not sent."""
+
+
+class InvalidToken(ValueError):
+    """A token that is forged, altered, oversized or unreadable; ``reason`` is one word."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason

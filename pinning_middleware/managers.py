@@ -1,0 +1,76 @@
+"""
+The older interface: a manager and a mixin that read from replicas and write to ``default``,
+without the router and the middleware. Where those are installed, their pins count here too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from django.db import DEFAULT_DB_ALIAS, models
+
+from .pools import pools
+
+__all__ = [
+    "ReplicaManager",
+    "ReplicaMixin",
+    "ReplicaQuerySet",
+    "SlaveManager",
+    "SlaveMixin",
+    "SlaveQuerySet",
+]
+
+T = TypeVar("T", bound=models.Model)
+
+
+class ReplicaQuerySet(models.QuerySet[T]):
+    """Reads from a replica by turns and writes to ``default``; ``using()`` has the last word."""
+
+    # What Django's querysets have, and their stubs do not say.
+    _db: str | None
+    _for_write: bool
+    _hints: dict[str, Any]
+
+    @property
+    def db(self) -> str:
+        """The database that this queryset uses if it runs now."""
+        if self._db:
+            return self._db
+        if self._for_write:
+            return DEFAULT_DB_ALIAS
+        instance = self._hints.get("instance")
+        return pools().legacy.read(None if instance is None else instance._state.db)
+
+
+class ReplicaManager(models.Manager[T]):
+    """The manager of ``ReplicaQuerySet``."""
+
+    _queryset_class = ReplicaQuerySet
+
+    @property
+    def db(self) -> str:
+        """The database that the manager's querysets read from."""
+        return self.get_queryset().db
+
+
+class ReplicaMixin:
+    """For models, before ``models.Model``: writes go to ``default`` unless ``using`` is given."""
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """Save to ``using``, by default to ``default``, wherever the instance came from."""
+        # `using` is the third of the positional arguments that Django 5.2 still takes.
+        if len(args) < 3 and kwargs.get("using") is None:
+            kwargs["using"] = DEFAULT_DB_ALIAS
+        super().save(*args, **kwargs)  # type: ignore[misc]
+
+    def delete(self, using: Any = None, keep_parents: bool = False) -> tuple[int, dict[str, int]]:
+        """Delete from ``using``, by default from ``default``, wherever the instance came from."""
+        deleted: tuple[int, dict[str, int]] = super().delete(  # type: ignore[misc]
+            using=using or DEFAULT_DB_ALIAS, keep_parents=keep_parents
+        )
+        return deleted
+
+
+SlaveManager = ReplicaManager
+SlaveMixin = ReplicaMixin
+SlaveQuerySet = ReplicaQuerySet

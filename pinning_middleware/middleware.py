@@ -1,0 +1,189 @@
+"""Load, run, save: one scope for each request, sync or async."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from asgiref.sync import iscoroutinefunction, markcoroutinefunction, sync_to_async
+from django.db import connections
+
+from .conf import conf
+from .pools import pools
+from .scopes import asks_database, has_changed, left_behind, marks
+from .state import Scope, enter, entered_scope
+
+if TYPE_CHECKING:
+    from django.http import HttpRequest
+    from django.http.response import HttpResponseBase
+
+    from .stores import BaseStore
+
+__all__ = ["PinningMiddleware"]
+
+logger = logging.getLogger("pinning_middleware")
+_LOST = "%s could not %s the pins; the other stores and the rest of the request go on."
+
+
+class PinningMiddleware:
+    """The first entry of ``MIDDLEWARE``: gives each request its scope and remembers its pins."""
+
+    sync_capable = True
+    async_capable = True
+
+    def __init__(self, get_response: Callable[[HttpRequest], Any]) -> None:
+        self.get_response = get_response
+        self._is_async = iscoroutinefunction(get_response)
+        if self._is_async:
+            markcoroutinefunction(self)
+        self.process_view = self._aprocess_view if self._is_async else self._process_view
+
+    def __call__(self, request: HttpRequest) -> Any:
+        if self._is_async:
+            return self.__acall__(request)
+        if not conf.enabled:
+            return self.get_response(request)
+        scope, outer, response = _begin(request), entered_scope(), None
+        enter(scope)
+        try:
+            for store in conf.stores:
+                if not store.after_authentication:
+                    _carry(scope, store, request)
+            response = self.get_response(request)
+            return response
+        finally:
+            if scope.states and has_changed(scope):
+                _save(scope, request, response)
+            if response is not None and response.streaming:
+                _follow(scope, request, response)
+            enter(outer)
+
+    async def __acall__(self, request: HttpRequest) -> HttpResponseBase:
+        if not conf.enabled:
+            return await self.get_response(request)  # type: ignore[no-any-return]
+        scope, outer, response = _begin(request), entered_scope(), None
+        enter(scope)
+        try:
+            for store in conf.stores:
+                if not store.after_authentication:
+                    await _acarry(scope, store, request)
+            response = await self.get_response(request)
+            return response  # type: ignore[no-any-return]
+        finally:
+            if scope.states and has_changed(scope):
+                await _asave(scope, request, response)
+            if response is not None and response.streaming:
+                _follow(scope, request, response)
+            enter(outer)
+
+    def _process_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
+        if (scope := _on_view(view)) is not None:
+            for store in conf.stores:
+                if store.after_authentication:
+                    _carry(scope, store, request)
+
+    async def _aprocess_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
+        if (scope := _on_view(view)) is not None:
+            for store in conf.stores:
+                if store.after_authentication:
+                    await _acarry(scope, store, request)
+
+
+def _begin(request: HttpRequest) -> Scope:
+    return Scope(primary_first=request.method in conf.primary_methods)
+
+
+def _on_view(view: Any) -> Scope | None:
+    """Note which transactions Django opens around this view by itself."""
+    scope = entered_scope()
+    if scope is None or not conf.enabled:
+        return None
+    atomic = tuple(
+        alias for alias in pools().by_primary if connections.settings[alias]["ATOMIC_REQUESTS"]
+    )
+    if atomic:
+        without = getattr(view, "_non_atomic_requests", ())
+        scope.atomic_view = tuple(alias for alias in atomic if alias not in without)
+    return scope
+
+
+def _carry(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
+    try:
+        scope.carry(store.load(request))
+    except Exception:
+        logger.exception(_LOST, type(store).__name__, "load")
+
+
+async def _acarry(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
+    try:
+        scope.carry(await store.aload(request))
+    except Exception:
+        logger.exception(_LOST, type(store).__name__, "load")
+
+
+def _save(scope: Scope, request: HttpRequest, response: HttpResponseBase | None) -> None:
+    pins = left_behind(scope)
+    for store in conf.stores:
+        try:
+            store.save(request, response, pins)
+        except Exception:
+            logger.exception(_LOST, type(store).__name__, "save")
+
+
+async def _asave(scope: Scope, request: HttpRequest, response: HttpResponseBase | None) -> None:
+    # Only a position needs a thread: it is asked of a database.
+    leave = sync_to_async(left_behind) if asks_database(scope) else None
+    pins = left_behind(scope) if leave is None else await leave(scope)
+    for store in conf.stores:
+        try:
+            await store.asave(request, response, pins)
+        except Exception:
+            logger.exception(_LOST, type(store).__name__, "save")
+
+
+def _follow(scope: Scope, request: HttpRequest, response: Any) -> None:
+    """Let a streaming body be part of the scope, and save what it writes."""
+    if getattr(response, "file_to_stream", None) is not None:
+        return  # A file reads no database, and servers send it faster as it is.
+    follow = _abody if response.is_async else _body
+    response.streaming_content = follow(scope, request, response.streaming_content)
+
+
+def _body(scope: Scope, request: HttpRequest, content: Iterator[bytes]) -> Iterator[bytes]:
+    before = marks(scope)
+    try:
+        while True:
+            # The server's own context, between two parts, is not the request's.
+            outer = entered_scope()
+            enter(scope)
+            try:
+                part = next(content)
+            except StopIteration:
+                return
+            finally:
+                enter(outer)
+            yield part
+    finally:
+        if marks(scope) != before:
+            _save(scope, request, None)
+
+
+async def _abody(
+    scope: Scope, request: HttpRequest, content: AsyncIterator[bytes]
+) -> AsyncIterator[bytes]:
+    before = marks(scope)
+    try:
+        while True:
+            outer = entered_scope()
+            enter(scope)
+            try:
+                part = await anext(content)
+            except StopAsyncIteration:
+                return
+            finally:
+                enter(outer)
+            yield part
+    finally:
+        if marks(scope) != before:
+            await _asave(scope, request, None)

@@ -1,0 +1,82 @@
+"""Django's questions, translated: which pool does this model belong to?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from django.db import router as django_router
+
+from .conf import conf
+from .pools import Pool, pools
+
+if TYPE_CHECKING:
+    from django.db.models import Model
+
+__all__ = ["PinningRouter"]
+
+
+class PinningRouter:
+    """
+    The first entry of ``DATABASE_ROUTERS``. Routers after it say which primary a model belongs
+    to; what they do not answer belongs to the database of the hinted instance, else ``default``.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[Any] | None = None
+        self._others: tuple[Any, ...] = ()
+
+    def db_for_read(self, model: type[Model], **hints: Any) -> str | None:
+        """Return the alias to read from, or ``None`` where no pool is concerned."""
+        routers = django_router.routers
+        if routers is not self._seen:
+            self._look_around(routers)
+        if not self._others and not hints:
+            pool = pools().default
+            return None if pool is None else pool.read()
+        origin = _origin(hints)
+        answer = self._ask("db_for_read", model, hints)
+        if answer is None:
+            pool = _pool_of(origin)
+            return None if pool is None else pool.read(origin)
+        pool = pools().by_primary.get(answer)
+        return answer if pool is None else pool.read(origin)
+
+    def db_for_write(self, model: type[Model], **hints: Any) -> str | None:
+        """Return the primary to write to, or ``None`` where no pool is concerned."""
+        routers = django_router.routers
+        if routers is not self._seen:
+            self._look_around(routers)
+        answer = self._ask("db_for_write", model, hints)
+        pool = _pool_of(_origin(hints)) if answer is None else pools().by_alias.get(answer)
+        return answer if pool is None else pool.primary
+
+    def allow_relation(self, obj1: Model, obj2: Model, **hints: Any) -> bool | None:
+        """Return ``True`` for two objects of one pool."""
+        known = pools().by_alias
+        pool = known.get(obj1._state.db or "")
+        return True if pool is not None and pool is known.get(obj2._state.db or "") else None
+
+    def allow_migrate(self, db: str, app_label: str, **hints: Any) -> bool | None:
+        """Return ``False`` for a replica: its tables come from its primary."""
+        return False if db in conf.guarded else None
+
+    def _look_around(self, routers: list[Any]) -> None:
+        after = routers[routers.index(self) + 1 :] if self in routers else ()
+        self._seen, self._others = routers, tuple(after)
+
+    def _ask(self, action: str, model: type[Model], hints: dict[str, Any]) -> str | None:
+        for router in self._others:
+            method = getattr(router, action, None)
+            if method is not None and (answer := method(model, **hints)):
+                return str(answer)
+        return None
+
+
+def _origin(hints: dict[str, Any]) -> str | None:
+    instance = hints.get("instance")
+    return None if instance is None else instance._state.db
+
+
+def _pool_of(origin: str | None) -> Pool | None:
+    known = pools()
+    return known.default if origin is None else known.by_alias.get(origin)

@@ -1,0 +1,198 @@
+"""
+The state of a scope: plain flags, no I/O, no settings.
+
+A scope lives in a context variable that holds one mutable object. A child task and a thread of
+``sync_to_async`` copy the context and so share the object: what a child writes, its parent knows.
+Another request has another object. Blocks (``use_primary`` and its like) are values, not part of
+the object, so that two tasks of one scope do not enter each other's blocks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import NamedTuple
+
+from .pins import Pin, Pins, merge_pins
+
+__all__ = [
+    "Override",
+    "PoolState",
+    "Scope",
+    "current_override",
+    "current_scope",
+    "enter",
+    "entered_scope",
+    "overrides",
+    "writes_ignored",
+]
+
+
+class PoolState:
+    """What one scope knows of one pool."""
+
+    __slots__ = (
+        "answer",
+        "by_hand",
+        "by_turn",
+        "carried",
+        "dropped",
+        "held",
+        "looked",
+        "open_write",
+        "primary",
+        "replica",
+        "seconds",
+        "served",
+        "written",
+    )
+
+    def __init__(self, primary: str, held: bool, carried: Pin | None) -> None:
+        self.primary = primary
+        # The alias that serves until something changes, so that most reads decide nothing.
+        self.answer: str | None = None
+        # Whether that came by turns, with no pin in the way.
+        self.by_turn = False
+        # This scope's replica by turns.
+        self.replica: str | None = None
+        # Whether a replica's data reached this scope.
+        self.served = False
+        # On the primary for the rest of the scope, without a pin.
+        self.held = held
+        # When it wrote last, 0.0: never; and whether a transaction may still have been open.
+        self.written = 0.0
+        self.open_write = False
+        # When it was pinned by hand, 0.0: never; for how long, None: the window.
+        self.by_hand = 0.0
+        self.seconds: float | None = None
+        # The pin of an earlier scope, and when a replica was asked for its position last.
+        self.carried = carried
+        self.looked = 0.0
+        # A pin of an earlier scope was ended, so the stores have to forget it.
+        self.dropped = False
+
+    def note_write(self, in_transaction: bool) -> None:
+        self.written = time.time()
+        self.open_write = in_transaction
+        self.answer = None
+
+    def note_lock(self) -> None:
+        self.held = True
+        self.answer = None
+
+    def pin(self, seconds: float | None) -> None:
+        self.by_hand = time.time()
+        if seconds is not None:
+            self.seconds = max(seconds, self.seconds or 0.0)
+        self.answer = None
+
+    def take_over(self, other: PoolState) -> None:
+        """Let this scope have done what another one inside it did."""
+        self.written = max(self.written, other.written)
+        self.open_write = self.open_write or other.open_write
+        self.by_hand = max(self.by_hand, other.by_hand)
+        if other.seconds is not None:
+            self.seconds = max(other.seconds, self.seconds or 0.0)
+        self.answer = None
+
+    def unpin(self) -> None:
+        self.held = self.open_write = False
+        self.written = self.by_hand = 0.0
+        self.seconds = self.answer = None
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget the pin of an earlier scope."""
+        self.dropped = self.dropped or self.carried is not None
+        self.carried = None
+
+    @property
+    def pinned(self) -> bool:
+        """Whether this scope pinned the pool, by a write or by hand."""
+        return bool(self.written or self.by_hand)
+
+    def pin_ends(self, window: float, now: float) -> tuple[float, float]:
+        """
+        Return the end of the pin this scope leaves behind, and until when a position does not
+        count for it, both in seconds since the epoch.
+        """
+        written = now if self.open_write else self.written
+        until = written + window if written else 0.0
+        if not self.by_hand:
+            return until, 0.0
+        held = self.by_hand + self.seconds if self.seconds is not None else 0.0
+        return max(until, held or self.by_hand + window), held
+
+
+class Scope:
+    """
+    One unit of work. ``lasting`` scopes have no end of their own (a shell, a thread that nobody
+    gave a scope), so that the window ends what a write began.
+    """
+
+    __slots__ = ("atomic_view", "carried", "lasting", "primary_first", "states")
+
+    def __init__(
+        self, carried: Pins | None = None, *, primary_first: bool = False, lasting: bool = False
+    ) -> None:
+        self.states: dict[str, PoolState] = {}
+        self.carried: Mapping[str, Pin] | None = carried
+        self.primary_first = primary_first
+        self.lasting = lasting
+        # The primaries on which ATOMIC_REQUESTS opens a transaction around the view.
+        self.atomic_view: tuple[str, ...] = ()
+
+    def state(self, key: str, primary: str) -> PoolState:
+        """Return the state of a pool, made at its first use."""
+        try:
+            return self.states[key]
+        except KeyError:
+            carried = self.carried.get(primary) if self.carried else None
+            return self.states.setdefault(key, PoolState(primary, self.primary_first, carried))
+
+    def carry(self, pins: Pins) -> None:
+        """Take on pins of earlier scopes, beside those that are already carried."""
+        if not pins:
+            return
+        self.carried = merge_pins(self.carried or {}, pins)
+        for state in self.states.values():
+            if state.primary in pins:
+                state.carried = self.carried[state.primary]
+                state.answer = None
+
+
+class Override(NamedTuple):
+    """An open ``use_primary`` or ``use_replica`` block, and the one around it."""
+
+    replica: bool
+    using: str | None
+    max_lag: float | None
+    outer: Override | None
+
+    def for_pool(self, primary: str) -> Override | None:
+        """Return the innermost block that speaks of this pool."""
+        block: Override | None = self
+        while block is not None and block.using is not None and block.using != primary:
+            block = block.outer
+        return block
+
+
+_scope: ContextVar[Scope | None] = ContextVar("pinning_scope", default=None)
+overrides: ContextVar[Override | None] = ContextVar("pinning_override", default=None)
+writes_ignored: ContextVar[int] = ContextVar("pinning_writes_ignored", default=0)
+
+entered_scope = _scope.get
+current_override = overrides.get
+# Enter a scope by `enter(scope)` and leave it by `enter(what was entered before)`: `reset(token)`
+# raises where a scope is left in another context than it was entered in.
+enter = _scope.set
+
+
+def current_scope() -> Scope:
+    """Return the scope of this unit of work; outside any, a lasting one of this context."""
+    scope = _scope.get()
+    if scope is None:
+        scope = Scope(lasting=True)
+        _scope.set(scope)
+    return scope

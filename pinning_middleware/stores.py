@@ -1,0 +1,124 @@
+"""
+Where pins live between scopes.
+
+A store answers two questions and knows nothing of pools or routing: ``load(request)`` returns the
+pins that a request comes with, ``save(request, response, pins)`` keeps those it leaves behind.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, ClassVar
+
+from asgiref.sync import sync_to_async
+from django.utils.cache import patch_cache_control, patch_vary_headers
+
+from . import tokens
+from .conf import conf
+from .pins import Pins
+
+if TYPE_CHECKING:
+    from django.http import HttpRequest
+    from django.http.response import HttpResponseBase
+
+__all__ = ["BaseStore", "CookieStore", "TokenStore", "user_key"]
+
+
+class BaseStore:
+    """
+    The two methods of a store, and their async twins for stores that need no thread for them.
+
+    An error that leaves a method is logged, and costs no more than what this store would have
+    kept.
+    """
+
+    # Whether `load` wants `request.user` or `request.session`: it is then called in
+    # `process_view`, when every other middleware has seen the request.
+    after_authentication: ClassVar[bool] = False
+
+    def load(self, request: HttpRequest) -> Pins:
+        """Return the pins of this request, by their primaries' aliases."""
+        raise NotImplementedError
+
+    def save(self, request: HttpRequest, response: HttpResponseBase | None, pins: Pins) -> None:
+        """
+        Keep these pins for what follows; none: forget what is kept. Called only where something
+        has changed. ``response`` is ``None`` where it is out already, or never will be.
+        """
+        raise NotImplementedError
+
+    async def aload(self, request: HttpRequest) -> Pins:
+        return await sync_to_async(self.load)(request)
+
+    async def asave(
+        self, request: HttpRequest, response: HttpResponseBase | None, pins: Pins
+    ) -> None:
+        await sync_to_async(self.save)(request, response, pins)
+
+
+class TokenStore(BaseStore):
+    """What the stores have in common that hand the client a signed token."""
+
+    def read(self, request: HttpRequest) -> str | None:
+        """Return the token that the request brings."""
+        raise NotImplementedError
+
+    def write(self, response: HttpResponseBase, token: str, seconds: float) -> None:
+        """Give the client a token that is of use for so many seconds; empty: forget it."""
+        raise NotImplementedError
+
+    def load(self, request: HttpRequest) -> Pins:
+        token = self.read(request)
+        return tokens.accept(token, type(self)) if token else {}
+
+    def save(self, request: HttpRequest, response: HttpResponseBase | None, pins: Pins) -> None:
+        if response is None:
+            return
+        if pins:
+            seconds = max(pin.until for pin in pins.values()) - time.time()
+            self.write(response, tokens.dumps(pins), max(seconds, 0.0))
+        else:
+            self.write(response, "", 0.0)
+
+    async def aload(self, request: HttpRequest) -> Pins:
+        return self.load(request)
+
+    async def asave(
+        self, request: HttpRequest, response: HttpResponseBase | None, pins: Pins
+    ) -> None:
+        self.save(request, response, pins)
+
+
+class CookieStore(TokenStore):
+    """Pins a browser, by a signed cookie."""
+
+    def read(self, request: HttpRequest) -> str | None:
+        return request.COOKIES.get(conf.cookie_name)
+
+    def write(self, response: HttpResponseBase, token: str, seconds: float) -> None:
+        if token:
+            # Browsers count whole seconds; the server's own end is in the token.
+            response.set_cookie(conf.cookie_name, token, max_age=int(seconds) + 1, **conf.cookie)
+        else:
+            kept = ("path", "domain", "samesite")
+            response.delete_cookie(conf.cookie_name, **{name: conf.cookie[name] for name in kept})
+        keep_private(response, "Cookie")
+
+
+def keep_private(response: HttpResponseBase, vary: str) -> None:
+    """Tell caches between here and the client that this response is the client's own."""
+    headers = response.headers
+    if "Vary" in headers:
+        patch_vary_headers(response, (vary,))
+    else:
+        headers["Vary"] = vary
+    if "Cache-Control" in headers:
+        patch_cache_control(response, private=True)
+    else:
+        headers["Cache-Control"] = "private"
+
+
+def user_key(request: HttpRequest) -> str | None:
+    """Return the logged-in user's id, ``None`` for a visitor: the default of ``PINNING_KEY``."""
+    user = getattr(request, "user", None)
+    return str(user.pk) if user is not None and user.is_authenticated else None

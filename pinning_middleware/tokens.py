@@ -1,0 +1,75 @@
+"""Pins as signed text: what a browser, an API client or a task's message may carry."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from functools import lru_cache
+from typing import Any
+
+from django.core.signals import setting_changed
+from django.core.signing import BadSignature, Signer
+
+from .exceptions import InvalidToken
+from .pins import Pin, Pins, live, pack, unpack
+from .signals import token_rejected
+
+__all__ = ["MAX_LENGTH", "accept", "dumps", "loads", "rejected"]
+
+logger = logging.getLogger("pinning_middleware")
+
+# How often this process ignored a token, by reason.
+rejected: Counter[str] = Counter()
+
+# Far more than a site with many pools needs, far less than a browser lets a cookie have.
+MAX_LENGTH = 2048
+
+
+@lru_cache(maxsize=1)
+def _signer() -> Signer:
+    return Signer(salt="pinning_middleware.token")
+
+
+def dumps(pins: Pins) -> str:
+    """Return the signed token of these pins, of the letters a cookie and a header may have."""
+    return _signer().sign_object(pack(pins))
+
+
+def loads(token: str) -> dict[str, Pin]:
+    """
+    Return the pins of a token, also those whose window has ended.
+
+    Raises ``InvalidToken`` (``reason``: oversized, signature or content) for what this site did
+    not sign with ``SECRET_KEY`` or one of ``SECRET_KEY_FALLBACKS``.
+    """
+    if len(token) > MAX_LENGTH:
+        raise InvalidToken("oversized")
+    try:
+        return unpack(_signer().unsign_object(token))
+    except BadSignature:
+        raise InvalidToken("signature") from None
+    except ValueError:
+        raise InvalidToken("content") from None
+
+
+def accept(token: str, source: type[Any] | None = None) -> dict[str, Pin]:
+    """
+    Return the live pins of a token from outside; none for one that this site did not sign, which
+    is counted and said, and never an error.
+    """
+    try:
+        return live(loads(token), time.time())
+    except InvalidToken as error:
+        rejected[error.reason] += 1
+        logger.info("A pinning token was ignored: %s", error.reason)
+        token_rejected.send(source, reason=error.reason)
+        return {}
+
+
+def _forget_key(*, setting: str, **kwargs: Any) -> None:
+    if setting in ("SECRET_KEY", "SECRET_KEY_FALLBACKS"):
+        _signer.cache_clear()
+
+
+setting_changed.connect(_forget_key, dispatch_uid="pinning_middleware.tokens")

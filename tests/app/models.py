@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from django.contrib.contenttypes.fields import GenericForeignKey, GenericRelation
+from django.contrib.contenttypes.models import ContentType
+from django.db import models
+
+from pinning_middleware.managers import SlaveManager, SlaveMixin
+
+
+class Author(models.Model):
+    name = models.CharField(max_length=100, unique=True)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Tag(models.Model):
+    name = models.CharField(max_length=100)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Note(models.Model):
+    text = models.CharField(max_length=100)
+    content_type = models.ForeignKey(ContentType, models.CASCADE)
+    object_id = models.PositiveBigIntegerField()
+    about = GenericForeignKey()
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Book(models.Model):
+    title = models.CharField(max_length=100)
+    author = models.ForeignKey(Author, models.CASCADE, null=True)
+    tags = models.ManyToManyField(Tag)
+    notes = GenericRelation(Note)
+
+    def __str__(self) -> str:
+        return self.title
+
+
+class Account(models.Model):
+    """Of another pool, as tests.app.routers.UsersRouter says."""
+
+    name = models.CharField(max_length=100)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Slurpee(SlaveMixin, models.Model):
+    number = models.IntegerField()
+
+    objects = SlaveManager()
+
+    def __str__(self) -> str:
+        return str(self.number)

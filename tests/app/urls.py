@@ -1,0 +1,10 @@
+from __future__ import annotations
+
+from django.urls import path
+
+from . import views
+
+urlpatterns = [
+    path("sync/<str:does>/", views.sync_view),
+    path("async/<str:does>/", views.async_view),
+]
