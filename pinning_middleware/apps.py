@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from django.apps import AppConfig
 
-from . import generic, writes
+from . import failover, generic, writes
 
 
 class PinningConfig(AppConfig):
@@ -12,5 +12,7 @@ class PinningConfig(AppConfig):
     def ready(self) -> None:
         from . import checks  # noqa: F401
 
+        # The guard last, so that it is outermost and sees what is tried before all others do.
+        failover.install()
         writes.install()
         generic.install()

@@ -124,6 +124,8 @@ async def _acarry(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
 
 def _save(scope: Scope, request: HttpRequest, response: HttpResponseBase | None) -> None:
     pins = left_behind(scope)
+    if pins == scope.carried:
+        return
     for store in conf.stores:
         try:
             store.save(request, response, pins)
@@ -132,9 +134,12 @@ def _save(scope: Scope, request: HttpRequest, response: HttpResponseBase | None)
 
 
 async def _asave(scope: Scope, request: HttpRequest, response: HttpResponseBase | None) -> None:
-    # Only a position needs a thread: it is asked of a database.
-    leave = sync_to_async(left_behind) if asks_database(scope) else None
-    pins = left_behind(scope) if leave is None else await leave(scope)
+    if asks_database(scope):
+        pins = await sync_to_async(left_behind)(scope)
+    else:
+        pins = left_behind(scope)
+    if pins == scope.carried:
+        return
     for store in conf.stores:
         try:
             await store.asave(request, response, pins)

@@ -13,10 +13,14 @@ from django.db import DEFAULT_DB_ALIAS, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
+from . import looks
 from .conf import PoolSpec, conf, on_change
-from .pins import Position
+from .health import Health
+from .pins import Pin, Position, merge_positions
+from .positions import family_of
 from .selection import Rotation
-from .state import PoolState, Scope, current_override, current_scope, entered_scope
+from .signals import primary_fallback
+from .state import Override, PoolState, Scope, current_override, current_scope, entered_scope
 
 __all__ = ["Pool", "Pools", "pools"]
 
@@ -24,12 +28,11 @@ __all__ = ["Pool", "Pools", "pools"]
 class Pool:
     """One primary and its replicas."""
 
-    __slots__ = ("_by_query", "_mirrors", "_off", "_thread", "key", "primary", "rotation")
-
     def __init__(self, spec: PoolSpec) -> None:
         self.key = spec.key
         self.primary = spec.primary
         self.rotation = Rotation(spec.weights)
+        self.health = Health(spec.primary, self.rotation)
         self._off = not spec.weights or not conf.enabled
         self._by_query = conf.spread_by_query
         self._mirrors: dict[str, tuple[str, str, bool]] = {}
@@ -39,6 +42,8 @@ class Pool:
 
     def __contains__(self, alias: str) -> bool:
         return alias == self.primary or alias in self.rotation.weights
+
+    # The decision
 
     def read(self, origin: str | None = None) -> str:
         """
@@ -57,7 +62,8 @@ class Pool:
         if (override := current_override()) is not None and (
             block := override.for_pool(self.primary)
         ) is not None:
-            return self._replica(state) if block.replica else self.primary
+            return self._in_block(block, state)
+        connection: BaseDatabaseWrapper
         try:
             connection = self._thread.connection
         except AttributeError:
@@ -69,66 +75,21 @@ class Pool:
             return self.primary
         answer = state.answer or self._settle(scope, state)
         if origin is not None and state.by_turn and origin in self:
-            return origin
+            return answer if origin in self.health.out else origin
         return answer
 
-    def state(self, scope: Scope) -> PoolState:
-        """Return what this scope knows of this pool."""
-        return scope.state(self.key, self.primary)
-
-    @property
-    def tells_positions(self) -> bool:
-        return False
-
-    def position(self) -> Position | None:
-        return None
-
-    def is_pinned(self, scope: Scope) -> bool:
-        """Return whether this scope's reads belong to the primary, or to who has caught up."""
-        state = self.state(scope)
-        now = time.time()
-        if state.carried is not None and state.carried.until > now:
-            return True
-        return state.held or self._pinned_now(scope, state, now)
-
-    def _settle(self, scope: Scope, state: PoolState) -> str:
-        """Decide by the rules that stay the same for a while, and remember what may be."""
-        now = time.time()
-        state.by_turn = False
-        if state.held or self._pinned_now(scope, state, now):
-            if not scope.lasting:
-                state.answer = self.primary
+    def _in_block(self, block: Override, state: PoolState) -> str:
+        if not block.replica:
             return self.primary
-        if state.carried is not None:
-            if state.carried.until > now:
-                return self.primary
-            state.carried = None
-        state.by_turn = True
-        replica = self._replica(state)
-        if not self._by_query:
-            state.answer = replica
-        return replica
-
-    def _pinned_now(self, scope: Scope, state: PoolState, now: float) -> bool:
-        if not state.pinned:
-            return False
-        if not scope.lasting:
-            return True
-        if state.open_write:
-            # The transaction is over, or it would have answered: the window starts now.
-            state.written, state.open_write = now, False
-        until, _ = state.pin_ends(conf.seconds, now)
-        if until <= now:
-            state.unpin()
-        return until > now
-
-    def _replica(self, state: PoolState) -> str:
-        if state.replica is None or self._by_query:
-            alias = self.rotation.turn()
-            if alias is None or self._is_mirror(alias):
-                alias = self.primary
-            state.replica = alias
-        return state.replica
+        if block.max_lag is None:
+            return self._replica(state) or self.primary
+        preferred = (state.replica,) if state.replica in self.rotation.weights else ()
+        for alias in (*preferred, *self.rotation.order()):
+            if self._is_mirror(alias):
+                break
+            if alias not in self.health.out and looks.lags_less(self, alias, block.max_lag):
+                return alias
+        return self.primary
 
     def _in_transaction(self, connection: BaseDatabaseWrapper, scope: Scope) -> bool:
         """Return whether the open transaction is one that the code itself asked for."""
@@ -139,6 +100,144 @@ class Pool:
             for block in connection.atomic_blocks
         )
         return asked_for > (self.primary in scope.atomic_view)
+
+    def _settle(self, scope: Scope, state: PoolState) -> str:
+        """Decide by the rules that stay the same for a while, and remember what may be."""
+        now = time.time()
+        state.by_turn = False
+        if state.held or state.pinned:
+            if not scope.lasting:
+                state.answer = self.primary
+                return self._primary()
+            self._carry_on(state, now)
+            if state.held or state.pinned:
+                return self._primary()
+        if state.carried is not None:
+            served = self._carried(scope, state, state.carried, now)
+            if served is not None:
+                return served
+        state.by_turn = True
+        replica = self._replica(state)
+        if replica is None:
+            return self.primary
+        if not self._by_query:
+            state.answer = replica
+        return replica
+
+    def _carried(self, scope: Scope, state: PoolState, pin: Pin, now: float) -> str | None:
+        """Return who serves under the pin of an earlier scope, ``None``: it is over."""
+        if pin.until <= now:
+            state.carried = None
+            return None
+        wanted = pin.waits_for(now) if conf.positions else None
+        if wanted is None:
+            return self._primary()
+        if self._all_have(wanted):
+            state.drop()
+            return None
+        monotonic = time.monotonic()
+        # One question for a request; what lasts longer asks again, but not at every read.
+        is_due = monotonic - state.looked > 1.0 if scope.lasting else not state.looked
+        ask = is_due and looks.may_ask()
+        alias = looks.find_caught_up(self, wanted, ask=ask)
+        if alias is None:
+            if ask:
+                state.looked = monotonic
+                primary_fallback.send(self.primary, served=self.primary, reason="behind")
+            return self._primary()
+        if self._is_mirror(alias):
+            return self.primary
+        if self._all_have(wanted):
+            state.drop()
+        state.replica = alias
+        if not self._by_query:
+            state.answer = alias
+        return alias
+
+    def _all_have(self, wanted: Position) -> bool:
+        """Return whether every replica, those that are out included, is known to have it."""
+        family = family_of(connections[self.primary])
+        return family is not None and all(
+            family.reached(wanted, replica.position) for replica in self.health.replicas.values()
+        )
+
+    def _carry_on(self, state: PoolState, now: float) -> None:
+        """Turn what a lasting scope did into a pin with an end, as between two requests."""
+        if not state.pinned or not looks.may_ask():
+            return
+        if (pin := self.new_pin(state, now)) is not None:
+            state.carried = pin if state.carried is None else state.carried.merge(pin)
+            state.looked = 0.0
+        state.settle()
+
+    def _replica(self, state: PoolState) -> str | None:
+        """Return this scope's replica, or the next one's; ``None`` where none is usable."""
+        alias = state.replica
+        out = self.health.out
+        if alias is None or self._by_query or (out and alias in out):
+            alias = self._turn() if out else self.rotation.turn()
+            if alias is not None and self._is_mirror(alias):
+                alias = self.primary
+            state.replica = alias
+        return alias
+
+    def _turn(self) -> str | None:
+        alias = self.health.claim_retry() or self.rotation.turn()
+        if alias is None:
+            # All of them lag: whoever has no pin has no claim to a fresh state, and the primary
+            # would not stand the reads of all replicas.
+            alias = self.health.freshest_of_lagging()
+        if alias is None:
+            primary_fallback.send(self.primary, served=self.primary, reason="no replica")
+        return alias
+
+    def _primary(self) -> str:
+        """Return the primary, or who stands in while it can't be reached."""
+        if conf.primary_down == "error" or not looks.may_ask():
+            return self.primary
+        return looks.stand_in(self) or self.primary
+
+    # What a scope means for this pool
+
+    def state(self, scope: Scope) -> PoolState:
+        """Return what this scope knows of this pool."""
+        return scope.state(self.key, self.primary)
+
+    def is_pinned(self, scope: Scope) -> bool:
+        """Return whether this scope's reads belong to the primary, or to who has caught up."""
+        state = self.state(scope)
+        now = time.time()
+        if state.carried is not None and state.carried.until > now:
+            return True
+        if not scope.lasting or not state.pinned:
+            return state.held or state.pinned
+        return state.pin_ends(conf.seconds, now)[0] > now
+
+    def wanted(self, scope: Scope) -> Position | None:
+        """Return the position that a replica must have to serve this scope."""
+        state = self.state(scope)
+        if state.carried is None or state.by_turn or current_override() is not None:
+            return None
+        return state.carried.waits_for(time.time())
+
+    def seen(self, state: PoolState, now: float) -> Pin | None:
+        """Return the pin of what a scope has read: none where only writes pin."""
+        return None
+
+    def new_pin(self, state: PoolState, now: float) -> Pin | None:
+        """Return the pin that a scope leaves behind here; may ask the primary where it is."""
+        until, held = state.pin_ends(conf.seconds, now)
+        if until <= now:
+            return None
+        position = looks.position_of_primary(self) if self.tells_positions else None
+        return Pin(until, held if position else until, position)
+
+    @property
+    def tells_positions(self) -> bool:
+        """Whether this pool's database says where it is."""
+        return conf.positions and family_of(connections[self.primary]) is not None
+
+    # Which connection is whose
 
     def _is_mirror(self, alias: str) -> bool:
         """Return whether this alias leads to the very database of the primary."""
@@ -151,15 +250,43 @@ class Pool:
         self._mirrors[alias] = (primary["NAME"], replica["NAME"], verdict)
         return verdict
 
-    def _adopt(self, connection: BaseDatabaseWrapper) -> None:
+    def adopt(self, connection: BaseDatabaseWrapper) -> None:
+        """Take this for the thread's connection to the primary."""
         self._thread.connection = connection
+
+
+class MonotonicPool(Pool):
+    """A pool that knows which nodes a scope has read from, for ``monotonic-reads``."""
+
+    def read(self, origin: str | None = None) -> str:
+        alias = super().read(origin)
+        state = self.state(current_scope())
+        if state.served is None:
+            state.served = set()
+        state.served.add(alias)
+        return alias
+
+    def seen(self, state: PoolState, now: float) -> Pin | None:
+        """Return the pin of what a scope has read; asks each node that it read from."""
+        position: Position | None = None
+        for alias in state.served or ():
+            here = (
+                looks.position_of_primary(self)
+                if alias == self.primary
+                else looks.position_of_replica(self, alias)
+            )
+            if here is None:
+                return None
+            position = merge_positions(position, here)
+        return Pin(now + conf.seconds, 0.0, position) if position else None
 
 
 class Pools:
     """Every pool of the site, made from the settings at the first use."""
 
     def __init__(self) -> None:
-        self.by_primary = {spec.primary: Pool(spec) for spec in conf.pools}
+        kind = MonotonicPool if conf.monotonic_reads and conf.positions else Pool
+        self.by_primary = {spec.primary: kind(spec) for spec in conf.pools}
         self.by_alias = {
             alias: pool
             for pool in self.by_primary.values()
@@ -167,7 +294,12 @@ class Pools:
         }
         self.default = self.by_primary.get(DEFAULT_DB_ALIAS)
         shared = conf.legacy_pool in conf.pools
-        self.legacy = self.by_primary[DEFAULT_DB_ALIAS] if shared else Pool(conf.legacy_pool)
+        self.legacy = self.by_primary[DEFAULT_DB_ALIAS] if shared else kind(conf.legacy_pool)
+        self.by_replica = {
+            alias: pool
+            for pool in (self.legacy, *self.by_primary.values())
+            for alias in pool.rotation.weights
+        }
         # One each where the older interface has a rotation of its own: they share their pins.
         self.all = tuple(dict.fromkeys((*self.by_primary.values(), self.legacy)))
 
@@ -215,7 +347,7 @@ def _adopt(*, connection: BaseDatabaseWrapper, **kwargs: Any) -> None:
     # A thread may have been given another connection object than the one it had.
     for pool in pools().all:
         if pool.primary == connection.alias and connections[connection.alias] is connection:
-            pool._adopt(connection)
+            pool.adopt(connection)
 
 
 connection_created.connect(_adopt, dispatch_uid="pinning_middleware.pools")

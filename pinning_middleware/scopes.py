@@ -8,7 +8,6 @@ from types import TracebackType
 from asgiref.sync import sync_to_async
 
 from . import tokens
-from .conf import conf
 from .pins import Pin, Pins, live, merge_pins
 from .pools import Pool, pools
 from .state import Scope, enter, entered_scope
@@ -18,12 +17,15 @@ __all__ = ["PinningScope", "asks_database", "has_changed", "left_behind", "marks
 
 def has_changed(scope: Scope) -> bool:
     """Return whether what follows this scope has to know of something that it did."""
-    return any(state.pinned or state.dropped for state in scope.states.values())
+    return any(state.pinned or state.dropped or state.served for state in scope.states.values())
 
 
 def asks_database(scope: Scope) -> bool:
     """Return whether ``left_behind`` will ask a primary for its position."""
-    return any(pool.state(scope).pinned and pool.tells_positions for pool in _touched(scope))
+    return any(
+        pool.tells_positions and (pool.state(scope).pinned or pool.state(scope).served)
+        for pool in _touched(scope)
+    )
 
 
 def left_behind(scope: Scope) -> dict[str, Pin]:
@@ -39,8 +41,10 @@ def left_behind(scope: Scope) -> dict[str, Pin]:
         if pool.state(scope).dropped:
             pins.pop(pool.primary, None)
     for pool in _touched(scope):
-        if (pin := _new_pin(pool, scope, now)) is not None:
-            pins = merge_pins(pins, {pool.primary: pin})
+        state = pool.state(scope)
+        new = pool.new_pin(state, now) if state.pinned else pool.seen(state, now)
+        if new is not None:
+            pins = merge_pins(pins, {pool.primary: new})
     return pins
 
 
@@ -51,17 +55,6 @@ def marks(scope: Scope) -> list[tuple[float, float]]:
 
 def _touched(scope: Scope) -> list[Pool]:
     return [pool for pool in pools().all if pool.key in scope.states]
-
-
-def _new_pin(pool: Pool, scope: Scope, now: float) -> Pin | None:
-    state = pool.state(scope)
-    if not state.pinned:
-        return None
-    until, held = state.pin_ends(conf.seconds, now)
-    if until <= now:
-        return None
-    position = pool.position()
-    return Pin(until, held if position else until, position)
 
 
 class PinningScope:

@@ -26,17 +26,35 @@ class Kind(IntEnum):
 _CACHED_LENGTH = 4096
 
 _PLAIN_SELECT = re.compile(r"\s*\(*\s*SELECT\s")
-_SUSPICIOUS_IN_SELECT = (";", "--", "/*", "INTO", " FOR", "\tFOR", "\nFOR", ")FOR", "LOCK", "#")
+_SUSPICIOUS_IN_SELECT = (";", "--", "/*", "INTO", "LOCK", "#")
+_FOR = re.compile(r"\bFOR\b")
 
-_COMMENTS = r"--[^\n]*|/\*.*?\*/"
-_IDENTIFIERS = r'"(?:[^"]|"")*"|`[^`]*`'
-_DOLLARS = r"\$(?P<tag>[A-Za-z_]\w*|)\$.*?\$(?P=tag)\$"
-# Whether a backslash escapes a quote depends on the database and its settings.
-_BARE = re.compile(rf"{_COMMENTS}|'(?:[^']|'')*'|{_IDENTIFIERS}|{_DOLLARS}", re.DOTALL)
-_BARE_BACKSLASH = re.compile(
-    rf"{_COMMENTS}|'(?:[^'\\]|\\.|'')*'|\"(?:[^\"\\]|\\.|\"\")*\"|`[^`]*`|{_DOLLARS}",
-    re.DOTALL,
+# What hides words from a database. Each reads quotes, comments and backslashes in its own way, so
+# that one database's text is another's statement; a second reading of a database is that of a
+# setting which says whether a backslash escapes a quote.
+_BLOCK = r"/\*.*?\*/"
+_SINGLE, _DOUBLE = r"'(?:[^']|'')*'", r'"(?:[^"]|"")*"'
+_SINGLE_ESCAPED, _DOUBLE_ESCAPED = r"'(?:[^'\\]|\\.|'')*'", r'"(?:[^"\\]|\\.|"")*"'
+_WORD = r"\w$\x80-\U0010ffff"
+_TAG = r"[A-Za-z_\x80-\U0010ffff][\w\x80-\U0010ffff]*"
+_POSTGRESQL = (
+    rf"--[^\r\n]*|{_BLOCK}|(?<![{_WORD}])[Ee]{_SINGLE_ESCAPED}|{_DOUBLE}"
+    rf"|(?<![{_WORD}])\$(?P<tag>{_TAG}|)\$.*?\$(?P=tag)\$"
 )
+_MYSQL = rf"--(?=[\x00-\x20]|\Z)[^\n]*|\#[^\n]*|{_BLOCK}|`[^`]*`"
+_READINGS = {
+    "postgresql": (rf"{_POSTGRESQL}|{_SINGLE}", rf"{_POSTGRESQL}|{_SINGLE_ESCAPED}"),
+    "mysql": (
+        rf"{_MYSQL}|{_SINGLE}|{_DOUBLE}",
+        rf"{_MYSQL}|{_SINGLE_ESCAPED}|{_DOUBLE_ESCAPED}",
+    ),
+    "sqlite": (rf"--[^\n]*|{_BLOCK}|{_SINGLE}|{_DOUBLE}|`[^`]*`|\[[^\]]*\]",),
+}
+_BARE = {
+    vendor: tuple(re.compile(reading, re.DOTALL) for reading in readings)
+    for vendor, readings in _READINGS.items()
+}
+_EVERY_READING = tuple(reading for readings in _BARE.values() for reading in readings)
 # MySQL and MariaDB run what stands in these; PostgreSQL nests comments, others do not.
 _UNREADABLE_COMMENT = re.compile(r"/\*M?!|/\*(?:(?!\*/).)*/\*", re.DOTALL)
 
@@ -49,18 +67,24 @@ _INNERMOST = re.compile(r"\([^()]*\)")
 _NEITHER = re.compile(
     r"""(?:
         (?:BEGIN|END|COMMIT|ROLLBACK|ABORT)
-            (?:\s+(?:WORK|TRANSACTION|TRAN|DEFERRED|IMMEDIATE|EXCLUSIVE|ISOLATION|READ|NOT
-                    |DEFERRABLE|AND|TO)\b.*)?
-        | START\s+TRANSACTION\b.*
-        | (?:SAVEPOINT|RELEASE|SET|RESET|SHOW|EXPLAIN|DESCRIBE|DESC|PRAGMA|USE|DEALLOCATE|DISCARD
-            |FETCH|MOVE|CLOSE|LISTEN|UNLISTEN)\b.*
+            (?:\s+(?:WORK|TRANSACTION|TRAN|DEFERRED|IMMEDIATE|EXCLUSIVE|ISOLATION|READ
+                    |NOT\s+DEFERRABLE|DEFERRABLE|AND|TO)\b[\w\s,]*)?
+        | START\s+TRANSACTION\b[\w\s,]*
+        | (?:SAVEPOINT|RELEASE|SET|RESET|SHOW|PRAGMA|USE|DEALLOCATE|DISCARD
+            |FETCH|MOVE|CLOSE|LISTEN|UNLISTEN|WAIT\s+FOR)\b.*
         | UNLOCK\s+TABLES?
     )\s*$""",
     re.DOTALL | re.VERBOSE,
 )
-_READ = re.compile(r"(?:SELECT|VALUES|TABLE|WITH|DECLARE)\b")
-_EXPLAIN_ANALYZE = re.compile(r"EXPLAIN\b[^A-Z]*(?:\w+[^A-Z]+)*?ANALY[ZS]E\b")
-_SET_STATEMENT = re.compile(r"SET\s+STATEMENT\b")
+_DECLARE = r"DECLARE\s+\w+\s+(?:(?:BINARY|ASENSITIVE|INSENSITIVE|NO|SCROLL)\s+)*CURSOR"
+_READ = re.compile(rf"(?:SELECT|VALUES|TABLE|WITH|{_DECLARE})\b")
+_EXPLAIN = re.compile(
+    r"(?:EXPLAIN|DESCRIBE|DESC)\b\s*"
+    r"(?:(?:\([^()]*\)|(?:ANALY[ZS]E|VERBOSE|EXTENDED|PARTITIONS)\b|FORMAT\s*=\s*\w+)\s*)*"
+)
+_ANALYZE = re.compile(r"\bANALY[ZS]E\b")
+# MariaDB: settings for one statement, which follows.
+_SET_STATEMENT = re.compile(r"SET\s+STATEMENT\b.*?\bFOR\b", re.DOTALL)
 
 _NAME = r'(?:"(?:[^"]|"")+"|`[^`]+`|[\w$]+)'
 _TABLE = rf"{_NAME}(?:\.{_NAME})*"
@@ -75,9 +99,12 @@ _TARGET = re.compile(
 )
 
 
-def kind_of(sql: str) -> Kind:
-    """Return what the statement, or the gravest of several statements, does."""
-    return _cached_kind(sql) if len(sql) <= _CACHED_LENGTH else _kind(sql)
+def kind_of(sql: str, vendor: str = "") -> Kind:
+    """
+    Return what the statement, or the gravest of several statements, does. ``vendor`` is that of
+    Django's connection; for one that is not known here, the gravest of all readings counts.
+    """
+    return (_cached_kind if len(sql) <= _CACHED_LENGTH else _kind)(sql, vendor)
 
 
 def table_of(sql: str) -> str | None:
@@ -93,24 +120,26 @@ def table_of(sql: str) -> str | None:
     return re.sub(r'["`]', "", found[found.lastgroup]).lower()
 
 
-def _kind(sql: str) -> Kind:
+def _kind(sql: str, vendor: str) -> Kind:
     text = sql.upper()
-    if _PLAIN_SELECT.match(text) and not any(mark in text for mark in _SUSPICIOUS_IN_SELECT):
+    if (
+        _PLAIN_SELECT.match(text)
+        and not any(mark in text for mark in _SUSPICIOUS_IN_SELECT)
+        and not _FOR.search(text)
+    ):
         return Kind.READ
     if _UNREADABLE_COMMENT.search(sql):
         return Kind.WRITE
-    gravest = _gravest(_BARE.sub(_blank, text))
-    if "\\" in sql:
-        gravest = max(gravest, _gravest(_BARE_BACKSLASH.sub(_blank, text)))
-    return gravest
+    readings = _BARE.get(vendor, _EVERY_READING)
+    return max(_gravest(reading.sub(_blank, sql).upper()) for reading in readings)
 
 
 _cached_kind = lru_cache(maxsize=1024)(_kind)
 
 
 def _blank(found: re.Match[str]) -> str:
-    # A name keeps its place as a word, everything else leaves a gap.
-    return " X " if found[0][0] in "\"`'$" else " "
+    # A name keeps its place as a word, a comment leaves a gap.
+    return " " if found[0].startswith(("--", "/*", "#")) else " X "
 
 
 def _gravest(bare: str) -> Kind:
@@ -121,7 +150,11 @@ def _statement(bare: str) -> Kind:
     text = bare.strip().lstrip("( \t\r\n")
     if not text:
         return Kind.NEITHER
-    if _EXPLAIN_ANALYZE.match(text) or _SET_STATEMENT.match(text) or _READ.match(text):
+    if found := _SET_STATEMENT.match(text):
+        return _statement(text[found.end() :])
+    if found := _EXPLAIN.match(text):
+        return _explain(found[0], text[found.end() :])
+    if _READ.match(text):
         return _query(text)
     if _NEITHER.match(text):
         return Kind.NEITHER
@@ -130,6 +163,13 @@ def _statement(bare: str) -> Kind:
     if text.startswith("COPY "):
         return _copy(text)
     return Kind.WRITE
+
+
+def _explain(options: str, statement: str) -> Kind:
+    if _ANALYZE.search(options):
+        return _statement(statement)
+    # An option that is not known may stand before the word.
+    return _query(statement) if _ANALYZE.search(statement) else Kind.NEITHER
 
 
 def _query(text: str) -> Kind:

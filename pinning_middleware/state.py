@@ -56,8 +56,8 @@ class PoolState:
         self.by_turn = False
         # This scope's replica by turns.
         self.replica: str | None = None
-        # Whether a replica's data reached this scope.
-        self.served = False
+        # The nodes it read from, kept only where a read moves the client's position.
+        self.served: set[str] | None = None
         # On the primary for the rest of the scope, without a pin.
         self.held = held
         # When it wrote last, 0.0: never; and whether a transaction may still have been open.
@@ -66,7 +66,8 @@ class PoolState:
         # When it was pinned by hand, 0.0: never; for how long, None: the window.
         self.by_hand = 0.0
         self.seconds: float | None = None
-        # The pin of an earlier scope, and when a replica was asked for its position last.
+        # The pin of an earlier scope, and when replicas were asked for it in
+        # vain (monotonic clock, 0.0: never).
         self.carried = carried
         self.looked = 0.0
         # A pin of an earlier scope was ended, so the stores have to forget it.
@@ -96,11 +97,23 @@ class PoolState:
             self.seconds = max(other.seconds, self.seconds or 0.0)
         self.answer = None
 
-    def unpin(self) -> None:
-        self.held = self.open_write = False
+    def settle(self) -> None:
+        """Forget what this scope did itself: it has become a pin, or is over."""
+        self.open_write = False
         self.written = self.by_hand = 0.0
         self.seconds = self.answer = None
+
+    def unpin(self) -> None:
+        self.held = False
+        self.settle()
         self.drop()
+
+    def leave(self, replica: str) -> None:
+        """Choose another replica for the rest of the scope."""
+        if self.replica == replica:
+            self.replica = None
+        if self.answer == replica:
+            self.answer = None
 
     def drop(self) -> None:
         """Forget the pin of an earlier scope."""

@@ -31,12 +31,14 @@ def watch(
     execute: Callable[..., Any], sql: Any, params: Any, many: bool, context: dict[str, Any]
 ) -> Any:
     """Note or refuse the statement, then run it: an execute wrapper of every connection."""
-    _inspect(context["connection"], sql)
+    connection = context["connection"]
+    # A cursor that was opened elsewhere, because its replica failed, is still that replica's.
+    _inspect(connection, sql, getattr(context["cursor"], "pinning_alias", connection.alias))
     return execute(sql, params, many, context)
 
 
-def _inspect(connection: BaseDatabaseWrapper, sql: Any) -> None:
-    if (specs := conf.watched.get(connection.alias)) is not None:
+def _inspect(connection: BaseDatabaseWrapper, sql: Any, alias: str) -> None:
+    if (specs := conf.watched.get(alias)) is not None:
         text = _text(connection, sql)
         kind = kind_of(text)
         if kind is Kind.WRITE and not _ignored(text):
@@ -49,11 +51,11 @@ def _inspect(connection: BaseDatabaseWrapper, sql: Any) -> None:
             if not scope.lasting:
                 for spec in specs:
                     scope.state(spec.key, spec.primary).note_lock()
-    elif (primary := conf.guarded.get(connection.alias)) is not None:
+    elif (primary := conf.guarded.get(alias)) is not None:
         text = _text(connection, sql)
         if kind_of(text) is Kind.WRITE and not _is_bookkeeping_of_test_runner(text):
             raise ReplicaWriteError(
-                f"{connection.alias!r} is a replica of {primary!r}, so this write was not sent: "
+                f"{alias!r} is a replica of {primary!r}, so this write was not sent: "
                 f"{text[:80]!r}. Write with .using({primary!r}), or let the router choose."
             )
 
@@ -105,7 +107,7 @@ def install() -> None:
     def watched_callproc(
         self: CursorWrapper, procname: str, params: Any = None, kparams: Any = None
     ) -> Any:
-        _inspect(self.db, f"CALL {procname}")
+        _inspect(self.db, f"CALL {procname}", self.db.alias)
         return callproc(self, procname, params, kparams)
 
     watched_callproc._pinning = True  # type: ignore[attr-defined]
@@ -119,7 +121,8 @@ def _watched_method(name: str, wrapper: CursorWrapper) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def watched(statement: Any, *args: Any, **kwargs: Any) -> Any:
-        _inspect(wrapper.db, _UNREADABLE if name == "copy_from" else statement)
+        sql = _UNREADABLE if name == "copy_from" else statement
+        _inspect(wrapper.db, sql, wrapper.db.alias)
         return method(statement, *args, **kwargs)
 
     return watched

@@ -1,0 +1,163 @@
+"""
+Which replica is usable, how far it is known to be, and when to look again.
+
+Flags and times only: the lock is never held while a database is asked, or while a receiver of a
+signal runs. Times are of the monotonic clock.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import threading
+import time
+
+from .conf import conf
+from .pins import Position, merge_positions
+from .selection import Rotation
+from .signals import replica_left_out, replica_taken_back
+
+__all__ = ["LOOK_EVERY", "Health", "Replica"]
+
+logger = logging.getLogger("pinning_middleware")
+
+# Seconds between two looks of one process at one replica.
+LOOK_EVERY = 2.0
+
+
+class Replica:
+    """What this process knows of one replica."""
+
+    __slots__ = (
+        "_behind_since",
+        "_jitter",
+        "alias",
+        "lag",
+        "looked",
+        "out",
+        "position",
+        "prober",
+        "retry_at",
+    )
+
+    def __init__(self, alias: str) -> None:
+        self.alias = alias
+        # Why it is out of the rotation ("connect", "lag", "role"), empty: it is in.
+        self.out = ""
+        self.retry_at = 0.0
+        # The thread that tries it again, while it is out.
+        self.prober = 0
+        # Seconds behind the primary, None: not known.
+        self.lag: float | None = None
+        self.looked = -math.inf
+        # What it is known to have replayed. A process sees a replica go forward only.
+        self.position: Position = {}
+        self._behind_since: float | None = None
+        # Drawn once, so that processes that saw the same failure do not come back together.
+        self._jitter = random.uniform(1.0, 1.25)
+
+    def retry_in(self, seconds: float) -> None:
+        self.retry_at = time.monotonic() + seconds * self._jitter
+
+    def saw(self, position: Position) -> None:
+        self.position = merge_positions(self.position, position) or {}
+
+    def fell_behind(self, is_behind: bool) -> float:
+        """Return for how long looks have found it behind, in seconds."""
+        now = time.monotonic()
+        if not is_behind:
+            self._behind_since = None
+            return 0.0
+        if self._behind_since is None:
+            self._behind_since = now
+        return now - self._behind_since
+
+
+class Health:
+    """The replicas of one pool, and their turns."""
+
+    def __init__(self, primary: str, rotation: Rotation) -> None:
+        self._primary = primary
+        self._rotation = rotation
+        self._lock = threading.Lock()
+        self.replicas = {alias: Replica(alias) for alias in rotation.weights}
+        # Those out of the rotation; replaced as a whole.
+        self.out: frozenset[str] = frozenset()
+        # The primary could not be reached; until then nobody tries.
+        self.primary_retry_at = 0.0
+
+    def leave_out(self, alias: str, reason: str, seconds: float | None = None) -> None:
+        """Take a replica out of the rotation, for ``PINNING_RETRY_AFTER`` or so many seconds."""
+        replica = self.replicas[alias]
+        seconds = conf.retry_after if seconds is None else seconds
+        with self._lock:
+            replica.retry_in(seconds)
+            is_news = replica.out != reason
+            self._set_out(replica, reason)
+        if is_news:
+            logger.warning("%s is left out of the rotation (%s).", alias, reason)
+            replica_left_out.send(self._primary, replica=alias, reason=reason, seconds=seconds)
+
+    def take_back(self, alias: str) -> None:
+        """Put a replica into the rotation again, if it was out."""
+        replica = self.replicas[alias]
+        if not replica.out:
+            return
+        with self._lock:
+            is_news = bool(replica.out)
+            self._set_out(replica, "")
+        if is_news:
+            logger.info("%s is back in the rotation.", alias)
+            replica_taken_back.send(self._primary, replica=alias)
+
+    def forget(self, alias: str) -> None:
+        """
+        Forget how far a replica was: behind a new connection may be a server that was restarted
+        and is not yet as far again, or another one.
+        """
+        self.replicas[alias].position = {}
+
+    def claim_retry(self) -> str | None:
+        """
+        Return a replica that is out and due to be tried again. Only one caller gets it: others
+        go on without it until that one knows more.
+        """
+        now = time.monotonic()
+        with self._lock:
+            due = [r for r in map(self.replicas.get, self.out) if r and r.retry_at <= now]
+            if not due:
+                return None
+            replica = min(due, key=lambda replica: replica.retry_at)
+            replica.retry_in(conf.retry_after)
+            replica.prober = threading.get_ident()
+            # What it is now has to be seen now.
+            replica.looked = -math.inf
+            return replica.alias
+
+    def claim_look(self, alias: str, every: float = LOOK_EVERY) -> bool:
+        """Return whether it is time for this caller, and no other, to look at a replica."""
+        replica = self.replicas[alias]
+        now = time.monotonic()
+        if now - replica.looked < every:
+            return False
+        with self._lock:
+            is_due = now - replica.looked >= every
+            if is_due:
+                replica.looked = now
+        return is_due
+
+    def may_connect(self, alias: str) -> bool:
+        """Return whether this thread may try to connect: to one that is out only its prober may."""
+        return alias not in self.out or self.replicas[alias].prober == threading.get_ident()
+
+    def freshest_of_lagging(self) -> str | None:
+        """Return the replica that lags least of those that are out for nothing but lag."""
+        lagging = [replica for replica in self.replicas.values() if replica.out == "lag"]
+        return min(lagging, key=lambda replica: replica.lag or 0.0).alias if lagging else None
+
+    def _set_out(self, replica: Replica, reason: str) -> None:
+        replica.out = reason
+        replica.prober = 0
+        self.out = self.out | {replica.alias} if reason else self.out - {replica.alias}
+        self._rotation.leave_out(self.out)
