@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from .exceptions import ReplicaWriteError
-from .scopes import pinning_scope
+from .scopes import carry_scope, pinning_scope
 from .verbs import (
+    acarry_keys,
+    carry_keys,
     ignore_writes,
     is_pinned,
+    pin_keys,
     pin_this_request,
     unpin_this_request,
     use_primary,
@@ -15,8 +18,12 @@ from .verbs import (
 
 __all__ = [
     "ReplicaWriteError",
+    "acarry_keys",
+    "carry_keys",
+    "carry_scope",
     "ignore_writes",
     "is_pinned",
+    "pin_keys",
     "pin_this_request",
     "pinning_scope",
     "unpin_this_request",

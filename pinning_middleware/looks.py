@@ -83,10 +83,10 @@ def position_of_replica(pool: Pool, alias: str) -> Position | None:
     return pool.health.replicas[alias].position if _ask(pool, alias) else None
 
 
-def find_caught_up(pool: Pool, wanted: Position, *, ask: bool) -> str | None:
+def find_caught_up(pool: Pool, wanted: Position, *, ask: bool, wait: float) -> str | None:
     """
     Return a replica that is known to have replayed a position; where none is known to, ask each
-    in turn, and then wait for ``PINNING_WAIT``.
+    in turn, and then wait for one, at most ``wait`` seconds.
     """
     family = family_of(connections[pool.primary])
     if family is None:
@@ -103,7 +103,7 @@ def find_caught_up(pool: Pool, wanted: Position, *, ask: bool) -> str | None:
     for alias in order:
         if _ask(pool, alias) and family.reached(wanted, replicas[alias].position):
             return alias
-    return _wait(pool, family, wanted) if conf.wait else None
+    return _wait(pool, family, wanted, wait) if wait else None
 
 
 def has_reached(pool: Pool, alias: str, wanted: Position) -> bool:
@@ -225,9 +225,9 @@ def _take_in(pool: Pool, family: Positions, alias: str, report: Report) -> bool:
     return True
 
 
-def _wait(pool: Pool, family: Positions, wanted: Position) -> str | None:
+def _wait(pool: Pool, family: Positions, wanted: Position, seconds: float) -> str | None:
     started = time.monotonic()
-    deadline = started + conf.wait
+    deadline = started + seconds
     order = pool.rotation.order()
     if not order:
         return None

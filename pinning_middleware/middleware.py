@@ -11,7 +11,7 @@ from django.db import connections
 
 from .conf import conf
 from .pools import pools
-from .scopes import asks_database, has_changed, left_behind, marks
+from .scopes import akeep_keys, asks_database, has_changed, keep_keys, left_behind, marks
 from .state import Scope, enter, entered_scope
 
 if TYPE_CHECKING:
@@ -124,6 +124,8 @@ async def _acarry(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
 
 def _save(scope: Scope, request: HttpRequest, response: HttpResponseBase | None) -> None:
     pins = left_behind(scope)
+    if scope.keys:
+        keep_keys(scope)
     if pins == scope.carried:
         return
     for store in conf.stores:
@@ -138,6 +140,8 @@ async def _asave(scope: Scope, request: HttpRequest, response: HttpResponseBase 
         pins = await sync_to_async(left_behind)(scope)
     else:
         pins = left_behind(scope)
+    if scope.keys:
+        await akeep_keys(scope)
     if pins == scope.carried:
         return
     for store in conf.stores:

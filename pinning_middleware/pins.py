@@ -13,9 +13,21 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
-__all__ = ["Pin", "Pins", "Position", "live", "merge_pins", "merge_positions", "pack", "unpack"]
+__all__ = [
+    "OPTIONAL",
+    "Pin",
+    "Pins",
+    "Position",
+    "live",
+    "merge_pins",
+    "merge_positions",
+    "pack",
+    "unpack",
+]
 
 Position: TypeAlias = Mapping[str, int]
+# Before the name of a log that counts only for a replica that follows it at all.
+OPTIONAL = "?"
 
 
 class Pin(NamedTuple):
@@ -31,11 +43,12 @@ class Pin(NamedTuple):
 
     def merge(self, other: Pin) -> Pin:
         """Return the pin that keeps both promises: the latest ends and the newest position."""
-        return Pin(
-            max(self.until, other.until),
-            max(self.held, other.held),
-            merge_positions(self.position, other.position),
-        )
+        newer, older = (self, other) if self.until >= other.until else (other, self)
+        held = max(self.held, other.held)
+        if not _comparable(self.position, other.position):
+            # The older log may be one that no replica will follow any more: let time end it.
+            return Pin(newer.until, max(held, older.until), newer.position)
+        return Pin(newer.until, held, merge_positions(self.position, other.position))
 
     def waits_for(self, now: float) -> Position | None:
         """Return the position that frees this pin before its end; ``None``: only time does."""
@@ -49,7 +62,17 @@ def merge_positions(one: Position | None, other: Position | None) -> Position | 
     """Return the smallest position that includes both."""
     if not one or not other:
         return one or other
-    return {log: max(one.get(log, -1), other.get(log, -1)) for log in {**one, **other}}
+    points: dict[str, int] = {}
+    for log, point in (*one.items(), *other.items()):
+        name = log.removeprefix(OPTIONAL)
+        points[name] = max(points.get(name, -1), point)
+    required = {log for log in (*one, *other) if not log.startswith(OPTIONAL)}
+    return {n if n in required else OPTIONAL + n: point for n, point in points.items()}
+
+
+def _comparable(one: Position | None, other: Position | None) -> bool:
+    names = [{log.removeprefix(OPTIONAL) for log in position or ()} for position in (one, other)]
+    return not all(names) or names[0] == names[1]
 
 
 def merge_pins(*several: Pins) -> dict[str, Pin]:

@@ -139,7 +139,8 @@ class Pool:
         # One question for a request; what lasts longer asks again, but not at every read.
         is_due = monotonic - state.looked > 1.0 if scope.lasting else not state.looked
         ask = is_due and looks.may_ask()
-        alias = looks.find_caught_up(self, wanted, ask=ask)
+        wait = conf.wait if scope.wait is None else scope.wait
+        alias = looks.find_caught_up(self, wanted, ask=ask, wait=wait)
         if alias is None:
             if ask:
                 state.looked = monotonic
@@ -226,9 +227,19 @@ class Pool:
 
     def new_pin(self, state: PoolState, now: float) -> Pin | None:
         """Return the pin that a scope leaves behind here; may ask the primary where it is."""
+        if state.left is not None and state.left[0] == state.marks and not state.open_write:
+            return state.left[1]
         until, held = state.pin_ends(conf.seconds, now)
         if until <= now:
             return None
+        pin = self.pin_now(until, held)
+        if pin.position is not None:
+            state.open_write = False
+            state.left = (state.marks, pin)
+        return pin
+
+    def pin_now(self, until: float, held: float = 0.0) -> Pin:
+        """Return a pin of all that the primary has by now; it may ask the primary where it is."""
         position = looks.position_of_primary(self) if self.tells_positions else None
         return Pin(until, held if position else until, position)
 

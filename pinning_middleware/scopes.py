@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from types import TracebackType
+from typing import ParamSpec, TypeVar
 
 from asgiref.sync import sync_to_async
 
-from . import tokens
+from . import keyed, tokens
+from .conf import conf
 from .pins import Pin, Pins, live, merge_pins
 from .pools import Pool, pools
-from .state import Scope, enter, entered_scope
+from .state import (
+    Override,
+    Scope,
+    current_scope,
+    enter,
+    entered_scope,
+    overrides,
+    writes_ignored,
+)
 
-__all__ = ["PinningScope", "asks_database", "has_changed", "left_behind", "marks", "pinning_scope"]
+__all__ = [
+    "PinningScope",
+    "akeep_keys",
+    "asks_database",
+    "carry_scope",
+    "has_changed",
+    "keep_keys",
+    "left_behind",
+    "marks",
+    "pinning_scope",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def has_changed(scope: Scope) -> bool:
     """Return whether what follows this scope has to know of something that it did."""
-    return any(state.pinned or state.dropped or state.served for state in scope.states.values())
+    return bool(scope.keys) or any(
+        state.pinned or state.dropped or state.served for state in scope.states.values()
+    )
 
 
 def asks_database(scope: Scope) -> bool:
     """Return whether ``left_behind`` will ask a primary for its position."""
-    return any(
+    return bool(scope.keys) or any(
         pool.tells_positions and (pool.state(scope).pinned or pool.state(scope).served)
         for pool in _touched(scope)
     )
@@ -48,9 +75,37 @@ def left_behind(scope: Scope) -> dict[str, Pin]:
     return pins
 
 
+def pins_of_keys(scope: Scope, pins: Pins) -> dict[str | None, dict[str, Pin]]:
+    """
+    Return what the scope's keys are to be pinned by, for each ``using`` that they were given
+    with: what the scope leaves behind, else what the primary has by now.
+    """
+    until = time.time() + conf.seconds
+    return {
+        using: {
+            pool.primary: pins[pool.primary] if pool.primary in pins else pool.pin_now(until)
+            for pool in pools().of_primary(using)
+        }
+        for using in dict.fromkeys(scope.keys.values())
+    }
+
+
+def keep_keys(scope: Scope) -> None:
+    """Pin the scope's keys. Call it when its transactions are over."""
+    for using, pins in pins_of_keys(scope, left_behind(scope)).items():
+        keyed.keep([key for key, of in scope.keys.items() if of == using], pins)
+
+
+async def akeep_keys(scope: Scope) -> None:
+    """Pin the scope's keys, in async code."""
+    pins_by_using = await sync_to_async(lambda: pins_of_keys(scope, left_behind(scope)))()
+    for using, pins in pins_by_using.items():
+        await keyed.akeep([key for key, of in scope.keys.items() if of == using], pins)
+
+
 def marks(scope: Scope) -> list[tuple[float, float]]:
     """Return a value that differs when the scope has written or was pinned in between."""
-    return [(state.written, state.by_hand) for state in scope.states.values()]
+    return [state.marks for state in scope.states.values()]
 
 
 def _touched(scope: Scope) -> list[Pool]:
@@ -64,8 +119,8 @@ class PinningScope:
     A token that this site did not sign is ignored, as a cookie would be.
     """
 
-    def __init__(self, token: str | None = None) -> None:
-        self._scope = Scope(tokens.accept(token) if token else None)
+    def __init__(self, token: str | None = None, scope: Scope | None = None) -> None:
+        self._scope = scope or Scope(tokens.accept(token) if token else None)
         self._outer: list[Scope | None] = []
 
     @property
@@ -97,6 +152,24 @@ class PinningScope:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._scope.keys:
+            keep_keys(self._scope)
+        self._leave()
+
+    async def __aenter__(self) -> PinningScope:
+        return self.__enter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._scope.keys:
+            await akeep_keys(self._scope)
+        self._leave()
+
+    def _leave(self) -> None:
         outer = self._outer.pop()
         enter(outer)
         if outer is not None and not outer.lasting:
@@ -118,3 +191,31 @@ def pinning_scope(token: str | None = None) -> PinningScope:
     ``token`` is what an earlier scope left behind. An unreadable one is ignored and counted.
     """
     return PinningScope(token)
+
+
+def carry_scope(function: Callable[P, R]) -> Callable[P, R]:
+    """
+    Return the function bound to the scope that is open now, to be run by another thread::
+
+        executor.submit(carry_scope(work), argument)
+
+    What it writes pins this scope, as long as that lasts, and it reads what this scope may read.
+    """
+    scope, override, ignored = current_scope(), overrides.get(), writes_ignored.get()
+
+    @functools.wraps(function)
+    def bound(*args: P.args, **kwargs: P.kwargs) -> R:
+        before = entered_scope(), overrides.get(), writes_ignored.get()
+        _enter_all(scope, override, ignored)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _enter_all(*before)
+
+    return bound
+
+
+def _enter_all(scope: Scope | None, override: Override | None, ignored: int) -> None:
+    enter(scope)
+    overrides.set(override)
+    writes_ignored.set(ignored)

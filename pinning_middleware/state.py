@@ -39,6 +39,7 @@ class PoolState:
         "carried",
         "dropped",
         "held",
+        "left",
         "looked",
         "open_write",
         "primary",
@@ -70,6 +71,8 @@ class PoolState:
         # vain (monotonic clock, 0.0: never).
         self.carried = carried
         self.looked = 0.0
+        # The pin that was told to others last, and the marks it was made at.
+        self.left: tuple[tuple[float, float], Pin] | None = None
         # A pin of an earlier scope was ended, so the stores have to forget it.
         self.dropped = False
 
@@ -121,6 +124,11 @@ class PoolState:
         self.carried = None
 
     @property
+    def marks(self) -> tuple[float, float]:
+        """A value that is another one after a write or a pin by hand."""
+        return self.written, self.by_hand
+
+    @property
     def pinned(self) -> bool:
         """Whether this scope pinned the pool, by a write or by hand."""
         return bool(self.written or self.by_hand)
@@ -144,7 +152,7 @@ class Scope:
     gave a scope), so that the window ends what a write began.
     """
 
-    __slots__ = ("atomic_view", "carried", "lasting", "primary_first", "states")
+    __slots__ = ("atomic_view", "carried", "keys", "lasting", "primary_first", "states", "wait")
 
     def __init__(
         self, carried: Pins | None = None, *, primary_first: bool = False, lasting: bool = False
@@ -155,6 +163,10 @@ class Scope:
         self.lasting = lasting
         # The primaries on which ATOMIC_REQUESTS opens a transaction around the view.
         self.atomic_view: tuple[str, ...] = ()
+        # Keys of a cache that are to be pinned when it ends, and of which primaries.
+        self.keys: dict[str, str | None] = {}
+        # Seconds to wait for a replica to catch up, None: as the settings say.
+        self.wait: float | None = None
 
     def state(self, key: str, primary: str) -> PoolState:
         """Return the state of a pool, made at its first use."""

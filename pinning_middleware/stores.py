@@ -10,10 +10,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, ClassVar
 
-from asgiref.sync import sync_to_async
+from asgiref.sync import iscoroutinefunction, sync_to_async
+from django.contrib.auth import SESSION_KEY
 from django.utils.cache import patch_cache_control, patch_vary_headers
+from django.utils.functional import empty
 
-from . import tokens
+from . import keyed, tokens
 from .conf import conf
 from .pins import Pins
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from django.http import HttpRequest
     from django.http.response import HttpResponseBase
 
-__all__ = ["BaseStore", "CookieStore", "TokenStore", "user_key"]
+__all__ = ["BaseStore", "CacheStore", "CookieStore", "HeaderStore", "TokenStore", "user_key"]
 
 
 class BaseStore:
@@ -105,6 +107,59 @@ class CookieStore(TokenStore):
         keep_private(response, "Cookie")
 
 
+class HeaderStore(TokenStore):
+    """
+    Pins a client without cookies: it sends back the header that it got last, as it got it. An
+    empty one says that there is nothing to send any more.
+    """
+
+    def read(self, request: HttpRequest) -> str | None:
+        return request.headers.get(conf.header_name)
+
+    def write(self, response: HttpResponseBase, token: str, seconds: float) -> None:
+        response.headers[conf.header_name] = token
+        keep_private(response, conf.header_name)
+
+
+class CacheStore(BaseStore):
+    """
+    Pins a user on every device, through the cache ``PINNING_CACHE``, under ``PINNING_KEY``.
+
+    Nobody without a key costs a look-up.
+    """
+
+    after_authentication = True
+
+    def load(self, request: HttpRequest) -> Pins:
+        key = conf.key(request)
+        return _remember(request, keyed.fetch([key]) if key else {})
+
+    def save(self, request: HttpRequest, response: HttpResponseBase | None, pins: Pins) -> None:
+        # Asked again: it may be this request that logged the user in.
+        if key := conf.key(request):
+            keyed.keep([key], pins, _gone(request, pins))
+
+    async def aload(self, request: HttpRequest) -> Pins:
+        key = await _akey(request)
+        return _remember(request, await keyed.afetch([key]) if key else {})
+
+    async def asave(
+        self, request: HttpRequest, response: HttpResponseBase | None, pins: Pins
+    ) -> None:
+        if key := await _akey(request):
+            await keyed.akeep([key], pins, _gone(request, pins))
+
+
+def _remember(request: HttpRequest, pins: Pins) -> Pins:
+    request._pinning_loaded = pins  # type: ignore[attr-defined]
+    return pins
+
+
+def _gone(request: HttpRequest, pins: Pins) -> Pins:
+    loaded: Pins = getattr(request, "_pinning_loaded", {})
+    return {alias: pin for alias, pin in loaded.items() if alias not in pins}
+
+
 def keep_private(response: HttpResponseBase, vary: str) -> None:
     """Tell caches between here and the client that this response is the client's own."""
     headers = response.headers
@@ -119,6 +174,38 @@ def keep_private(response: HttpResponseBase, vary: str) -> None:
 
 
 def user_key(request: HttpRequest) -> str | None:
-    """Return the logged-in user's id, ``None`` for a visitor: the default of ``PINNING_KEY``."""
+    """
+    Return the logged-in user's id, ``None`` for a visitor: the default of ``PINNING_KEY``.
+
+    The session knows the id, so the user is not asked of the database; a visitor without a
+    session costs nothing.
+    """
+    session = getattr(request, "session", None)
+    if session is not None and session.session_key and (known := session.get(SESSION_KEY)):
+        return str(known)
+    return _other_user(request)
+
+
+async def auser_key(request: HttpRequest) -> str | None:
+    """Return ``user_key(request)``, in async code."""
+    session = getattr(request, "session", None)
+    if session is not None and session.session_key and (known := await session.aget(SESSION_KEY)):
+        return str(known)
+    return _other_user(request)
+
+
+def _other_user(request: HttpRequest) -> str | None:
+    """Return the id of a user who is there without a session, by a token say."""
     user = getattr(request, "user", None)
-    return str(user.pk) if user is not None and user.is_authenticated else None
+    # A lazy user that nobody has asked for comes from the session.
+    if user is None or getattr(user, "_wrapped", None) is empty or not user.is_authenticated:
+        return None
+    return str(user.pk)
+
+
+async def _akey(request: HttpRequest) -> str | None:
+    if conf.key is user_key:
+        return await auser_key(request)
+    if iscoroutinefunction(conf.key):
+        return await conf.key(request)  # type: ignore[no-any-return]
+    return await sync_to_async(conf.key)(request)

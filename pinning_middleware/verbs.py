@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, cast, overload
 
 from asgiref.sync import iscoroutinefunction
+from django.db import transaction
 
-from .pools import pools
+from . import keyed
+from .conf import conf
+from .pools import Pool, pools
 from .state import Override, current_scope, entered_scope, overrides, writes_ignored
 
 __all__ = [
+    "acarry_keys",
+    "carry_keys",
     "ignore_writes",
     "is_pinned",
+    "pin_keys",
     "pin_this_request",
     "unpin_this_request",
     "use_primary",
@@ -63,6 +70,38 @@ def is_pinned(using: str | None = None) -> bool:
     scope = entered_scope()
     found = pools().of_primary(using)
     return scope is not None and any(pool.is_pinned(scope) for pool in found)
+
+
+def pin_keys(*keys: str, using: str | None = None) -> None:
+    """
+    Pin what this scope writes under keys of your choosing, ``"order:42"`` say, for everybody who
+    takes them up with ``carry_keys``. Kept in the cache ``PINNING_CACHE`` when the scope ends;
+    outside any scope at once, or when the open transaction commits.
+
+    ``using`` is a primary's alias, ``None`` every pool; ``ValueError`` for any other alias.
+    """
+    found = pools().of_primary(using)
+    scope = current_scope()
+    if not scope.lasting:
+        scope.keys.update(dict.fromkeys(keys, using))
+        return
+    for pool in found:
+        transaction.on_commit(functools.partial(_keep_now, pool, keys), using=pool.primary)
+
+
+def _keep_now(pool: Pool, keys: tuple[str, ...]) -> None:
+    keyed.keep(keys, {pool.primary: pool.pin_now(time.time() + conf.seconds)})
+
+
+def carry_keys(*keys: str) -> None:
+    """Let this scope read what was written under these keys, from now on."""
+    current_scope().carry(keyed.fetch(keys))
+
+
+async def acarry_keys(*keys: str) -> None:
+    """Do what ``carry_keys`` does, in async code."""
+    scope = current_scope()
+    scope.carry(await keyed.afetch(keys))
 
 
 class Block:

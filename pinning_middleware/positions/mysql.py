@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.utils import DatabaseError
 
-from ..pins import Position
+from ..pins import OPTIONAL, Position
 from .base import Positions, Report, fetch
 
 __all__ = ["MariaDB", "MySQL", "family", "parse_gtids", "parse_mariadb"]
@@ -80,7 +80,7 @@ class MariaDB(_Family):
         domains = {_domain(log) for log in own}
         # What others wrote in a domain that replicas may not follow is no reason to wait.
         return {
-            log if not domains or _domain(log) in domains else f"?{log}": sequence
+            log if not domains or _domain(log) in domains else OPTIONAL + log: sequence
             for log, sequence in written.items()
         } or None
 
@@ -107,13 +107,13 @@ class MariaDB(_Family):
     def reached(self, wanted: Position, known: Position) -> bool:
         domains = {_domain(log) for log in known}
         return all(
-            known.get(log.removeprefix("?"), -1) >= point
+            known.get(log.removeprefix(OPTIONAL), -1) >= point
             for log, point in wanted.items()
-            if log[0] != "?" or _domain(log[1:]) in domains
+            if log[0] != OPTIONAL or _domain(log[1:]) in domains
         )
 
     def wait(self, connection: BaseDatabaseWrapper, wanted: Position, seconds: float) -> bool:
-        gtids = ",".join(f"{log}-{point}" for log, point in wanted.items() if log[0] != "?")
+        gtids = ",".join(f"{log}-{point}" for log, point in wanted.items() if log[0] != OPTIONAL)
         if not gtids:
             return False
         fetch(connection, f"SELECT MASTER_GTID_WAIT('{gtids}', {seconds:.3f})")

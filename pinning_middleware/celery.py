@@ -1,0 +1,101 @@
+"""
+Celery: a task that is sent after a write reads that write.
+
+The pins travel in the message's headers. In the worker each task is a scope that begins with them
+and ends with the task; retries, chains and chords send on what it leaves behind.
+"""
+
+from __future__ import annotations
+
+from time import time
+from typing import Any
+
+from celery import Celery, current_task
+from celery.signals import before_task_publish, task_postrun, task_prerun
+from django.core.exceptions import ImproperlyConfigured
+
+from . import tokens
+from .conf import conf
+from .pins import merge_pins
+from .pools import pools
+from .scopes import PinningScope, left_behind
+from .state import Scope, entered_scope
+
+__all__ = ["HEADER", "POLICIES", "carry_pins"]
+
+HEADER = "pinning_token"
+POLICIES = ("sticky", "primary", "wait")
+# Seconds that a task with pinning="wait" waits unless it says pinning_wait.
+LONGEST_WAIT = 1.0
+
+_open: dict[str, PinningScope] = {}
+
+
+def carry_pins(app: Celery) -> None:
+    """
+    Let the tasks of this app carry pins. A task says what it needs by ``@app.task(pinning=…)``:
+
+    - ``"sticky"``, the default: reads from a replica that has caught up, else from the primary;
+    - ``"primary"``: reads from the primary;
+    - ``"wait"``: waits for a replica to catch up, at most ``pinning_wait`` seconds (1), and reads
+      from the primary if none has.
+
+    ``ImproperlyConfigured``, when the app is finalized, for a task with another policy.
+    """
+    before_task_publish.connect(_send, weak=False, dispatch_uid="pinning_middleware.send")
+    task_prerun.connect(_begin, weak=False, dispatch_uid="pinning_middleware.begin")
+    task_postrun.connect(_end, weak=False, dispatch_uid="pinning_middleware.end")
+    app.on_after_finalize.connect(_judge, weak=False)
+
+
+def _judge(sender: Celery, **kwargs: Any) -> None:
+    for name, task in sender.tasks.items():
+        policy = getattr(task, "pinning", "sticky")
+        if policy not in POLICIES:
+            known = ", ".join(map(repr, POLICIES))
+            raise ImproperlyConfigured(
+                f"Task {name}: pinning must be one of {known}, not {policy!r}."
+            )
+
+
+def _send(headers: dict[str, Any], **kwargs: Any) -> None:
+    scope = entered_scope()
+    pins = left_behind(scope) if scope is not None else {}
+    if _ends_group():
+        # All parts of a chord are done by now, each in a scope of its own.
+        until = time() + conf.seconds
+        fresh = {pool.primary: pool.pin_now(until) for pool in pools().by_primary.values()}
+        pins = merge_pins(pins, fresh)
+    if pins:
+        headers[HEADER] = tokens.dumps(pins)
+    else:
+        headers.pop(HEADER, None)
+
+
+def _ends_group() -> bool:
+    if not current_task:
+        return False
+    return bool(current_task.request.chord) or current_task.name == "celery.chord_unlock"
+
+
+def _begin(task_id: str, task: Any, **kwargs: Any) -> None:
+    request = task.request
+    token = getattr(request, HEADER, None)
+    scope = Scope(tokens.accept(token) if token else None)
+    outer = entered_scope()
+    if request.is_eager and outer is not None:
+        # No message was sent: what would have been in it is still here.
+        scope.carry(left_behind(outer))
+    policy = getattr(task, "pinning", "sticky")
+    scope.primary_first = policy == "primary"
+    if policy == "wait":
+        scope.wait = getattr(task, "pinning_wait", LONGEST_WAIT)
+    block = PinningScope(scope=scope)
+    block.__enter__()
+    _open[task_id] = block
+
+
+def _end(task_id: str, **kwargs: Any) -> None:
+    block = _open.pop(task_id, None)
+    if block is not None:
+        block.__exit__(None, None, None)

@@ -1,0 +1,263 @@
+"""
+Pins under a key, in Django's cache: a user's on all devices, or those of a thing that many read.
+
+On Redis and Valkey the pins of parallel scopes merge atomically, on the server. On other caches
+they are read, merged and written back, so that of two scopes that end at the same instant one may
+win. A cache that is down or slow costs what it would have told, and a line in the log.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from asgiref.sync import sync_to_async
+from django.core.cache import BaseCache, caches
+
+from .conf import conf, on_change
+from .pins import Pin, Pins, live, merge_pins, pack, unpack
+
+__all__ = ["afetch", "akeep", "fetch", "keep"]
+
+logger = logging.getLogger("pinning_middleware")
+
+# Seconds: what a look-up may take on Redis and Valkey, and how slow any other cache may be
+# before it is left alone for PINNING_RETRY_AFTER.
+LONGEST = 0.5
+
+# Every field is a number that only grows, so merging is the larger of two. They are compared as
+# text, since Lua's numbers are exact to 2^53 only and a position may be larger.
+_MERGE = """
+local longest = redis.call('PTTL', KEYS[1])
+for i = 2, #ARGV, 2 do
+    local known = redis.call('HGET', KEYS[1], ARGV[i])
+    local new = ARGV[i + 1]
+    if not known or #new > #known or (#new == #known and new > known) then
+        redis.call('HSET', KEYS[1], ARGV[i], new)
+    end
+end
+if tonumber(ARGV[1]) > longest then
+    redis.call('PEXPIRE', KEYS[1], ARGV[1])
+end
+"""
+# Only what is still as it was read: a newer write's pin stays.
+_FORGET = """
+for i = 1, #ARGV, 2 do
+    if redis.call('HGET', KEYS[1], ARGV[i]) ~= ARGV[i + 1] then
+        return 0
+    end
+end
+for i = 1, #ARGV, 2 do
+    redis.call('HDEL', KEYS[1], ARGV[i])
+end
+return 1
+"""
+
+
+def fetch(keys: Iterable[str]) -> dict[str, Pin]:
+    """Return the merged live pins of these keys; none where the cache does not answer."""
+    found: dict[str, Pin] = {}
+    if _bounded.is_out:
+        return found
+    with _bounded():
+        cache = caches[conf.cache]
+        client = _redis(cache)
+        if client is None:
+            rows: Iterable[Any] = cache.get_many([_name(key) for key in keys]).values()
+            found = merge_pins(*map(unpack, rows))
+        else:
+            pipeline = client.pipeline(transaction=False)
+            for key in keys:
+                pipeline.hgetall(cache.make_key(_name(key)))
+            found = merge_pins(*map(_from_fields, pipeline.execute()))
+    return live(found, time.time())
+
+
+async def afetch(keys: Iterable[str]) -> dict[str, Pin]:
+    """Return ``fetch(keys)`` through the cache's async interface."""
+    cache = caches[conf.cache]
+    if _is_redis(cache):
+        return await sync_to_async(fetch)(keys)
+    found: dict[str, Pin] = {}
+    if _bounded.is_out:
+        return found
+    with _bounded():
+        rows = (await cache.aget_many([_name(key) for key in keys])).values()
+        found = merge_pins(*map(unpack, rows))
+    return live(found, time.time())
+
+
+def keep(keys: Iterable[str], pins: Pins, gone: Pins | None = None) -> None:
+    """
+    Merge pins into those of each key. ``gone``: pins to forget, unless they have moved since they
+    were read.
+    """
+    if _bounded.is_out:
+        return
+    pins = live(pins, time.time())
+    with _bounded():
+        cache = caches[conf.cache]
+        client = _redis(cache)
+        for key in keys:
+            if client is not None:
+                _keep_on_redis(client, cache.make_key(_name(key)), pins, gone or {})
+            else:
+                name = _name(key)
+                merged = _merged(cache.get(name), pins, gone or {})
+                cache.set(name, pack(merged), _timeout(merged))
+
+
+async def akeep(keys: Iterable[str], pins: Pins, gone: Pins | None = None) -> None:
+    """Do ``keep`` through the cache's async interface."""
+    cache = caches[conf.cache]
+    if _is_redis(cache):
+        await sync_to_async(keep)(keys, pins, gone)
+        return
+    if _bounded.is_out:
+        return
+    pins = live(pins, time.time())
+    with _bounded():
+        for key in keys:
+            name = _name(key)
+            merged = _merged(await cache.aget(name), pins, gone or {})
+            await cache.aset(name, pack(merged), _timeout(merged))
+
+
+def _merged(row: Any, pins: Pins, gone: Pins) -> dict[str, Pin]:
+    known = unpack(row) if row else {}
+    # As they were written down, since that rounds.
+    forgotten = unpack(pack(gone))
+    kept = {alias: pin for alias, pin in known.items() if forgotten.get(alias) != pin}
+    return merge_pins(kept, pins)
+
+
+def _timeout(pins: Pins) -> int:
+    """Return for how long these pins are of use, in whole seconds; 0: not at all."""
+    return max((math.ceil(pin.until - time.time()) for pin in pins.values()), default=0)
+
+
+def _name(key: str) -> str:
+    # Whatever the key is made of, memcached too has to like it.
+    return "pinning:" + hashlib.sha256(key.encode()).hexdigest()[:40]
+
+
+# Redis and Valkey
+
+
+def _is_redis(cache: BaseCache) -> bool:
+    return _client_of(cache) is not None
+
+
+def _client_of(cache: BaseCache) -> Callable[[], Any] | None:
+    """Return what gives a client of the writing server: of Django's backend or of django-redis."""
+    for name in ("_cache", "client"):
+        get_client = getattr(getattr(cache, name, None), "get_client", None)
+        if get_client is not None:
+            return functools.partial(get_client, write=True)
+    return None
+
+
+_clients: dict[str, Any] = {}
+
+
+def _redis(cache: BaseCache) -> Any:
+    """Return a client whose calls are bounded, ``None`` where the cache is not Redis or Valkey."""
+    if (given := _client_of(cache)) is None:
+        return None
+    if conf.cache not in _clients:
+        pool = given().connection_pool
+        bounds = {"socket_timeout": LONGEST, "socket_connect_timeout": LONGEST}
+        chosen = {
+            name: value for name, value in pool.connection_kwargs.items() if value is not None
+        }
+        own = type(pool)(connection_class=pool.connection_class, **{**bounds, **chosen})
+        _clients[conf.cache] = type(given())(connection_pool=own)
+    return _clients[conf.cache]
+
+
+def _keep_on_redis(client: Any, name: str, pins: Pins, gone: Pins) -> None:
+    fresh = {alias: pin for alias, pin in gone.items() if alias not in pins}
+    if fresh:
+        client.eval(_FORGET, 1, name, *_fields(fresh))
+    if pins:
+        client.eval(_MERGE, 1, name, _timeout(pins) * 1000, *_fields(pins))
+
+
+def _fields(pins: Pins) -> Iterator[str]:
+    for alias, pin in pins.items():
+        yield from (f"{alias}|until", str(round(pin.until * 1000)))
+        yield from (f"{alias}|held", str(round(pin.held * 1000)))
+        for log, point in (pin.position or {}).items():
+            yield from (f"{alias}|at|{log}", str(point))
+            yield from (f"{alias}|to|{log}", str(round(pin.until * 1000)))
+
+
+def _from_fields(fields: Mapping[bytes, bytes]) -> dict[str, Pin]:
+    parts: dict[str, dict[str, int]] = {}
+    for name, value in fields.items():
+        alias, _, field = name.decode().partition("|")
+        parts.setdefault(alias, {})[field] = int(value)
+    return {alias: _pin_of(known) for alias, known in parts.items()}
+
+
+def _pin_of(known: Mapping[str, int]) -> Pin:
+    now = time.time() * 1000
+    # A log that nobody writes any more, after a promotion say, ends with its own window.
+    position = {
+        field.removeprefix("at|"): point
+        for field, point in known.items()
+        if field.startswith("at|") and known.get(field.replace("at|", "to|", 1), 0) > now
+    }
+    return Pin(known.get("until", 0) / 1000, known.get("held", 0) / 1000, position or None)
+
+
+# Outages
+
+
+class _Bounded:
+    """Leaves a cache alone for a while that failed or was slow, and says so once."""
+
+    def __init__(self) -> None:
+        self._until = 0.0
+
+    @property
+    def is_out(self) -> bool:
+        return time.monotonic() < self._until
+
+    def reset(self) -> None:
+        self._until = 0.0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        except Exception as error:
+            self._leave_alone(error)
+        else:
+            if time.monotonic() - started > LONGEST:
+                self._leave_alone(f"it took longer than {LONGEST} s")
+
+    def _leave_alone(self, why: object) -> None:
+        self._until = time.monotonic() + conf.retry_after
+        logger.error(
+            "The cache %r is left alone for %s s; other stores serve: %s",
+            conf.cache,
+            conf.retry_after,
+            why,
+        )
+
+
+_bounded = _Bounded()
+
+
+@on_change
+def _start_anew() -> None:
+    _clients.clear()
+    _bounded.reset()

@@ -1,0 +1,65 @@
+"""
+Django's Tasks (Django 6) and django-tasks: a task that is enqueued after a write reads that write.
+
+Their interface has no room for headers, so the pins wait in the cache ``PINNING_CACHE`` under the
+task's id. The signal comes after the task was handed to its backend: a worker that starts it
+within that instant finds no pin, unless it is enqueued when its transaction commits.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+from django.core.exceptions import ImproperlyConfigured
+
+from . import keyed
+from .scopes import PinningScope, left_behind
+from .state import Scope, entered_scope
+
+__all__ = ["carry_pins"]
+
+_open: dict[str, PinningScope] = {}
+
+
+def carry_pins() -> None:
+    """
+    Let tasks carry pins. Call it in an app's ``ready()``, where tasks are enqueued and in the
+    worker. ``ImproperlyConfigured`` where there is neither Django 6 nor django-tasks.
+    """
+    found = False
+    for module in ("django.tasks.signals", "django_tasks.signals"):
+        with suppress(ImportError):
+            _connect(import_module(module))
+            found = True
+    if not found:
+        raise ImproperlyConfigured("Tasks are part of Django 6; before it, install django-tasks.")
+
+
+def _connect(signals: Any) -> None:
+    signals.task_enqueued.connect(_send, dispatch_uid="pinning_middleware.send")
+    signals.task_started.connect(_begin, dispatch_uid="pinning_middleware.begin")
+    signals.task_finished.connect(_end, dispatch_uid="pinning_middleware.end")
+
+
+def _send(*, task_result: Any, **kwargs: Any) -> None:
+    scope = entered_scope()
+    if scope is not None and (pins := left_behind(scope)):
+        keyed.keep([_key(task_result)], pins)
+
+
+def _begin(*, task_result: Any, **kwargs: Any) -> None:
+    block = PinningScope(scope=Scope(keyed.fetch([_key(task_result)])))
+    block.__enter__()
+    _open[task_result.id] = block
+
+
+def _end(*, task_result: Any, **kwargs: Any) -> None:
+    block = _open.pop(task_result.id, None)
+    if block is not None:
+        block.__exit__(None, None, None)
+
+
+def _key(task_result: Any) -> str:
+    return f"task:{task_result.id}"
