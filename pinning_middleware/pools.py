@@ -95,7 +95,7 @@ class Pool:
         """Return whether the open transaction is one that the code itself asked for."""
         if not connection.in_atomic_block:
             return True
-        asked_for = sum(
+        asked_for: int = sum(
             not block._from_testcase  # type: ignore[attr-defined]
             for block in connection.atomic_blocks
         )

@@ -8,16 +8,32 @@ from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync
+from django.apps import apps
 from django.conf import settings
 from django.core.cache import cache
 from django.db import connections
+from django.db.models import Model
 from django.test import AsyncClient, Client
+from freezegun import freeze_time
+from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware.state import enter, entered_scope
 from tests.app import views
 from tests.settings import FOLDER
 
 REPLICAS = ("replica1", "replica2", "users_replica")
+MIDDLEWARE = "pinning_middleware.middleware.PinningMiddleware"
+ROUTER = "pinning_middleware.routers.PinningRouter"
+
+
+def where(name: str = "Book") -> str:
+    """Return the alias that a read of this model would use now."""
+    model: Any = apps.get_model("app", name)
+    return str(model.objects.db)
+
+
+def is_replica(alias: str) -> bool:
+    return alias in ("replica1", "replica2")
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +91,41 @@ def replicate() -> Iterator[Callable[..., None]]:
         _empty(alias)
 
 
+@pytest.fixture
+def named(replicate: Callable[..., None]) -> Callable[..., None]:
+    """
+    Return a function that gives databases an author, a book of theirs and a tag with the
+    database's name, all with the key 1: what is read tells where it was read.
+    """
+
+    def fill(*aliases: str) -> None:
+        for alias in aliases or ("default", "replica1", "replica2"):
+            if alias != "default":
+                replicate(alias)
+            with sqlite3.connect(connections[alias].settings_dict["NAME"]) as database:
+                for statement in (
+                    "REPLACE INTO app_author (id, name) VALUES (1, ?)",
+                    "REPLACE INTO app_book (id, title, author_id) VALUES (1, ?, 1)",
+                    "REPLACE INTO app_tag (id, name) VALUES (1, ?)",
+                    "REPLACE INTO app_account (id, name) VALUES (1, ?)",
+                    "REPLACE INTO app_slurpee (id, number) VALUES (1, length(?))",
+                ):
+                    database.execute(statement, [alias])
+                database.execute(
+                    "REPLACE INTO app_book_tags (id, book_id, tag_id) VALUES (1, 1, 1)"
+                )
+            database.close()
+
+    return fill
+
+
+@pytest.fixture
+def clock() -> Iterator[FrozenDateTimeFactory]:
+    """Stop the clock; `clock.tick(seconds)` moves it on."""
+    with freeze_time("2026-01-01 12:00:00", real_asyncio=True) as frozen:
+        yield frozen
+
+
 def _copy(source: str, target: str) -> None:
     primary = sqlite3.connect(connections[source].settings_dict["NAME"])
     replica = sqlite3.connect(connections[target].settings_dict["NAME"])
@@ -126,3 +177,38 @@ def new_browser(request: pytest.FixtureRequest) -> Callable[..., Browser]:
 @pytest.fixture
 def browser(new_browser: Callable[..., Browser]) -> Browser:
     return new_browser()
+
+
+class Visit:
+    """Runs actions inside requests, and returns what they returned."""
+
+    def __init__(self, browser: Browser, kind: str, do: Callable[..., str]) -> None:
+        self.browser, self.kind, self._do = browser, kind, do
+        self.response: Any = None
+
+    def __call__(
+        self, action: Callable[[Any], Any] | None = None, method: str = "get", **kwargs: Any
+    ) -> Any:
+        results = []
+
+        def act(request: Any) -> str:
+            results.append(where() if action is None else action(request))
+            return "done"
+
+        address = f"/{self.kind}/{self._do(act)}/"
+        self.response = getattr(self.browser, method)(address, **kwargs)
+        return results[0]
+
+
+@pytest.fixture(params=["sync", "async"])
+def visit(request: pytest.FixtureRequest, browser: Browser, do: Callable[..., str]) -> Visit:
+    """
+    Return a function that runs an action in a view, by default one that asks where reads go:
+    once for each of the two kinds of view, under WSGI and under ASGI.
+    """
+    return Visit(browser, request.param, do)
+
+
+def saved(instance: Model) -> str | None:
+    """Return the alias that an instance came from or went to."""
+    return instance._state.db

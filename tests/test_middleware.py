@@ -3,6 +3,7 @@ from tests.app.models import Book
 
 pytestmark = pytest.mark.django_db(transaction=True, databases="__all__")
 
+
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_cookie(browser, do, kind):
     w = do(lambda r: Book.objects.create(title="x").pk)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from asgiref.sync import sync_to_async
+from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
+from django.db import transaction
 from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 
@@ -17,8 +18,15 @@ def _respond(result: Any) -> HttpResponseBase:
 
 
 def sync_view(request: HttpRequest, does: str) -> HttpResponseBase:
-    return _respond(actions[does](request))
+    action = actions[does]
+    return _respond((async_to_sync(action) if iscoroutinefunction(action) else action)(request))
 
 
 async def async_view(request: HttpRequest, does: str) -> HttpResponseBase:
-    return _respond(await sync_to_async(actions[does])(request))
+    action = actions[does]
+    return _respond(
+        await (action if iscoroutinefunction(action) else sync_to_async(action))(request)
+    )
+
+
+non_atomic_view = transaction.non_atomic_requests(sync_view)
