@@ -1,0 +1,1 @@
+"""A message board that shows what the pins do, on a primary and replicas that lag."""

