@@ -83,8 +83,10 @@ class Pool:
             return self.primary
         if block.max_lag is None:
             return self._replica(state) or self.primary
-        preferred = (state.replica,) if state.replica in self.rotation.weights else ()
-        for alias in (*preferred, *self.rotation.order()):
+        order = self.rotation.order()
+        if state.replica is not None and state.replica in order:
+            order = (state.replica, *order)
+        for alias in order:
             if self._is_mirror(alias):
                 break
             if alias not in self.health.out and looks.lags_less(self, alias, block.max_lag):
@@ -99,7 +101,7 @@ class Pool:
             not block._from_testcase  # type: ignore[attr-defined]
             for block in connection.atomic_blocks
         )
-        return asked_for > (self.primary in scope.atomic_view)
+        return asked_for > int(self.primary in scope.atomic_view)
 
     def _settle(self, scope: Scope, state: PoolState) -> str:
         """Decide by the rules that stay the same for a while, and remember what may be."""
