@@ -27,7 +27,7 @@ from .models import Entry  # noqa: E402
 warnings.simplefilter("ignore")
 from multidb import PinningReplicaRouter  # noqa: E402
 from multidb.middleware import PinningRouterMiddleware  # noqa: E402
-from multidb.pinning import mark_as_write  # noqa: E402
+from multidb.pinning import mark_as_write, unpin_this_thread  # noqa: E402
 
 
 def requests(
@@ -42,15 +42,21 @@ def main() -> None:
     their_router = ConnectionRouter([PinningReplicaRouter()])
     ours, theirs = PinningMiddleware, PinningRouterMiddleware
     enter(Scope())
-    print("a decision inside a request:  ", compare(
-        lambda: router.db_for_read(Entry), lambda: their_router.db_for_read(Entry), 5000))
+    # As their middleware leaves it; an attribute that is missing would cost them twice as much.
+    unpin_this_thread()
+    print(
+        "a decision inside a request:  ",
+        compare(lambda: router.db_for_read(Entry), lambda: their_router.db_for_read(Entry), 5000),
+    )
     enter(None)
 
     def plain(request: HttpRequest) -> HttpResponse:
         return RESPONSE
 
-    print("a GET through the middleware: ", compare(
-        requests(ours, plain), requests(theirs, plain), 2000))
+    print(
+        "a GET through the middleware: ",
+        compare(requests(ours, plain), requests(theirs, plain), 2000),
+    )
 
     def five(chosen: ConnectionRouter) -> Callable[[HttpRequest], HttpResponse]:
         def view(request: HttpRequest) -> HttpResponse:
@@ -60,8 +66,10 @@ def main() -> None:
 
         return view
 
-    print("a GET with five decisions:    ", compare(
-        requests(ours, five(router)), requests(theirs, five(their_router)), 2000))
+    print(
+        "a GET with five decisions:    ",
+        compare(requests(ours, five(router)), requests(theirs, five(their_router)), 2000),
+    )
 
     def pinning(request: HttpRequest) -> HttpResponse:
         pin_this_request()
@@ -70,8 +78,10 @@ def main() -> None:
     def marking(request: HttpRequest) -> HttpResponse:
         return mark_as_write(HttpResponse())  # type: ignore[no-any-return]
 
-    print("a request that sets a cookie: ", compare(
-        requests(ours, pinning), requests(theirs, marking), 1000))
+    print(
+        "a request that sets a cookie: ",
+        compare(requests(ours, pinning), requests(theirs, marking), 1000),
+    )
 
 
 RESPONSE = HttpResponse()

@@ -58,8 +58,10 @@ def main() -> None:
     run(WARM_UP, cookies)
     before = resident()
     run(REQUESTS, cookies)
-    print(f"{before:.1f} MB after {WARM_UP:,} requests, "
-          f"{resident():.1f} MB after {REQUESTS:,} more of {len(cookies):,} users")
+    print(
+        f"{before:.1f} MB after {WARM_UP:,} requests, "
+        f"{resident():.1f} MB after {REQUESTS:,} more of {len(cookies):,} users"
+    )
 
 
 if __name__ == "__main__":

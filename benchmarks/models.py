@@ -9,5 +9,7 @@ class Entry(models.Model):
     client = models.CharField(max_length=50, unique=True)
     number = models.IntegerField()
 
+    objects = models.Manager["Entry"]()
+
     def __str__(self) -> str:
         return f"{self.client}: {self.number}"

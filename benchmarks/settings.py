@@ -8,7 +8,9 @@ import dj_database_url
 
 ALIASES = {"default": "DATABASE_URL", "replica1": "REPLICA1_URL", "replica2": "REPLICA2_URL"}
 DATABASES = {
-    alias: dj_database_url.parse(os.environ.get(name, f"sqlite:////nowhere/{alias}"), conn_max_age=None)
+    alias: dj_database_url.parse(
+        os.environ.get(name, f"sqlite:////nowhere/{alias}"), conn_max_age=None
+    )
     for alias, name in ALIASES.items()
 }
 DATABASE_ROUTERS = ["pinning_middleware.routers.PinningRouter"]

@@ -44,7 +44,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 class PoolSpec(NamedTuple):
-    """A pool as the settings describe it; ``key`` is its name in a scope's state."""
+    """A pool as the settings describe it. Its key in a scope begins with the primary's alias."""
 
     key: str
     primary: str
@@ -122,7 +122,7 @@ class Conf:
         if own is not None and own.weights == weights:
             return own
         # Another rotation, so another place in the scope's state; the pins are the same.
-        return PoolSpec("SLAVE_DATABASES", DEFAULT_DB_ALIAS, weights)
+        return PoolSpec(f"{DEFAULT_DB_ALIAS}\0SLAVE_DATABASES", DEFAULT_DB_ALIAS, weights)
 
     @cached_property
     def watched(self) -> dict[str, tuple[PoolSpec, ...]]:
@@ -154,6 +154,16 @@ class Conf:
     def stores(self) -> tuple[Any, ...]:
         """An instance of each store, in the order of the setting."""
         return tuple(import_string(path)() for path in self._get("PINNING_STORES"))
+
+    @cached_property
+    def stores_at_start(self) -> tuple[Any, ...]:
+        """Those that are asked before any other middleware."""
+        return tuple(store for store in self.stores if not store.after_authentication)
+
+    @cached_property
+    def stores_at_view(self) -> tuple[Any, ...]:
+        """Those that are asked after authentication."""
+        return tuple(store for store in self.stores if store.after_authentication)
 
     @cached_property
     def cookie_name(self) -> str:

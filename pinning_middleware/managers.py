@@ -38,8 +38,8 @@ class ReplicaQuerySet(models.QuerySet[T]):
             return self._db
         if self._for_write:
             return DEFAULT_DB_ALIAS
-        instance = self._hints.get("instance")
-        return pools().legacy.read(None if instance is None else instance._state.db)
+        alias = pools().legacy.db_for_read(self.model, **self._hints)
+        return alias or super().db
 
 
 class ReplicaManager(models.Manager[T]):

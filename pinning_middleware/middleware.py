@@ -45,15 +45,14 @@ class PinningMiddleware:
         if not conf.enabled:
             return self.get_response(request)
         scope, outer, response = _begin(request), entered_scope(), None
-        enter(scope)
+        enter(scope if outer is None else scope.within(outer))
         try:
-            for store in conf.stores:
-                if not store.after_authentication:
-                    _carry(scope, store, request)
+            for store in conf.stores_at_start:
+                _carry(scope, store, request)
             response = self.get_response(request)
             return response
         finally:
-            if scope.states and has_changed(scope):
+            if scope and has_changed(scope):
                 _save(scope, request, response)
             if response is not None and response.streaming:
                 _follow(scope, request, response)
@@ -63,15 +62,14 @@ class PinningMiddleware:
         if not conf.enabled:
             return await self.get_response(request)  # type: ignore[no-any-return]
         scope, outer, response = _begin(request), entered_scope(), None
-        enter(scope)
+        enter(scope if outer is None else scope.within(outer))
         try:
-            for store in conf.stores:
-                if not store.after_authentication:
-                    await _acarry(scope, store, request)
+            for store in conf.stores_at_start:
+                await _acarry(scope, store, request)
             response = await self.get_response(request)
             return response  # type: ignore[no-any-return]
         finally:
-            if scope.states and has_changed(scope):
+            if scope and has_changed(scope):
                 await _asave(scope, request, response)
             if response is not None and response.streaming:
                 _follow(scope, request, response)
@@ -79,15 +77,13 @@ class PinningMiddleware:
 
     def _process_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
         if (scope := _on_view(view)) is not None:
-            for store in conf.stores:
-                if store.after_authentication:
-                    _carry(scope, store, request)
+            for store in conf.stores_at_view:
+                _carry(scope, store, request)
 
     async def _aprocess_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
         if (scope := _on_view(view)) is not None:
-            for store in conf.stores:
-                if store.after_authentication:
-                    await _acarry(scope, store, request)
+            for store in conf.stores_at_view:
+                await _acarry(scope, store, request)
 
 
 def _begin(request: HttpRequest) -> Scope:
@@ -124,7 +120,7 @@ async def _acarry(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
 
 def _save(scope: Scope, request: HttpRequest, response: HttpResponseBase | None) -> None:
     pins = left_behind(scope)
-    if scope.keys:
+    if scope.pinned_keys:
         keep_keys(scope)
     if pins == scope.carried:
         return
@@ -140,7 +136,7 @@ async def _asave(scope: Scope, request: HttpRequest, response: HttpResponseBase 
         pins = await sync_to_async(left_behind)(scope)
     else:
         pins = left_behind(scope)
-    if scope.keys:
+    if scope.pinned_keys:
         await akeep_keys(scope)
     if pins == scope.carried:
         return

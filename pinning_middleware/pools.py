@@ -1,13 +1,13 @@
 """
-Where a read goes. ``Pool.read`` is the one place that decides; the router, the managers and every
-integration ask it.
+Where a read goes. ``Pool.db_for_read`` is the one place that decides; the router, the managers and
+every integration ask it.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.db import DEFAULT_DB_ALIAS, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -20,7 +20,10 @@ from .pins import Pin, Position, merge_positions
 from .positions import family_of
 from .selection import Rotation
 from .signals import primary_fallback
-from .state import Override, PoolState, Scope, current_override, current_scope, entered_scope
+from .state import Override, PoolState, Scope, current_scope, entered_scope
+
+if TYPE_CHECKING:
+    from django.db.models import Model
 
 __all__ = ["Pool", "Pools", "pools"]
 
@@ -33,35 +36,38 @@ class Pool:
         self.primary = spec.primary
         self.rotation = Rotation(spec.weights)
         self.health = Health(spec.primary, self.rotation)
-        self._off = not spec.weights or not conf.enabled
         self._by_query = conf.spread_by_query
-        self._mirrors: dict[str, tuple[str, str, bool]] = {}
+        self._mirrors: dict[str, _Mirror] = {}
         # This thread's connection to the primary: `connections[alias]` costs more than all the
         # rest of a decision.
         self._thread = threading.local()
 
-    def __contains__(self, alias: str) -> bool:
-        return alias == self.primary or alias in self.rotation.weights
+    def __contains__(self, alias: str | None) -> bool:
+        """Return whether an instance of this database is of the pool; a new one may be."""
+        return alias is None or alias == self.primary or alias in self.rotation.weights
 
     # The decision
 
-    def read(self, origin: str | None = None) -> str:
+    def db_for_read(
+        self, model: object = None, instance: Model | None = None, **hints: Any
+    ) -> str | None:
         """
-        Return the alias that the next read uses. ``origin`` is the alias that the instance which
-        the read starts from was loaded from, if any.
+        Return the alias that the next read uses, ``None`` for one that starts from an instance
+        of a database outside this pool. The signature is that of a router, so that Django asks
+        the pool itself where there is nothing to translate.
 
         The rules, first match wins, are those of the documentation.
         """
-        if self._off:
-            return self.primary
-        scope = entered_scope() or current_scope()
-        try:
-            state = scope.states[self.key]
-        except KeyError:
-            state = scope.state(self.key, self.primary)
-        if (override := current_override()) is not None and (
-            block := override.for_pool(self.primary)
-        ) is not None:
+        if instance is not None and instance._state.db not in self:
+            return None
+        scope = entered_scope()
+        if scope is None:
+            scope = current_scope()
+        state = scope[self.key]
+        if (
+            scope.override is not None
+            and (block := scope.override.for_pool(self.primary)) is not None
+        ):
             return self._in_block(block, state)
         connection: BaseDatabaseWrapper
         try:
@@ -69,14 +75,20 @@ class Pool:
         except AttributeError:
             connection = self._thread.connection = connections[self.primary]
         if (
-            connection.in_atomic_block
-            or (not connection.autocommit and connection.connection is not None)
-        ) and self._in_transaction(connection, scope):
+            connection.connection is not None
+            and (connection.in_atomic_block or not connection.autocommit)
+            and self._in_transaction(connection, scope)
+        ):
             return self.primary
         answer = state.answer or self._settle(scope, state)
-        if origin is not None and state.by_turn and origin in self:
-            return answer if origin in self.health.out else origin
-        return answer
+        if instance is None:
+            return answer
+        return self._near(instance, state) or answer
+
+    def _near(self, instance: Model, state: PoolState) -> str | None:
+        """Return the database that the instance came from, if this read may go there."""
+        origin = instance._state.db
+        return origin if state.by_turn and origin not in self.health.out else None
 
     def _in_block(self, block: Override, state: PoolState) -> str:
         if not block.replica:
@@ -105,17 +117,16 @@ class Pool:
 
     def _settle(self, scope: Scope, state: PoolState) -> str:
         """Decide by the rules that stay the same for a while, and remember what may be."""
-        now = time.time()
         state.by_turn = False
-        if state.held or state.pinned:
+        if state.held or state.written or state.by_hand:
             if not scope.lasting:
                 state.answer = self.primary
                 return self._primary()
-            self._carry_on(state, now)
+            self._carry_on(state)
             if state.held or state.pinned:
                 return self._primary()
         if state.carried is not None:
-            served = self._carried(scope, state, state.carried, now)
+            served = self._carried(scope, state, state.carried)
             if served is not None:
                 return served
         state.by_turn = True
@@ -126,8 +137,9 @@ class Pool:
             state.answer = replica
         return replica
 
-    def _carried(self, scope: Scope, state: PoolState, pin: Pin, now: float) -> str | None:
+    def _carried(self, scope: Scope, state: PoolState, pin: Pin) -> str | None:
         """Return who serves under the pin of an earlier scope, ``None``: it is over."""
+        now = time.time()
         if pin.until <= now:
             state.carried = None
             return None
@@ -164,11 +176,11 @@ class Pool:
             family.reached(wanted, replica.position) for replica in self.health.replicas.values()
         )
 
-    def _carry_on(self, state: PoolState, now: float) -> None:
+    def _carry_on(self, state: PoolState) -> None:
         """Turn what a lasting scope did into a pin with an end, as between two requests."""
         if not state.pinned or not looks.may_ask():
             return
-        if (pin := self.new_pin(state, now)) is not None:
+        if (pin := self.new_pin(state, time.time())) is not None:
             state.carried = pin if state.carried is None else state.carried.merge(pin)
             state.looked = 0.0
         state.settle()
@@ -204,7 +216,7 @@ class Pool:
 
     def state(self, scope: Scope) -> PoolState:
         """Return what this scope knows of this pool."""
-        return scope.state(self.key, self.primary)
+        return scope[self.key]
 
     def is_pinned(self, scope: Scope) -> bool:
         """Return whether this scope's reads belong to the primary, or to who has caught up."""
@@ -219,7 +231,7 @@ class Pool:
     def wanted(self, scope: Scope) -> Position | None:
         """Return the position that a replica must have to serve this scope."""
         state = self.state(scope)
-        if state.carried is None or state.by_turn or current_override() is not None:
+        if state.carried is None or state.by_turn or scope.override is not None:
             return None
         return state.carried.waits_for(time.time())
 
@@ -254,25 +266,34 @@ class Pool:
 
     def _is_mirror(self, alias: str) -> bool:
         """Return whether this alias leads to the very database of the primary."""
-        primary, replica = connections.settings[self.primary], connections.settings[alias]
         known = self._mirrors.get(alias)
-        # The test runner changes the names, in place.
-        if known is not None and known[0] is primary["NAME"] and known[1] is replica["NAME"]:
-            return known[2]
-        verdict = _same_database(primary, replica)
-        self._mirrors[alias] = (primary["NAME"], replica["NAME"], verdict)
-        return verdict
+        if known is None:
+            known = self._mirrors[alias] = _Mirror(self.primary, alias)
+        return known.verdict if known.is_current() else known.judge()
 
     def adopt(self, connection: BaseDatabaseWrapper) -> None:
         """Take this for the thread's connection to the primary."""
         self._thread.connection = connection
 
 
+class PrimaryOnly(Pool):
+    """A pool without replicas, or of a site that switched them off."""
+
+    def db_for_read(
+        self, model: object = None, instance: Model | None = None, **hints: Any
+    ) -> str | None:
+        return self.primary if instance is None or instance._state.db in self else None
+
+
 class MonotonicPool(Pool):
     """A pool that knows which nodes a scope has read from, for ``monotonic-reads``."""
 
-    def read(self, origin: str | None = None) -> str:
-        alias = super().read(origin)
+    def db_for_read(
+        self, model: object = None, instance: Model | None = None, **hints: Any
+    ) -> str | None:
+        alias = super().db_for_read(model, instance)
+        if alias is None:
+            return None
         state = self.state(current_scope())
         if state.served is None:
             state.served = set()
@@ -298,8 +319,7 @@ class Pools:
     """Every pool of the site, made from the settings at the first use."""
 
     def __init__(self) -> None:
-        kind = MonotonicPool if conf.monotonic_reads and conf.positions else Pool
-        self.by_primary = {spec.primary: kind(spec) for spec in conf.pools}
+        self.by_primary = {spec.primary: _pool(spec) for spec in conf.pools}
         self.by_alias = {
             alias: pool
             for pool in self.by_primary.values()
@@ -307,7 +327,7 @@ class Pools:
         }
         self.default = self.by_primary.get(DEFAULT_DB_ALIAS)
         shared = conf.legacy_pool in conf.pools
-        self.legacy = self.by_primary[DEFAULT_DB_ALIAS] if shared else kind(conf.legacy_pool)
+        self.legacy = self.by_primary[DEFAULT_DB_ALIAS] if shared else _pool(conf.legacy_pool)
         self.by_replica = {
             alias: pool
             for pool in (self.legacy, *self.by_primary.values())
@@ -329,6 +349,12 @@ class Pools:
         return found
 
 
+def _pool(spec: PoolSpec) -> Pool:
+    if not conf.enabled or not spec.weights:
+        return PrimaryOnly(spec)
+    return MonotonicPool(spec) if conf.monotonic_reads and conf.positions else Pool(spec)
+
+
 _pools: Pools | None = None
 
 
@@ -344,6 +370,26 @@ def pools() -> Pools:
 def _forget() -> None:
     global _pools
     _pools = None
+
+
+class _Mirror:
+    """Whether two aliases lead to one database; looked at again when their names change."""
+
+    __slots__ = ("_primary", "_replica", "_seen", "verdict")
+
+    def __init__(self, primary: str, replica: str) -> None:
+        self._primary = connections.settings[primary]
+        self._replica = connections.settings[replica]
+        self.judge()
+
+    def is_current(self) -> bool:
+        # The test runner changes the names in place.
+        return self._seen == (self._primary["NAME"], self._replica["NAME"])
+
+    def judge(self) -> bool:
+        self._seen = (self._primary["NAME"], self._replica["NAME"])
+        self.verdict = _same_database(self._primary, self._replica)
+        return self.verdict
 
 
 def _same_database(primary: dict[str, Any], replica: dict[str, Any]) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from django.db import router as django_router
 
-from .conf import conf
+from .conf import conf, on_change
 from .pools import Pool, pools
 
 if TYPE_CHECKING:
@@ -22,30 +23,25 @@ class PinningRouter:
     """
 
     def __init__(self) -> None:
-        self._seen: list[Any] | None = None
-        self._others: tuple[Any, ...] = ()
+        _instances.add(self)
 
     def db_for_read(self, model: type[Model], **hints: Any) -> str | None:
         """Return the alias to read from, or ``None`` where no pool is concerned."""
-        routers = django_router.routers
-        if routers is not self._seen:
-            self._look_around(routers)
-        if not self._others and not hints:
-            pool = pools().default
-            return None if pool is None else pool.read()
+        known = pools()
+        if not self._others() and len(known.by_primary) == 1 and known.default is not None:
+            # Every read of a site comes by here. Where there is nothing to translate, Django
+            # asks the pool from now on.
+            self.db_for_read = known.default.db_for_read  # type: ignore[method-assign]
+            return self.db_for_read(model, **hints)
         origin = _origin(hints)
         answer = self._ask("db_for_read", model, hints)
-        if answer is None:
-            pool = _pool_of(origin)
-            return None if pool is None else pool.read(origin)
-        pool = pools().by_primary.get(answer)
-        return answer if pool is None else pool.read(origin)
+        pool = _pool_of(origin) if answer is None else known.by_primary.get(answer)
+        if pool is None:
+            return answer
+        return pool.db_for_read(model, **hints) or pool.db_for_read(model)
 
     def db_for_write(self, model: type[Model], **hints: Any) -> str | None:
         """Return the primary to write to, or ``None`` where no pool is concerned."""
-        routers = django_router.routers
-        if routers is not self._seen:
-            self._look_around(routers)
         answer = self._ask("db_for_write", model, hints)
         pool = _pool_of(_origin(hints)) if answer is None else pools().by_alias.get(answer)
         return answer if pool is None else pool.primary
@@ -60,16 +56,29 @@ class PinningRouter:
         """Return ``False`` for a replica: its tables come from its primary."""
         return False if db in conf.guarded else None
 
-    def _look_around(self, routers: list[Any]) -> None:
-        after = routers[routers.index(self) + 1 :] if self in routers else ()
-        self._seen, self._others = routers, tuple(after)
-
     def _ask(self, action: str, model: type[Model], hints: dict[str, Any]) -> str | None:
-        for router in self._others:
+        for router in self._others():
             method = getattr(router, action, None)
             if method is not None and (answer := method(model, **hints)):
                 return str(answer)
         return None
+
+    def _others(self) -> list[Any]:
+        """Return the routers after this one."""
+        routers = django_router.routers
+        return routers[routers.index(self) + 1 :] if self in routers else []
+
+    def _forget(self) -> None:
+        self.__dict__.pop("db_for_read", None)
+
+
+_instances: WeakSet[PinningRouter] = WeakSet()
+
+
+@on_change
+def _forget() -> None:
+    for router in _instances:
+        router._forget()
 
 
 def _origin(hints: dict[str, Any]) -> str | None:

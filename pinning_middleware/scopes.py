@@ -12,15 +12,14 @@ from asgiref.sync import sync_to_async
 
 from . import keyed, tokens
 from .conf import conf
-from .pins import Pin, Pins, live, merge_pins
+from .pins import Pin, Pins, live
 from .pools import Pool, pools
 from .state import (
-    Override,
+    PoolState,
     Scope,
     current_scope,
     enter,
     entered_scope,
-    overrides,
     writes_ignored,
 )
 
@@ -42,16 +41,15 @@ R = TypeVar("R")
 
 def has_changed(scope: Scope) -> bool:
     """Return whether what follows this scope has to know of something that it did."""
-    return bool(scope.keys) or any(
-        state.pinned or state.dropped or state.served for state in scope.states.values()
+    return bool(scope.pinned_keys) or any(
+        state.pinned or state.dropped or state.served for state in scope.values()
     )
 
 
 def asks_database(scope: Scope) -> bool:
     """Return whether ``left_behind`` will ask a primary for its position."""
-    return bool(scope.keys) or any(
-        pool.tells_positions and (pool.state(scope).pinned or pool.state(scope).served)
-        for pool in _touched(scope)
+    return bool(scope.pinned_keys) or any(
+        pool.tells_positions and (state.pinned or state.served) for pool, state in _touched(scope)
     )
 
 
@@ -63,15 +61,17 @@ def left_behind(scope: Scope) -> dict[str, Pin]:
     to for its position.
     """
     now = time.time()
-    pins = dict(live(scope.carried or {}, now))
-    for pool in _touched(scope):
-        if pool.state(scope).dropped:
+    scope = scope.whole
+    touched = _touched(scope)
+    pins = live(scope.carried, now) if scope.carried else {}
+    for pool, state in touched:
+        if state.dropped:
             pins.pop(pool.primary, None)
-    for pool in _touched(scope):
-        state = pool.state(scope)
+    for pool, state in touched:
         new = pool.new_pin(state, now) if state.pinned else pool.seen(state, now)
         if new is not None:
-            pins = merge_pins(pins, {pool.primary: new})
+            known = pins.get(pool.primary)
+            pins[pool.primary] = new if known is None else known.merge(new)
     return pins
 
 
@@ -86,30 +86,34 @@ def pins_of_keys(scope: Scope, pins: Pins) -> dict[str | None, dict[str, Pin]]:
             pool.primary: pins[pool.primary] if pool.primary in pins else pool.pin_now(until)
             for pool in pools().of_primary(using)
         }
-        for using in dict.fromkeys(scope.keys.values())
+        for using in dict.fromkeys((scope.pinned_keys or {}).values())
     }
 
 
 def keep_keys(scope: Scope) -> None:
     """Pin the scope's keys. Call it when its transactions are over."""
     for using, pins in pins_of_keys(scope, left_behind(scope)).items():
-        keyed.keep([key for key, of in scope.keys.items() if of == using], pins)
+        keyed.keep(_keys_of(scope, using), pins)
 
 
 async def akeep_keys(scope: Scope) -> None:
     """Pin the scope's keys, in async code."""
     pins_by_using = await sync_to_async(lambda: pins_of_keys(scope, left_behind(scope)))()
     for using, pins in pins_by_using.items():
-        await keyed.akeep([key for key, of in scope.keys.items() if of == using], pins)
+        await keyed.akeep(_keys_of(scope, using), pins)
+
+
+def _keys_of(scope: Scope, using: str | None) -> list[str]:
+    return [key for key, of in (scope.pinned_keys or {}).items() if of == using]
 
 
 def marks(scope: Scope) -> list[tuple[float, float]]:
     """Return a value that differs when the scope has written or was pinned in between."""
-    return [state.marks for state in scope.states.values()]
+    return [state.marks for state in scope.values()]
 
 
-def _touched(scope: Scope) -> list[Pool]:
-    return [pool for pool in pools().all if pool.key in scope.states]
+def _touched(scope: Scope) -> list[tuple[Pool, PoolState]]:
+    return [(pool, scope[pool.key]) for pool in pools().all if pool.key in scope]
 
 
 class PinningScope:
@@ -142,8 +146,9 @@ class PinningScope:
         return left_behind(self._scope)
 
     def __enter__(self) -> PinningScope:
-        self._outer.append(entered_scope())
-        enter(self._scope)
+        outer = entered_scope()
+        self._outer.append(outer)
+        enter(self._scope.within(outer))
         return self
 
     def __exit__(
@@ -152,7 +157,7 @@ class PinningScope:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._scope.keys:
+        if self._scope.pinned_keys:
             keep_keys(self._scope)
         self._leave()
 
@@ -165,7 +170,7 @@ class PinningScope:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._scope.keys:
+        if self._scope.pinned_keys:
             await akeep_keys(self._scope)
         self._leave()
 
@@ -175,9 +180,9 @@ class PinningScope:
         if outer is not None and not outer.lasting:
             # Whoever started this block, a request that runs a task in place say, is to see
             # what it wrote.
-            for key, state in self._scope.states.items():
+            for key, state in self._scope.items():
                 if state.pinned:
-                    outer.state(key, state.primary).take_over(state)
+                    outer[key].take_over(state)
 
 
 def pinning_scope(token: str | None = None) -> PinningScope:
@@ -201,21 +206,17 @@ def carry_scope(function: Callable[P, R]) -> Callable[P, R]:
 
     What it writes pins this scope, as long as that lasts, and it reads what this scope may read.
     """
-    scope, override, ignored = current_scope(), overrides.get(), writes_ignored.get()
+    scope, ignored = current_scope(), writes_ignored.get()
 
     @functools.wraps(function)
     def bound(*args: P.args, **kwargs: P.kwargs) -> R:
-        before = entered_scope(), overrides.get(), writes_ignored.get()
-        _enter_all(scope, override, ignored)
+        before, ignored_before = entered_scope(), writes_ignored.get()
+        enter(scope)
+        writes_ignored.set(ignored)
         try:
             return function(*args, **kwargs)
         finally:
-            _enter_all(*before)
+            enter(before)
+            writes_ignored.set(ignored_before)
 
     return bound
-
-
-def _enter_all(scope: Scope | None, override: Override | None, ignored: int) -> None:
-    enter(scope)
-    overrides.set(override)
-    writes_ignored.set(ignored)

@@ -3,15 +3,14 @@ The state of a scope: plain flags, no I/O, no settings.
 
 A scope lives in a context variable that holds one mutable object. A child task and a thread of
 ``sync_to_async`` copy the context and so share the object: what a child writes, its parent knows.
-Another request has another object. Blocks (``use_primary`` and its like) are values, not part of
-the object, so that two tasks of one scope do not enter each other's blocks.
+Another request has another object.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import NamedTuple
 
 from .pins import Pin, Pins, merge_pins
@@ -20,61 +19,49 @@ __all__ = [
     "Override",
     "PoolState",
     "Scope",
-    "current_override",
     "current_scope",
     "enter",
     "entered_scope",
-    "overrides",
     "writes_ignored",
 ]
 
 
+_NONE: Pins = MappingProxyType({})
+
+
 class PoolState:
-    """What one scope knows of one pool."""
+    """
+    What one scope knows of one pool. The defaults are the class's, since most scopes change few
+    of them and every request makes one.
+    """
 
-    __slots__ = (
-        "answer",
-        "by_hand",
-        "by_turn",
-        "carried",
-        "dropped",
-        "held",
-        "left",
-        "looked",
-        "open_write",
-        "primary",
-        "replica",
-        "seconds",
-        "served",
-        "written",
-    )
+    # The alias that serves until something changes, so that most reads decide nothing; and
+    # whether it came by turns, with no pin in the way.
+    answer: str | None = None
+    by_turn = False
+    # This scope's replica by turns.
+    replica: str | None = None
+    # The nodes it read from, kept only where a read moves the client's position.
+    served: set[str] | None = None
+    # On the primary for the rest of the scope, without a pin.
+    held = False
+    # When it wrote last, 0.0: never; and whether a transaction may still have been open.
+    written = 0.0
+    open_write = False
+    # When it was pinned by hand, 0.0: never; for how long, None: the window.
+    by_hand = 0.0
+    seconds: float | None = None
+    # The pin of an earlier scope, and when replicas were asked for it in vain (monotonic clock,
+    # 0.0: never).
+    carried: Pin | None = None
+    looked = 0.0
+    # A pin of an earlier scope was ended, so the stores have to forget it.
+    dropped = False
+    # The pin that was told to others last, and the marks it was made at.
+    left: tuple[tuple[float, float], Pin] | None = None
 
-    def __init__(self, primary: str, held: bool, carried: Pin | None) -> None:
+    def __init__(self, primary: str) -> None:
         self.primary = primary
-        # The alias that serves until something changes, so that most reads decide nothing.
-        self.answer: str | None = None
-        # Whether that came by turns, with no pin in the way.
-        self.by_turn = False
-        # This scope's replica by turns.
-        self.replica: str | None = None
-        # The nodes it read from, kept only where a read moves the client's position.
-        self.served: set[str] | None = None
-        # On the primary for the rest of the scope, without a pin.
-        self.held = held
-        # When it wrote last, 0.0: never; and whether a transaction may still have been open.
-        self.written = 0.0
-        self.open_write = False
-        # When it was pinned by hand, 0.0: never; for how long, None: the window.
-        self.by_hand = 0.0
-        self.seconds: float | None = None
-        # The pin of an earlier scope, and when replicas were asked for it in
-        # vain (monotonic clock, 0.0: never).
-        self.carried = carried
-        self.looked = 0.0
-        # The pin that was told to others last, and the marks it was made at.
-        self.left: tuple[tuple[float, float], Pin] | None = None
-        # A pin of an earlier scope was ended, so the stores have to forget it.
-        self.dropped = False
 
     def note_write(self, in_transaction: bool) -> None:
         self.written = time.time()
@@ -146,44 +133,91 @@ class PoolState:
         return max(until, held or self.by_hand + window), held
 
 
-class Scope:
+class Scope(dict[str, PoolState]):
     """
-    One unit of work. ``lasting`` scopes have no end of their own (a shell, a thread that nobody
-    gave a scope), so that the window ends what a write began.
+    One unit of work: what it knows of each pool, by the pool's key, made at the first use.
+
+    ``lasting`` scopes have no end of their own (a shell, a thread that nobody gave a scope), so
+    that the window ends what a write began.
+
+    Inside a block (``use_primary`` and its like) the scope is seen through a view, which shares
+    all that the scope knows and adds the block: two tasks of one scope do not enter each other's
+    blocks, and a decision looks at one context variable only.
     """
 
-    __slots__ = ("atomic_view", "carried", "keys", "lasting", "primary_first", "states", "wait")
+    # Slots, since a decision reads them faster than a class's defaults.
+    __slots__ = (
+        "atomic_view",
+        "carried",
+        "lasting",
+        "outer",
+        "override",
+        "pinned_keys",
+        "primary_first",
+        "shown",
+        "wait",
+    )
 
     def __init__(
         self, carried: Pins | None = None, *, primary_first: bool = False, lasting: bool = False
     ) -> None:
-        self.states: dict[str, PoolState] = {}
-        self.carried: Mapping[str, Pin] | None = carried
+        # The pins that it came with.
+        self.carried = carried or _NONE
+        # Whether its method is one that reads from the primary.
         self.primary_first = primary_first
         self.lasting = lasting
         # The primaries on which ATOMIC_REQUESTS opens a transaction around the view.
         self.atomic_view: tuple[str, ...] = ()
         # Keys of a cache that are to be pinned when it ends, and of which primaries.
-        self.keys: dict[str, str | None] = {}
+        self.pinned_keys: dict[str, str | None] | None = None
         # Seconds to wait for a replica to catch up, None: as the settings say.
         self.wait: float | None = None
+        # Of a view: the innermost open block, the scope that it shows, and what is entered
+        # again when the block ends.
+        self.override: Override | None = None
+        self.shown: Scope | None = None
+        self.outer: Scope | None = None
 
-    def state(self, key: str, primary: str) -> PoolState:
-        """Return the state of a pool, made at its first use."""
-        try:
-            return self.states[key]
-        except KeyError:
-            carried = self.carried.get(primary) if self.carried else None
-            return self.states.setdefault(key, PoolState(primary, self.primary_first, carried))
+    def __missing__(self, key: str) -> PoolState:
+        if self.shown is not None:
+            state = self.shown[key]
+        else:
+            # A pool's key begins with its primary's alias.
+            state = PoolState(key.partition("\0")[0])
+            if self.primary_first:
+                state.held = True
+            if self.carried:
+                state.carried = self.carried.get(state.primary)
+        # Another thread of this scope may have been faster.
+        return self.setdefault(key, state)
+
+    @property
+    def whole(self) -> Scope:
+        """The scope itself, where this is a view of it."""
+        return self if self.shown is None else self.shown
+
+    def inside(self, override: Override, outer: Scope | None) -> Scope:
+        """Return a view of this scope inside a block, after which ``outer`` is entered again."""
+        view = Scope(self.carried, primary_first=self.primary_first, lasting=self.lasting)
+        view.atomic_view, view.wait = self.atomic_view, self.wait
+        view.shown, view.override, view.outer = self.whole, override, outer
+        return view
+
+    def within(self, outer: Scope | None) -> Scope:
+        """Return this scope inside the blocks that are open around it."""
+        if outer is None or outer.override is None:
+            return self
+        return self.inside(outer.override, None)
 
     def carry(self, pins: Pins) -> None:
         """Take on pins of earlier scopes, beside those that are already carried."""
         if not pins:
             return
-        self.carried = merge_pins(self.carried or {}, pins)
-        for state in self.states.values():
+        scope = self.whole
+        scope.carried = merge_pins(scope.carried, pins)
+        for state in scope.values():
             if state.primary in pins:
-                state.carried = self.carried[state.primary]
+                state.carried = scope.carried[state.primary]
                 state.answer = None
 
 
@@ -204,11 +238,9 @@ class Override(NamedTuple):
 
 
 _scope: ContextVar[Scope | None] = ContextVar("pinning_scope", default=None)
-overrides: ContextVar[Override | None] = ContextVar("pinning_override", default=None)
 writes_ignored: ContextVar[int] = ContextVar("pinning_writes_ignored", default=0)
 
 entered_scope = _scope.get
-current_override = overrides.get
 # Enter a scope by `enter(scope)` and leave it by `enter(what was entered before)`: `reset(token)`
 # raises where a scope is left in another context than it was entered in.
 enter = _scope.set

@@ -8,12 +8,14 @@ pins that a request comes with, ``save(request, response, pins)`` keeps those it
 from __future__ import annotations
 
 import time
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 from asgiref.sync import iscoroutinefunction, sync_to_async
 from django.contrib.auth import SESSION_KEY
 from django.utils.cache import patch_cache_control, patch_vary_headers
 from django.utils.functional import empty
+from django.utils.http import http_date
 
 from . import keyed, tokens
 from .conf import conf
@@ -100,11 +102,19 @@ class CookieStore(TokenStore):
     def write(self, response: HttpResponseBase, token: str, seconds: float) -> None:
         if token:
             # Browsers count whole seconds; the server's own end is in the token.
-            response.set_cookie(conf.cookie_name, token, max_age=int(seconds) + 1, **conf.cookie)
+            age = int(seconds) + 1
+            date = _http_date(int(time.time()) + age)
+            response.set_cookie(conf.cookie_name, token, age, date, **conf.cookie)
         else:
             kept = ("path", "domain", "samesite")
             response.delete_cookie(conf.cookie_name, **{name: conf.cookie[name] for name in kept})
         keep_private(response, "Cookie")
+
+
+@lru_cache(maxsize=4)
+def _http_date(second: int) -> str:
+    # Most responses of a second have the same date.
+    return http_date(second)
 
 
 class HeaderStore(TokenStore):

@@ -14,7 +14,7 @@ from django.db import transaction
 from . import keyed
 from .conf import conf
 from .pools import Pool, pools
-from .state import Override, current_scope, entered_scope, overrides, writes_ignored
+from .state import Override, current_scope, enter, entered_scope, writes_ignored
 
 __all__ = [
     "acarry_keys",
@@ -83,7 +83,8 @@ def pin_keys(*keys: str, using: str | None = None) -> None:
     found = pools().of_primary(using)
     scope = current_scope()
     if not scope.lasting:
-        scope.keys.update(dict.fromkeys(keys, using))
+        scope = scope.whole
+        scope.pinned_keys = {**(scope.pinned_keys or {}), **dict.fromkeys(keys, using)}
         return
     for pool in found:
         transaction.on_commit(functools.partial(_keep_now, pool, keys), using=pool.primary)
@@ -156,11 +157,14 @@ class _Override(Block):
     def __enter__(self) -> None:
         # Asked for when the block is entered: decorators are made before the settings are.
         pools().of_primary(self._using)
-        overrides.set(Override(self._replica, self._using, self._max_lag, overrides.get()))
+        scope = current_scope()
+        block = Override(self._replica, self._using, self._max_lag, scope.override)
+        enter(scope.inside(block, scope))
 
     def __exit__(self, *exc_info: object) -> None:
-        if (innermost := overrides.get()) is not None:
-            overrides.set(innermost.outer)
+        scope = entered_scope()
+        if scope is not None and scope.outer is not None:
+            enter(scope.outer)
 
 
 class _IgnoreWrites(Block):

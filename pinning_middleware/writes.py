@@ -45,12 +45,12 @@ def _inspect(connection: BaseDatabaseWrapper, sql: Any, alias: str) -> None:
             scope = current_scope()
             in_transaction = connection.in_atomic_block or not connection.autocommit
             for spec in specs:
-                scope.state(spec.key, spec.primary).note_write(in_transaction)
+                scope[spec.key].note_write(in_transaction)
         elif kind is Kind.LOCK:
             scope = current_scope()
             if not scope.lasting:
                 for spec in specs:
-                    scope.state(spec.key, spec.primary).note_lock()
+                    scope[spec.key].note_lock()
     elif (primary := conf.guarded.get(alias)) is not None:
         text = _text(connection, sql)
         if kind_of(text) is Kind.WRITE and not _is_bookkeeping_of_test_runner(text):
