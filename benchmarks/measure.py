@@ -17,4 +17,4 @@ def compare(ours: Callable[[], object], theirs: Callable[[], object], times: int
     ]
     mine, other = (statistics.median(times) * 1e9 for times in zip(*pairs, strict=True))
     ratio = statistics.median(one / two for one, two in pairs)
-    return f"{mine:8.0f} ns  beside {other:8.0f} ns: {ratio:.2f} ×"
+    return f"{mine:8.0f} ns  beside {other:8.0f} ns: {ratio:.2f} times"

@@ -1,4 +1,4 @@
-"""One small site; the databases come from the environment, SQLite files that are never opened else."""
+"""One small site; its databases come from the environment."""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from django.conf import settings
-from django.core.checks import CheckMessage, Error, Warning, register
+from django.core import checks
+from django.core.checks import CheckMessage, Error, register
 from django.utils.module_loading import import_string
 
 from .conf import DEFAULTS, parse_replicas
@@ -74,16 +75,16 @@ def check_replicas(**kwargs: Any) -> list[CheckMessage]:
     found: list[CheckMessage] = []
     seen: set[str] = set(pools)
     for primary, weights in pools.items():
-        for alias in (primary, *weights):
-            if alias not in settings.DATABASES:
-                found.append(
-                    _error(
-                        2,
-                        "PINNING_REPLICAS",
-                        f"names {alias!r}, which DATABASES does not have",
-                        "Use the aliases of DATABASES.",
-                    )
-                )
+        found += [
+            _error(
+                2,
+                "PINNING_REPLICAS",
+                f"names {alias!r}, which DATABASES does not have",
+                "Use the aliases of DATABASES.",
+            )
+            for alias in (primary, *weights)
+            if alias not in settings.DATABASES
+        ]
         for alias in weights:
             if alias in seen:
                 found.append(
@@ -232,7 +233,7 @@ def check_cache(**kwargs: Any) -> list[CheckMessage]:
     return _judge(
         11,
         ("PINNING_CACHE",),
-        lambda value: value in settings.CACHES,
+        lambda value: isinstance(value, str) and value in settings.CACHES,
         "must be an alias of CACHES",
         f"CACHES has {', '.join(map(repr, settings.CACHES))}.",
     )
@@ -281,7 +282,7 @@ def check_ignored_tables(**kwargs: Any) -> list[CheckMessage]:
 @register(TAG)
 def check_unknown_settings(**kwargs: Any) -> list[CheckMessage]:
     return [
-        Warning(
+        checks.Warning(
             f"{name} is not a setting of pinning_middleware.",
             hint=_did_you_mean(name),
             id="pinning_middleware.W001",
@@ -313,7 +314,7 @@ def _check_first(setting: str, path: str, number: int, why: str) -> list[CheckMe
     if entries and (entries[0] == path or _is_instance(entries[0], path)):
         return []
     return [
-        Warning(
+        checks.Warning(
             f"PINNING_REPLICAS is set, and {path} is not the first entry of {setting}.",
             hint=f"Put it first, {why}. If that is on purpose, silence "
             f"pinning_middleware.W{number:03}.",

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from django.conf import settings
-from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 from django.db import DEFAULT_DB_ALIAS
 from django.utils.module_loading import import_string
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
+
+logger = logging.getLogger("pinning_middleware")
 
 __all__ = ["DEFAULTS", "Conf", "PoolSpec", "conf", "on_change", "parse_replicas"]
 
@@ -64,6 +66,8 @@ def parse_replicas(value: object) -> dict[str, dict[str, int]]:
     pools: dict[str, dict[str, int]] = {}
     for primary, replicas in value.items():
         if isinstance(replicas, (list, tuple)):
+            if not all(isinstance(alias, str) for alias in replicas):
+                raise ValueError("aliases must be text")
             if len(set(replicas)) != len(replicas):
                 raise ValueError(f"a replica of {primary!r} is named twice; use {{alias: weight}}")
             replicas = dict.fromkeys(replicas, 1)
@@ -100,7 +104,9 @@ class Conf:
         try:
             return parse_replicas(self._get("PINNING_REPLICAS"))
         except ValueError as error:
-            raise ImproperlyConfigured(f"PINNING_REPLICAS: {error}.") from None
+            # Raised here it would keep the system check from saying it with a hint.
+            logger.error("PINNING_REPLICAS: %s. Every read goes to the primary.", error)
+            return {}
 
     @cached_property
     def slave_databases(self) -> list[str] | None:

@@ -24,6 +24,10 @@ logger = logging.getLogger("pinning_middleware")
 
 # Seconds between two looks of one process at one replica.
 LOOK_EVERY = 2.0
+# Seconds between two tries while every replica is out.
+LAST_RESORT_EVERY = 0.25
+# Seconds for which nobody else tries a replica that somebody tries.
+CLAIM_LASTS = 3.0
 
 
 class Replica:
@@ -33,6 +37,7 @@ class Replica:
         "_behind_since",
         "_jitter",
         "alias",
+        "claimed",
         "lag",
         "looked",
         "out",
@@ -48,6 +53,7 @@ class Replica:
         self.retry_at = 0.0
         # The thread that tries it again, while it is out.
         self.prober = 0
+        self.claimed = 0.0
         # Seconds behind the primary, None: not known.
         self.lag: float | None = None
         self.looked = -math.inf
@@ -59,6 +65,17 @@ class Replica:
 
     def retry_in(self, seconds: float) -> None:
         self.retry_at = time.monotonic() + seconds * self._jitter
+
+    def claim(self, now: float) -> None:
+        """Let this thread, and no other, try it again."""
+        self.retry_in(conf.retry_after)
+        self.prober, self.claimed = threading.get_ident(), now
+        # What it is now has to be seen now.
+        self.looked = -math.inf
+
+    def is_claimed(self, now: float) -> bool:
+        # A scope that was given a replica to try may end without a read.
+        return bool(self.prober) and now - self.claimed < CLAIM_LASTS
 
     def saw(self, position: Position) -> None:
         self.position = merge_positions(self.position, position) or {}
@@ -84,6 +101,7 @@ class Health:
         self.replicas = {alias: Replica(alias) for alias in rotation.weights}
         # Those out of the rotation; replaced as a whole.
         self.out: frozenset[str] = frozenset()
+        self._hurry_at = 0.0
         # The primary could not be reached; until then nobody tries.
         self.primary_retry_at = 0.0
 
@@ -125,14 +143,16 @@ class Health:
         """
         now = time.monotonic()
         with self._lock:
-            due = [r for r in map(self.replicas.get, self.out) if r and r.retry_at <= now]
-            if not due:
+            free = [r for r in map(self.replicas.get, self.out) if r and not r.is_claimed(now)]
+            if not free:
                 return None
-            replica = min(due, key=lambda replica: replica.retry_at)
-            replica.retry_in(conf.retry_after)
-            replica.prober = threading.get_ident()
-            # What it is now has to be seen now.
-            replica.looked = -math.inf
+            replica = min(free, key=lambda replica: replica.retry_at)
+            # While nobody is left, the primary has the reads of all: look more often.
+            hurries = len(self.out) == len(self.replicas) and self._hurry_at <= now
+            if replica.retry_at > now and not hurries:
+                return None
+            self._hurry_at = now + LAST_RESORT_EVERY
+            replica.claim(now)
             return replica.alias
 
     def claim_look(self, alias: str, every: float = LOOK_EVERY) -> bool:

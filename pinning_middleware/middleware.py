@@ -151,6 +151,8 @@ def _follow(scope: Scope, request: HttpRequest, response: Any) -> None:
     """Let a streaming body be part of the scope, and save what it writes."""
     if getattr(response, "file_to_stream", None) is not None:
         return  # A file reads no database, and servers send it faster as it is.
+    # The view is over, and with it the transaction that Django opened around it.
+    scope.atomic_view = ()
     follow = _abody if response.is_async else _body
     response.streaming_content = follow(scope, request, response.streaming_content)
 

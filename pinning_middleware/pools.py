@@ -130,10 +130,13 @@ class Pool:
             if served is not None:
                 return served
         state.by_turn = True
+        if scope.lasting:
+            # It has no next scope that would get the next replica.
+            state.replica = None
         replica = self._replica(state)
         if replica is None:
             return self.primary
-        if not self._by_query:
+        if not self._by_query and not scope.lasting:
             state.answer = replica
         return replica
 
@@ -165,7 +168,7 @@ class Pool:
         if self._all_have(wanted):
             state.drop()
         state.replica = alias
-        if not self._by_query:
+        if not self._by_query and not scope.lasting:
             state.answer = alias
         return alias
 

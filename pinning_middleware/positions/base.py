@@ -4,7 +4,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from ..pins import Position
+from pinning_middleware.pins import Position
 
 __all__ = ["Positions", "Report", "fetch"]
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.utils import DatabaseError
 
-from ..pins import OPTIONAL, Position
+from pinning_middleware.pins import OPTIONAL, Position
 from .base import Positions, Report, fetch
 
 __all__ = ["MariaDB", "MySQL", "family", "parse_gtids", "parse_mariadb"]

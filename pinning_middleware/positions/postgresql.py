@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from ..pins import Position
+from pinning_middleware.pins import Position
 from .base import Positions, Report, fetch
 
 __all__ = ["PostgreSQL"]

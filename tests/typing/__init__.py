@@ -1,0 +1,1 @@
+"""Read by mypy, not run: what the types of the public names promise."""

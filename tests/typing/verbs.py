@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any, assert_type
+
+from pinning_middleware import (
+    carry_scope,
+    ignore_writes,
+    is_pinned,
+    pinning_scope,
+    use_primary,
+    use_replica,
+)
+
+
+@use_primary
+def bare(number: int) -> str:
+    return str(number)
+
+
+@use_replica(max_lag=2)
+def called(number: int) -> str:
+    return str(number)
+
+
+@ignore_writes
+async def awaited(number: int) -> str:
+    return str(number)
+
+
+def check() -> None:
+    assert_type(bare(1), str)
+    assert_type(called(1), str)
+    assert_type(awaited(1), Coroutine[Any, Any, str])
+    assert_type(is_pinned(using="default"), bool)
+    with use_primary("default"), pinning_scope() as scope:
+        assert_type(scope.token, str | None)
+    work: Callable[[int], str] = carry_scope(bare)
+    assert_type(work(1), str)
