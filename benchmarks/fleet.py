@@ -135,7 +135,8 @@ def _work(name: str, reads: int) -> Tally:
 def _browser() -> Callable[..., Any]:
     from django.test import Client
 
-    client, ends = Client(), {}
+    client = Client()
+    ends: dict[str, float] = {}
 
     def request(tally: Tally, kind: str, send: Callable[[Client], Any]) -> Any:
         # Django's client keeps cookies for ever; browsers do not.

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import ClassVar
+
 from django.db import models
 
 
@@ -9,7 +11,7 @@ class Entry(models.Model):
     client = models.CharField(max_length=50, unique=True)
     number = models.IntegerField()
 
-    objects = models.Manager["Entry"]()
+    objects: ClassVar[models.Manager[Entry]] = models.Manager()
 
     def __str__(self) -> str:
         return f"{self.client}: {self.number}"

@@ -7,12 +7,15 @@ and ends with the task; retries, chains and chords send on what it leaves behind
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Iterator
 from time import time
 from typing import Any
 
 from celery import Celery, current_task
 from celery.signals import before_task_publish, task_postrun, task_prerun
-from django.core.exceptions import ImproperlyConfigured
+from django.core import checks
 
 from . import tokens
 from .conf import conf
@@ -28,7 +31,7 @@ POLICIES = ("sticky", "primary", "wait")
 # Seconds that a task with pinning="wait" waits unless it says pinning_wait.
 LONGEST_WAIT = 1.0
 
-_open: dict[str, PinningScope] = {}
+logger = logging.getLogger("pinning_middleware")
 
 
 def carry_pins(app: Celery) -> None:
@@ -40,22 +43,35 @@ def carry_pins(app: Celery) -> None:
     - ``"wait"``: waits for a replica to catch up, at most ``pinning_wait`` seconds (1), and reads
       from the primary if none has.
 
-    ``ImproperlyConfigured``, when the app is finalized, for a task with another policy.
+    A task with another policy reads from the primary; it is an error of ``manage.py check``, and
+    of the log of whoever finalizes the app, a worker say.
     """
     before_task_publish.connect(_send, weak=False, dispatch_uid="pinning_middleware.send")
     task_prerun.connect(_begin, weak=False, dispatch_uid="pinning_middleware.begin")
     task_postrun.connect(_end, weak=False, dispatch_uid="pinning_middleware.end")
-    app.on_after_finalize.connect(_judge, weak=False)
+    app.on_after_finalize.connect(_complain, weak=False)
+    checks.register(functools.partial(_check, app))
 
 
-def _judge(sender: Celery, **kwargs: Any) -> None:
-    for name, task in sender.tasks.items():
+def _mistakes(app: Celery) -> Iterator[str]:
+    known = ", ".join(map(repr, POLICIES))
+    for name, task in app.tasks.items():
         policy = getattr(task, "pinning", "sticky")
         if policy not in POLICIES:
-            known = ", ".join(map(repr, POLICIES))
-            raise ImproperlyConfigured(
-                f"Task {name}: pinning must be one of {known}, not {policy!r}."
-            )
+            yield f"Task {name}: pinning must be one of {known}, not {policy!r}."
+
+
+def _complain(sender: Celery, **kwargs: Any) -> None:
+    # Celery's signals swallow what their receivers raise.
+    for mistake in _mistakes(sender):
+        logger.error(mistake)
+
+
+def _check(app: Celery, **kwargs: Any) -> list[checks.CheckMessage]:
+    return [
+        checks.Error(mistake, hint="It reads from the primary.", id="pinning_middleware.E101")
+        for mistake in _mistakes(app)
+    ]
 
 
 def _send(headers: dict[str, Any], **kwargs: Any) -> None:
@@ -78,7 +94,7 @@ def _ends_group() -> bool:
     return bool(current_task.request.chord) or current_task.name == "celery.chord_unlock"
 
 
-def _begin(task_id: str, task: Any, **kwargs: Any) -> None:
+def _begin(task: Any, **kwargs: Any) -> None:
     request = task.request
     token = getattr(request, HEADER, None)
     scope = Scope(tokens.accept(token) if token else None)
@@ -87,15 +103,16 @@ def _begin(task_id: str, task: Any, **kwargs: Any) -> None:
         # No message was sent: what would have been in it is still here.
         scope.carry(left_behind(outer))
     policy = getattr(task, "pinning", "sticky")
-    scope.primary_first = policy == "primary"
+    scope.primary_first = policy not in ("sticky", "wait")
     if policy == "wait":
         scope.wait = getattr(task, "pinning_wait", LONGEST_WAIT)
     block = PinningScope(scope=scope)
     block.__enter__()
-    _open[task_id] = block
+    # Of this run: a task's id is that of its retries too, and of a message that came twice.
+    request.pinning_scope = block
 
 
-def _end(task_id: str, **kwargs: Any) -> None:
-    block = _open.pop(task_id, None)
+def _end(task: Any, **kwargs: Any) -> None:
+    block: PinningScope | None = task.request.__dict__.pop("pinning_scope", None)
     if block is not None:
         block.__exit__(None, None, None)

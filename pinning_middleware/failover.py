@@ -87,7 +87,8 @@ def rerun(
             raise
         if lost:
             connection.close()
-            pool.health.forget(connection.alias)
+            if connection.alias in pool.health.replicas:
+                pool.health.forget(connection.alias)
         return _rerun(
             pool, functools.partial(execute, sql, params, many, context), context, lost, error
         )
@@ -103,7 +104,7 @@ def _rerun(
             with one_node():
                 other = connections[alias]
                 fresh = other.chunked_cursor() if chunked else other.cursor()
-                if alias == failed and not _still_fits(pool, alias):
+                if alias == failed != pool.primary and not _still_fits(pool, alias):
                     continue
                 # The caller goes on to fetch from here.
                 cursor.cursor, cursor.db = fresh.cursor, fresh.db
@@ -137,11 +138,11 @@ def _open_elsewhere(pool: Pool, failed: str, name: str | None, why: object) -> A
 
 def _candidates(pool: Pool, failed: str, same_first: bool) -> Iterator[str]:
     """Yield the nodes that may serve instead, each once, and the primary last."""
+    if same_first:
+        yield failed
     if failed == pool.primary:
         yield from order_by_freshness(pool)
         return
-    if same_first:
-        yield failed
     wanted = _wanted(pool)
     for alias in pool.rotation.order():
         if alias != failed and (wanted is None or has_reached(pool, alias, wanted)):
@@ -190,13 +191,20 @@ def _served(pool: Pool, failed: str, alias: str, error: object) -> None:
     logger.warning("A read of %s went to %s: %s", failed, alias, error)
     read_rerun.send(pool.primary, failed=failed, served=alias, error=error)
     if failed == pool.primary:
-        primary_fallback.send(pool.primary, served=alias, reason="primary down")
+        if alias != failed:
+            primary_fallback.send(pool.primary, served=alias, reason="primary down")
         return
     if alias == pool.primary:
         primary_fallback.send(pool.primary, served=alias, reason="no replica")
     scope = entered_scope()
-    if scope is not None and alias != failed and failed in pool.health.out:
-        pool.state(scope).leave(failed)
+    if scope is None or alias == failed:
+        return
+    state = pool.state(scope)
+    if state.served is not None:
+        state.served.add(alias)
+    # One that is in may have come back behind what a pin asks for: the next read decides anew.
+    if failed in pool.health.out or pool.wanted(scope) is not None:
+        state.leave(failed)
 
 
 def _watch(*, connection: BaseDatabaseWrapper, **kwargs: Any) -> None:
@@ -241,6 +249,10 @@ def _bounded(
     connection: BaseDatabaseWrapper, option: str, parameters: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
     chosen = parameters()
-    if connection.alias in pools().by_replica:
+    known = pools()
+    if connection.alias in known.by_replica or (
+        # Somebody stands in for this one too.
+        conf.primary_down == "stale" and connection.alias in known.by_primary
+    ):
         chosen.setdefault(option, CONNECT_TIMEOUT)
     return chosen

@@ -46,10 +46,12 @@ if tonumber(ARGV[1]) > longest then
     redis.call('PEXPIRE', KEYS[1], ARGV[1])
 end
 """
-# Only what is still as it was read: a newer write's pin stays.
+# Only what is still as it was read: a newer write's pin stays. When each log's window ends is not
+# compared, since a pin tells the latest of them only; a newer write moves a point anyway.
 _FORGET = """
 for i = 1, #ARGV, 2 do
-    if redis.call('HGET', KEYS[1], ARGV[i]) ~= ARGV[i + 1] then
+    if not string.find(ARGV[i], '|to|', 1, true)
+            and redis.call('HGET', KEYS[1], ARGV[i]) ~= ARGV[i + 1] then
         return 0
     end
 end

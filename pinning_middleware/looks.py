@@ -68,6 +68,8 @@ def position_of_primary(pool: Pool) -> Position | None:
     family = family_of(connection)
     if family is None or connection.in_atomic_block or not may_ask():
         return None
+    if connection.connection is None and pool.health.primary_retry_at > time.monotonic():
+        return None
     try:
         with one_node():
             return _persistently(connection, family.current)
@@ -153,9 +155,14 @@ def stand_in(pool: Pool) -> str | None:
 
 def order_by_freshness(pool: Pool) -> list[str]:
     """Return the replicas that answer, the one that has replayed most first."""
-    answering = [alias for alias in pool.health.replicas if _ask(pool, alias)]
-    replicas = pool.health.replicas
-    return sorted(answering, key=lambda a: -sum(replicas[a].position.values()))
+    health = pool.health
+    usable = [replica.alias for replica in health.replicas.values() if replica.out in ("", "lag")]
+    if health.out and (retry := health.claim_retry()) is not None and retry not in usable:
+        usable.append(retry)
+    # While the primary is down nobody may be able to say of which log a position is.
+    reports = {alias: _report(pool, alias) for alias in usable}
+    replayed = {a: sum(r.position.values()) for a, r in reports.items() if r and r.is_replica}
+    return sorted(replayed, key=lambda alias: -replayed[alias])
 
 
 def update(pool: Pool, connection: BaseDatabaseWrapper, *, measure: bool = False) -> None:
@@ -189,11 +196,17 @@ def update(pool: Pool, connection: BaseDatabaseWrapper, *, measure: bool = False
 
 def _ask(pool: Pool, alias: str) -> bool:
     """Ask a replica how far it is; return whether it answered, as a replica."""
+    report = _report(pool, alias)
+    return report is not None and _take_in(pool, alias, report)
+
+
+def _report(pool: Pool, alias: str) -> Report | None:
+    """Return a replica's answer, ``None`` for none; leave out one that is of no use."""
     connection = connections[alias]
     family = family_of(connection)
     # Inside a transaction rows stay as they were when it began, whatever is replayed meanwhile.
     if family is None or connection.in_atomic_block:
-        return False
+        return None
     try:
         with one_node():
             connection.ensure_connection()
@@ -201,16 +214,20 @@ def _ask(pool: Pool, alias: str) -> bool:
     except (OperationalError, InterfaceError) as error:
         pool.health.leave_out(alias, "connect")
         logger.info("%s did not tell its position: %s", alias, error)
-        return False
+        return None
     except DatabaseError as error:
         logger.warning("The position of %s can't be read: %s", alias, error)
-        return False
-    return _take_in(pool, family, alias, report)
-
-
-def _take_in(pool: Pool, family: Positions, alias: str, report: Report) -> bool:
+        return None
     if not report.is_replica:
         pool.health.leave_out(alias, "role")
+    elif pool.health.replicas[alias].out in ("connect", "role"):
+        pool.health.take_back(alias)
+    return report
+
+
+def _take_in(pool: Pool, alias: str, report: Report) -> bool:
+    family = family_of(connections[alias])
+    if family is None or not report.is_replica:
         return False
     position = report.position
     if not family.is_certain(position):
@@ -218,10 +235,7 @@ def _take_in(pool: Pool, family: Positions, alias: str, report: Report) -> bool:
         if primary is None:
             return False
         position = family.ascertain(position, primary)
-    replica = pool.health.replicas[alias]
-    replica.saw(position)
-    if replica.out in ("connect", "role"):
-        pool.health.take_back(alias)
+    pool.health.replicas[alias].saw(position)
     return True
 
 

@@ -120,7 +120,8 @@ class Pool:
         state.by_turn = False
         if state.held or state.written or state.by_hand:
             if not scope.lasting:
-                state.answer = self.primary
+                if conf.primary_down == "error":
+                    state.answer = self.primary
                 return self._primary()
             self._carry_on(state)
             if state.held or state.pinned:

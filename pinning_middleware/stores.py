@@ -11,7 +11,7 @@ import time
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
-from asgiref.sync import iscoroutinefunction, sync_to_async
+from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
 from django.contrib.auth import SESSION_KEY
 from django.utils.cache import patch_cache_control, patch_vary_headers
 from django.utils.functional import empty
@@ -141,12 +141,12 @@ class CacheStore(BaseStore):
     after_authentication = True
 
     def load(self, request: HttpRequest) -> Pins:
-        key = conf.key(request)
+        key = _key(request)
         return _remember(request, keyed.fetch([key]) if key else {})
 
     def save(self, request: HttpRequest, response: HttpResponseBase | None, pins: Pins) -> None:
         # Asked again: it may be this request that logged the user in.
-        if key := conf.key(request):
+        if key := _key(request):
             keyed.keep([key], pins, _gone(request, pins))
 
     async def aload(self, request: HttpRequest) -> Pins:
@@ -211,6 +211,12 @@ def _other_user(request: HttpRequest) -> str | None:
     if user is None or getattr(user, "_wrapped", None) is empty or not user.is_authenticated:
         return None
     return str(user.pk)
+
+
+def _key(request: HttpRequest) -> str | None:
+    if iscoroutinefunction(conf.key):
+        return async_to_sync(conf.key)(request)
+    return conf.key(request)
 
 
 async def _akey(request: HttpRequest) -> str | None:

@@ -2,8 +2,16 @@
 Django's Tasks (Django 6) and django-tasks: a task that is enqueued after a write reads that write.
 
 Their interface has no room for headers, so the pins wait in the cache ``PINNING_CACHE`` under the
-task's id. The signal comes after the task was handed to its backend: a worker that starts it
-within that instant finds no pin, unless it is enqueued when its transaction commits.
+task's id. What that can't do:
+
+- Without a cache that all processes share (Redis, Valkey, memcached, a database) a worker finds
+  nothing, and reads as if nobody had written; so it does while that cache is down.
+- The signal comes after the task was handed to its backend: a worker that starts it within that
+  instant finds no pin. A backend that keeps its tasks in the primary hides them until the
+  transaction commits; enqueue inside ``transaction.atomic()`` there.
+- A task that is enqueued for later than ``PINNING_SECONDS`` finds no pin any more; by then
+  only a replica that lags as much would be stale.
+- A task says no policy of its own; ``use_primary`` decorates its function as any other.
 """
 
 from __future__ import annotations
@@ -50,7 +58,12 @@ def _send(*, task_result: Any, **kwargs: Any) -> None:
 
 
 def _begin(*, task_result: Any, **kwargs: Any) -> None:
-    block = PinningScope(scope=Scope(keyed.fetch([_key(task_result)])))
+    scope = Scope(keyed.fetch([_key(task_result)]))
+    outer = entered_scope()
+    if outer is not None and not outer.lasting:
+        # It runs in place, and what it would have found in the cache is still here.
+        scope.carry(left_behind(outer))
+    block = PinningScope(scope=scope)
     block.__enter__()
     _open[task_result.id] = block
 

@@ -19,6 +19,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.utils import DatabaseError
 
 from pinning_middleware.pins import OPTIONAL, Position
+
 from .base import Positions, Report, fetch
 
 __all__ = ["MariaDB", "MySQL", "family", "parse_gtids", "parse_mariadb"]

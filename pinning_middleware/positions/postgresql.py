@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.pins import Position
+
 from .base import Positions, Report, fetch
 
 __all__ = ["PostgreSQL"]

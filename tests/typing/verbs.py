@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
-from typing import Any, assert_type
+from collections.abc import Callable
+from typing import assert_type
 
 from pinning_middleware import (
     carry_scope,
@@ -28,10 +28,10 @@ async def awaited(number: int) -> str:
     return str(number)
 
 
-def check() -> None:
+async def check() -> None:
     assert_type(bare(1), str)
     assert_type(called(1), str)
-    assert_type(awaited(1), Coroutine[Any, Any, str])
+    assert_type(await awaited(1), str)
     assert_type(is_pinned(using="default"), bool)
     with use_primary("default"), pinning_scope() as scope:
         assert_type(scope.token, str | None)
