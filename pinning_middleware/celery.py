@@ -97,7 +97,7 @@ def _ends_group() -> bool:
 def _begin(task: Any, **kwargs: Any) -> None:
     request = task.request
     token = getattr(request, HEADER, None)
-    scope = Scope(tokens.accept(token) if token else None)
+    scope = Scope(tokens.accept(token) if token else {})
     outer = entered_scope()
     if request.is_eager and outer is not None:
         # No message was sent: what would have been in it is still here.

@@ -35,11 +35,13 @@ class Replica:
 
     __slots__ = (
         "_behind_since",
+        "_caught_up",
         "_jitter",
         "alias",
         "claimed",
         "lag",
         "looked",
+        "measured",
         "out",
         "position",
         "prober",
@@ -54,12 +56,15 @@ class Replica:
         # The thread that tries it again, while it is out.
         self.prober = 0
         self.claimed = 0.0
-        # Seconds behind the primary, None: not known.
+        # Seconds behind the primary, None: not known; and when that was measured, which not
+        # every look does.
         self.lag: float | None = None
+        self.measured = -math.inf
         self.looked = -math.inf
         # What it is known to have replayed. A process sees a replica go forward only.
         self.position: Position = {}
         self._behind_since: float | None = None
+        self._caught_up = -math.inf
         # Drawn once, so that processes that saw the same failure do not come back together.
         self._jitter = random.uniform(1.0, 1.25)
 
@@ -80,15 +85,20 @@ class Replica:
     def saw(self, position: Position) -> None:
         self.position = merge_positions(self.position, position) or {}
 
-    def fell_behind(self, is_behind: bool) -> float:
-        """Return for how long looks have found it behind, in seconds."""
+    def lags(self, is_behind: bool, told: float | None) -> float:
+        """
+        Return for how long it has been behind at most, in seconds. What it tells of itself counts
+        from its last transaction, however long nobody wrote before the one it lacks; so do not
+        go back before a look that found it caught up.
+        """
         now = time.monotonic()
         if not is_behind:
-            self._behind_since = None
+            self._behind_since, self._caught_up = None, now
             return 0.0
         if self._behind_since is None:
             self._behind_since = now
-        return now - self._behind_since
+        seen = now - self._behind_since
+        return seen if told is None else max(seen, min(told, now - self._caught_up))
 
 
 class Health:
@@ -165,6 +175,16 @@ class Health:
             is_due = now - replica.looked >= every
             if is_due:
                 replica.looked = now
+        return is_due
+
+    def claim_measure(self, alias: str, every: float) -> bool:
+        """Return whether it is time for this caller, and no other, to measure a replica's lag."""
+        replica = self.replicas[alias]
+        now = time.monotonic()
+        with self._lock:
+            is_due = now - replica.measured >= every
+            if is_due:
+                replica.measured = now
         return is_due
 
     def may_connect(self, alias: str) -> bool:

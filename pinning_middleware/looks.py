@@ -122,7 +122,7 @@ def has_reached(pool: Pool, alias: str, wanted: Position) -> bool:
 def lags_less(pool: Pool, alias: str, seconds: float) -> bool:
     """Return whether a replica is known to lag by no more than so many seconds."""
     replica = pool.health.replicas[alias]
-    if may_ask() and pool.health.claim_look(alias, min(seconds / 2, LOOK_EVERY)):
+    if may_ask() and pool.health.claim_measure(alias, min(seconds / 2, LOOK_EVERY)):
         try:
             update(pool, connections[alias], measure=True)
         except (OperationalError, InterfaceError):
@@ -184,10 +184,14 @@ def update(pool: Pool, connection: BaseDatabaseWrapper, *, measure: bool = False
         if not _ask(pool, alias):
             return
         is_behind = target is not None and not family.reached(target, replica.position)
-        seen = replica.fell_behind(is_behind)
-        told = _persistently(connection, family.behind) if is_behind else 0.0
+        told = None
+        if is_behind:
+            told = _persistently(connection, family.behind)
+            # A healthy one has it by now: what was written since the primary was asked is no lag.
+            is_behind = not (_ask(pool, alias) and family.reached(target or {}, replica.position))
     if measure:
-        replica.lag = None if target is None else seen if told is None else max(seen, told)
+        replica.lag = None if target is None else replica.lags(is_behind, told)
+        replica.measured = time.monotonic()
     if conf.max_lag is not None and (replica.lag or 0.0) > conf.max_lag:
         pool.health.leave_out(alias, "lag", min(conf.retry_after, max(conf.max_lag, 1.0)))
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction, sync_to_async
@@ -44,11 +44,11 @@ class PinningMiddleware:
             return self.__acall__(request)
         if not conf.enabled:
             return self.get_response(request)
-        scope, outer, response = _begin(request), entered_scope(), None
+        scope = Scope(primary_first=request.method in conf.primary_methods)
+        outer, response = entered_scope(), None
         enter(scope if outer is None else scope.within(outer))
         try:
-            for store in conf.stores_at_start:
-                _carry(scope, store, request)
+            _load(scope, conf.stores_at_start, request)
             response = self.get_response(request)
             return response
         finally:
@@ -61,11 +61,11 @@ class PinningMiddleware:
     async def __acall__(self, request: HttpRequest) -> HttpResponseBase:
         if not conf.enabled:
             return await self.get_response(request)  # type: ignore[no-any-return]
-        scope, outer, response = _begin(request), entered_scope(), None
+        scope = Scope(primary_first=request.method in conf.primary_methods)
+        outer, response = entered_scope(), None
         enter(scope if outer is None else scope.within(outer))
         try:
-            for store in conf.stores_at_start:
-                await _acarry(scope, store, request)
+            await _aload(scope, conf.stores_at_start, request)
             response = await self.get_response(request)
             return response  # type: ignore[no-any-return]
         finally:
@@ -77,17 +77,11 @@ class PinningMiddleware:
 
     def _process_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
         if (scope := _on_view(view)) is not None:
-            for store in conf.stores_at_view:
-                _carry(scope, store, request)
+            _load(scope, conf.stores_at_view, request)
 
     async def _aprocess_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
         if (scope := _on_view(view)) is not None:
-            for store in conf.stores_at_view:
-                await _acarry(scope, store, request)
-
-
-def _begin(request: HttpRequest) -> Scope:
-    return Scope(primary_first=request.method in conf.primary_methods)
+            await _aload(scope, conf.stores_at_view, request)
 
 
 def _on_view(view: Any) -> Scope | None:
@@ -104,18 +98,22 @@ def _on_view(view: Any) -> Scope | None:
     return scope
 
 
-def _carry(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
-    try:
-        scope.carry(store.load(request))
-    except Exception:
-        logger.exception(_LOST, type(store).__name__, "load")
+def _load(scope: Scope, stores: Iterable[BaseStore], request: HttpRequest) -> None:
+    for store in stores:
+        try:
+            if pins := store.load(request):
+                scope.carry(pins)
+        except Exception:
+            logger.exception(_LOST, type(store).__name__, "load")
 
 
-async def _acarry(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
-    try:
-        scope.carry(await store.aload(request))
-    except Exception:
-        logger.exception(_LOST, type(store).__name__, "load")
+async def _aload(scope: Scope, stores: Iterable[BaseStore], request: HttpRequest) -> None:
+    for store in stores:
+        try:
+            if pins := await store.aload(request):
+                scope.carry(pins)
+        except Exception:
+            logger.exception(_LOST, type(store).__name__, "load")
 
 
 def _save(scope: Scope, request: HttpRequest, response: HttpResponseBase | None) -> None:

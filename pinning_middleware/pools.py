@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from django.db import DEFAULT_DB_ALIAS, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -28,6 +28,23 @@ if TYPE_CHECKING:
 __all__ = ["Pool", "Pools", "pools"]
 
 
+_Entry: TypeAlias = dict[str, Any]
+
+
+class _Seat:
+    """
+    What one thread needs at hand for the next decision: its connection to the primary, since
+    ``connections[alias]`` costs more than all the rest, and the scope that decided here last.
+    """
+
+    __slots__ = ("connection", "scope", "state")
+
+    def __init__(self, connection: BaseDatabaseWrapper) -> None:
+        self.connection = connection
+        self.scope = Scope()
+        self.state = self.scope[""]
+
+
 class Pool:
     """One primary and its replicas."""
 
@@ -37,9 +54,7 @@ class Pool:
         self.rotation = Rotation(spec.weights)
         self.health = Health(spec.primary, self.rotation)
         self._by_query = conf.spread_by_query
-        self._mirrors: dict[str, _Mirror] = {}
-        # This thread's connection to the primary: `connections[alias]` costs more than all the
-        # rest of a decision.
+        self._mirrors: dict[str, tuple[_Entry, _Entry, tuple[str, str], bool]] = {}
         self._thread = threading.local()
 
     def __contains__(self, alias: str | None) -> bool:
@@ -61,19 +76,18 @@ class Pool:
         if instance is not None and instance._state.db not in self:
             return None
         scope = entered_scope()
-        if scope is None:
-            scope = current_scope()
-        state = scope[self.key]
-        if (
-            scope.override is not None
-            and (block := scope.override.for_pool(self.primary)) is not None
-        ):
-            return self._in_block(block, state)
-        connection: BaseDatabaseWrapper
         try:
-            connection = self._thread.connection
+            seat = self._thread.seat
         except AttributeError:
-            connection = self._thread.connection = connections[self.primary]
+            seat = self._thread.seat = _Seat(connections[self.primary])
+        if seat.scope is not scope:
+            if scope is None:
+                scope = current_scope()
+            block = scope.override and scope.override.for_pool(self.primary)
+            if block is not None:
+                return self._in_block(block, scope[self.key])
+            seat.scope, seat.state = scope, scope[self.key]
+        connection, state = seat.connection, seat.state
         if (
             connection.connection is not None
             and (connection.in_atomic_block or not connection.autocommit)
@@ -271,13 +285,20 @@ class Pool:
     def _is_mirror(self, alias: str) -> bool:
         """Return whether this alias leads to the very database of the primary."""
         known = self._mirrors.get(alias)
-        if known is None:
-            known = self._mirrors[alias] = _Mirror(self.primary, alias)
-        return known.verdict if known.is_current() else known.judge()
+        if known is not None:
+            primary, replica, names, verdict = known
+            # The test runner changes the names in place.
+            if names[0] is primary["NAME"] and names[1] is replica["NAME"]:
+                return verdict
+        primary, replica = connections.settings[self.primary], connections.settings[alias]
+        verdict = _same_database(primary, replica)
+        names = primary["NAME"], replica["NAME"]
+        self._mirrors[alias] = primary, replica, names, verdict
+        return verdict
 
     def adopt(self, connection: BaseDatabaseWrapper) -> None:
         """Take this for the thread's connection to the primary."""
-        self._thread.connection = connection
+        self._thread.seat = _Seat(connection)
 
 
 class PrimaryOnly(Pool):
@@ -376,27 +397,7 @@ def _forget() -> None:
     _pools = None
 
 
-class _Mirror:
-    """Whether two aliases lead to one database; looked at again when their names change."""
-
-    __slots__ = ("_primary", "_replica", "_seen", "verdict")
-
-    def __init__(self, primary: str, replica: str) -> None:
-        self._primary = connections.settings[primary]
-        self._replica = connections.settings[replica]
-        self.judge()
-
-    def is_current(self) -> bool:
-        # The test runner changes the names in place.
-        return self._seen == (self._primary["NAME"], self._replica["NAME"])
-
-    def judge(self) -> bool:
-        self._seen = (self._primary["NAME"], self._replica["NAME"])
-        self.verdict = _same_database(self._primary, self._replica)
-        return self.verdict
-
-
-def _same_database(primary: dict[str, Any], replica: dict[str, Any]) -> bool:
+def _same_database(primary: _Entry, replica: _Entry) -> bool:
     if any(primary[part] != replica[part] for part in ("ENGINE", "HOST", "PORT", "NAME")):
         return False
     # Two of these are two databases, unless the test runner made one a mirror of the other.

@@ -86,7 +86,7 @@ def pins_of_keys(scope: Scope, pins: Pins) -> dict[str | None, dict[str, Pin]]:
             pool.primary: pins[pool.primary] if pool.primary in pins else pool.pin_now(until)
             for pool in pools().of_primary(using)
         }
-        for using in dict.fromkeys((scope.pinned_keys or {}).values())
+        for using in dict.fromkeys(scope.pinned_keys.values())
     }
 
 
@@ -104,7 +104,7 @@ async def akeep_keys(scope: Scope) -> None:
 
 
 def _keys_of(scope: Scope, using: str | None) -> list[str]:
-    return [key for key, of in (scope.pinned_keys or {}).items() if of == using]
+    return [key for key, of in scope.pinned_keys.items() if of == using]
 
 
 def marks(scope: Scope) -> list[tuple[float, float]]:
@@ -124,7 +124,7 @@ class PinningScope:
     """
 
     def __init__(self, token: str | None = None, scope: Scope | None = None) -> None:
-        self._scope = scope or Scope(tokens.accept(token) if token else None)
+        self._scope = scope or Scope(tokens.accept(token) if token else {})
         self._outer: list[Scope | None] = []
 
     @property

@@ -9,6 +9,7 @@ Another request has another object.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import NamedTuple
@@ -60,8 +61,13 @@ class PoolState:
     # The pin that was told to others last, and the marks it was made at.
     left: tuple[tuple[float, float], Pin] | None = None
 
-    def __init__(self, primary: str) -> None:
-        self.primary = primary
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    @property
+    def primary(self) -> str:
+        """The primary's alias, with which the key of every pool begins."""
+        return self.key.partition("\0")[0]
 
     def note_write(self, in_transaction: bool) -> None:
         self.written = time.time()
@@ -145,45 +151,35 @@ class Scope(dict[str, PoolState]):
     blocks, and a decision looks at one context variable only.
     """
 
-    # Slots, since a decision reads them faster than a class's defaults.
-    __slots__ = (
-        "atomic_view",
-        "carried",
-        "lasting",
-        "outer",
-        "override",
-        "pinned_keys",
-        "primary_first",
-        "shown",
-        "wait",
-    )
+    # What every scope sets or every decision reads has a slot; the rest are defaults of the class.
+    __slots__ = ("__dict__", "carried", "lasting", "override", "primary_first")
+
+    # The primaries on which ATOMIC_REQUESTS opens a transaction around the view.
+    atomic_view: tuple[str, ...] = ()
+    # Keys of a cache that are to be pinned when it ends, and of which primaries.
+    pinned_keys: Mapping[str, str | None] = MappingProxyType({})
+    # Seconds to wait for a replica to catch up, None: as the settings say.
+    wait: float | None = None
+    # Of a view: the scope that it shows, and what is entered again when its block ends.
+    shown: Scope | None = None
+    outer: Scope | None = None
 
     def __init__(
-        self, carried: Pins | None = None, *, primary_first: bool = False, lasting: bool = False
+        self, carried: Pins = _NONE, primary_first: bool = False, lasting: bool = False
     ) -> None:
         # The pins that it came with.
-        self.carried = carried or _NONE
+        self.carried = carried
         # Whether its method is one that reads from the primary.
         self.primary_first = primary_first
         self.lasting = lasting
-        # The primaries on which ATOMIC_REQUESTS opens a transaction around the view.
-        self.atomic_view: tuple[str, ...] = ()
-        # Keys of a cache that are to be pinned when it ends, and of which primaries.
-        self.pinned_keys: dict[str, str | None] | None = None
-        # Seconds to wait for a replica to catch up, None: as the settings say.
-        self.wait: float | None = None
-        # Of a view: the innermost open block, the scope that it shows, and what is entered
-        # again when the block ends.
+        # The innermost open block, of a view.
         self.override: Override | None = None
-        self.shown: Scope | None = None
-        self.outer: Scope | None = None
 
     def __missing__(self, key: str) -> PoolState:
         if self.shown is not None:
             state = self.shown[key]
         else:
-            # A pool's key begins with its primary's alias.
-            state = PoolState(key.partition("\0")[0])
+            state = PoolState(key)
             if self.primary_first:
                 state.held = True
             if self.carried:
@@ -198,7 +194,7 @@ class Scope(dict[str, PoolState]):
 
     def inside(self, override: Override, outer: Scope | None) -> Scope:
         """Return a view of this scope inside a block, after which ``outer`` is entered again."""
-        view = Scope(self.carried, primary_first=self.primary_first, lasting=self.lasting)
+        view = Scope(self.carried, self.primary_first, self.lasting)
         view.atomic_view, view.wait = self.atomic_view, self.wait
         view.shown, view.override, view.outer = self.whole, override, outer
         return view

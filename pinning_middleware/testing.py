@@ -105,14 +105,14 @@ class StoreContract:
         """The middleware saves what it loaded, merged with what the request did."""
         old = _pins()
         request = self.after(old)
-        new = {"default": Pin(time.time() + 3, 0.0, {"1": 90})}
+        new = {"default": Pin(time.time() + 3, 0.0, {"1": 90, "2": 90})}
         following = self.save(request, merge_pins(self.load(request), new))
         assert_same(self.load(following), merge_pins(old, new))
 
     def test_parallel_requests_shorten_nothing(self) -> None:
         if not self.shared:
             return
-        old, new = _pins(), {"default": Pin(time.time() + 3, 0.0, {"1": 90})}
+        old, new = _pins(), {"default": Pin(time.time() + 3, 0.0, {"1": 90, "2": 90})}
         first, second = self.new_request(), self.new_request()
         self.load(first)
         self.load(second)

@@ -84,7 +84,7 @@ def pin_keys(*keys: str, using: str | None = None) -> None:
     scope = current_scope()
     if not scope.lasting:
         scope = scope.whole
-        scope.pinned_keys = {**(scope.pinned_keys or {}), **dict.fromkeys(keys, using)}
+        scope.pinned_keys = {**scope.pinned_keys, **dict.fromkeys(keys, using)}
         return
     for pool in found:
         transaction.on_commit(functools.partial(_keep_now, pool, keys), using=pool.primary)

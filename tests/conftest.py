@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from http.cookies import SimpleCookie
 from typing import Any
 
@@ -13,7 +14,7 @@ from django.conf import settings
 from django.core.cache import cache
 from django.db import connections
 from django.db.models import Model
-from django.test import AsyncClient, Client
+from django.test import AsyncClient, Client, TransactionTestCase
 from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
 
@@ -77,18 +78,14 @@ def do() -> Iterator[Callable[[Callable[..., Any]], str]]:
 
 
 @pytest.fixture
-def replicate() -> Iterator[Callable[..., None]]:
+def replicate() -> Callable[..., None]:
     """Return a function that brings what the primary has to a replica, as replication would."""
-    touched: set[str] = set()
 
     def copy(*aliases: str, source: str = "default") -> None:
         for alias in aliases or ("replica1", "replica2"):
-            touched.add(alias)
             _copy(source, alias)
 
-    yield copy
-    for alias in touched:
-        _empty(alias)
+    return copy
 
 
 @pytest.fixture
@@ -102,7 +99,7 @@ def named(replicate: Callable[..., None]) -> Callable[..., None]:
         for alias in aliases or ("default", "replica1", "replica2"):
             if alias != "default":
                 replicate(alias)
-            with sqlite3.connect(connections[alias].settings_dict["NAME"]) as database:
+            with closing(_open(alias)) as database, database:
                 for statement in (
                     "REPLACE INTO app_author (id, name) VALUES (1, ?)",
                     "REPLACE INTO app_book (id, title, author_id) VALUES (1, ?, 1)",
@@ -114,7 +111,6 @@ def named(replicate: Callable[..., None]) -> Callable[..., None]:
                 database.execute(
                     "REPLACE INTO app_book_tags (id, book_id, tag_id) VALUES (1, 1, 1)"
                 )
-            database.close()
 
     return fill
 
@@ -126,24 +122,38 @@ def clock() -> Iterator[FrozenDateTimeFactory]:
         yield frozen
 
 
+def _open(alias: str) -> sqlite3.Connection:
+    database = sqlite3.connect(connections.settings[alias]["NAME"])
+    database.execute("PRAGMA synchronous = OFF")
+    return database
+
+
 def _copy(source: str, target: str) -> None:
-    primary = sqlite3.connect(connections[source].settings_dict["NAME"])
-    replica = sqlite3.connect(connections[target].settings_dict["NAME"])
-    primary.backup(replica)
-    primary.close()
-    replica.close()
+    with closing(_open(source)) as primary, closing(_open(target)) as replica:
+        primary.backup(replica)
 
 
 def _empty(alias: str) -> None:
-    replica = sqlite3.connect(connections[alias].settings_dict["NAME"])
-    tables = replica.execute(
-        "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
-        " AND name NOT LIKE 'django_%' AND name != 'auth_permission'"
-    ).fetchall()
-    for (table,) in tables:
-        replica.execute(f'DELETE FROM "{table}"')
-    replica.commit()
-    replica.close()
+    with closing(_open(alias)) as database, database:
+        tables = database.execute(
+            "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+        ).fetchall()
+        for (table,) in tables:
+            if table not in ("django_migrations", "django_content_type", "auth_permission"):
+                database.execute(f'DELETE FROM "{table}"')
+
+
+@pytest.fixture(scope="session", autouse=True)
+def flush_fast() -> Iterator[None]:
+    """Django's own way takes 100 ms for each test, on seven databases."""
+
+    def empty(self: TransactionTestCase) -> None:
+        for alias in settings.DATABASES:
+            _empty(alias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TransactionTestCase, "_fixture_teardown", empty)
+        yield
 
 
 @pytest.fixture(autouse=True)

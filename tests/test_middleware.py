@@ -1,17 +1,601 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
 import pytest
+from asgiref.sync import SyncToAsync, async_to_sync
+from django.core.handlers.base import BaseHandler
+from django.db import connections
+from django.http import FileResponse, HttpResponse, StreamingHttpResponse
+from django.test import AsyncRequestFactory, RequestFactory, override_settings
+from django.test.utils import CaptureQueriesContext
+from freezegun.api import FrozenDateTimeFactory
+
+from pinning_middleware import (
+    is_pinned,
+    pin_this_request,
+    tokens,
+    unpin_this_request,
+    use_primary,
+)
+from pinning_middleware.middleware import PinningMiddleware
+from pinning_middleware.pins import Pin
+from pinning_middleware.state import entered_scope
+from tests.app import stores
 from tests.app.models import Book
+from tests.conftest import MIDDLEWARE, Browser, Visit, is_replica, where
 
 pytestmark = pytest.mark.django_db(transaction=True, databases="__all__")
 
+COOKIE_STORE = "pinning_middleware.stores.CookieStore"
+
+
+@pytest.fixture
+def kept() -> Iterator[list[Any]]:
+    """What a recording store beside the cookie is asked to keep."""
+    stores.kept.clear()
+    with override_settings(PINNING_STORES=[COOKIE_STORE, "tests.app.stores.RecordingStore"]):
+        yield stores.kept
+    stores.kept.clear()
+
+
+def write(request: Any = None) -> str:
+    Book.objects.create(title="x")
+    return "written"
+
+
+def test_a_user_reads_what_they_wrote(visit: Visit) -> None:
+    """And another one, who never wrote, reads a replica."""
+    assert visit(lambda request: Book.objects.count()) == 0
+    visit(write)
+    assert visit(lambda request: Book.objects.count()) == 1
+    visit.browser.cookies.clear()
+    assert visit(lambda request: Book.objects.count()) == 0
+
+
+def test_two_browsers(new_browser: Callable[..., Browser], do: Callable[..., str]) -> None:
+    writer, reader = new_browser(), new_browser()
+    writer.get(f"/sync/{do(write)}/")
+    address = f"/sync/{do(lambda request: Book.objects.count())}/"
+    assert (writer.get(address).content, reader.get(address).content) == (b"1", b"0")
+
+
+# The cookie.
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"domain": "", "path": "/", "secure": "", "samesite": "Lax", "httponly": True}),
+        (
+            {
+                "SESSION_COOKIE_DOMAIN": "example.com",
+                "SESSION_COOKIE_PATH": "/app",
+                "SESSION_COOKIE_SECURE": True,
+                "SESSION_COOKIE_SAMESITE": "Strict",
+                "SESSION_COOKIE_HTTPONLY": False,
+            },
+            {
+                "domain": "example.com",
+                "path": "/app",
+                "secure": True,
+                "samesite": "Strict",
+                "httponly": True,
+            },
+        ),
+        (
+            {
+                "SESSION_COOKIE_SECURE": True,
+                "SESSION_COOKIE_SAMESITE": "Strict",
+                "PINNING_COOKIE_DOMAIN": "own.example.com",
+                "PINNING_COOKIE_PATH": "/own",
+                "PINNING_COOKIE_SECURE": False,
+                "PINNING_COOKIE_SAMESITE": "None",
+                "PINNING_COOKIE_HTTPONLY": False,
+            },
+            {
+                "domain": "own.example.com",
+                "path": "/own",
+                "secure": "",
+                "samesite": "None",
+                "httponly": "",
+            },
+        ),
+        ({"PINNING_COOKIE_SAMESITE": False}, {"samesite": ""}),
+        ({"PINNING_SECONDS": 100}, {"max-age": 101}),
+    ],
+)
+def test_the_attributes_of_the_cookie(
+    visit: Visit, clock: FrozenDateTimeFactory, settings: Any, expected: dict[str, Any]
+) -> None:
+    """Those of the session's cookie, unless it has its own."""
+    with override_settings(**settings):
+        visit(write)
+    cookie = visit.response.cookies["pinning"]
+    assert {name: cookie[name] for name in expected} == expected
+
+
+@override_settings(PINNING_COOKIE_NAME="other")
+def test_the_name_of_the_cookie(visit: Visit) -> None:
+    visit(write)
+    assert set(visit.browser.cookies) == {"other"}
+    assert visit() == "default"
+
+
+def test_the_cookie_holds_no_more_than_the_pin(visit: Visit, clock: FrozenDateTimeFactory) -> None:
+    visit(write)
+    pins = tokens.loads(visit.browser.cookies["pinning"].value)
+    assert {alias: pin.until for alias, pin in pins.items()} == {"default": time.time() + 15}
+
+
+@pytest.mark.parametrize(
+    ("headers", "vary", "cache_control"),
+    [
+        ({}, "Cookie", {"private"}),
+        ({"Vary": "Accept"}, "Accept, Cookie", {"private"}),
+        ({"Vary": "cookie"}, "cookie", {"private"}),
+        ({"Vary": "*"}, "*", {"private"}),
+        ({"Cache-Control": "max-age=60"}, "Cookie", {"max-age=60", "private"}),
+        ({"Cache-Control": "public, max-age=60"}, "Cookie", {"max-age=60", "private"}),
+        ({"Cache-Control": "no-store"}, "Cookie", {"no-store", "private"}),
+    ],
+)
+def test_a_response_with_the_cookie_is_private(
+    browser: Browser, do: Callable[..., str], headers: Any, vary: str, cache_control: set[str]
+) -> None:
+    def action(request: Any) -> HttpResponse:
+        write()
+        return HttpResponse(headers=headers)
+
+    response = browser.get(f"/sync/{do(action)}/")
+    assert response.headers["Vary"] == vary
+    assert set(response.headers["Cache-Control"].split(", ")) == cache_control
+
+
+def test_a_response_without_the_cookie_is_left_alone(visit: Visit) -> None:
+    """Caches between may keep it; also that of somebody who carries a pin."""
+    visit()
+    assert not {"Vary", "Cache-Control", "Set-Cookie"} & set(visit.response.headers)
+    visit(write)
+    visit()
+    assert not {"Vary", "Cache-Control", "Set-Cookie"} & set(visit.response.headers)
+    assert not visit.response.cookies
+
+
+# The window.
+
+
+def test_the_window_counts_from_the_last_write(visit: Visit, clock: FrozenDateTimeFactory) -> None:
+    def action(request: Any) -> None:
+        write()
+        clock.tick(10)
+        write()
+        clock.tick(10)
+
+    visit(action)
+    clock.tick(4)
+    assert visit() == "default"
+    clock.tick(2)
+    assert is_replica(visit())
+
+
+def test_a_write_while_pinned_moves_the_end(visit: Visit, clock: FrozenDateTimeFactory) -> None:
+    visit(write)
+    clock.tick(10)
+    visit(write)
+    clock.tick(10)
+    assert visit() == "default"
+
+
+def test_a_write_that_outlasts_the_window_leaves_no_pin(
+    visit: Visit, clock: FrozenDateTimeFactory
+) -> None:
+    visit(lambda request: (write(), clock.tick(20)))
+    assert is_replica(visit())
+
+
+@override_settings(PINNING_SECONDS=2)
+def test_the_window_of_the_setting(visit: Visit, clock: FrozenDateTimeFactory) -> None:
+    visit(write)
+    clock.tick(1.5)
+    assert visit() == "default"
+    clock.tick(1)
+    assert is_replica(visit())
+
+
+def test_a_cookie_that_is_kept_lengthens_nothing(
+    visit: Visit, clock: FrozenDateTimeFactory
+) -> None:
+    """The end was fixed at the write, whatever a client makes of `max-age`."""
+    visit(write)
+    kept = visit.browser.cookies["pinning"].value
+    clock.tick(16)
+    visit.browser.cookies["pinning"] = kept
+    assert is_replica(visit())
+
+
+def test_requests_in_between_lengthen_nothing(visit: Visit, clock: FrozenDateTimeFactory) -> None:
+    visit(write)
+    for _ in range(3):
+        clock.tick(5)
+        visit(None, "post")
+    clock.tick(1)
+    assert is_replica(visit())
+
+
+@override_settings(PINNING_SECONDS=0)
+def test_no_window_pins_the_request_only(visit: Visit) -> None:
+    assert visit(lambda request: (write(), where())[1]) == "default"
+    assert is_replica(visit())
+
+
+def test_unpin_deletes_the_cookie(visit: Visit) -> None:
+    visit(write)
+    assert is_replica(visit(lambda request: (unpin_this_request(), where())[1]))
+    cookie = visit.response.cookies["pinning"]
+    assert (cookie.value, cookie["max-age"], cookie["path"]) == ("", 0, "/")
+    assert visit.response.headers["Vary"] == "Cookie"
+    assert is_replica(visit())
+
+
+def test_unpin_and_write_again(visit: Visit) -> None:
+    visit(write)
+    visit(lambda request: (unpin_this_request(), write()))
+    assert visit() == "default"
+
+
+# What may go wrong.
+
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
-def test_cookie(browser, do, kind):
-    w = do(lambda r: Book.objects.create(title="x").pk)
-    rd = do(lambda r: Book.objects.count())
-    db = do(lambda r: Book.objects.db)
-    assert browser.get(f"/{kind}/{rd}/").content == b"0"
-    r = browser.get(f"/{kind}/{w}/")
-    assert "pinning" in r.cookies
-    print(r.cookies)
-    assert browser.get(f"/{kind}/{rd}/").content == b"1"
-    assert browser.get(f"/{kind}/{db}/").content == b"default"
+def test_a_view_that_fails_after_its_write_pins(
+    new_browser: Callable[..., Browser], do: Callable[..., str], kind: str
+) -> None:
+    def action(request: Any) -> None:
+        write()
+        raise LookupError
+
+    browser = new_browser(raise_request_exception=False)
+    assert browser.get(f"/{kind}/{do(action)}/").status_code == 500
+    assert "pinning" in browser.cookies
+    assert browser.get(f"/{kind}/{do(lambda request: where())}/").content == b"default"
+    assert entered_scope() is None
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_error_that_leaves_the_application_is_saved_and_passed_on(
+    kept: list[Any], is_async: bool
+) -> None:
+    """Where a middleware fails that Django does not turn into a response."""
+
+    def fails(request: Any) -> HttpResponse:
+        write()
+        raise asyncio.CancelledError
+
+    async def afails(request: Any) -> HttpResponse:
+        await Book.objects.acreate(title="x")
+        raise asyncio.CancelledError
+
+    handler = PinningMiddleware(afails if is_async else fails)
+    call = async_to_sync(handler.__acall__) if is_async else handler
+    with pytest.raises(asyncio.CancelledError):
+        call(RequestFactory().get("/"))
+    ((response, pins),) = kept
+    assert response is None
+    assert list(pins) == ["default"]
+    assert entered_scope() is None
+
+
+@pytest.mark.parametrize("store", ["BrokenStore", "BrokenLateStore"])
+@pytest.mark.parametrize("broken_first", [False, True])
+def test_a_broken_store_costs_its_own_pins_and_a_line_of_the_log(
+    visit: Visit, caplog: pytest.LogCaptureFixture, store: str, broken_first: bool
+) -> None:
+    paths = [COOKIE_STORE, f"tests.app.stores.{store}"]
+    with (
+        override_settings(PINNING_STORES=paths[::-1] if broken_first else paths),
+        caplog.at_level(logging.ERROR, "pinning_middleware"),
+    ):
+        visit(write)
+        assert visit.response.status_code == 200
+        assert visit() == "default"
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3
+    assert [("load" in line, "save" in line) for line in said] == [
+        (True, False),
+        (False, True),
+        (True, False),
+    ]
+    assert all(store in line for line in said)
+
+
+# Streaming bodies.
+
+
+def streaming(is_async: bool, parts: Callable[[], Iterator[bytes]]) -> StreamingHttpResponse:
+    async def aparts() -> AsyncIterator[bytes]:
+        from asgiref.sync import sync_to_async
+
+        content = parts()
+        while (part := await sync_to_async(next)(content, None)) is not None:
+            yield part
+
+    return StreamingHttpResponse(aparts() if is_async else parts())
+
+
+def body_of(browser: Browser, response: Any) -> bytes:
+    if not browser.is_async:
+        return b"".join(response.streaming_content)
+
+    async def consume() -> bytes:
+        return b"".join([part async for part in response.streaming_content])
+
+    return async_to_sync(consume)()
+
+
+@pytest.fixture
+def stream(browser: Browser, do: Callable[..., str]) -> Callable[..., bytes]:
+    """Return a function that streams parts: an iterator under WSGI, an async one under ASGI."""
+
+    def run(parts: Callable[[], Iterator[bytes]], before: Any = None, method: str = "get") -> bytes:
+        def action(request: Any) -> StreamingHttpResponse:
+            if before is not None:
+                before()
+            return streaming(browser.is_async, parts)
+
+        return body_of(browser, getattr(browser, method)(f"/sync/{do(action)}/"))
+
+    return run
+
+
+def placed() -> Iterator[bytes]:
+    for _ in range(3):
+        yield f"{where()} {is_pinned()}\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("before", "method", "pinned"),
+    [
+        (None, "get", False),
+        (write, "get", True),
+        (pin_this_request, "get", True),
+        (None, "post", 1),
+    ],
+)
+def test_a_body_is_routed_like_its_request(
+    browser: Browser, stream: Any, before: Any, method: str, pinned: bool
+) -> None:
+    lines = set(stream(placed, before, method).decode().splitlines())
+    assert len(lines) == 1
+    place, is_pinned_there = lines.pop().split()
+    assert (place == "default", is_pinned_there) == (bool(pinned), str(bool(pinned)))
+    assert entered_scope() is None
+
+
+def test_a_carried_pin_holds_for_the_body(stream: Any, browser: Browser, do: Any) -> None:
+    browser.get(f"/sync/{do(write)}/")
+    assert set(stream(placed).splitlines()) == {b"default True"}
+
+
+def test_what_a_body_writes_is_saved_where_it_still_can_be(
+    kept: list[Any], stream: Any, browser: Browser
+) -> None:
+    """The cookie is out, another store is not."""
+
+    def parts() -> Iterator[bytes]:
+        yield where().encode() + b" "
+        write()
+        yield where().encode()
+
+    before, after = stream(parts).split()
+    assert is_replica(before.decode())
+    assert after == b"default"
+    ((response, pins),) = kept
+    assert response is None
+    assert list(pins) == ["default"]
+    assert not browser.cookies
+
+
+def test_a_body_that_only_reads_saves_nothing(kept: list[Any], stream: Any) -> None:
+    """An empty save would make a store forget what a parallel request has kept."""
+    stream(placed)
+    assert kept == []
+
+
+def test_a_body_after_a_write_is_not_saved_twice(kept: list[Any], stream: Any) -> None:
+    stream(placed, write)
+    assert len(kept) == 1
+    assert kept[0][0] is not None
+
+
+def test_a_body_that_is_given_up_is_saved(kept: list[Any], browser: Browser, do: Any) -> None:
+    """The client went away in the midst of it."""
+
+    def parts() -> Iterator[bytes]:
+        write()
+        yield b"one"
+        yield b"two"
+
+    response = browser.get(f"/sync/{do(lambda request: streaming(browser.is_async, parts))}/")
+    content = response.streaming_content
+
+    async def give_up() -> None:
+        assert await anext(content) == b"one"
+        await content.aclose()
+
+    if browser.is_async:
+        async_to_sync(give_up)()
+    else:
+        assert next(iter(content)) == b"one"
+        response.close()
+    assert [pins.keys() for _, pins in kept] == [{"default"}]
+    assert entered_scope() is None
+
+
+def test_nothing_leaks_between_the_parts_of_a_body(browser: Browser, do: Any) -> None:
+    """What the server does in between in the same thread is not part of the request."""
+
+    def parts() -> Iterator[bytes]:
+        yield b"one"
+        write()
+        yield b"two"
+
+    response = browser.get(f"/sync/{do(lambda request: streaming(browser.is_async, parts))}/")
+    content = response.streaming_content
+
+    async def consume() -> list[Any]:
+        return [(entered_scope(), is_pinned()) async for _ in content]
+
+    if browser.is_async:
+        seen = async_to_sync(consume)()
+    else:
+        seen = [(entered_scope(), is_pinned()) for _ in content]
+    assert seen == [(None, False), (None, False)]
+
+
+def test_a_body_that_fails_is_saved_and_leaves_nothing(
+    kept: list[Any], stream: Any, browser: Browser
+) -> None:
+    def parts() -> Iterator[bytes]:
+        write()
+        yield b"one"
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        stream(parts)
+    assert len(kept) == 1
+    assert entered_scope() is None
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_file_is_sent_as_it_is(is_async: bool) -> None:
+    """So that servers may use `sendfile`."""
+    file = io.BytesIO(b"content")
+
+    def view(request: Any) -> FileResponse:
+        write()
+        return FileResponse(file)
+
+    async def aview(request: Any) -> FileResponse:
+        await Book.objects.acreate(title="x")
+        return FileResponse(file)
+
+    handler = PinningMiddleware(aview if is_async else view)
+    call = async_to_sync(handler.__acall__) if is_async else handler
+    response = call(RequestFactory().get("/"))
+    assert response.file_to_stream is file
+    assert b"".join(response.streaming_content) == b"content"
+    assert "pinning" in response.cookies
+
+
+# Scopes of requests.
+
+
+def test_a_request_leaves_nothing_in_its_thread(visit: Visit) -> None:
+    visit(write)
+    assert entered_scope() is None
+    assert not is_pinned()
+
+
+def test_a_request_inside_of_a_scope_restores_it(visit: Visit) -> None:
+    """Django's test client in a shell or a test that wrote before."""
+    write()
+    outer = entered_scope()
+    assert is_replica(visit())
+    assert entered_scope() is outer
+    assert is_pinned()
+
+
+def test_parallel_requests_of_one_user(visit: Visit, clock: FrozenDateTimeFactory) -> None:
+    """A read does not use up a pin: as many as come find it, in any order."""
+    visit(write)
+    assert [visit() for _ in range(5)] == ["default"] * 5
+
+
+def test_head_is_routed_like_get(visit: Visit) -> None:
+    assert is_replica(visit(None, "head"))
+    visit(write, "head")
+    assert visit(None, "head") == "default"
+
+
+def test_a_sync_middleware_between_is_no_hindrance(do: Any) -> None:
+    """Under ASGI, Django then moves the rest of the request into a thread."""
+    browser = Browser(is_async=True)
+    with override_settings(MIDDLEWARE=[MIDDLEWARE, "tests.app.middleware.SyncMiddleware"]):
+        browser.get(f"/async/{do(write)}/")
+        assert browser.get(f"/async/{do(lambda request: where())}/").content == b"default"
+        browser.cookies.clear()
+        assert is_replica(browser.get(f"/sync/{do(lambda request: where())}/").content.decode())
+
+
+# Costs.
+
+
+def test_an_unpinned_request_makes_no_query(visit: Visit) -> None:
+    with ExitStack() as stack:
+        captured = [
+            stack.enter_context(CaptureQueriesContext(connections[alias])) for alias in connections
+        ]
+        visit()
+        visit(None, "post")
+    assert [len(queries) for queries in captured] == [0] * len(captured)
+
+
+@pytest.mark.parametrize("action", [where, lambda: use_primary(where)(), pin_this_request])
+def test_no_request_makes_a_hop_to_a_thread(
+    monkeypatch: pytest.MonkeyPatch, do: Any, action: Callable[[], Any]
+) -> None:
+    """Neither one without a pin, nor one that gets a pin and no position to ask for."""
+
+    async def act(request: Any) -> HttpResponse:
+        action()
+        return HttpResponse()
+
+    async def handle() -> Any:
+        monkeypatch.setattr(SyncToAsync, "__call__", hop)
+        try:
+            return await handler.get_response_async(AsyncRequestFactory().get(address))
+        finally:
+            monkeypatch.undo()
+
+    def hop(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError(f"hopped to a thread for {self.func}")
+
+    address = f"/async/{do(act)}/"
+    with override_settings(MIDDLEWARE=[MIDDLEWARE]):
+        handler = BaseHandler()
+        handler.load_middleware(is_async=True)
+        response = async_to_sync(handle)()
+    assert response.status_code == 200
+    assert ("pinning" in response.cookies) is (action is pin_this_request)
+
+
+def test_a_carried_pin_makes_no_hop(monkeypatch: pytest.MonkeyPatch, do: Any) -> None:
+    factory = AsyncRequestFactory()
+    factory.cookies["pinning"] = tokens.dumps({"default": Pin(time.time() + 60)})
+    seen = []
+
+    async def act(request: Any) -> HttpResponse:
+        seen.append(where())
+        return HttpResponse()
+
+    async def handle() -> Any:
+        request = factory.get(address)
+        monkeypatch.setattr(SyncToAsync, "__call__", None)
+        try:
+            return await handler.get_response_async(request)
+        finally:
+            monkeypatch.undo()
+
+    address = f"/async/{do(act)}/"
+    with override_settings(MIDDLEWARE=[MIDDLEWARE]):
+        handler = BaseHandler()
+        handler.load_middleware(is_async=True)
+        async_to_sync(handle)()
+    assert seen == ["default"]

@@ -29,4 +29,6 @@ async def async_view(request: HttpRequest, does: str) -> HttpResponseBase:
     )
 
 
-non_atomic_view = transaction.non_atomic_requests(sync_view)
+@transaction.non_atomic_requests
+def non_atomic_view(request: HttpRequest, does: str) -> HttpResponseBase:
+    return sync_view(request, does)

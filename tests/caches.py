@@ -1,0 +1,38 @@
+"""Cache backends of Django that tests need: real ones, which count or have async methods."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from django.core.cache.backends.locmem import LocMemCache
+
+calls: Counter[str] = Counter()
+
+
+class CountingCache(LocMemCache):
+    """Counts who asks for what."""
+
+    def get(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        calls["get"] += 1
+        return super().get(key, *args, **kwargs)
+
+    def set(self, key: str, *args: Any, **kwargs: Any) -> None:
+        calls["set"] += 1
+        super().set(key, *args, **kwargs)
+
+
+class AsyncCache(LocMemCache):
+    """A cache in this process needs no thread to be asked from async code."""
+
+    async def aget(self, *args: Any, **kwargs: Any) -> Any:
+        calls["aget"] += 1
+        return self.get(*args, **kwargs)
+
+    async def aget_many(self, *args: Any, **kwargs: Any) -> Any:
+        calls["aget_many"] += 1
+        return self.get_many(*args, **kwargs)
+
+    async def aset(self, *args: Any, **kwargs: Any) -> None:
+        calls["aset"] += 1
+        self.set(*args, **kwargs)

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.core.checks import run_checks
+from django.test import override_settings
+
+import pinning_middleware
+from pinning_middleware.conf import DEFAULTS
+from tests.conftest import MIDDLEWARE, ROUTER
+
+E, W = "pinning_middleware.E", "pinning_middleware.W"
+NOT_SECONDS = [-1, "15", None, True, float("nan"), float("inf"), [15], object()]
+NOT_BOOL = ["False", 0, 1, None, []]
+NOT_A_NAME = ["", "a b", "a;b", "a=b", "é", None, 5, "a\n"]
+NOT_TEXTS = ["text", [5], [""], None, {"a": 1}, 5]
+
+BAD: list[tuple[str, list[Any], str]] = [
+    (
+        "PINNING_REPLICAS",
+        [
+            "replica1",
+            5,
+            None,
+            {"replica1"},
+            [5],
+            [["replica1"]],
+            [{"replica1": 1}],
+            ["replica1", "replica1"],
+            {"default": "replica1"},
+            {"default": {"replica1": 0}},
+            {"default": {"replica1": 1.5}},
+            {"default": {"replica1": True}},
+            {"default": {"replica1": "2"}},
+            {"default": [None]},
+            {5: ["replica1"]},
+        ],
+        "E001",
+    ),
+    ("PINNING_REPLICAS", [["typo"], {"typo": ["replica1"]}, {"default": {"typo": 1}}], "E002"),
+    (
+        "PINNING_REPLICAS",
+        [
+            ["default"],
+            {"default": ["replica1"], "users": ["replica1"]},
+            {"default": ["users"], "users": ["replica1"]},
+        ],
+        "E003",
+    ),
+    ("SLAVE_DATABASES", ["slave", [5], ["typo"], {"slave": 1}], "E004"),
+    ("PINNING_SECONDS", NOT_SECONDS, "E005"),
+    ("PINNING_WAIT", NOT_SECONDS, "E005"),
+    ("PINNING_RETRY_AFTER", NOT_SECONDS, "E005"),
+    ("PINNING_MAX_LAG", [value for value in NOT_SECONDS if value is not None], "E005"),
+    ("PINNING_POSITIONS", NOT_BOOL, "E006"),
+    ("PINNING_ENABLED", NOT_BOOL, "E006"),
+    ("PINNING_COOKIE_HTTPONLY", NOT_BOOL, "E006"),
+    ("PINNING_SPREAD", ["queries", None, True, []], "E007"),
+    ("PINNING_PRIMARY_DOWN", ["fresh", None, True], "E007"),
+    ("PINNING_GUARANTEE", ["none", None, True], "E007"),
+    (
+        "PINNING_STORES",
+        [
+            *NOT_TEXTS,
+            ["typo"],
+            ["pinning_middleware.stores.Typo"],
+            ["no.such.module"],
+            ["pinning_middleware.stores.user_key"],
+        ],
+        "E008",
+    ),
+    ("PINNING_COOKIE_NAME", NOT_A_NAME, "E009"),
+    ("PINNING_HEADER_NAME", NOT_A_NAME, "E009"),
+    ("PINNING_COOKIE_DOMAIN", [5, True, []], "E010"),
+    ("PINNING_COOKIE_PATH", [5, True, []], "E010"),
+    ("PINNING_COOKIE_SECURE", ["yes", 1, []], "E010"),
+    ("PINNING_COOKIE_SAMESITE", ["lax", True, []], "E010"),
+    ("PINNING_CACHE", ["typo", None, 5, ["default"]], "E011"),
+    ("PINNING_KEY", ["typo", "no.such", None, 5, "pinning_middleware.stores.typo"], "E012"),
+    ("PINNING_PRIMARY_METHODS", [*NOT_TEXTS, ["post"]], "E013"),
+    ("PINNING_IGNORED_TABLES", NOT_TEXTS, "E014"),
+]
+GOOD: list[tuple[str, list[Any]]] = [
+    (
+        "PINNING_REPLICAS",
+        [
+            [],
+            (),
+            {},
+            ("replica1",),
+            {"default": []},
+            {"default": ("replica1", "replica2"), "users": {"users_replica": 3}},
+        ],
+    ),
+    ("SLAVE_DATABASES", [[], ["slave"], ("slave",), ["replica1"]]),
+    ("PINNING_SECONDS", [0, 0.5, 3600]),
+    ("PINNING_WAIT", [0, 0.05]),
+    ("PINNING_MAX_LAG", [None, 0, 5]),
+    ("PINNING_SPREAD", ["query"]),
+    ("PINNING_PRIMARY_DOWN", ["stale"]),
+    ("PINNING_GUARANTEE", ["monotonic-reads"]),
+    ("PINNING_STORES", [[], ("tests.app.stores.RecordingStore",)]),
+    ("PINNING_COOKIE_NAME", ["__Host-pinning"]),
+    ("PINNING_COOKIE_SECURE", [True, False, None]),
+    ("PINNING_COOKIE_SAMESITE", ["Lax", "Strict", "None", False]),
+    ("PINNING_COOKIE_DOMAIN", ["example.com"]),
+    ("PINNING_KEY", ["pinning_middleware.stores.user_key"]),
+    ("PINNING_PRIMARY_METHODS", [(), ["POST"], {"POST"}]),
+    ("PINNING_IGNORED_TABLES", [(), ["django_session"]]),
+]
+
+
+def found() -> list[Any]:
+    return list(run_checks(tags=["pinning"]))
+
+
+def each(rows: list[Any]) -> list[Any]:
+    return [
+        pytest.param(name, value, *rest, id=f"{name}={value!r:.50}")
+        for name, values, *rest in rows
+        for value in values
+    ]
+
+
+@pytest.mark.parametrize(("name", "value", "number"), each(BAD))
+def test_a_bad_value_is_an_error_with_a_hint(name: str, value: Any, number: str) -> None:
+    with override_settings(**{name: value}):
+        messages = found()
+    assert {message.id for message in messages} == {f"pinning_middleware.{number}"}
+    for message in messages:
+        assert message.msg.startswith(name)
+        assert repr(value) in message.msg
+        assert message.hint
+        assert message.is_serious()
+
+
+@pytest.mark.django_db(databases=["default"])
+@override_settings(PINNING_REPLICAS="replica1")
+def test_replicas_that_cannot_be_read_do_not_stop_the_other_checks() -> None:
+    """`check --database`, `migrate`, and every `check` as of Django 6.1."""
+    assert [message.id for message in run_checks(databases=["default"])] == [f"{E}001"]
+
+
+@pytest.mark.parametrize(("name", "value"), each(GOOD))
+def test_a_good_value_is_none(name: str, value: Any) -> None:
+    with override_settings(**{name: value}):
+        assert found() == []
+
+
+def test_the_defaults_are_good() -> None:
+    assert found() == []
+    with override_settings(**DEFAULTS):
+        assert found() == []
+
+
+def test_every_setting_is_judged() -> None:
+    assert set(DEFAULTS) == {name for name, *_ in BAD} - {"SLAVE_DATABASES"}
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("PINNING_SECOND", "Did you mean PINNING_SECONDS?"),
+        ("PINNING_COOKIE_SAME_SITE", "Did you mean PINNING_COOKIE_SAMESITE?"),
+        ("PINNING_REPLICA", "Did you mean PINNING_REPLICAS?"),
+        ("PINNING_QQQQQQQQQQQQQQQQQQQQ", "Known are PINNING_REPLICAS, "),
+    ],
+)
+def test_a_setting_that_is_none_is_named(name: str, hint: str) -> None:
+    with override_settings(**{name: 5}):
+        (message,) = found()
+    assert message.id == f"{W}001"
+    assert name in message.msg
+    assert message.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "number"),
+    [
+        ("MIDDLEWARE", [], "002"),
+        ("MIDDLEWARE", ["tests.app.middleware.SyncMiddleware", MIDDLEWARE], "002"),
+        ("MIDDLEWARE", ["no.such.Middleware"], "002"),
+        ("DATABASE_ROUTERS", [], "003"),
+        ("DATABASE_ROUTERS", ["tests.app.routers.UsersRouter", ROUTER], "003"),
+    ],
+)
+def test_what_is_not_first_is_a_warning(name: str, value: Any, number: str) -> None:
+    with override_settings(**{name: value}):
+        (message,) = found()
+        assert message.id == f"{W}{number}"
+        assert message.hint
+        with override_settings(PINNING_REPLICAS=[]):
+            assert found() == [], "nothing is said where nothing is configured"
+
+
+def test_ids_are_unique() -> None:
+    """Each number is written in one place for one kind of fault, so that it can be silenced."""
+    source = Path(pinning_middleware.__file__).with_name("checks.py").read_text()
+    functions = re.split(r"^def ", source, flags=re.MULTILINE)
+    numbers = {
+        function.partition("(")[0]: set(re.findall(r"pinning_middleware\.([EW]\d{3})", function))
+        | {f"E{int(n):03}" for n in re.findall(r"(?:_error|_judge)\(\s*(\d+),", function)}
+        | {f"W{int(n):03}" for n in re.findall(r"_check_first\([^)]*?(\d),", function)}
+        for function in functions
+    }
+    used = [number for several in numbers.values() for number in several]
+    assert sorted(used) == sorted(set(used))
+    assert {f"E{n:03}" for n in range(1, 15)} | {"W001", "W002", "W003"} <= set(used)

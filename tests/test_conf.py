@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from django.conf import settings
+from django.test import override_settings
+
+from pinning_middleware import stores
+from pinning_middleware.conf import DEFAULTS, conf, parse_replicas
+from tests.app.stores import RecordingStore
+from tests.conftest import where
+
+COOKIE = {"domain": None, "path": "/", "secure": False, "samesite": "Lax", "httponly": True}
+
+
+def other_key(request: Any) -> str:
+    return "other"
+
+
+def classes() -> list[type]:
+    return [type(store) for store in conf.stores]
+
+
+# A setting, another value than the default, how the package sees it, and what it sees then.
+EFFECTS: list[tuple[str, Any, Any, Any]] = [
+    ("PINNING_REPLICAS", ["replica2"], lambda: conf.replicas, {"default": {"replica2": 1}}),
+    ("PINNING_SECONDS", 3, lambda: conf.seconds, 3.0),
+    ("PINNING_POSITIONS", False, lambda: conf.positions, False),
+    ("PINNING_WAIT", 0.05, lambda: conf.wait, 0.05),
+    ("PINNING_STORES", ["tests.app.stores.RecordingStore"], classes, [RecordingStore]),
+    ("PINNING_COOKIE_NAME", "other", lambda: conf.cookie_name, "other"),
+    ("PINNING_COOKIE_DOMAIN", "a.b", lambda: conf.cookie, {**COOKIE, "domain": "a.b"}),
+    ("PINNING_COOKIE_PATH", "/a", lambda: conf.cookie, {**COOKIE, "path": "/a"}),
+    ("PINNING_COOKIE_SECURE", True, lambda: conf.cookie, {**COOKIE, "secure": True}),
+    ("PINNING_COOKIE_SAMESITE", False, lambda: conf.cookie, {**COOKIE, "samesite": False}),
+    ("PINNING_COOKIE_HTTPONLY", False, lambda: conf.cookie, {**COOKIE, "httponly": False}),
+    ("PINNING_HEADER_NAME", "Other", lambda: conf.header_name, "Other"),
+    ("PINNING_CACHE", "other", lambda: conf.cache, "other"),
+    ("PINNING_KEY", f"{__name__}.other_key", lambda: conf.key, other_key),
+    ("PINNING_PRIMARY_METHODS", ["PUT"], lambda: conf.primary_methods, {"PUT"}),
+    ("PINNING_SPREAD", "query", lambda: conf.spread_by_query, True),
+    ("PINNING_IGNORED_TABLES", ["T"], lambda: conf.ignored_tables, {"t"}),
+    ("PINNING_MAX_LAG", 5, lambda: conf.max_lag, 5.0),
+    ("PINNING_RETRY_AFTER", 3, lambda: conf.retry_after, 3.0),
+    ("PINNING_PRIMARY_DOWN", "stale", lambda: conf.primary_down, "stale"),
+    ("PINNING_GUARANTEE", "monotonic-reads", lambda: conf.monotonic_reads, True),
+    ("PINNING_ENABLED", False, lambda: conf.enabled, False),
+    ("SESSION_COOKIE_PATH", "/a", lambda: conf.cookie, {**COOKIE, "path": "/a"}),
+    ("SESSION_COOKIE_SECURE", True, lambda: conf.cookie, {**COOKIE, "secure": True}),
+    ("SESSION_COOKIE_HTTPONLY", False, lambda: conf.cookie, COOKIE),
+    ("SLAVE_DATABASES", ["slave"], lambda: conf.slave_databases, ["slave"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "see", "seen"), EFFECTS, ids=[name for name, *_ in EFFECTS]
+)
+def test_a_changed_setting_takes_effect_and_is_dropped(
+    name: str, value: Any, see: Any, seen: Any
+) -> None:
+    before = see()
+    with override_settings(**{name: value}):
+        assert see() == seen
+        with override_settings(**{name: getattr(settings, name)}):
+            assert see() == seen
+    assert see() == before
+    assert before != seen or name == "SESSION_COOKIE_HTTPONLY"
+
+
+def test_every_setting_is_tried() -> None:
+    assert {name for name, *_ in EFFECTS if name.startswith("PINNING_")} == set(DEFAULTS)
+
+
+@pytest.mark.parametrize("name", sorted(set(DEFAULTS) - {"PINNING_REPLICAS"}))
+def test_a_missing_setting_has_its_default(name: str) -> None:
+    see = next(see for other, _, see, _ in EFFECTS if other == name)
+    missing = see()
+    with override_settings(**{name: DEFAULTS[name]}):
+        assert see() == missing or name == "PINNING_STORES"
+
+
+def test_a_setting_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No path of a request looks into Django's settings."""
+    with override_settings(PINNING_SECONDS=5):
+        assert conf.seconds == 5.0
+        monkeypatch.delattr(type(conf), "_get")
+        assert conf.seconds == 5.0
+
+
+@pytest.mark.parametrize(
+    ("value", "pools"),
+    [
+        ([], {}),
+        (["a", "b"], {"default": {"a": 1, "b": 1}}),
+        (("a",), {"default": {"a": 1}}),
+        ({"users": ["a"]}, {"users": {"a": 1}}),
+        ({"default": {"a": 3}, "users": []}, {"default": {"a": 3}, "users": {}}),
+    ],
+)
+def test_the_forms_of_replicas(value: Any, pools: Any) -> None:
+    assert parse_replicas(value) == pools
+
+
+@pytest.mark.parametrize("value", ["replica1", [["replica1"]], {"default": {"replica1": 0}}, 5])
+def test_replicas_that_cannot_be_read_are_none(
+    value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where somebody has silenced the checks: the primary serves, and the log says why."""
+    with override_settings(PINNING_REPLICAS=value), caplog.at_level("ERROR", "pinning_middleware"):
+        assert conf.replicas == {}
+        assert where() == "default"
+    assert caplog.messages
+    assert caplog.messages[0].startswith("PINNING_REPLICAS: ")
+
+
+def test_the_key_is_that_of_the_user() -> None:
+    assert conf.key is stores.user_key

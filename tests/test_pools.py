@@ -1,0 +1,453 @@
+"""The routing rules, first match wins, each with what it wins over."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from django.db import connections, transaction
+from django.test import override_settings
+from freezegun.api import FrozenDateTimeFactory
+
+from pinning_middleware import (
+    is_pinned,
+    pin_this_request,
+    pinning_scope,
+    unpin_this_request,
+    use_primary,
+    use_replica,
+)
+from pinning_middleware.pools import pools
+from tests.app.models import Author, Book
+from tests.conftest import Browser, Visit, is_replica, where
+
+pytestmark = pytest.mark.django_db(transaction=True, databases="__all__")
+
+
+@pytest.fixture
+def atomic_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(connections.settings["default"], "ATOMIC_REQUESTS", True)
+
+
+@pytest.fixture
+def mirrored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `TEST = {"MIRROR": "default"}` makes of the replicas."""
+    name = connections.settings["default"]["NAME"]
+    for alias in ("replica1", "replica2"):
+        connections[alias].close()
+        monkeypatch.setitem(connections.settings[alias], "NAME", name)
+    with override_settings(PINNING_SECONDS=15):  # pools that have not looked yet
+        yield
+
+
+def all_verbs(request: Any) -> str:
+    with use_replica():
+        return where()
+
+
+# Rule 1: no replica.
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"PINNING_ENABLED": False},
+        {"PINNING_REPLICAS": []},
+        {"PINNING_REPLICAS": {}},
+        {"PINNING_REPLICAS": {"default": []}},
+    ],
+)
+def test_rule_1_without_replicas_the_primary_serves(visit: Visit, settings: dict[str, Any]) -> None:
+    """Rule 1 is stronger than `use_replica`."""
+    with override_settings(**settings):
+        assert visit() == "default"
+        assert visit(all_verbs) == "default"
+    assert is_replica(visit())
+
+
+def test_the_kill_switch_lets_nothing_go_out(visit: Visit) -> None:
+    with override_settings(PINNING_ENABLED=False):
+        visit(lambda request: Book.objects.create())
+        visit(lambda request: pin_this_request())
+        assert not visit.browser.cookies
+
+
+# Rule 2: blocks.
+
+
+def test_rule_2_wins_over_a_transaction(visit: Visit) -> None:
+    def action(request: Any) -> str:
+        with transaction.atomic(), use_replica():
+            return where()
+
+    assert is_replica(visit(action))
+
+
+def test_rule_2_wins_over_a_write_and_a_method(visit: Visit) -> None:
+    def action(request: Any) -> tuple[str, str]:
+        Book.objects.create()
+        with use_replica():
+            return where(), all_verbs(request)
+
+    assert all(map(is_replica, visit(action, "post")))
+
+
+def test_rule_2_wins_over_the_pin_of_an_earlier_request(visit: Visit) -> None:
+    visit(lambda request: Book.objects.create())
+    assert visit() == "default"
+    assert is_replica(visit(all_verbs))
+
+
+@pytest.mark.usefixtures("named")
+def test_rule_2_wins_over_where_an_instance_came_from(
+    visit: Visit, named: Callable[..., None]
+) -> None:
+    named()
+
+    def action(request: Any) -> str:
+        book = Book.objects.get()
+        with use_primary():
+            return book.author.name
+
+    assert visit(action) == "default"
+
+
+# Rule 3: transactions and locking reads.
+
+
+def in_transaction(request: Any) -> tuple[str, str]:
+    with transaction.atomic():
+        return where(), where()
+
+
+def test_rule_3_reads_in_a_transaction_are_the_primarys(visit: Visit) -> None:
+    assert visit(in_transaction) == ("default", "default")
+
+
+def test_a_transaction_leaves_no_pin(visit: Visit) -> None:
+    def action(request: Any) -> tuple[str, ...]:
+        return (where(), *in_transaction(request), where())
+
+    before, inside, _, after = visit(action)
+    assert inside == "default"
+    assert before == after
+    assert is_replica(before)
+    assert not visit.browser.cookies
+
+
+def test_a_transaction_elsewhere_does_not_count(visit: Visit) -> None:
+    def action(request: Any) -> str:
+        with transaction.atomic(using="users"):
+            return where()
+
+    assert is_replica(visit(action))
+
+
+def test_autocommit_off_by_hand_is_a_transaction(browser: Browser, do: Any) -> None:
+    seen: list[str] = []
+
+    def action(request: Any) -> str:
+        seen.append(where())
+        transaction.set_autocommit(False)
+        try:
+            seen.append(where())
+        finally:
+            transaction.rollback()
+            transaction.set_autocommit(True)
+        return "done"
+
+    browser.get(f"/sync/{do(action)}/")
+    assert is_replica(seen[0])
+    assert seen[1] == "default"
+
+
+@pytest.mark.usefixtures("atomic_requests")
+@pytest.mark.parametrize("kind", ["sync", "non-atomic"])
+def test_the_transaction_around_a_view_does_not_count(browser: Browser, do: Any, kind: str) -> None:
+    """A site with ATOMIC_REQUESTS uses its replicas; an `atomic()` of the view's own counts."""
+    seen: list[Any] = []
+
+    def action(request: Any) -> str:
+        seen.append((connections["default"].in_atomic_block, where(), in_transaction(request)[0]))
+        return "done"
+
+    browser.get(f"/{kind}/{do(action)}/")
+    ((around, outside, inside),) = seen
+    assert around is (kind == "sync")
+    assert is_replica(outside)
+    assert inside == "default"
+
+
+@pytest.mark.usefixtures("atomic_requests")
+def test_a_write_in_the_transaction_around_a_view_pins(browser: Browser, do: Any) -> None:
+    seen = []
+
+    def action(request: Any) -> str:
+        Book.objects.create()
+        seen.append(where())
+        return "done"
+
+    browser.get(f"/sync/{do(action)}/")
+    assert seen == ["default"]
+    assert "pinning" in browser.cookies
+
+
+@pytest.mark.usefixtures("atomic_requests")
+def test_a_transaction_of_a_streaming_body_counts(browser: Browser, do: Any) -> None:
+    """The one around the view is over when the body runs."""
+    from django.http import StreamingHttpResponse
+
+    seen = []
+
+    def body() -> Any:
+        seen.append(where())
+        with transaction.atomic():
+            seen.append(where())
+        yield b"done"
+
+    response = browser.get(f"/sync/{do(lambda request: StreamingHttpResponse(body()))}/")
+    if not browser.is_async:
+        assert response.getvalue() == b"done"
+    else:
+        with pytest.warns(Warning, match="must consume synchronous iterators"):
+            _consume(response)
+    assert is_replica(seen[0])
+    assert seen[1] == "default"
+
+
+def _consume(response: Any) -> None:
+    from asgiref.sync import async_to_sync
+
+    async def consume() -> None:
+        async for _ in response:
+            pass
+
+    async_to_sync(consume)()
+
+
+@pytest.mark.django_db(databases="__all__")
+class TestInsideTestCase:
+    """In a `TestCase` each test is a transaction, which the code under test did not ask for."""
+
+    pytestmark = pytest.mark.django_db(databases="__all__")
+
+    def test_its_transaction_does_not_count(self, browser: Browser, do: Any) -> None:
+        seen = []
+
+        def action(request: Any) -> str:
+            seen.append((connections["default"].in_atomic_block, where()))
+            seen.append((True, *in_transaction(request)[:1]))
+            return "done"
+
+        browser.get(f"/sync/{do(action)}/")
+        (around, outside), (_, inside) = seen
+        assert around
+        assert is_replica(outside)
+        assert inside == "default"
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_locking_read_holds_the_rest_of_the_scope_without_a_pin(
+    visit: Visit, by_hand: bool
+) -> None:
+    """SQLite has no locking read, so the scope is told of one as `writes` would tell it."""
+
+    def action(request: Any) -> tuple[str, bool]:
+        from pinning_middleware.state import current_scope
+
+        pools().by_primary["default"].state(current_scope()).note_lock()
+        if by_hand:
+            unpin_this_request()
+        return where(), is_pinned()
+
+    served, _ = visit(action)
+    assert is_replica(served) is by_hand
+    assert not visit.browser.cookies
+    assert is_replica(visit())
+
+
+# Rule 4: written, pinned by hand, or of a method.
+
+
+def test_rule_4_a_write_pins_the_rest_of_the_scope(visit: Visit) -> None:
+    def action(request: Any) -> tuple[str, bool, str, bool]:
+        before, pinned_before = where(), is_pinned()
+        Book.objects.create()
+        return before, pinned_before, where(), is_pinned()
+
+    before, pinned_before, after, pinned_after = visit(action)
+    assert is_replica(before)
+    assert (pinned_before, after, pinned_after) == (False, "default", True)
+
+
+def test_rule_4_a_pin_by_hand(visit: Visit) -> None:
+    def action(request: Any) -> tuple[str, bool]:
+        pin_this_request()
+        return where(), is_pinned()
+
+    assert visit(action) == ("default", True)
+    assert visit() == "default"
+
+
+@pytest.mark.parametrize("method", ["get", "head", "options", "post", "put", "patch", "delete"])
+def test_rule_4_methods(visit: Visit, method: str) -> None:
+    """A POST reads from the primary; one that wrote nothing leaves no pin."""
+    writes = method in ("post", "put", "patch", "delete")
+
+    def action(request: Any) -> tuple[bool, bool]:
+        return where() == "default", is_pinned()
+
+    assert visit(action, method) == (writes, writes)
+    assert not visit.browser.cookies
+    assert is_replica(visit())
+
+
+@override_settings(PINNING_PRIMARY_METHODS=("GET",))
+def test_rule_4_methods_of_the_setting(visit: Visit) -> None:
+    assert visit() == "default"
+    assert is_replica(visit(None, "post"))
+
+
+@pytest.mark.usefixtures("named")
+def test_rule_4_wins_over_where_an_instance_came_from(
+    visit: Visit, named: Callable[..., None]
+) -> None:
+    """What was read before the write is stale after it."""
+    named()
+
+    def action(request: Any) -> str:
+        book = Book.objects.get()
+        Author.objects.filter(pk=99).update(name="x")
+        return book.author.name
+
+    assert visit(action) == "default"
+
+
+# Rule 5: pins of earlier scopes.
+
+
+def test_rule_5_the_pin_of_an_earlier_request(visit: Visit, clock: FrozenDateTimeFactory) -> None:
+    """Without a position: the primary until the window ends."""
+    visit(lambda request: Book.objects.create())
+    clock.tick(14)
+    assert visit(lambda request: (where(), is_pinned())) == ("default", True)
+    assert visit() == "default", "a read does not use the pin up"
+    clock.tick(2)
+    assert is_replica(visit())
+    assert not visit(lambda request: is_pinned())
+
+
+def test_a_carried_pin_ends_within_a_long_request(
+    visit: Visit, clock: FrozenDateTimeFactory
+) -> None:
+    visit(lambda request: Book.objects.create())
+
+    def action(request: Any) -> tuple[str, str]:
+        before = where()
+        clock.tick(16)
+        return before, where()
+
+    before, after = visit(action)
+    assert before == "default"
+    assert is_replica(after)
+
+
+# Rule 6 is test_routers.py. Rule 7: turns.
+
+
+def test_rule_7_one_replica_for_each_request_by_turns(visit: Visit) -> None:
+    seen = [visit(lambda request: {where() for _ in range(5)}) for _ in range(4)]
+    assert all(len(aliases) == 1 for aliases in seen)
+    turns = [aliases.pop() for aliases in seen]
+    assert set(turns[:2]) == {"replica1", "replica2"}
+    assert turns[:2] == turns[2:]
+
+
+@override_settings(PINNING_SPREAD="query")
+def test_rule_7_one_replica_for_each_read(visit: Visit) -> None:
+    turns = visit(lambda request: [where() for _ in range(6)])
+    assert Counter(turns) == {"replica1": 3, "replica2": 3}
+    assert turns[:2] == turns[2:4] == turns[4:]
+
+
+def test_rule_7_weights() -> None:
+    with override_settings(PINNING_REPLICAS={"default": {"replica1": 3, "replica2": 1}}):
+        turns = []
+        for _ in range(8):
+            with pinning_scope():
+                turns.append(where())
+    assert Counter(turns) == {"replica1": 6, "replica2": 2}
+
+
+def test_rule_7_the_first_turn_is_drawn() -> None:
+    seen = set()
+    for _ in range(64):
+        with override_settings(PINNING_REPLICAS=["replica1", "replica2"]), pinning_scope():
+            seen.add(where())
+    assert seen == {"replica1", "replica2"}
+
+
+# Test mirrors.
+
+
+@pytest.mark.usefixtures("mirrored")
+def test_a_mirror_is_answered_with_the_primarys_alias(visit: Visit) -> None:
+    """So that a `TestCase` sees its own uncommitted rows."""
+    assert visit() == "default"
+    assert visit(all_verbs) == "default"
+
+
+@pytest.mark.parametrize("part", ["HOST", "PORT", "ENGINE"])
+@pytest.mark.usefixtures("mirrored")
+def test_another_server_is_no_mirror(
+    visit: Visit, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    for alias in ("replica1", "replica2"):
+        monkeypatch.setitem(connections.settings[alias], part, "elsewhere")
+    assert is_replica(visit())
+
+
+@pytest.mark.usefixtures("mirrored")
+def test_another_user_of_one_server_is_a_mirror(
+    visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for alias in ("replica1", "replica2"):
+        monkeypatch.setitem(connections.settings[alias], "USER", "reader")
+    assert visit() == "default"
+
+
+# Several threads, several pools, changed settings.
+
+
+def test_each_thread_looks_at_its_own_transaction() -> None:
+    """The transaction of one thread keeps nobody else from the replicas."""
+    seen = []
+
+    def ask() -> None:
+        seen.append(where())
+        connections.close_all()
+
+    with transaction.atomic():
+        assert where() == "default"
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+    assert is_replica(seen[0])
+
+
+def test_pools_are_made_anew_when_the_settings_change() -> None:
+    before = pools()
+    with override_settings(PINNING_REPLICAS={"users": ["users_replica"]}):
+        assert list(pools().by_primary) == ["users"]
+    assert list(pools().by_primary) == ["default"]
+    assert pools() is not before
+
+
+@pytest.mark.parametrize("call", [is_pinned, pin_this_request, unpin_this_request])
+@pytest.mark.parametrize("alias", ["replica1", "users", "typo"])
+def test_an_alias_that_is_no_primary(call: Callable[..., Any], alias: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{alias}' is not a primary .*\('default'\)"):
+        call(alias)

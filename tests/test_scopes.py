@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from typing import Any
+
+import pytest
+from asgiref.sync import async_to_sync, sync_to_async
+from django.db import connections, transaction
+from django.test import override_settings
+from freezegun.api import FrozenDateTimeFactory
+
+from pinning_middleware import (
+    is_pinned,
+    pin_this_request,
+    pinning_scope,
+    tokens,
+    unpin_this_request,
+    use_replica,
+)
+from pinning_middleware.state import current_scope, entered_scope
+from tests.app.models import Account, Book
+from tests.conftest import ROUTER, Visit, is_replica, where
+
+pytestmark = pytest.mark.django_db(transaction=True, databases="__all__")
+
+TWO_POOLS = override_settings(
+    PINNING_REPLICAS={"default": ["replica1", "replica2"], "users": ["users_replica"]},
+    DATABASE_ROUTERS=[ROUTER, "tests.app.routers.UsersRouter"],
+)
+
+
+def write() -> None:
+    Book.objects.create(title="x")
+
+
+def test_a_scope_that_writes_reads_the_primary_until_its_end() -> None:
+    with pinning_scope():
+        assert is_replica(where())
+        write()
+        assert where() == "default"
+    assert is_replica(where())
+
+
+def test_one_scope_leaks_nothing_into_the_next() -> None:
+    """As the jobs of one worker, in one thread."""
+    for _ in range(3):
+        with pinning_scope():
+            assert not is_pinned()
+            write()
+    assert entered_scope() is None
+
+
+def test_a_scope_uses_one_replica_and_the_next_the_next() -> None:
+    turns = []
+    for _ in range(4):
+        with pinning_scope():
+            assert len({where() for _ in range(3)}) == 1
+            turns.append(where())
+    assert turns[:2] == turns[2:]
+    assert turns[0] != turns[1]
+
+
+def test_a_token_carries_the_pin_on(clock: FrozenDateTimeFactory) -> None:
+    with pinning_scope() as first:
+        write()
+        inside = first.token
+    assert inside == first.token, "inside and after"
+    clock.tick(10)
+    with pinning_scope(first.token) as second:
+        assert (where(), is_pinned()) == ("default", True)
+    assert second.token
+    clock.tick(10)
+    with pinning_scope(second.token) as third:
+        assert is_replica(where()), "carrying on lengthens nothing"
+    assert third.token is None
+
+
+def test_no_token_without_a_pin() -> None:
+    with pinning_scope() as scope:
+        where()
+    assert scope.token is None
+    assert scope.pins == {}
+
+
+def test_a_token_in_async_code() -> None:
+    async def act() -> tuple[str | None, str]:
+        with pinning_scope() as scope:
+            await Book.objects.acreate(title="x")
+            token = await scope.atoken()
+        with pinning_scope(token):
+            return token, where()
+
+    token, served = async_to_sync(act)()
+    assert token
+    assert served == "default"
+
+
+@TWO_POOLS
+def test_a_token_has_the_pins_of_each_pool() -> None:
+    with pinning_scope() as scope:
+        Account.objects.create(name="x")
+    assert set(scope.pins) == {"users"}
+    with pinning_scope(scope.token):
+        assert is_replica(where())
+        assert where("Account") == "users"
+
+
+@pytest.mark.parametrize("token", [None, "", "garbage", "x" * 5000])
+def test_a_bad_token_is_no_error(token: str | None) -> None:
+    tokens.rejected.clear()
+    with pinning_scope(token) as scope:
+        assert is_replica(where())
+    assert scope.token is None
+    assert tokens.rejected.total() == bool(token)
+    tokens.rejected.clear()
+
+
+def test_unpinning_takes_the_pin_out_of_the_token() -> None:
+    with pinning_scope() as first:
+        write()
+    with pinning_scope(first.token) as second:
+        unpin_this_request()
+        assert is_replica(where())
+    assert second.token is None
+
+
+def test_an_error_ends_a_scope_all_the_same() -> None:
+    scope = pinning_scope()
+
+    def fail() -> None:
+        with scope:
+            write()
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        fail()
+    assert entered_scope() is None
+    assert scope.token
+
+
+# Nesting.
+
+
+def test_an_inner_scope_begins_anew_and_tells_the_outer_what_it_wrote() -> None:
+    with pinning_scope() as outer:
+        with pinning_scope() as inner:
+            assert not is_pinned()
+            write()
+        assert where() == "default"
+        with pinning_scope():
+            assert is_replica(where()), "what the outer one wrote is not the inner one's"
+    assert outer.token
+    assert inner.token
+
+
+def test_an_inner_scope_that_only_reads_tells_nothing() -> None:
+    with pinning_scope() as outer:
+        with pinning_scope():
+            where()
+        assert not is_pinned()
+    assert outer.token is None
+
+
+def test_a_task_run_in_place_by_a_request(visit: Visit) -> None:
+    """What it wrote pins the user of the request."""
+
+    def action(request: Any) -> str:
+        with pinning_scope():
+            write()
+        return where()
+
+    assert visit(action) == "default"
+    assert visit() == "default"
+
+
+def test_a_pin_by_hand_of_an_inner_scope_counts_outside(clock: FrozenDateTimeFactory) -> None:
+    with pinning_scope() as outer, pinning_scope():
+        pin_this_request(seconds=60)
+    clock.tick(50)
+    with pinning_scope(outer.token):
+        assert where() == "default"
+
+
+def test_a_scope_may_be_entered_again() -> None:
+    scope = pinning_scope()
+    with scope:
+        write()
+    with scope:
+        assert is_pinned()
+        with scope:
+            pass
+        assert current_scope() is not None
+        assert is_pinned()
+    assert entered_scope() is None
+
+
+# Threads and tasks.
+
+
+def in_thread(function: Any, context: contextvars.Context | None = None) -> Any:
+    found = []
+
+    def run() -> None:
+        found.append(context.run(function) if context else function())
+        connections.close_all()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_a_thread_with_the_context_shares_the_scope() -> None:
+    with pinning_scope():
+        in_thread(write, contextvars.copy_context())
+        assert where() == "default"
+
+
+def test_a_thread_without_it_does_not() -> None:
+    with pinning_scope():
+        in_thread(write, contextvars.Context())
+        assert not is_pinned()
+
+
+def test_a_token_carries_a_pin_into_a_thread() -> None:
+    def job(token: str | None) -> str:
+        with pinning_scope(token):
+            return where()
+
+    with pinning_scope() as scope:
+        write()
+        token = scope.token
+    assert in_thread(lambda: job(token), contextvars.Context()) == "default"
+    assert is_replica(in_thread(lambda: job(None), contextvars.Context()))
+
+
+def test_scopes_of_concurrent_tasks() -> None:
+    """Each enters its own in turn, and one of them writes."""
+
+    async def act() -> list[bool]:
+        turn = asyncio.Barrier(2)
+
+        async def one(writes: bool) -> bool:
+            with pinning_scope():
+                await turn.wait()
+                if writes:
+                    await Book.objects.acreate(title="x")
+                await turn.wait()
+                return is_pinned()
+
+        return await asyncio.gather(one(True), one(False))
+
+    assert async_to_sync(act)() == [True, False]
+
+
+def test_a_scope_entered_in_a_thread_of_async_code() -> None:
+    def job() -> str | None:
+        with pinning_scope() as scope:
+            write()
+        return scope.token
+
+    async def act() -> tuple[Any, bool]:
+        with pinning_scope():
+            return await sync_to_async(job)(), is_pinned()
+
+    token, pinned = async_to_sync(act)()
+    assert token
+    assert pinned
+
+
+# Outside any scope: a shell.
+
+
+def test_a_write_in_a_shell_pins_for_the_window(clock: FrozenDateTimeFactory) -> None:
+    assert is_replica(where())
+    write()
+    assert (where(), is_pinned()) == ("default", True)
+    clock.tick(14)
+    assert where() == "default"
+    clock.tick(2)
+    assert (is_replica(where()), is_pinned()) == (True, False)
+
+
+def test_a_shells_window_counts_from_its_last_write(clock: FrozenDateTimeFactory) -> None:
+    write()
+    clock.tick(10)
+    write()
+    clock.tick(10)
+    assert where() == "default"
+    clock.tick(6)
+    assert is_replica(where())
+
+
+@pytest.mark.parametrize("asks", [lambda: None, is_pinned, where, lambda: use_replica(where)()])
+def test_a_shells_window_counts_from_the_end_of_its_transaction(
+    clock: FrozenDateTimeFactory, asks: Any
+) -> None:
+    """That is when the replicas can get it, whatever was asked in between."""
+    with transaction.atomic():
+        write()
+        asks()
+        clock.tick(20)
+        assert where() == "default"
+    assert where() == "default"
+    clock.tick(16)
+    assert is_replica(where())
+
+
+def test_a_pin_by_hand_in_a_shell(clock: FrozenDateTimeFactory) -> None:
+    pin_this_request(seconds=60)
+    clock.tick(59)
+    assert where() == "default"
+    clock.tick(2)
+    assert is_replica(where())
+
+
+def test_unpin_in_a_shell() -> None:
+    write()
+    unpin_this_request()
+    assert is_replica(where())
+
+
+def test_a_scope_in_a_shell_tells_it_nothing() -> None:
+    """Else the first job of a worker would pin the worker."""
+    with pinning_scope():
+        write()
+    assert not is_pinned()

@@ -1,0 +1,717 @@
+"""The stores, and that pins follow a user and a thing wherever they are read."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from asgiref.sync import SyncToAsync, async_to_sync, sync_to_async
+from django.contrib.auth import alogin, login
+from django.contrib.auth.models import User
+from django.contrib.sessions.backends.cache import SessionStore as CacheSession
+from django.core.handlers.base import BaseHandler
+from django.db import connections, transaction
+from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
+from django.test import AsyncRequestFactory, RequestFactory, TestCase, override_settings
+from django.test.utils import CaptureQueriesContext
+from freezegun.api import FrozenDateTimeFactory
+
+from pinning_middleware import (
+    acarry_keys,
+    carry_keys,
+    is_pinned,
+    keyed,
+    pin_keys,
+    pinning_scope,
+    tokens,
+    unpin_this_request,
+)
+from pinning_middleware.pins import Pins, pack, unpack
+from pinning_middleware.stores import BaseStore, CacheStore, CookieStore, HeaderStore
+from pinning_middleware.testing import StoreContract
+from tests.app.models import Book
+from tests.caches import calls
+from tests.conftest import MIDDLEWARE, Browser, Visit, is_replica, where
+from tests.valkey import LOCMEM, pins_in, redis_cache, running, valkey
+
+__all__ = ["valkey"]
+
+pytestmark = pytest.mark.django_db(transaction=True, databases="__all__")
+
+COOKIE = "pinning_middleware.stores.CookieStore"
+HEADER = "pinning_middleware.stores.HeaderStore"
+CACHE = "pinning_middleware.stores.CacheStore"
+# Sessions that no replica can miss.
+SESSIONS = "django.contrib.sessions.backends.cache"
+
+
+def write(request: Any = None) -> str:
+    Book.objects.create(title="x")
+    return "written"
+
+
+def pinned(request: Any = None) -> str:
+    return str(is_pinned())
+
+
+# The contract
+
+
+class TestCookieStore(StoreContract):
+    store = CookieStore()
+
+
+class TestHeaderStore(StoreContract):
+    store = HeaderStore()
+
+    def next_request(self, request: HttpRequest, response: HttpResponse) -> HttpRequest:
+        sent = request.META.get("HTTP_PINNING_TOKEN", "")
+        return RequestFactory().get(
+            "/", HTTP_PINNING_TOKEN=response.headers.get("Pinning-Token", sent)
+        )
+
+
+class CacheContract(StoreContract):
+    store = CacheStore()
+    shared = True
+
+    def new_request(self) -> HttpRequest:
+        request = super().new_request()
+        request.user = User(pk=7)
+        return request
+
+
+class TestCacheStore(CacheContract):
+    pass
+
+
+class TestCacheStoreOnValkey(CacheContract):
+    @pytest.fixture(autouse=True)
+    def on_valkey(self, valkey: str) -> Iterator[None]:
+        from django.core.cache import caches
+
+        with pins_in(redis_cache(valkey)):
+            caches["pins"].clear()
+            yield
+
+
+# The example of the README: a store of one's own.
+
+
+class SessionStore(BaseStore):
+    """Pins whoever has a session, in that session."""
+
+    after_authentication = True
+
+    def load(self, request: HttpRequest) -> Pins:
+        return unpack(request.session.get("pins", {}))
+
+    def save(self, request: HttpRequest, response: Any, pins: Pins) -> None:
+        if request.session.session_key is None:
+            return  # A visitor without a session is not given one.
+        request.session["pins"] = pack(pins)
+        # The session's own middleware has saved it already.
+        request.session.save()
+
+
+class TestSessionStore(StoreContract, TestCase):
+    store = SessionStore()
+
+    def new_request(self) -> HttpRequest:
+        request = super().new_request()
+        request.session = CacheSession()
+        request.session.create()
+        return request
+
+    def next_request(self, request: HttpRequest, response: HttpResponse) -> HttpRequest:
+        following = super().next_request(request, response)
+        following.session = CacheSession(request.session.session_key)
+        return following
+
+
+@override_settings(PINNING_STORES=["tests.test_stores.SessionStore"], SESSION_ENGINE=SESSIONS)
+def test_the_session_as_a_store(visit: Visit) -> None:
+    assert visit(lambda request: write() and where()) == "default"
+    assert is_replica(visit()), "no session, no pin"
+    visit.browser.client.force_login(User.objects.create_user("ada"))
+    visit(write)
+    assert visit() == "default"
+    visit(lambda request: unpin_this_request())
+    assert is_replica(visit())
+    assert "pinning" not in visit.browser.cookies
+
+
+# The header
+
+
+class Token:
+    """A client that keeps no cookies, and sends back the header that it got last."""
+
+    def __init__(self, visit: Visit) -> None:
+        self.visit, self.token = visit, ""
+
+    def __call__(self, action: Callable[..., Any] | None = None, method: str = "get") -> Any:
+        headers = {"Pinning-Token": self.token} if self.token else {}
+        result = self.visit(action, method, headers=headers)
+        self.visit.browser.cookies.clear()
+        self.token = self.visit.response.headers.get("Pinning-Token", self.token)
+        return result
+
+    @property
+    def response(self) -> Any:
+        return self.visit.response
+
+
+@pytest.fixture
+def client(visit: Visit) -> Iterator[Token]:
+    with override_settings(PINNING_STORES=[HEADER]):
+        yield Token(visit)
+
+
+def test_a_client_without_cookies_reads_what_it_wrote(client: Token) -> None:
+    assert is_replica(client())
+    assert "Pinning-Token" not in client.response.headers
+    client(write, "post")
+    assert set(tokens.loads(client.token)) == {"default"}
+    assert not client.response.cookies
+    assert client() == "default"
+    assert "Pinning-Token" not in client.response.headers, "nothing is new"
+    assert client() == "default", "a read uses nothing up"
+
+
+def test_without_the_token_it_does_not(client: Token) -> None:
+    client(write, "post")
+    client.token = ""
+    assert is_replica(client())
+
+
+def test_the_response_with_a_token_is_the_clients_own(client: Token) -> None:
+    client(write)
+    assert client.response.headers["Vary"] == "Pinning-Token"
+    assert client.response.headers["Cache-Control"] == "private"
+    client()
+    assert "Cache-Control" not in client.response.headers
+
+
+def test_what_the_view_says_of_caching_stays(client: Token) -> None:
+    def act(request: HttpRequest) -> HttpResponse:
+        write()
+        return HttpResponse(headers={"Vary": "Accept", "Cache-Control": "public, max-age=60"})
+
+    client(act)
+    assert client.response.headers["Vary"] == "Accept, Pinning-Token"
+    said = set(re.split(", ?", client.response.headers["Cache-Control"]))
+    assert said == {"private", "max-age=60"}
+
+
+def test_an_unpinned_client_gets_an_empty_header(client: Token) -> None:
+    client(write)
+    client(lambda request: unpin_this_request())
+    assert client.response.headers["Pinning-Token"] == ""
+    assert client.response.headers["Cache-Control"] == "private"
+    assert is_replica(client())
+
+
+@pytest.mark.parametrize("token", ["nonsense", "e30:forged", "x" * 5000])
+def test_a_forged_token_is_ignored_and_counted(
+    client: Token, token: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = tokens.rejected.total()
+    client.token = token
+    assert is_replica(client())
+    assert client.response.status_code == 200
+    assert tokens.rejected.total() == before + 1
+
+
+def test_a_token_ends_with_its_window(client: Token, clock: FrozenDateTimeFactory) -> None:
+    client(write)
+    clock.tick(14)
+    assert client() == "default"
+    clock.tick(2)
+    assert is_replica(client())
+
+
+def test_another_name_of_the_header(visit: Visit) -> None:
+    with override_settings(PINNING_STORES=[HEADER], PINNING_HEADER_NAME="X-Read-After"):
+        visit(write)
+        assert visit.response.headers["Vary"] == "X-Read-After"
+        token = visit.response.headers["X-Read-After"]
+        assert visit(headers={"X-Read-After": token}) == "default"
+
+
+def test_beside_the_cookie_either_serves(visit: Visit) -> None:
+    with override_settings(PINNING_STORES=[COOKIE, HEADER]):
+        visit(write)
+        token = visit.response.headers["Pinning-Token"]
+        assert visit.response.cookies["pinning"].value == token
+        assert {"Cookie", "Pinning-Token"} <= set(visit.response.headers["Vary"].split(", "))
+        assert visit() == "default"
+        visit.browser.cookies.clear()
+        assert is_replica(visit())
+        assert visit(headers={"Pinning-Token": token}) == "default"
+
+
+def test_a_token_is_of_use_for_another_service(visit: Visit) -> None:
+    """A service that calls another one with what its request brought and did."""
+    with override_settings(PINNING_STORES=[HEADER]):
+        visit(write)
+        with pinning_scope(visit.response.headers["Pinning-Token"]) as scope:
+            assert where() == "default"
+            assert set(tokens.loads(scope.token or "")) == {"default"}
+
+
+# The cache: a user on all devices
+
+
+@pytest.fixture(params=["locmem", "async-locmem", "valkey"])
+def by_user(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Pins follow the user, on each kind of cache."""
+    from django.core.cache import caches
+
+    if request.param == "valkey":
+        entry = redis_cache(request.getfixturevalue("valkey"))
+    elif request.param == "locmem":
+        entry = {"BACKEND": "tests.caches.CountingCache", "LOCATION": "pins"}
+    else:
+        entry = {"BACKEND": "tests.caches.AsyncCache", "LOCATION": "pins"}
+    with pins_in(entry, PINNING_STORES=[CACHE], SESSION_ENGINE=SESSIONS):
+        caches["pins"].clear()
+        calls.clear()
+        yield
+
+
+@pytest.fixture
+def ada() -> User:
+    return User.objects.create_user("ada", password="ada")
+
+
+@pytest.fixture
+def phone(visit: Visit, new_browser: Callable[..., Browser], do: Callable[..., str]) -> Visit:
+    """Another device than that of ``visit``."""
+    return Visit(new_browser(), visit.kind, do)
+
+
+def test_a_user_is_pinned_on_another_device(
+    by_user: None, visit: Visit, phone: Visit, ada: User
+) -> None:
+    visit.browser.client.force_login(ada)
+    phone.browser.client.force_login(ada)
+    assert is_replica(phone())
+    visit(write)
+    assert visit() == "default"
+    assert phone() == "default"
+    assert phone(lambda request: Book.objects.count()) == 1
+    assert "pinning" not in visit.response.cookies
+    assert "Cache-Control" not in visit.response.headers, "nothing of the user is in it"
+
+
+def test_others_are_not(by_user: None, visit: Visit, phone: Visit, ada: User) -> None:
+    visit.browser.client.force_login(ada)
+    visit(write)
+    assert is_replica(phone())
+    phone.browser.client.force_login(User.objects.create_user("grace"))
+    assert is_replica(phone())
+
+
+def test_it_ends_with_its_window(
+    by_user: None, visit: Visit, ada: User, clock: FrozenDateTimeFactory
+) -> None:
+    visit.browser.client.force_login(ada)
+    visit(write)
+    clock.tick(14)
+    assert visit() == "default"
+    clock.tick(2)
+    assert is_replica(visit())
+
+
+def test_unpinning_is_for_all_devices(
+    by_user: None, visit: Visit, phone: Visit, ada: User
+) -> None:
+    visit.browser.client.force_login(ada)
+    phone.browser.client.force_login(ada)
+    visit(write)
+    phone(lambda request: unpin_this_request())
+    assert is_replica(visit())
+
+
+def test_an_older_request_forgets_no_newer_pin(
+    by_user: None, visit: Visit, phone: Visit, ada: User
+) -> None:
+    """One that began before, and unpins after, another device's write."""
+    visit.browser.client.force_login(ada)
+    phone.browser.client.force_login(ada)
+    visit(write)
+
+    def slow(request: Any) -> None:
+        with ThreadPoolExecutor(1) as other:
+            other.submit(_closing, lambda: visit(write)).result(30)
+        unpin_this_request()
+
+    phone(slow)
+    assert visit() == "default"
+
+
+def _closing(function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    finally:
+        connections.close_all()
+
+
+def test_parallel_requests_of_one_user(
+    by_user: None, visit: Visit, phone: Visit, ada: User
+) -> None:
+    """The pin of the one that ended first survives the other one's."""
+    visit.browser.client.force_login(ada)
+    phone.browser.client.force_login(ada)
+
+    def outer(request: Any) -> None:
+        write()
+        with ThreadPoolExecutor(1) as other:
+            other.submit(_closing, lambda: phone(_write_far)).result(30)
+
+    visit(outer)
+    (found,) = keyed.fetch([str(ada.pk)]).values()
+    assert found.until > _far() - 100
+
+
+def _far() -> float:
+    import time
+
+    return time.time() + 1000
+
+
+def _write_far(request: Any) -> None:
+    from pinning_middleware import pin_this_request
+
+    pin_this_request(seconds=1000)
+
+
+def test_a_visitor_costs_no_look_up(visit: Visit) -> None:
+    counting = {"BACKEND": "tests.caches.CountingCache", "LOCATION": "counted"}
+    with pins_in(counting, PINNING_STORES=[COOKIE, CACHE]):
+        calls.clear()
+        with CaptureQueriesContext(connections["default"]) as queries:
+            assert is_replica(visit())
+            assert is_replica(visit())
+        assert not calls
+        assert not queries.captured_queries
+        visit(write)
+        assert visit() == "default", "the cookie serves"
+        assert not calls
+
+
+def test_sessions_in_the_database_do_not_recurse(
+    visit: Visit, ada: User, replicate: Callable[..., None]
+) -> None:
+    """They are read before the pins are known, and once."""
+    with pins_in({**LOCMEM, "LOCATION": "pins"}, PINNING_STORES=[CACHE]):
+        visit.browser.client.force_login(ada)
+        replicate()
+        visit(write)
+        with CaptureQueriesContext(connections["replica1"]) as one:
+            with CaptureQueriesContext(connections["replica2"]) as two:
+                assert visit() == "default"
+        reads = [
+            query["sql"]
+            for query in (*one.captured_queries, *two.captured_queries)
+            if "django_session" in query["sql"]
+        ]
+        assert len(reads) <= 1, "in a thread's own connection none are seen"
+
+
+def test_who_logs_in_is_pinned_by_that_request(
+    by_user: None, visit: Visit, phone: Visit, ada: User
+) -> None:
+    """The key is asked for again when pins are saved."""
+
+    async def alog_in(request: Any) -> None:
+        await alogin(request, ada, "django.contrib.auth.backends.ModelBackend")
+        await sync_to_async(write)()
+
+    def log_in(request: Any) -> None:
+        login(request, ada, "django.contrib.auth.backends.ModelBackend")
+        write()
+
+    visit(alog_in if visit.kind == "async" else log_in, "post")
+    assert visit() == "default"
+    phone.browser.client.force_login(ada)
+    assert phone() == "default"
+
+
+def test_a_user_without_a_session(by_user: None, visit: Visit, ada: User) -> None:
+    """One that a middleware knows by a token, say."""
+    with override_settings(MIDDLEWARE=[MIDDLEWARE, "tests.app.middleware.SyncMiddleware"]):
+
+        def act(request: Any) -> str:
+            request.user = ada
+            return write()
+
+        visit(act)
+        assert set(keyed.fetch([str(ada.pk)])) == {"default"}
+
+
+def test_a_streaming_body_that_writes_pins_the_user(
+    by_user: None, visit: Visit, phone: Visit, ada: User
+) -> None:
+    """The response is out by then; the cache is not."""
+    visit.browser.client.force_login(ada)
+    phone.browser.client.force_login(ada)
+
+    def act(request: Any) -> StreamingHttpResponse:
+        return StreamingHttpResponse(map(lambda n: write().encode(), range(1)))
+
+    if visit.browser.is_async:
+        pytest.skip("Django warns of a sync body under ASGI")
+    visit(act)
+    assert is_replica(phone())
+    assert b"".join(visit.response.streaming_content) == b"written"
+    assert phone() == "default"
+
+
+def test_a_view_that_raised_after_writing_pins_the_user(
+    by_user: None, visit: Visit, phone: Visit, ada: User
+) -> None:
+    visit.browser.client.force_login(ada)
+    phone.browser.client.force_login(ada)
+    visit.browser.client.raise_request_exception = False
+
+    def act(request: Any) -> None:
+        write()
+        raise RuntimeError("after the write")
+
+    visit(lambda request: None)
+    with pytest.raises(IndexError):
+        visit(act)
+    assert phone() == "default"
+
+
+# PINNING_KEY
+
+
+def by_header(request: HttpRequest) -> str | None:
+    return request.headers.get("Tenant")
+
+
+async def aby_header(request: HttpRequest) -> str | None:
+    return by_header(request)
+
+
+@pytest.mark.parametrize("name", ["by_header", "aby_header"])
+def test_a_key_of_your_own(
+    by_user: None, visit: Visit, phone: Visit, name: str
+) -> None:
+    with override_settings(PINNING_KEY=f"tests.test_stores.{name}"):
+        visit(write, headers={"Tenant": "acme"})
+        assert phone(headers={"Tenant": "acme"}) == "default"
+        assert is_replica(phone(headers={"Tenant": "other"}))
+        assert is_replica(phone())
+
+
+def broken_key(request: HttpRequest) -> str | None:
+    raise LookupError("no key today")
+
+
+def test_a_key_that_raises_costs_only_the_pin(
+    by_user: None, visit: Visit, caplog: pytest.LogCaptureFixture
+) -> None:
+    with override_settings(
+        PINNING_KEY="tests.test_stores.broken_key", PINNING_STORES=[COOKIE, CACHE]
+    ):
+        visit(write)
+        assert visit.response.status_code == 200
+        assert visit() == "default"
+    assert "CacheStore could not load the pins" in caplog.text
+
+
+# Outages
+
+
+def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_cache_that_is_down_costs_a_line(
+    visit: Visit, ada: User, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running() as server:
+        url = server.connection_url
+    with pins_in(redis_cache(url), PINNING_STORES=[COOKIE, CACHE], SESSION_ENGINE=SESSIONS):
+        visit.browser.client.force_login(ada)
+        visit(write)
+        assert visit.response.status_code == 200
+        assert [visit() for _ in range(3)] == ["default"] * 3
+        assert len(errors(caplog)) == 1
+
+
+def test_a_cache_that_was_emptied_costs_the_other_devices_pin(
+    by_user: None, visit: Visit, phone: Visit, ada: User
+) -> None:
+    from django.core.cache import caches
+
+    with override_settings(PINNING_STORES=[COOKIE, CACHE]):
+        visit.browser.client.force_login(ada)
+        phone.browser.client.force_login(ada)
+        visit(write)
+        caches["pins"].clear()
+        assert visit() == "default"
+        assert is_replica(phone())
+
+
+# Async
+
+
+def test_async_views_ask_an_async_cache_without_a_thread(
+    do: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    async def act(request: Any) -> HttpResponse:
+        seen.append(where())
+        return HttpResponse()
+
+    def hop(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError(f"hopped to a thread for {self.func}")
+
+    async def handle() -> Any:
+        request = AsyncRequestFactory().get(address, headers={"Tenant": "acme"})
+        monkeypatch.setattr(SyncToAsync, "__call__", hop)
+        try:
+            return await handler.get_response_async(request)
+        finally:
+            monkeypatch.undo()
+
+    address = f"/async/{do(act)}/"
+    with pins_in(
+        {"BACKEND": "tests.caches.AsyncCache", "LOCATION": "pins"},
+        PINNING_STORES=[CACHE],
+        PINNING_KEY="tests.test_stores.aby_header",
+        MIDDLEWARE=[MIDDLEWARE],
+    ):
+        with pinning_scope() as scope:
+            write()
+        keyed.keep(["acme"], scope.pins)
+        handler = BaseHandler()
+        handler.load_middleware(is_async=True)
+        assert async_to_sync(handle)().status_code == 200
+    assert seen == ["default"]
+
+
+# Keys of things
+
+
+@pytest.fixture
+def with_keys(by_user: None) -> Iterator[None]:
+    with override_settings(PINNING_STORES=[COOKIE]):
+        yield
+
+
+def test_everybody_reads_a_thing_as_it_is_now(
+    with_keys: None, visit: Visit, phone: Visit
+) -> None:
+    def change(request: Any) -> None:
+        write()
+        pin_keys("order:42")
+
+    async def aread(request: Any) -> tuple[str, str]:
+        before = where()
+        await acarry_keys("order:42", "order:43")
+        return before, where()
+
+    def read(request: Any) -> tuple[str, str]:
+        before = where()
+        carry_keys("order:42", "order:43")
+        return before, where()
+
+    reader = aread if phone.kind == "async" else read
+    assert is_replica(phone(reader)[1])
+    visit(change, "post")
+    before, after = phone(reader)
+    assert (is_replica(before), after) == (True, "default")
+    assert is_replica(phone()), "who does not open it reads a replica"
+
+
+def test_many_keys_at_once(with_keys: None, visit: Visit, phone: Visit) -> None:
+    names = [f"order:{number}" for number in range(20)]
+
+    def change(request: Any) -> None:
+        write()
+        pin_keys(*names[:10])
+        pin_keys(*names[10:])
+
+    visit(change)
+    for name in names:
+        assert phone(lambda request, name=name: carry_keys(name) or where()) == "default"
+
+
+def test_a_key_of_one_pool(with_keys: None, visit: Visit, phone: Visit) -> None:
+    with override_settings(
+        PINNING_REPLICAS={"default": ["replica1", "replica2"], "users": ["users_replica"]}
+    ):
+        visit(lambda request: (write(), pin_keys("order:42", using="users")))
+        assert set(keyed.fetch(["order:42"])) == {"users"}
+        visit(lambda request: pin_keys("order:43"))
+        assert set(keyed.fetch(["order:43"])) == {"default", "users"}
+        with pytest.raises(ValueError, match="'nowhere' is not a primary"):
+            pin_keys("x", using="nowhere")
+
+
+def test_a_key_without_a_write_is_pinned_too(with_keys: None, visit: Visit) -> None:
+    """What was written by somebody else, in a trigger or another system."""
+    visit(lambda request: pin_keys("order:42"))
+    assert set(keyed.fetch(["order:42"])) == {"default"}
+    assert not visit.response.cookies
+
+
+def test_outside_a_scope_keys_are_pinned_at_once(with_keys: None) -> None:
+    write()
+    pin_keys("order:42")
+    assert set(keyed.fetch(["order:42"])) == {"default"}
+
+
+def test_outside_a_scope_a_transaction_pins_keys_when_it_commits(with_keys: None) -> None:
+    with transaction.atomic():
+        write()
+        pin_keys("order:42")
+        assert keyed.fetch(["order:42"]) == {}
+    assert set(keyed.fetch(["order:42"])) == {"default"}
+
+
+def test_one_that_rolls_back_pins_none(with_keys: None) -> None:
+    with pytest.raises(RuntimeError), transaction.atomic():
+        write()
+        pin_keys("order:42")
+        raise RuntimeError("roll back")
+    assert keyed.fetch(["order:42"]) == {}
+
+
+def test_in_a_scope_a_key_waits_for_its_end(with_keys: None) -> None:
+    with pinning_scope():
+        with transaction.atomic():
+            write()
+            pin_keys("order:42")
+        assert keyed.fetch(["order:42"]) == {}
+    assert set(keyed.fetch(["order:42"])) == {"default"}
+
+
+def test_in_an_async_scope_too(with_keys: None) -> None:
+    async def work() -> None:
+        async with pinning_scope():
+            await Book.objects.acreate(title="x")
+            pin_keys("order:42")
+
+    async_to_sync(work)()
+    assert set(keyed.fetch(["order:42"])) == {"default"}
+
+
+def test_a_carried_key_is_kept_in_the_readers_store_no_longer(
+    with_keys: None, visit: Visit, phone: Visit
+) -> None:
+    """Reading a thing pins nobody."""
+    visit(lambda request: (write(), pin_keys("order:42")))
+    phone(lambda request: carry_keys("order:42"))
+    assert "pinning" not in phone.browser.cookies
