@@ -19,7 +19,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
 from .conf import conf
-from .looks import asking, has_reached, one_node, order_by_freshness, update
+from .looks import asking, has_reached, lags_less, one_node, order_by_freshness, update
 from .pins import Position
 from .pools import Pool, pools
 from .positions import family_of
@@ -79,7 +79,7 @@ def rerun(
             or many
             or asking.get()
             or connection.in_atomic_block
-            or kind_of(str(sql)) is not Kind.READ
+            or kind_of(str(sql), connection.vendor) is not Kind.READ
         ):
             raise
         lost = not connection.is_usable()
@@ -88,7 +88,7 @@ def rerun(
         if lost:
             connection.close()
             if connection.alias in pool.health.replicas:
-                pool.health.forget(connection.alias)
+                pool.health.suspect(connection.alias)
         return _rerun(
             pool, functools.partial(execute, sql, params, many, context), context, lost, error
         )
@@ -143,9 +143,13 @@ def _candidates(pool: Pool, failed: str, same_first: bool) -> Iterator[str]:
     if failed == pool.primary:
         yield from order_by_freshness(pool)
         return
-    wanted = _wanted(pool)
+    wanted, max_lag = _wanted(pool), _max_lag(pool)
     for alias in pool.rotation.order():
-        if alias != failed and (wanted is None or has_reached(pool, alias, wanted)):
+        if (
+            alias != failed
+            and (wanted is None or has_reached(pool, alias, wanted))
+            and (max_lag is None or lags_less(pool, alias, max_lag))
+        ):
             yield alias
     yield pool.primary
 
@@ -154,6 +158,15 @@ def _wanted(pool: Pool) -> Position | None:
     """Return the position that this scope's reads have to have."""
     scope = entered_scope()
     return None if scope is None else pool.wanted(scope)
+
+
+def _max_lag(pool: Pool) -> float | None:
+    """Return what the open ``use_replica`` block lets a replica lag."""
+    scope = entered_scope()
+    if scope is None or scope.override is None:
+        return None
+    block = scope.override.for_pool(pool.primary)
+    return None if block is None else block.max_lag
 
 
 def _unfit(pool: Pool, alias: str, *, is_new: bool) -> str | None:

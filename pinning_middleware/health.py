@@ -146,6 +146,11 @@ class Health:
         """
         self.replicas[alias].position = {}
 
+    def suspect(self, alias: str) -> None:
+        """Forget all of a replica that was lost, so that the next read looks at it."""
+        self.forget(alias)
+        self.replicas[alias].looked = -math.inf
+
     def claim_retry(self) -> str | None:
         """
         Return a replica that is out and due to be tried again. Only one caller gets it: others

@@ -127,8 +127,7 @@ def lags_less(pool: Pool, alias: str, seconds: float) -> bool:
             update(pool, connections[alias], measure=True)
         except (OperationalError, InterfaceError):
             pool.health.leave_out(alias, "connect")
-            return False
-    return replica.lag is not None and replica.lag <= seconds
+    return alias not in pool.health.out and replica.lag is not None and replica.lag <= seconds
 
 
 def stand_in(pool: Pool) -> str | None:

@@ -41,6 +41,16 @@ class ReplicaQuerySet(models.QuerySet[T]):
         alias = pools().legacy.db_for_read(self.model, **self._hints)
         return alias or super().db
 
+    def raw(
+        self,
+        raw_query: Any,
+        params: Any = (),
+        translations: Any = None,
+        using: str | None = None,
+    ) -> models.query.RawQuerySet[T]:
+        """Return a raw query on ``using``, by default on a replica."""
+        return super().raw(raw_query, params, translations, using or self.db)
+
 
 class ReplicaManager(models.Manager[T]):
     """The manager of ``ReplicaQuerySet``."""

@@ -63,9 +63,7 @@ class Pool:
 
     # The decision
 
-    def db_for_read(
-        self, model: object = None, instance: Model | None = None, **hints: Any
-    ) -> str | None:
+    def db_for_read(self, model: object = None, **hints: Any) -> str | None:
         """
         Return the alias that the next read uses, ``None`` for one that starts from an instance
         of a database outside this pool. The signature is that of a router, so that Django asks
@@ -73,8 +71,8 @@ class Pool:
 
         The rules, first match wins, are those of the documentation.
         """
-        if instance is not None and instance._state.db not in self:
-            return None
+        if hints and (instance := hints.get("instance")) is not None:
+            return self._near(instance)
         scope = entered_scope()
         try:
             seat = self._thread.seat
@@ -94,15 +92,23 @@ class Pool:
             and self._in_transaction(connection, scope)
         ):
             return self.primary
-        answer = state.answer or self._settle(scope, state)
-        if instance is None:
-            return answer
-        return self._near(instance, state) or answer
+        return state.answer or self._settle(scope, state)
 
-    def _near(self, instance: Model, state: PoolState) -> str | None:
-        """Return the database that the instance came from, if this read may go there."""
+    def _near(self, instance: Model) -> str | None:
+        """Decide for a read that starts from an instance: near it, where no rule before says no."""
         origin = instance._state.db
-        return origin if state.by_turn and origin not in self.health.out else None
+        if origin not in self:
+            return None
+        answer = self.db_for_read()
+        seat = self._thread.seat
+        if (
+            answer == self.primary
+            or seat.scope is not entered_scope()  # a block decided
+            or not seat.state.by_turn
+            or origin in self.health.out
+        ):
+            return answer
+        return origin or answer
 
     def _in_block(self, block: Override, state: PoolState) -> str:
         if not block.replica:
@@ -304,19 +310,16 @@ class Pool:
 class PrimaryOnly(Pool):
     """A pool without replicas, or of a site that switched them off."""
 
-    def db_for_read(
-        self, model: object = None, instance: Model | None = None, **hints: Any
-    ) -> str | None:
+    def db_for_read(self, model: object = None, **hints: Any) -> str | None:
+        instance = hints.get("instance")
         return self.primary if instance is None or instance._state.db in self else None
 
 
 class MonotonicPool(Pool):
     """A pool that knows which nodes a scope has read from, for ``monotonic-reads``."""
 
-    def db_for_read(
-        self, model: object = None, instance: Model | None = None, **hints: Any
-    ) -> str | None:
-        alias = super().db_for_read(model, instance)
+    def db_for_read(self, model: object = None, **hints: Any) -> str | None:
+        alias = super().db_for_read(model, **hints)
         if alias is None:
             return None
         state = self.state(current_scope())
@@ -367,8 +370,10 @@ class Pools:
 
         ``ValueError`` for an alias that is no pool's primary.
         """
-        found = tuple(pool for pool in self.all if using is None or pool.primary == using)
-        if using is not None and not found:
+        if using is None:
+            return self.all
+        found = tuple(pool for pool in self.all if pool.primary == using)
+        if not found:
             known = ", ".join(repr(alias) for alias in self.by_primary) or "none is configured"
             raise ValueError(f"{using!r} is not a primary of PINNING_REPLICAS ({known})")
         return found

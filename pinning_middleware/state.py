@@ -31,38 +31,34 @@ _NONE: Pins = MappingProxyType({})
 
 
 class PoolState:
-    """
-    What one scope knows of one pool. The defaults are the class's, since most scopes change few
-    of them and every request makes one.
-    """
+    """What one scope knows of one pool."""
 
-    # The alias that serves until something changes, so that most reads decide nothing; and
-    # whether it came by turns, with no pin in the way.
-    answer: str | None = None
+    # Whether the answer came by turns, with no pin in the way.
     by_turn = False
-    # This scope's replica by turns.
-    replica: str | None = None
     # The nodes it read from, kept only where a read moves the client's position.
     served: set[str] | None = None
-    # On the primary for the rest of the scope, without a pin.
-    held = False
-    # When it wrote last, 0.0: never; and whether a transaction may still have been open.
-    written = 0.0
+    # Whether a transaction may still have been open at the last write.
     open_write = False
-    # When it was pinned by hand, 0.0: never; for how long, None: the window.
-    by_hand = 0.0
+    # For how long it was pinned by hand, None: the window.
     seconds: float | None = None
-    # The pin of an earlier scope, and when replicas were asked for it in vain (monotonic clock,
-    # 0.0: never).
-    carried: Pin | None = None
+    # When replicas were asked in vain for the carried pin (monotonic clock, 0.0: never).
     looked = 0.0
-    # A pin of an earlier scope was ended, so the stores have to forget it.
-    dropped = False
     # The pin that was told to others last, and the marks it was made at.
     left: tuple[tuple[float, float], Pin] | None = None
 
     def __init__(self, key: str) -> None:
         self.key = key
+        # The alias that serves until something changes, so that most reads decide nothing.
+        self.answer: str | None = None
+        # This scope's replica by turns.
+        self.replica: str | None = None
+        # On the primary for the rest of the scope, without a pin.
+        self.held = False
+        # When it wrote last, and when it was pinned by hand; 0.0: never.
+        self.written = self.by_hand = 0.0
+        # The pin of an earlier scope, and whether it was ended, so that stores have to forget it.
+        self.carried: Pin | None = None
+        self.dropped = False
 
     @property
     def primary(self) -> str:

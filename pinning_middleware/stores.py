@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
 from django.contrib.auth import SESSION_KEY
@@ -79,8 +79,8 @@ class TokenStore(BaseStore):
         if response is None:
             return
         if pins:
-            seconds = max(pin.until for pin in pins.values()) - time.time()
-            self.write(response, tokens.dumps(pins), max(seconds, 0.0))
+            until = max([pin.until for pin in pins.values()])
+            self.write(response, tokens.dumps(pins), max(until - time.time(), 0.0))
         else:
             self.write(response, "", 0.0)
 
@@ -215,7 +215,7 @@ def _other_user(request: HttpRequest) -> str | None:
 
 def _key(request: HttpRequest) -> str | None:
     if iscoroutinefunction(conf.key):
-        return async_to_sync(conf.key)(request)
+        return cast("str | None", async_to_sync(conf.key)(request))
     return conf.key(request)
 
 

@@ -40,7 +40,7 @@ def watch(
 def _inspect(connection: BaseDatabaseWrapper, sql: Any, alias: str) -> None:
     if (specs := conf.watched.get(alias)) is not None:
         text = _text(connection, sql)
-        kind = kind_of(text)
+        kind = kind_of(text, connection.vendor)
         if kind is Kind.WRITE and not _ignored(text):
             scope = current_scope()
             in_transaction = connection.in_atomic_block or not connection.autocommit
@@ -53,7 +53,9 @@ def _inspect(connection: BaseDatabaseWrapper, sql: Any, alias: str) -> None:
                     scope[spec.key].note_lock()
     elif (primary := conf.guarded.get(alias)) is not None:
         text = _text(connection, sql)
-        if kind_of(text) is Kind.WRITE and not _is_bookkeeping_of_test_runner(text):
+        if kind_of(text, connection.vendor) is Kind.WRITE and not _is_bookkeeping_of_test_runner(
+            text
+        ):
             raise ReplicaWriteError(
                 f"{alias!r} is a replica of {primary!r}, so this write was not sent: "
                 f"{text[:80]!r}. Write with .using({primary!r}), or let the router choose."

@@ -5,7 +5,8 @@ The functions used here may be called by any role. Which timeline a replica repl
 ``pg_stat_wal_receiver``, which shows it to members of ``pg_read_all_stats`` (``pg_monitor``) only:
 ``pg_control_recovery()`` keeps naming the old timeline on a replica that follows a promotion. For
 other roles the primary is asked for its timeline after the replica was: while that has not
-changed, the replica has not left it either.
+changed, the replica has not left it either. Where two primaries are alive at once, and a replica
+follows the one that the site does not write to, those roles are only told apart by being ahead.
 """
 
 from __future__ import annotations
@@ -86,10 +87,12 @@ class PostgreSQL(Positions):
         return not any(log.endswith("-") for log in position)
 
     def ascertain(self, position: Position, primary: Position) -> Position:
-        ((log, _),) = primary.items()
+        ((log, end),) = primary.items()
         return {
             log if log.startswith(uncertain) else uncertain: point
             for uncertain, point in position.items()
+            # One that is ahead of this primary replays another's log.
+            if point <= end + max(HEADERS)
         }
 
     def wait(self, connection: BaseDatabaseWrapper, wanted: Position, seconds: float) -> bool:
