@@ -325,6 +325,7 @@ class MonotonicPool(Pool):
         state = self.state(current_scope())
         if state.served is None:
             state.served = set()
+            state.changed = True
         state.served.add(alias)
         return alias
 

@@ -43,7 +43,7 @@ def has_changed(scope: Scope) -> bool:
     """Return whether what follows this scope has to know of something that it did."""
     # A loop, since every request comes by here and a generator takes twice as long.
     for state in scope.values():
-        if state.written or state.by_hand or state.dropped or state.served:
+        if state.changed:
             return True
     return bool(scope.pinned_keys)
 

@@ -35,6 +35,8 @@ class PoolState:
 
     # Whether the answer came by turns, with no pin in the way.
     by_turn = False
+    # The pin of an earlier scope was ended, so the stores have to forget it.
+    dropped = False
     # The nodes it read from, kept only where a read moves the client's position.
     served: set[str] | None = None
     # Whether a transaction may still have been open at the last write.
@@ -56,9 +58,10 @@ class PoolState:
         self.held = False
         # When it wrote last, and when it was pinned by hand; 0.0: never.
         self.written = self.by_hand = 0.0
-        # The pin of an earlier scope, and whether it was ended, so that stores have to forget it.
+        # The pin of an earlier scope.
         self.carried: Pin | None = None
-        self.dropped = False
+        # Whether what follows this scope may have to know of something.
+        self.changed = False
 
     @property
     def primary(self) -> str:
@@ -66,6 +69,7 @@ class PoolState:
         return self.key.partition("\0")[0]
 
     def note_write(self, in_transaction: bool) -> None:
+        self.changed = True
         self.written = time.time()
         self.open_write = in_transaction
         self.answer = None
@@ -75,6 +79,7 @@ class PoolState:
         self.answer = None
 
     def pin(self, seconds: float | None) -> None:
+        self.changed = True
         self.by_hand = time.time()
         if seconds is not None:
             self.seconds = max(seconds, self.seconds or 0.0)
@@ -82,6 +87,7 @@ class PoolState:
 
     def take_over(self, other: PoolState) -> None:
         """Let this scope have done what another one inside it did."""
+        self.changed = self.changed or other.changed
         self.written = max(self.written, other.written)
         self.open_write = self.open_write or other.open_write
         self.by_hand = max(self.by_hand, other.by_hand)
@@ -109,7 +115,8 @@ class PoolState:
 
     def drop(self) -> None:
         """Forget the pin of an earlier scope."""
-        self.dropped = self.dropped or self.carried is not None
+        if self.carried is not None:
+            self.dropped = self.changed = True
         self.carried = None
 
     @property

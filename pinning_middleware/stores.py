@@ -7,6 +7,7 @@ pins that a request comes with, ``save(request, response, pins)`` keeps those it
 
 from __future__ import annotations
 
+import secrets
 import time
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, cast
@@ -19,13 +20,17 @@ from django.utils.http import http_date
 
 from . import keyed, tokens
 from .conf import conf
-from .pins import Pins
+from .pins import Pins, merge_pins
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
     from django.http.response import HttpResponseBase
 
 __all__ = ["BaseStore", "CacheStore", "CookieStore", "HeaderStore", "TokenStore", "user_key"]
+
+
+# Of one browser: the pin, and a spare for each of some requests that it had under way at once.
+MOST_COOKIES = 8
 
 
 class BaseStore:
@@ -63,26 +68,30 @@ class BaseStore:
 class TokenStore(BaseStore):
     """What the stores have in common that hand the client a signed token."""
 
-    def read(self, request: HttpRequest) -> str | None:
-        """Return the token that the request brings."""
+    def read(self, request: HttpRequest) -> list[str]:
+        """Return the tokens that the request brings."""
         raise NotImplementedError
 
-    def write(self, response: HttpResponseBase, token: str, seconds: float) -> None:
+    def write(
+        self, request: HttpRequest, response: HttpResponseBase, token: str, seconds: float
+    ) -> None:
         """Give the client a token that is of use for so many seconds; empty: forget it."""
         raise NotImplementedError
 
     def load(self, request: HttpRequest) -> Pins:
-        token = self.read(request)
-        return tokens.accept(token, type(self)) if token else {}
+        brought = self.read(request)
+        return (
+            merge_pins(*[tokens.accept(token, type(self)) for token in brought]) if brought else {}
+        )
 
     def save(self, request: HttpRequest, response: HttpResponseBase | None, pins: Pins) -> None:
         if response is None:
             return
         if pins:
             until = max([pin.until for pin in pins.values()])
-            self.write(response, tokens.dumps(pins), max(until - time.time(), 0.0))
+            self.write(request, response, tokens.dumps(pins), max(until - time.time(), 0.0))
         else:
-            self.write(response, "", 0.0)
+            self.write(request, response, "", 0.0)
 
     async def aload(self, request: HttpRequest) -> Pins:
         return self.load(request)
@@ -94,21 +103,49 @@ class TokenStore(BaseStore):
 
 
 class CookieStore(TokenStore):
-    """Pins a browser, by a signed cookie."""
+    """
+    Pins a browser, by a signed cookie.
 
-    def read(self, request: HttpRequest) -> str | None:
-        return request.COOKIES.get(conf.cookie_name)
+    A browser sends requests in parallel and takes cookies in the order of the responses, so an
+    older response could take a newer write's pin away. Hence a write whose request brought a pin,
+    which others may be about to end, also leaves a spare under a name that no other request
+    knows, and a response ends only the cookies that its request brought.
+    """
 
-    def write(self, response: HttpResponseBase, token: str, seconds: float) -> None:
+    def load(self, request: HttpRequest) -> Pins:
+        return super().load(request) if request.COOKIES else {}
+
+    def read(self, request: HttpRequest) -> list[str]:
+        return [request.COOKIES[name] for name in _brought(request)]
+
+    def write(
+        self, request: HttpRequest, response: HttpResponseBase, token: str, seconds: float
+    ) -> None:
+        brought = _brought(request)
         if token:
-            # Browsers count whole seconds; the server's own end is in the token.
-            age = int(seconds) + 1
-            date = _http_date(int(time.time()) + age)
-            response.set_cookie(conf.cookie_name, token, age, date, **conf.cookie)
-        else:
-            kept = ("path", "domain", "samesite")
-            response.delete_cookie(conf.cookie_name, **{name: conf.cookie[name] for name in kept})
+            _set_cookie(response, conf.cookie_name, token, seconds)
+            if brought:
+                spare = f"{conf.cookie_name}.{secrets.token_hex(4)}"
+                _set_cookie(response, spare, token, seconds)
+        if brought or not token:
+            kept = {name: conf.cookie[name] for name in ("path", "domain", "samesite")}
+            for name in {conf.cookie_name, *brought} - set(response.cookies):
+                response.delete_cookie(name, **kept)
         keep_private(response, "Cookie")
+
+
+def _set_cookie(response: HttpResponseBase, name: str, token: str, seconds: float) -> None:
+    # Browsers count whole seconds; the server's own end is in the token.
+    age = int(seconds) + 1
+    response.set_cookie(name, token, age, _http_date(int(time.time()) + age), **conf.cookie)
+
+
+def _brought(request: HttpRequest) -> list[str]:
+    """Return the names of the cookies of ours that a request brings, no more than may be there."""
+    if not request.COOKIES:
+        return []
+    name, prefix = conf.cookie_name, conf.cookie_name + "."
+    return [n for n in request.COOKIES if n == name or n.startswith(prefix)][:MOST_COOKIES]
 
 
 @lru_cache(maxsize=4)
@@ -123,10 +160,13 @@ class HeaderStore(TokenStore):
     empty one says that there is nothing to send any more.
     """
 
-    def read(self, request: HttpRequest) -> str | None:
-        return request.headers.get(conf.header_name)
+    def read(self, request: HttpRequest) -> list[str]:
+        token = request.headers.get(conf.header_name)
+        return [token] if token else []
 
-    def write(self, response: HttpResponseBase, token: str, seconds: float) -> None:
+    def write(
+        self, request: HttpRequest, response: HttpResponseBase, token: str, seconds: float
+    ) -> None:
         response.headers[conf.header_name] = token
         keep_private(response, conf.header_name)
 

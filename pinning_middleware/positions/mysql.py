@@ -42,19 +42,27 @@ def parse_mariadb(text: str) -> dict[str, int]:
 
 def parse_gtids(text: str) -> dict[str, int]:
     """
-    Return MySQL's set of GTIDs as UUID → the end of its first interval: what is beyond a gap is
-    not known to be complete.
+    Return MySQL's set of GTIDs as log → the end of what it holds without a gap: what is beyond
+    one is not known to be complete. A log is a server's UUID, with its tag, if any (8.3).
 
-    >>> parse_gtids("3e11fa47:1-5:9,\\n4f22fb58:7")
-    {'3e11fa47': 5, '4f22fb58': 7}
+    >>> parse_gtids("3e11fa47:1-5:9,\\n4f22fb58:7:backup:1-3")
+    {'3e11fa47': 5, '4f22fb58:backup': 3}
     """
-    found = {}
-    for part in text.replace("\n", "").split(","):
-        uuid, _, intervals = part.strip().partition(":")
-        # Tagged GTIDs (8.3 and later) have names between their intervals.
-        numbers = [i for i in intervals.split(":") if re.fullmatch(r"\d+(-\d+)?", i)]
-        if uuid and numbers:
-            found[uuid.lower()] = int(numbers[0].rpartition("-")[2])
+    sets = _intervals(text).items()
+    return {log: found[0][1] for log, found in sets if found[0][0] == 1}
+
+
+def _intervals(text: str) -> dict[str, list[tuple[int, int]]]:
+    found: dict[str, list[tuple[int, int]]] = {}
+    for part in text.lower().split(","):
+        uuid, *names = (name.strip() for name in part.split(":"))
+        log = uuid
+        for name in names:
+            if re.fullmatch(r"\d+(-\d+)?", name):
+                first, _, last = name.partition("-")
+                found.setdefault(log, []).append((int(first), int(last or first)))
+            else:
+                log = f"{uuid}:{name}"
     return found
 
 
@@ -139,7 +147,9 @@ class MySQL(_Family):
 
     def wait(self, connection: BaseDatabaseWrapper, wanted: Position, seconds: float) -> bool:
         gtids = ",".join(f"{log}:1-{point}" for log, point in wanted.items())
-        fetch(connection, f"SELECT WAIT_FOR_EXECUTED_GTID_SET('{gtids}', {seconds:.3f})")
+        # Rounded to nothing it would be no limit at all.
+        limit = max(seconds, 0.001)
+        fetch(connection, f"SELECT WAIT_FOR_EXECUTED_GTID_SET('{gtids}', {limit:.3f})")
         return True
 
 
@@ -147,15 +157,12 @@ def parse_last(executed: str, uuid: str) -> Position | None:
     """
     Return the last transaction of one server in MySQL's set of GTIDs, ``None`` for none.
 
-    >>> parse_last("3e11fa47:1-5:9,4f22fb58:7", "3E11FA47")
-    {'3e11fa47': 9}
+    >>> parse_last("3e11fa47:1-5:9:backup:1-3,4f22fb58:7", "3E11FA47")
+    {'3e11fa47': 9, '3e11fa47:backup': 3}
     """
-    for part in executed.replace("\n", "").split(","):
-        found, _, intervals = part.strip().partition(":")
-        numbers = [i for i in intervals.split(":") if re.fullmatch(r"\d+(-\d+)?", i)]
-        if found.lower() == uuid.lower() and numbers:
-            return {found.lower(): int(numbers[-1].rpartition("-")[2])}
-    return None
+    own = uuid.lower()
+    logs = _intervals(executed).items()
+    return {log: found[-1][1] for log, found in logs if log.partition(":")[0] == own} or None
 
 
 _mariadb, _mysql = MariaDB(), MySQL()
