@@ -127,7 +127,6 @@ class PinningScope:
 
     def __init__(self, token: str | None = None, scope: Scope | None = None) -> None:
         self._scope = scope or Scope(tokens.accept(token) if token else {})
-        self._outer: list[Scope | None] = []
 
     @property
     def token(self) -> str | None:
@@ -149,8 +148,8 @@ class PinningScope:
 
     def __enter__(self) -> PinningScope:
         outer = entered_scope()
-        self._outer.append(outer)
-        enter(self._scope.within(outer))
+        # A view for each entry, so that several threads may be inside at once.
+        enter(self._scope.inside(outer.override if outer is not None else None, outer))
         return self
 
     def __exit__(
@@ -177,7 +176,8 @@ class PinningScope:
         self._leave()
 
     def _leave(self) -> None:
-        outer = self._outer.pop()
+        view = entered_scope()
+        outer = view.outer if view is not None else None
         enter(outer)
         if outer is not None and not outer.lasting:
             # Whoever started this block, a request that runs a task in place say, is to see

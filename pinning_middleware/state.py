@@ -195,7 +195,7 @@ class Scope(dict[str, PoolState]):
         """The scope itself, where this is a view of it."""
         return self if self.shown is None else self.shown
 
-    def inside(self, override: Override, outer: Scope | None) -> Scope:
+    def inside(self, override: Override | None, outer: Scope | None) -> Scope:
         """Return a view of this scope inside a block, after which ``outer`` is entered again."""
         view = Scope(self.carried, self.primary_first, self.lasting)
         view.atomic_view, view.wait = self.atomic_view, self.wait

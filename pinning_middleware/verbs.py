@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, cast, overload
 
@@ -107,7 +108,7 @@ async def acarry_keys(*keys: str) -> None:
 
 class Block:
     """
-    A ``with`` block and a decorator, of functions and of coroutine functions.
+    A ``with`` block and a decorator, of functions, coroutine functions and generators of both.
 
     What is open is kept in a context variable and not in here, so one object may be entered
     again, by many threads and tasks at once.
@@ -131,21 +132,54 @@ class Block:
                 "@method_decorator(use_primary, name='dispatch')"
             )
         if iscoroutinefunction(function):
-            coroutine_function = cast("Callable[P, Awaitable[Any]]", function)
+            wrapper: Any = self._awaiting(function)
+        elif inspect.isgeneratorfunction(function):
+            wrapper = self._generating(function)
+        elif inspect.isasyncgenfunction(function):
+            wrapper = self._agenerating(function)
+        else:
+            wrapper = self._calling(function)
+        return cast("Callable[P, R]", functools.wraps(function)(wrapper))
 
-            @functools.wraps(function)
-            async def awaiting(*args: P.args, **kwargs: P.kwargs) -> Any:
-                with self:
-                    return await coroutine_function(*args, **kwargs)
-
-            return cast("Callable[P, R]", awaiting)
-
-        @functools.wraps(function)
-        def calling(*args: P.args, **kwargs: P.kwargs) -> R:
+    def _calling(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def calling(*args: Any, **kwargs: Any) -> Any:
             with self:
                 return function(*args, **kwargs)
 
         return calling
+
+    def _awaiting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        async def awaiting(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return await function(*args, **kwargs)
+
+        return awaiting
+
+    # Between two of its values a generator's caller is outside the block.
+
+    def _generating(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def generating(*args: Any, **kwargs: Any) -> Any:
+            values, over = function(*args, **kwargs), object()
+            while True:
+                with self:
+                    value = next(values, over)
+                if value is over:
+                    return
+                yield value
+
+        return generating
+
+    def _agenerating(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        async def generating(*args: Any, **kwargs: Any) -> Any:
+            values, over = function(*args, **kwargs), object()
+            while True:
+                with self:
+                    value = await anext(values, over)
+                if value is over:
+                    return
+                yield value
+
+        return generating
 
 
 class _Override(Block):

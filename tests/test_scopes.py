@@ -327,3 +327,21 @@ def test_a_scope_in_a_shell_tells_it_nothing() -> None:
     with pinning_scope():
         write()
     assert not is_pinned()
+
+
+def test_one_scope_may_be_entered_by_two_threads_at_once() -> None:
+    shared, inside = pinning_scope(), threading.Barrier(2)
+    left: list[object] = []
+
+    def work() -> None:
+        with pinning_scope(), shared:
+            inside.wait(timeout=10)
+            pin_this_request()
+        left.append(entered_scope())
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert left == [None, None]

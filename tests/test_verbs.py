@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -335,3 +335,30 @@ def test_unpin_leaves_blocks_and_what_comes_after_alone(visit: Visit) -> None:
         return [*seen, kind()]
 
     assert visit(action) == ["primary", "replica", "primary"]
+
+
+def test_a_decorated_generator_is_in_the_block_while_it_runs_and_its_caller_is_not() -> None:
+    @use_primary
+    def rows() -> Iterator[str]:
+        for _ in range(2):
+            yield Book.objects.db
+
+    seen = []
+    for database in rows():
+        seen += [database, Book.objects.db in ("replica1", "replica2")]
+    assert seen == ["default", True, "default", True]
+
+
+def test_a_decorated_async_generator_too() -> None:
+    @use_primary
+    async def rows() -> AsyncIterator[str]:
+        for _ in range(2):
+            yield Book.objects.db
+
+    async def read() -> list[object]:
+        seen: list[object] = []
+        async for database in rows():
+            seen += [database, Book.objects.db in ("replica1", "replica2")]
+        return seen
+
+    assert async_to_sync(read)() == ["default", True, "default", True]
