@@ -11,7 +11,14 @@ from django.db import connections
 
 from .conf import conf
 from .pools import pools
-from .scopes import akeep_keys, asks_database, has_changed, keep_keys, left_behind, marks
+from .scopes import (
+    akeep_keys,
+    asks_database,
+    count_changes,
+    has_changed,
+    keep_keys,
+    left_behind,
+)
 from .state import Scope, enter, entered_scope
 
 if TYPE_CHECKING:
@@ -156,7 +163,7 @@ def _follow(scope: Scope, request: HttpRequest, response: Any) -> None:
 
 
 def _body(scope: Scope, request: HttpRequest, content: Iterator[bytes]) -> Iterator[bytes]:
-    before = marks(scope)
+    before = count_changes(scope)
     try:
         while True:
             # The server's own context, between two parts, is not the request's.
@@ -170,14 +177,14 @@ def _body(scope: Scope, request: HttpRequest, content: Iterator[bytes]) -> Itera
                 enter(outer)
             yield part
     finally:
-        if marks(scope) != before:
+        if count_changes(scope) != before:
             _save(scope, request, None)
 
 
 async def _abody(
     scope: Scope, request: HttpRequest, content: AsyncIterator[bytes]
 ) -> AsyncIterator[bytes]:
-    before = marks(scope)
+    before = count_changes(scope)
     try:
         while True:
             outer = entered_scope()
@@ -190,5 +197,5 @@ async def _abody(
                 enter(outer)
             yield part
     finally:
-        if marks(scope) != before:
+        if count_changes(scope) != before:
             await _asave(scope, request, None)

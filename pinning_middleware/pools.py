@@ -255,7 +255,9 @@ class Pool:
     def wanted(self, scope: Scope) -> Position | None:
         """Return the position that a replica must have to serve this scope."""
         state = self.state(scope)
-        if state.carried is None or state.by_turn or scope.override is not None:
+        if state.carried is None or state.by_turn:
+            return None
+        if scope.override is not None and scope.override.for_pool(self.primary) is not None:
             return None
         return state.carried.waits_for(time.time())
 
@@ -265,7 +267,7 @@ class Pool:
 
     def new_pin(self, state: PoolState, now: float) -> Pin | None:
         """Return the pin that a scope leaves behind here; may ask the primary where it is."""
-        if state.left is not None and state.left[0] == state.marks and not state.open_write:
+        if state.left is not None and state.left[0] == state.changes and not state.open_write:
             return state.left[1]
         until, held = state.pin_ends(conf.seconds, now)
         if until <= now:
@@ -273,7 +275,7 @@ class Pool:
         pin = self.pin_now(until, held)
         if pin.position is not None:
             state.open_write = False
-            state.left = (state.marks, pin)
+            state.left = state.changes, pin
         return pin
 
     def pin_now(self, until: float, held: float = 0.0) -> Pin:
@@ -325,7 +327,7 @@ class MonotonicPool(Pool):
         state = self.state(current_scope())
         if state.served is None:
             state.served = set()
-            state.changed = True
+            state.changes += 1
         state.served.add(alias)
         return alias
 

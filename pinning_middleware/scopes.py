@@ -28,10 +28,10 @@ __all__ = [
     "akeep_keys",
     "asks_database",
     "carry_scope",
+    "count_changes",
     "has_changed",
     "keep_keys",
     "left_behind",
-    "marks",
     "pinning_scope",
 ]
 
@@ -43,7 +43,7 @@ def has_changed(scope: Scope) -> bool:
     """Return whether what follows this scope has to know of something that it did."""
     # A loop, since every request comes by here and a generator takes twice as long.
     for state in scope.values():
-        if state.changed:
+        if state.changes:
             return True
     return bool(scope.pinned_keys)
 
@@ -109,9 +109,9 @@ def _keys_of(scope: Scope, using: str | None) -> list[str]:
     return [key for key, of in scope.pinned_keys.items() if of == using]
 
 
-def marks(scope: Scope) -> list[tuple[float, float]]:
-    """Return a value that differs when the scope has written or was pinned in between."""
-    return [state.marks for state in scope.values()]
+def count_changes(scope: Scope) -> int:
+    """Return a number that is larger when the scope has written or was pinned in between."""
+    return sum(state.changes for state in scope.values())
 
 
 def _touched(scope: Scope) -> list[tuple[Pool, PoolState]]:

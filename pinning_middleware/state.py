@@ -45,8 +45,8 @@ class PoolState:
     seconds: float | None = None
     # When replicas were asked in vain for the carried pin (monotonic clock, 0.0: never).
     looked = 0.0
-    # The pin that was told to others last, and the marks it was made at.
-    left: tuple[tuple[float, float], Pin] | None = None
+    # The pin that was told to others last, and how many changes it knows of.
+    left: tuple[int, Pin] | None = None
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -60,8 +60,8 @@ class PoolState:
         self.written = self.by_hand = 0.0
         # The pin of an earlier scope.
         self.carried: Pin | None = None
-        # Whether what follows this scope may have to know of something.
-        self.changed = False
+        # How often it did what follows this scope may have to know of.
+        self.changes = 0
 
     @property
     def primary(self) -> str:
@@ -69,7 +69,7 @@ class PoolState:
         return self.key.partition("\0")[0]
 
     def note_write(self, in_transaction: bool) -> None:
-        self.changed = True
+        self.changes += 1
         self.written = time.time()
         self.open_write = in_transaction
         self.answer = None
@@ -79,7 +79,7 @@ class PoolState:
         self.answer = None
 
     def pin(self, seconds: float | None) -> None:
-        self.changed = True
+        self.changes += 1
         self.by_hand = time.time()
         if seconds is not None:
             self.seconds = max(seconds, self.seconds or 0.0)
@@ -87,7 +87,7 @@ class PoolState:
 
     def take_over(self, other: PoolState) -> None:
         """Let this scope have done what another one inside it did."""
-        self.changed = self.changed or other.changed
+        self.changes += other.changes
         self.written = max(self.written, other.written)
         self.open_write = self.open_write or other.open_write
         self.by_hand = max(self.by_hand, other.by_hand)
@@ -116,13 +116,9 @@ class PoolState:
     def drop(self) -> None:
         """Forget the pin of an earlier scope."""
         if self.carried is not None:
-            self.dropped = self.changed = True
+            self.changes += 1
+            self.dropped = True
         self.carried = None
-
-    @property
-    def marks(self) -> tuple[float, float]:
-        """A value that is another one after a write or a pin by hand."""
-        return self.written, self.by_hand
 
     @property
     def pinned(self) -> bool:

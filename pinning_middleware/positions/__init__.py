@@ -19,22 +19,20 @@ __all__ = ["FAMILIES", "Positions", "Report", "family_of"]
 # Vendors that are not here (SQLite, Oracle) have no position that a session may read.
 FAMILIES = {
     "postgresql": "pinning_middleware.positions.postgresql.PostgreSQL",
-    "mysql": "pinning_middleware.positions.mysql.family",
+    "mysql": "pinning_middleware.positions.mysql.Either",
 }
 
 
 def family_of(connection: BaseDatabaseWrapper) -> Positions | None:
-    """Return who reads the positions of this connection's database, ``None`` where nobody can."""
+    """
+    Return who reads the positions of this connection's database, ``None`` where nobody can. It
+    asks the database nothing: there may not be a connection yet.
+    """
     path = FAMILIES.get(connection.vendor)
-    return None if path is None else _family(path, connection)
-
-
-def _family(path: str, connection: BaseDatabaseWrapper) -> Positions:
-    found = _imported(path)
-    return found if isinstance(found, Positions) else found(connection)  # type: ignore[operator]
+    return None if path is None else _family(path)
 
 
 @lru_cache
-def _imported(path: str) -> object:
-    found = import_string(path)
-    return found() if isinstance(found, type) else found
+def _family(path: str) -> Positions:
+    family: Positions = import_string(path)()
+    return family

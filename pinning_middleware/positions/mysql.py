@@ -22,7 +22,7 @@ from pinning_middleware.pins import OPTIONAL, Position
 
 from .base import Positions, Report, fetch
 
-__all__ = ["MariaDB", "MySQL", "family", "parse_gtids", "parse_mariadb"]
+__all__ = ["Either", "MariaDB", "MySQL", "parse_gtids", "parse_last", "parse_mariadb"]
 
 # Connection lost, killed, shutting down; the server went away while it was asked.
 ACCESS_DENIED = 1227
@@ -165,9 +165,26 @@ def parse_last(executed: str, uuid: str) -> Position | None:
     return {log: found[-1][1] for log, found in logs if log.partition(":")[0] == own} or None
 
 
-_mariadb, _mysql = MariaDB(), MySQL()
+class Either(_Family):
+    """
+    MariaDB's or MySQL's questions: both have one vendor in Django, and which of them it is takes
+    a connection to tell. To compare takes none: a UUID has no domain, and is never optional.
+    """
 
+    _mariadb, _mysql = MariaDB(), MySQL()
+    reached = MariaDB.reached
 
-def family(connection: BaseDatabaseWrapper) -> Positions:
-    """Return MariaDB's or MySQL's questions; both have one vendor in Django."""
-    return _mariadb if connection.mysql_is_mariadb else _mysql  # type: ignore[attr-defined]
+    def _of(self, connection: BaseDatabaseWrapper) -> Positions:
+        return self._mariadb if connection.mysql_is_mariadb else self._mysql  # type: ignore[attr-defined]
+
+    def current(self, connection: BaseDatabaseWrapper) -> Position | None:
+        return self._of(connection).current(connection)
+
+    def report(self, connection: BaseDatabaseWrapper) -> Report:
+        return self._of(connection).report(connection)
+
+    def behind(self, connection: BaseDatabaseWrapper) -> float | None:
+        return self._of(connection).behind(connection)
+
+    def wait(self, connection: BaseDatabaseWrapper, wanted: Position, seconds: float) -> bool:
+        return self._of(connection).wait(connection, wanted, seconds)
