@@ -58,10 +58,14 @@ def open_cursor(
             raise
         health.leave_out(alias, "connect")
         return _open_elsewhere(pool, alias, name, error)
-    reason = _unfit(pool, alias, is_new=connection.connection is not before)
-    if reason is None:
+    made = connection.connection
+    reason = _unfit(pool, alias, is_new=made is not before)
+    if reason is None and connection.connection is made:
         return opened
     opened.close()
+    if reason is None:
+        # Lost while it was asked how far it is, and asked again on a new connection.
+        return open_cursor(connection, cursor, name)
     return _open_elsewhere(pool, alias, name, reason)
 
 
@@ -102,10 +106,10 @@ def _rerun(
     for alias in _candidates(pool, failed, same_first=lost):
         try:
             with one_node():
+                if not _connect(pool, failed, alias):
+                    continue
                 other = connections[alias]
                 fresh = other.chunked_cursor() if chunked else other.cursor()
-                if alias == failed != pool.primary and not _still_fits(pool, alias):
-                    continue
                 # The caller goes on to fetch from here.
                 cursor.cursor, cursor.db = fresh.cursor, fresh.db
                 result = again()
@@ -123,6 +127,8 @@ def _open_elsewhere(pool: Pool, failed: str, name: str | None, why: object) -> A
     for alias in _candidates(pool, failed, same_first=False):
         try:
             with one_node():
+                if not _connect(pool, failed, alias):
+                    continue
                 opened = connections[alias]._cursor(name)  # type: ignore[attr-defined]
         except _FAILURES:
             if alias == pool.primary:
@@ -136,6 +142,14 @@ def _open_elsewhere(pool: Pool, failed: str, name: str | None, why: object) -> A
     raise AssertionError("the primary is the last candidate")
 
 
+def _connect(pool: Pool, failed: str, alias: str) -> bool:
+    """Connect to a node; return whether it may serve this scope in place of the failed one."""
+    connection = connections[alias]
+    connection.close_if_health_check_failed()
+    connection.ensure_connection()
+    return pool.primary in (alias, failed) or _still_fits(pool, alias)
+
+
 def _candidates(pool: Pool, failed: str, same_first: bool) -> Iterator[str]:
     """Yield the nodes that may serve instead, each once, and the primary last."""
     if same_first:
@@ -143,13 +157,9 @@ def _candidates(pool: Pool, failed: str, same_first: bool) -> Iterator[str]:
     if failed == pool.primary:
         yield from order_by_freshness(pool)
         return
-    wanted, max_lag = _wanted(pool), _max_lag(pool)
+    max_lag = _max_lag(pool)
     for alias in pool.rotation.order():
-        if (
-            alias != failed
-            and (wanted is None or has_reached(pool, alias, wanted))
-            and (max_lag is None or lags_less(pool, alias, max_lag))
-        ):
+        if alias != failed and (max_lag is None or lags_less(pool, alias, max_lag)):
             yield alias
     yield pool.primary
 

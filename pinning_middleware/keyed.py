@@ -178,7 +178,11 @@ def _redis(cache: BaseCache) -> Any:
         chosen = {
             name: value for name, value in pool.connection_kwargs.items() if value is not None
         }
-        own = type(pool)(connection_class=pool.connection_class, **{**bounds, **chosen})
+        try:
+            own = type(pool)(connection_class=pool.connection_class, **{**bounds, **chosen})
+        except TypeError:
+            # One that is made in its own way, for Sentinel say: what the site chose bounds it.
+            own = pool
         _clients[conf.cache] = type(given())(connection_pool=own)
     return _clients[conf.cache]
 

@@ -126,7 +126,8 @@ class PinningScope:
     """
 
     def __init__(self, token: str | None = None, scope: Scope | None = None) -> None:
-        self._scope = scope or Scope(tokens.accept(token) if token else {})
+        # Not `scope or …`: one that knows of no pool yet is empty, and so false.
+        self._scope = Scope(tokens.accept(token) if token else {}) if scope is None else scope
 
     @property
     def token(self) -> str | None:

@@ -11,6 +11,9 @@ task's id. What that can't do:
   transaction commits; enqueue inside ``transaction.atomic()`` there.
 - A task that is enqueued for later than ``PINNING_SECONDS`` finds no pin any more; by then
   only a replica that lags as much would be stale.
+- The worker of django-tasks-db opens a transaction where reads go and locks where writes go, so
+  it fails under every router with replicas. Let a router before this package's one send the reads
+  of the app ``django_tasks_database`` to the primary.
 - A task says no policy of its own; ``use_primary`` decorates its function as any other.
 """
 

@@ -32,10 +32,12 @@ The message board is at  {url}
   1. Pause both replicas in the panel, and post: your message is there at once.
   2. Open a private window beside it: it reads the replicas, and doesn't see the message.
   3. Switch pinning off in the panel: the message vanishes, until the replicas have it.
+  4. Sign in as the same user in the private window: there the message is too.
+  5. Press "Post and count": a background task counts it already.
 
-  From another terminal:
-    curl -u ada:ada -c jar -b jar -d text=Hello {url}api/messages/
-    curl -c jar -b jar {url}api/messages/
+  From another terminal, with a header instead of cookies:
+    curl -i -u ada:ada -d text=Hello {url}api/messages/
+    curl -H "Pinning-Token: …" {url}api/messages/
 
 Ctrl-C ends it.
 """

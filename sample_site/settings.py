@@ -75,6 +75,11 @@ PINNING_REPLICAS = list(REPLICA_URLS)
 # Longer than the default of 15 s: time to open a second browser and look around.
 PINNING_SECONDS = int(os.environ.get("PINNING_SECONDS", "60"))
 PINNING_POSITIONS = os.environ.get("PINNING_POSITIONS", "1") != "0"
+PINNING_STORES = [
+    "pinning_middleware.stores.CookieStore",  # a browser, signed in or not
+    "pinning_middleware.stores.HeaderStore",  # a script, by the header Pinning-Token
+    "pinning_middleware.stores.CacheStore",  # a user, in all browsers
+]
 # Sessions are read from the cache (below), so nobody misses a session on a replica.
 PINNING_IGNORED_TABLES = ("django_session",)
 

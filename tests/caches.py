@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from django.core.cache.backends.locmem import LocMemCache
+from redis import ConnectionPool
 
 calls: Counter[str] = Counter()
 
@@ -20,6 +21,14 @@ class CountingCache(LocMemCache):
     def set(self, key: str, *args: Any, **kwargs: Any) -> None:
         calls["set"] += 1
         super().set(key, *args, **kwargs)
+
+
+class NamedPool(ConnectionPool):
+    """A pool that is made in its own way, as Sentinel's."""
+
+    def __init__(self, *, service: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.service = service
 
 
 class AsyncCache(LocMemCache):

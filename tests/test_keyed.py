@@ -370,6 +370,12 @@ def test_a_site_may_choose_another_bound(valkey: str) -> None:
         assert (kwargs["socket_timeout"], kwargs["socket_connect_timeout"]) == (0.1, keyed.LONGEST)
 
 
+def test_a_pool_of_its_own_kind_is_used_as_it_is(valkey: str) -> None:
+    with pins_in(redis_cache(valkey, pool_class="tests.caches.NamedPool", service="main")):
+        keyed.keep(["named"], {"default": pin(5, 1)})
+        assert set(keyed.fetch(["named"])) == {"default"}
+
+
 def test_any_other_cache_that_is_slow_is_left_alone(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

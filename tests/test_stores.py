@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -30,7 +30,7 @@ from pinning_middleware import (
     tokens,
     unpin_this_request,
 )
-from pinning_middleware.pins import Pins, pack, unpack
+from pinning_middleware.pins import Pin, Pins, pack, unpack
 from pinning_middleware.stores import BaseStore, CacheStore, CookieStore, HeaderStore
 from pinning_middleware.testing import StoreContract
 from tests.app.models import Book
@@ -150,6 +150,62 @@ def test_the_session_as_a_store(visit: Visit) -> None:
     visit(lambda request: unpin_this_request())
     assert is_replica(visit())
     assert "pinning" not in visit.browser.cookies
+
+
+# What the contract finds
+
+
+class ForgetfulStore(SessionStore):
+    def save(self, request: HttpRequest, response: Any, pins: Pins) -> None:
+        pass
+
+
+class OneShotStore(SessionStore):
+    """As Makara's: a read uses the pin up."""
+
+    def load(self, request: HttpRequest) -> Pins:
+        pins = request.session.pop("pins", {})
+        request.session.save()
+        return unpack(pins)
+
+
+class StubbornStore(SessionStore):
+    def save(self, request: HttpRequest, response: Any, pins: Pins) -> None:
+        if pins:
+            super().save(request, response, pins)
+
+
+class NeedyStore(SessionStore):
+    """It takes every request to have a response that is still to be sent."""
+
+    def save(self, request: HttpRequest, response: Any, pins: Pins) -> None:
+        response.headers["Pins"] = "kept"
+        super().save(request, response, pins)
+
+
+class TimelessStore(SessionStore):
+    """It keeps whole seconds, and no positions."""
+
+    def save(self, request: HttpRequest, response: Any, pins: Pins) -> None:
+        pins = {alias: Pin(float(int(pin.until))) for alias, pin in pins.items()}
+        super().save(request, response, pins)
+
+
+@pytest.mark.parametrize(
+    "broken", [ForgetfulStore, OneShotStore, StubbornStore, NeedyStore, TimelessStore]
+)
+def test_the_contract_finds_what_is_wrong(broken: type[SessionStore]) -> None:
+    class Broken(TestSessionStore):
+        store = broken()
+
+    failed = []
+    for name in dir(Broken):
+        if name.startswith("test_"):
+            try:
+                getattr(Broken(name), name)()
+            except (AssertionError, AttributeError):
+                failed.append(name)
+    assert failed
 
 
 # The header
@@ -469,15 +525,25 @@ def test_a_streaming_body_that_writes_pins_the_user(
     visit.browser.client.force_login(ada)
     phone.browser.client.force_login(ada)
 
-    def act(request: Any) -> StreamingHttpResponse:
-        return StreamingHttpResponse(do().encode() for do in [write])
+    async def abody() -> AsyncIterator[bytes]:
+        yield (await sync_to_async(write)()).encode()
 
-    if visit.browser.is_async:
-        pytest.skip("Django warns of a sync body under ASGI")
+    def act(request: Any) -> StreamingHttpResponse:
+        body = (do().encode() for do in [write])
+        return StreamingHttpResponse(abody() if visit.browser.is_async else body)
+
     response = send(visit, act)
     assert is_replica(phone())
-    assert b"".join(response.streaming_content) == b"written"
+    content = response.streaming_content
+    if visit.browser.is_async:
+        assert async_to_sync(_all_of)(content) == [b"written"]
+    else:
+        assert list(content) == [b"written"]
     assert phone() == "default"
+
+
+async def _all_of(content: AsyncIterator[bytes]) -> list[bytes]:
+    return [part async for part in content]
 
 
 def test_a_view_that_raised_after_writing_pins_the_user(

@@ -1,7 +1,7 @@
-"""The board as JSON, for scripts:
+"""The board as JSON, for scripts. They keep no cookies, and send back the header `Pinning-Token`:
 
-curl -u ada:ada -d text=Hello -c jar -b jar http://127.0.0.1:8000/api/messages/
-curl -c jar -b jar http://127.0.0.1:8000/api/messages/
+curl -i -u ada:ada -d text=Hello http://127.0.0.1:8000/api/messages/
+curl -H "Pinning-Token: …" http://127.0.0.1:8000/api/messages/
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import binascii
 from typing import Any
 
 from django.contrib.auth import authenticate
-from django.contrib.auth.models import AbstractBaseUser
+from django.contrib.auth.models import User
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.views.decorators.csrf import csrf_exempt
 from django.views.decorators.http import require_http_methods, require_safe
@@ -45,6 +45,8 @@ def add(request: HttpRequest) -> HttpResponse:
     if user is None:
         headers = {"WWW-Authenticate": 'Basic realm="sample"'}
         return JsonResponse({"error": "wrong name or password"}, status=401, headers=headers)
+    # So that the user's browsers see it too: the cache's pins are by user.
+    request.user = user
     form = MessageForm(request.POST)
     form.instance.author = user
     if not form.is_valid():
@@ -59,7 +61,7 @@ def whoami(request: HttpRequest) -> HttpResponse:
     return JsonResponse({"user": user.get_username() or None} | routing(request))
 
 
-def user_of(request: HttpRequest) -> AbstractBaseUser | None:
+def user_of(request: HttpRequest) -> User | None:
     """Return the user named in the Authorization header."""
     scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "basic":
@@ -68,7 +70,8 @@ def user_of(request: HttpRequest) -> AbstractBaseUser | None:
         name, _, password = base64.b64decode(credentials).decode().partition(":")
     except (binascii.Error, UnicodeDecodeError):
         return None
-    return authenticate(request, username=name, password=password)
+    user = authenticate(request, username=name, password=password)
+    return user if isinstance(user, User) else None
 
 
 def routing(request: HttpRequest) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from django.shortcuts import redirect, render
 from django.urls import reverse
 from django.views.decorators.http import require_http_methods
 
+from . import tasks
 from .forms import MessageForm
 from .models import Message
 
@@ -24,6 +25,10 @@ def board(request: HttpRequest) -> HttpResponse:
         form.instance.author = request.user
         if form.is_valid():
             message = form.save()
-            return redirect(f"{reverse('board')}#message-{message.pk}")
+            count = "count" in request.POST and tasks.count_later(request.user.pk)
+            query = f"?count={count}" if count else ""
+            return redirect(f"{reverse('board')}{query}#message-{message.pk}")
     messages = Message.objects.select_related("author")[:SHOWN]
-    return render(request, "board/board.html", {"form": form, "board_messages": messages})
+    counted = tasks.result(request.GET.get("count", ""))
+    context = {"form": form, "board_messages": messages, "count": counted}
+    return render(request, "board/board.html", context)

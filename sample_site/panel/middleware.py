@@ -58,11 +58,12 @@ class PanelMiddleware:
         context = {
             "recording": recording,
             "before": before,
-            "pin": pin_status(request, recording, is_switched_off(request)),
+            "pin": pin_status(recording, is_switched_off(request)),
             "window": round(conf.seconds),
             "positions": conf.positions,
             "replicas": settings.PINNING_REPLICAS,
             "off_cookie": OFF_COOKIE,
+            "site": f"{request.scheme}://{request.get_host()}",
         }
         panel = render_to_string("panel/panel.html", context)
         response.content = response.content.replace(PLACE, panel.encode(), 1)

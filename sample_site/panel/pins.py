@@ -1,4 +1,4 @@
-"""What there is to say about this browser's pin."""
+"""What there is to say about the pin of whoever looks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from django.http import HttpRequest
-
 from pinning_middleware import is_pinned
 from pinning_middleware.conf import conf
-from pinning_middleware.stores import CookieStore
+from pinning_middleware.state import entered_scope
 
 from .recording import Recording
 
@@ -19,7 +17,7 @@ Reason = Literal["off", "wrote", "carried", "none"]
 
 @dataclass(frozen=True)
 class PinStatus:
-    """Whether the browser is pinned, why, and for how long at most."""
+    """Whether they are pinned, why, and for how long at most."""
 
     reason: Reason
     seconds_left: float = 0.0
@@ -30,7 +28,7 @@ class PinStatus:
         return self.reason in {"wrote", "carried"}
 
 
-def pin_status(request: HttpRequest, recording: Recording, switched_off: bool) -> PinStatus:
+def pin_status(recording: Recording, switched_off: bool) -> PinStatus:
     """Ask inside the request's scope."""
     if switched_off:
         return PinStatus("off")
@@ -38,5 +36,6 @@ def pin_status(request: HttpRequest, recording: Recording, switched_off: bool) -
         return PinStatus("none")
     if recording.wrote:
         return PinStatus("wrote", conf.seconds)
-    ends = [pin.until for pin in CookieStore().load(request).values()]
+    scope = entered_scope()
+    ends = [pin.until for pin in scope.carried.values()] if scope is not None else []
     return PinStatus("carried", max(0.0, max(ends, default=0.0) - time.time()))

@@ -176,6 +176,29 @@ def test_the_story(new_window: NewWindow) -> None:
     assert [*ada.complaints(), *visitor.complaints()] == []
 
 
+def test_the_same_user_in_two_windows_and_a_task(new_window: NewWindow) -> None:
+    one, other = new_window(), new_window()
+    for window in (one, other):
+        window.sign_in("ada")
+    for alias in REPLICAS:
+        assert one.shows_lag(alias, "caught up")
+        one.toggle(alias, "Pause")
+    one.find("#id_text").send_keys("Count this one too")
+    one.click_and_leave("main button[name=count]")
+    # A slow task is waited for by loading the page again.
+    assert eventually(lambda: "counted" in one.driver.page_source)
+    mine = len(
+        [by for by in one.driver.find_elements(By.CSS_SELECTOR, ".by b") if by.text == "ada"]
+    )
+    assert one.text(".count") == (
+        f"A task in the background counted {mine} messages of yours, on primary."
+    )
+    other.open("/")
+    assert other.sees("Count this one too")
+    assert other.answered_by() == {"primary"}
+    assert [*one.complaints(), *other.complaints()] == []
+
+
 def test_the_slider_delays_a_replica(site: Site, new_window: NewWindow) -> None:
     window = new_window()
     slider = "[data-alias=replica1] .delay"

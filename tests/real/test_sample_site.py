@@ -112,6 +112,68 @@ def test_without_pinning_a_post_is_saved_and_not_seen(paused: Site) -> None:
     assert "Out of sight" in ada.get("/").text
 
 
+def test_the_same_user_in_two_browsers(paused: Site) -> None:
+    """Pins of a user are in the cache; nobody else has them."""
+    desk, phone, other = paused.browser(), paused.browser(), paused.browser()
+    desk.sign_in("ada")
+    phone.sign_in("ada")
+    other.sign_in("admin")
+    post(desk, "On both of my screens")
+    assert "pinning" in desk.cookies
+    page = phone.get("/").text
+    assert "On both of my screens" in page
+    assert answered_by(page) == {"default"}
+    assert "You have written lately" in page
+    assert re.search(r'data-seconds="[1-5]\d\.\d"', page)
+    assert "On both of my screens" not in paused.browser().get("/").text
+
+
+def counted(client: Client, **data: str) -> tuple[int, str]:
+    """Post and count; how many the background task found, and on which database."""
+    answer = client.post_form("/", text="One more", count="", **data)
+    found = re.compile(r'counted <b>(\d+)</b> messages? of yours,\s+on <span class="db db-(\w+)"')
+    address = answer.url.removeprefix(client.url)
+    assert eventually(lambda: found.search(client.get(address).text))
+    match = found.search(client.get(address).text)
+    assert match
+    return int(match[1]), match[2]
+
+
+def test_a_background_task_counts_what_the_request_wrote(paused: Site) -> None:
+    ada = paused.browser()
+    ada.sign_in("ada")
+    before, alias = counted(ada)
+    assert alias == "default"
+    assert counted(ada) == (before + 1, "default")
+    ada.switch_pinning(on=False)
+    stale, alias = counted(ada)
+    assert (stale < before + 2, alias in REPLICAS) == (True, True)
+    ada.switch_pinning(on=True)
+    assert counted(ada) == (before + 3, "default")
+
+
+def test_a_count_that_nobody_asked_for(site: Site) -> None:
+    assert "counted" not in site.browser().get("/?count=nonsense").text
+
+
+def test_a_script_needs_no_cookies(paused: Site) -> None:
+    """It sends back the header that it got; without it, it is a visitor."""
+    added = paused.browser().post("/api/messages/", {"text": "By header"}, SCRIPT)
+    token = added.headers["Pinning-Token"]
+    assert "Pinning-Token" in added.headers["Vary"]
+    answer = paused.browser().get("/api/messages/", {"Pinning-Token": token}).json()
+    assert (answer["pinned"], answer["messages"][0]["text"]) == (True, "By header")
+    assert not paused.browser().get("/api/messages/").json()["pinned"]
+    assert not paused.browser().get("/api/messages/", {"Pinning-Token": "forged"}).json()["pinned"]
+
+
+def test_what_a_script_writes_its_user_sees_in_a_browser(paused: Site) -> None:
+    grace = paused.browser()
+    grace.sign_in("grace")
+    paused.browser().post("/api/messages/", {"text": "From my script"}, SCRIPT)
+    assert "From my script" in grace.get("/").text
+
+
 def test_the_api_follows_the_same_rules(paused: Site) -> None:
     script, visitor = paused.browser(), paused.browser()
     added = script.post("/api/messages/", {"text": "From a script"}, SCRIPT)

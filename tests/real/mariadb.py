@@ -1,0 +1,256 @@
+"""A MariaDB primary and two replicas by GTID, started from the system's packages."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .conftest import eventually, missing
+
+PROGRAMS = ("mariadbd", "mariadb-install-db")
+ACCOUNT = "mysql"
+USER, PASSWORD, DATABASE = "site", "site", "site"
+NODES = {"my": 1, "my1": 2, "my2": 3}
+
+
+def find_programs() -> dict[str, str]:
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/bin"])
+    found = {name: shutil.which(name, path=path) for name in PROGRAMS}
+    if lacking := [name for name, place in found.items() if place is None]:
+        missing(f"MariaDB is missing ({', '.join(lacking)}): apt-get install mariadb-server")
+    try:
+        __import__("MySQLdb")
+    except ImportError:
+        missing("MariaDB's driver is missing: pip install mysqlclient")
+    return {name: place for name, place in found.items() if place is not None}
+
+
+def as_account() -> dict[str, Any]:
+    """Arguments of subprocess: as root the servers run as another user."""
+    if os.geteuid() != 0:
+        return {}
+    account = pwd.getpwnam(ACCOUNT)
+    return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+
+
+class Server:
+    """One server with its data."""
+
+    def __init__(self, alias: str, folder: Path, program: str) -> None:
+        self.alias, self.folder, self.number = alias, folder, NODES[alias]
+        self.socket = folder / "socket"
+        self.log = folder / "log"
+        self.port = free_port()
+        self._program = program
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        if self.running:
+            return
+        options = {
+            "datadir": self.folder / "data",
+            "socket": self.socket,
+            "port": self.port,
+            "pid-file": self.folder / "pid",
+            "bind-address": "127.0.0.1",
+            "server-id": self.number,
+            "log-bin": "binlog",
+            "log-slave-updates": 1,
+            "binlog-format": "ROW",
+            "read-only": int(self.number != 1),
+            "skip-name-resolve": 1,
+            "innodb-buffer-pool-size": "16M",
+            "innodb-log-file-size": "8M",
+            "innodb-flush-log-at-trx-commit": 2,
+            "performance-schema": 0,
+            "slave-net-timeout": 2,
+        }
+        command = [self._program, "--no-defaults", *(f"--{k}={v}" for k, v in options.items())]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, **as_account()
+            )
+        assert eventually(lambda: not self.running or self.answers(), 60)
+        assert self.running, self.log.read_text()[-3000:]
+
+    def stop(self, number: int = signal.SIGKILL) -> None:
+        """End it: by default as a crash would."""
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait(30)
+            self._process = None
+
+    def answers(self) -> bool:
+        import MySQLdb
+
+        try:
+            self.execute("SELECT 1")
+        except MySQLdb.OperationalError:
+            return False
+        return True
+
+    def execute(self, sql: str, database: str = "") -> list[tuple[Any, ...]]:
+        """Run a statement as root, in autocommit; its rows, if it has any."""
+        import MySQLdb
+
+        connection = MySQLdb.connect(
+            unix_socket=str(self.socket), user="root", database=database, autocommit=True
+        )
+        with contextlib.closing(connection), connection.cursor() as cursor:
+            cursor.execute(sql)
+            return list(cursor.fetchall())
+
+    @property
+    def position(self) -> str:
+        return str(self.execute("SELECT @@gtid_binlog_pos")[0][0])
+
+    def follow(self, other: Server, **options: str) -> None:
+        """Replicate another server from now on."""
+        more = "".join(f", {key} = {value}" for key, value in options.items())
+        self.execute("STOP SLAVE")
+        self.execute(
+            f"CHANGE MASTER TO MASTER_HOST = '127.0.0.1', MASTER_PORT = {other.port}, "
+            "MASTER_USER = 'replica', MASTER_PASSWORD = 'replica', MASTER_CONNECT_RETRY = 1, "
+            f"MASTER_USE_GTID = slave_pos{more}"
+        )
+        self.execute("START SLAVE")
+
+    def promote(self) -> None:
+        self.execute("STOP SLAVE")
+        self.execute("RESET SLAVE ALL")
+        self.execute("SET GLOBAL read_only = 0")
+
+
+class Servers:
+    """The three of them; `servers["my1"]` is one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.nodes: dict[str, Server] = {}
+
+    def __getitem__(self, alias: str) -> Server:
+        return self.nodes[alias]
+
+    def start(self) -> None:
+        programs = find_programs()
+        template = self._folder / "template"
+        subprocess.run(
+            [
+                *(programs["mariadb-install-db"], "--no-defaults", f"--datadir={template}"),
+                *("--auth-root-authentication-method=normal", "--skip-test-db"),
+            ],
+            check=True,
+            capture_output=True,
+            cwd="/",
+            **as_account(),
+        )
+        for alias in NODES:
+            folder = self._folder / alias
+            subprocess.run(["mkdir", folder], check=True, **as_account())
+            subprocess.run(["cp", "-r", template, folder / "data"], check=True, **as_account())
+            self.nodes[alias] = Server(alias, folder, programs["mariadbd"])
+            self.nodes[alias].start()
+        primary = self.nodes["my"]
+        for sql in (
+            f"CREATE DATABASE {DATABASE} CHARACTER SET utf8mb4",
+            f"CREATE USER {USER} IDENTIFIED BY '{PASSWORD}'",
+            f"GRANT ALL ON {DATABASE}.* TO {USER}",
+            # To choose a domain, and to see how far behind a replica is.
+            f"GRANT BINLOG REPLAY, SLAVE MONITOR ON *.* TO {USER}",
+            "CREATE USER replica IDENTIFIED BY 'replica'",
+            "GRANT REPLICATION SLAVE ON *.* TO replica",
+        ):
+            primary.execute(sql)
+        for alias in ("my1", "my2"):
+            self.nodes[alias].follow(primary)
+        self.wait_for()
+
+    def stop(self) -> None:
+        for server in self.nodes.values():
+            server.stop()
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        return {
+            alias: {
+                "ENGINE": "django.db.backends.mysql",
+                "NAME": DATABASE,
+                "USER": USER,
+                "PASSWORD": PASSWORD,
+                "HOST": "127.0.0.1",
+                "PORT": str(server.port),
+                "CONN_MAX_AGE": None,
+                "OPTIONS": {},
+            }
+            for alias, server in self.nodes.items()
+        }
+
+    # Faults
+
+    def pause(self, *aliases: str) -> None:
+        for alias in aliases or ("my1", "my2"):
+            self[alias].execute("STOP SLAVE SQL_THREAD")
+
+    def resume(self, *aliases: str) -> None:
+        """Let replicas replay again, and wait until they have what the primary has by now."""
+        for alias in aliases or ("my1", "my2"):
+            self[alias].execute("START SLAVE")
+        self.wait_for(*aliases)
+
+    def wait_for(self, *aliases: str) -> None:
+        position = self["my"].position
+        for alias in aliases or ("my1", "my2"):
+            wait = f"SELECT MASTER_GTID_WAIT('{position}', 30)"
+            assert self[alias].execute(wait) == [(0,)], self[alias].log.read_text()[-2000:]
+
+    def terminate(self, alias: str) -> None:
+        """Kill all connections of the site to a server."""
+        own = f"FROM information_schema.processlist WHERE user = '{USER}'"
+        for (number,) in self[alias].execute(f"SELECT id {own}"):
+            self[alias].execute(f"KILL {number}")
+        assert eventually(lambda: self[alias].execute(f"SELECT count(*) {own}") == [(0,)])
+
+    def mend(self) -> None:
+        for server in self.nodes.values():
+            server.start()
+        for alias in ("my1", "my2"):
+            self[alias].execute("START SLAVE")
+        self.wait_for()
+
+
+@contextlib.contextmanager
+def running_servers() -> Iterator[Servers]:
+    """Three servers, stopped at the end whatever happens."""
+    find_programs()
+    # A short path, for the sockets; open to the servers' account, as pytest's own are not.
+    folder = Path(tempfile.mkdtemp(prefix="mariadb-"))
+    servers = Servers(folder)
+    atexit.register(servers.stop)
+    try:
+        if os.geteuid() == 0:
+            shutil.chown(folder, ACCOUNT)
+        servers.start()
+        yield servers
+    finally:
+        servers.stop()
+        atexit.unregister(servers.stop)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

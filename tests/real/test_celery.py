@@ -1,0 +1,405 @@
+"""Celery: a real worker over Valkey, and PostgreSQL replicas that are held back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery, chain, chord, group
+from celery.result import AsyncResult
+from django.core import checks
+from django.db import transaction
+from django.test import override_settings
+
+from pinning_middleware import celery as carrying
+from pinning_middleware import pin_this_request, pinning_scope
+from pinning_middleware.state import entered_scope
+from tests.app.models import Book
+from tests.conftest import Browser
+from tests.real import worker as tasks
+from tests.real.conftest import PostgreSQL, alias_of_port, entries_of, eventually, server
+from tests.real.sample import ROOT
+from tests.valkey import valkey
+
+__all__ = ["valkey"]
+
+pytestmark = pytest.mark.real
+
+REPLICAS = {"pg1", "pg2"}
+LONG = 60
+
+
+class Worker:
+    """`celery worker` as a process; `pool` is Celery's, `bare` one that carries no pins."""
+
+    def __init__(self, kind: str, broker: str, databases: dict[str, Any], log: Path) -> None:
+        self.log = log
+        environ = {
+            **os.environ,
+            "DJANGO_SETTINGS_MODULE": "tests.real.worker_settings",
+            "WORKER_BROKER": broker,
+            "WORKER_CARRIES": "0" if kind == "bare" else "1",
+            "WORKER_DATABASES": json.dumps(databases),
+        }
+        pool = "prefork" if kind == "bare" else kind
+        options = [f"--pool={pool}", "--concurrency=1", "--loglevel=INFO"]
+        options += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "celery", "-A", "tests.real.worker", "worker", *options],
+                cwd=ROOT,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> Worker:
+        try:
+            ready = eventually(lambda: " ready." in self.output or self.ended, LONG)
+            assert ready, self.output
+            assert not self.ended, self.output
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+
+@pytest.fixture(scope="module", params=["prefork", "threads"])
+def worker(
+    request: pytest.FixtureRequest, valkey: str, cluster: Any, tmp_path_factory: Any
+) -> Iterator[Worker]:
+    tasks.app.conf.broker_url = tasks.app.conf.result_backend = valkey
+    log = tmp_path_factory.mktemp("worker") / "log"
+    with Worker(request.param, valkey, entries_of(cluster), log) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def long_window() -> Iterator[None]:
+    """Time ends no pin here, however busy the machine is."""
+    with override_settings(PINNING_SECONDS=600):
+        yield
+
+
+def result(sent: AsyncResult[Any]) -> Any:
+    return sent.get(timeout=LONG)
+
+
+def answer(sent: AsyncResult[Any]) -> tuple[bool, str]:
+    """Whether the task saw it, and the alias of the server that it asked."""
+    found = result(sent)
+    return found["seen"], alias_of_port(found["port"])
+
+
+def write(title: str = "new") -> None:
+    Book.objects.create(title=title)
+
+
+@pytest.fixture
+def in_request(do: Callable[..., str], new_browser: Callable[..., Browser]) -> Callable[..., Any]:
+    """Return a function that runs an action in a request, and returns what it returned."""
+
+    def run(action: Callable[[], Any]) -> Any:
+        found: list[Any] = []
+        new_browser().post(f"/sync/{do(lambda request: found.append(action()))}/")
+        return found[0]
+
+    return run
+
+
+def write_and_send() -> AsyncResult[Any]:
+    write()
+    return tasks.see.delay("new")
+
+
+def test_a_task_sees_what_its_request_wrote(
+    pg: PostgreSQL, worker: Worker, in_request: Callable[..., Any]
+) -> None:
+    """With infinite lag; the replicas don't have it at all."""
+    pg.pause()
+    assert answer(in_request(write_and_send)) == (True, "pg")
+
+
+@pytest.mark.parametrize("worker", ["bare"], indirect=True)
+def test_without_the_pin_it_does_not(
+    pg: PostgreSQL, worker: Worker, in_request: Callable[..., Any]
+) -> None:
+    pg.pause()
+    seen, alias = answer(in_request(write_and_send))
+    assert (seen, alias in REPLICAS) == (False, True)
+
+
+def test_without_lag_it_reads_from_a_replica(
+    pg: PostgreSQL, worker: Worker, in_request: Callable[..., Any]
+) -> None:
+    def act() -> AsyncResult[Any]:
+        write()
+        pg.wait_for()
+        return tasks.see.delay("new")
+
+    seen, alias = answer(in_request(act))
+    assert (seen, alias in REPLICAS) == (True, True)
+
+
+def test_it_reads_from_the_replica_that_has_it(pg: PostgreSQL, worker: Worker) -> None:
+    pg.pause("pg2")
+    with pinning_scope():
+        write()
+        pg.wait_for("pg1")
+        assert [answer(tasks.see.delay("new")) for _ in range(3)] == [(True, "pg1")] * 3
+
+
+def test_the_scope_ends_with_the_task(pg: PostgreSQL, worker: Worker) -> None:
+    """Laravel's stickiness leaked from one job to the next; this worker has one place only."""
+    pg.pause()
+    with pinning_scope():
+        assert answer(write_and_send()) == (True, "pg")
+    for _ in range(3):
+        seen, alias = answer(tasks.see.delay("new"))
+        assert (seen, alias in REPLICAS) == (False, True)
+    assert result(tasks.add.delay("by a task")) == "by a task"
+    assert answer(tasks.see.delay("by a task"))[0] is False
+
+
+def test_it_ends_also_where_the_task_raised(pg: PostgreSQL, worker: Worker) -> None:
+    pg.pause()
+    with pytest.raises(LookupError):
+        result(tasks.add_and_fail.delay("lost"))
+    assert answer(tasks.see.delay("lost"))[0] is False
+
+
+def test_a_task_reads_what_it_wrote_and_passes_it_on(pg: PostgreSQL, worker: Worker) -> None:
+    pg.pause()
+    with pinning_scope():
+        write()
+        inner = result(tasks.pass_on.delay("new"))
+    assert answer(tasks.app.AsyncResult(inner)) == (True, "pg")
+
+
+def test_a_retry_begins_with_what_was_there(pg: PostgreSQL, worker: Worker) -> None:
+    """What the task came with, and what its first attempt wrote."""
+    pg.pause()
+    with pinning_scope():
+        write()
+        sent = tasks.try_twice.delay("new")
+    assert answer(sent) == (True, "pg")
+
+
+def test_a_countdown(pg: PostgreSQL, worker: Worker) -> None:
+    pg.pause()
+    with pinning_scope():
+        write()
+        sent = tasks.see.apply_async(("new",), countdown=0.5)
+    assert answer(sent) == (True, "pg")
+
+
+def test_a_chain(pg: PostgreSQL, worker: Worker) -> None:
+    """Each link sees what those before it wrote, and what the sender did."""
+    pg.pause()
+    with pinning_scope():
+        write()
+        sent = chain(
+            tasks.add.si("one"), tasks.add.si("two"), tasks.see.si("new", "one", "two")
+        ).apply_async()
+    assert answer(sent) == (True, "pg")
+
+
+def test_a_chain_of_someone_who_wrote_nothing(pg: PostgreSQL, worker: Worker) -> None:
+    pg.pause()
+    assert answer(chain(tasks.add.si("one"), tasks.see.si("one")).apply_async()) == (True, "pg")
+
+
+def test_a_chord_sees_what_all_of_its_parts_wrote(pg: PostgreSQL, worker: Worker) -> None:
+    pg.pause()
+    parts = group(tasks.add.si(f"part {number}") for number in range(4))
+    assert answer(chord(parts)(tasks.see_all.s())) == (True, "pg")
+
+
+def test_without_lag_a_chord_reads_from_a_replica(pg: PostgreSQL, worker: Worker) -> None:
+    """A position later than that of all parts can be reached, other than a window."""
+    parts = group(tasks.see.si() for _ in range(2))
+    sent = chord(parts)(tasks.see_when_there.si())
+    assert answer(sent)[1] in REPLICAS
+
+
+def test_a_task_that_reads_from_the_primary(pg: PostgreSQL, worker: Worker) -> None:
+    assert answer(tasks.see_on_primary.delay())[1] == "pg"
+    with pinning_scope():
+        write()
+        pg.wait_for()
+        assert answer(tasks.see_on_primary.delay("new")) == (True, "pg")
+
+
+def test_a_task_that_waits_for_a_replica(pg: PostgreSQL, worker: Worker) -> None:
+    pg.pause()
+    with pinning_scope():
+        write()
+        sent = tasks.see_when_there.delay("new")
+    assert eventually(lambda: sent.state == "STARTED")
+    pg.resume("pg1")
+    assert answer(sent) == (True, "pg1")
+
+
+def test_a_task_waits_no_longer_than_it_says(pg: PostgreSQL, worker: Worker) -> None:
+    pg.pause()
+    with pinning_scope():
+        write()
+        assert answer(tasks.see_soon.delay("new")) == (True, "pg")
+
+
+def test_a_task_that_is_sent_when_the_transaction_commits(
+    pg: PostgreSQL, worker: Worker, in_request: Callable[..., Any]
+) -> None:
+    def act() -> AsyncResult[Any]:
+        sent: list[AsyncResult[Any]] = []
+        with transaction.atomic(using="pg"):
+            write()
+            transaction.on_commit(lambda: sent.append(tasks.see.delay("new")), using="pg")
+            assert not sent
+        return sent[0]
+
+    pg.pause()
+    assert answer(in_request(act)) == (True, "pg")
+
+
+# In place
+
+
+@pytest.fixture
+def eager() -> Iterator[None]:
+    tasks.app.conf.task_always_eager = True
+    yield
+    tasks.app.conf.task_always_eager = False
+
+
+def test_an_eager_task_sees_what_was_written(
+    pg: PostgreSQL, eager: None, in_request: Callable[..., Any]
+) -> None:
+    pg.pause()
+    assert answer(in_request(write_and_send)) == (True, "pg")
+
+
+def test_who_runs_it_sees_what_an_eager_task_wrote(
+    pg: PostgreSQL, eager: None, in_request: Callable[..., Any]
+) -> None:
+    pg.pause()
+
+    def act() -> str:
+        tasks.add.delay("in place")
+        return server()
+
+    assert in_request(act) == "pg"
+
+
+def test_an_eager_task_ends_its_scope(pg: PostgreSQL, eager: None) -> None:
+    pg.pause()
+    assert entered_scope() is None
+    tasks.add.delay("in place")
+    assert entered_scope() is None
+    with pinning_scope():
+        before = entered_scope()
+        assert tasks.add_and_fail.delay("in place").failed()
+        assert entered_scope() is before
+
+
+def test_an_eager_retry_sees_what_its_first_attempt_did(pg: PostgreSQL, eager: None) -> None:
+    pg.pause()
+    with pinning_scope():
+        before = entered_scope()
+        write()
+        assert answer(tasks.try_twice.delay("new")) == (True, "pg")
+        assert entered_scope() is before
+
+
+def test_an_eager_chain_and_chord(pg: PostgreSQL, eager: None) -> None:
+    pg.pause()
+    with pinning_scope():
+        sent = chain(tasks.add.si("one"), tasks.see.si("one")).apply_async()
+        assert answer(sent) == (True, "pg")
+        parts = group(tasks.add.si(f"part {number}") for number in range(2))
+        assert answer(chord(parts)(tasks.see_all.s())) == (True, "pg")
+
+
+# What is sent
+
+
+@pytest.fixture
+def sent_headers() -> Iterator[list[dict[str, Any]]]:
+    """The headers of the tasks that are sent, as the broker gets them."""
+    from celery.signals import after_task_publish
+
+    found: list[dict[str, Any]] = []
+
+    def note(headers: dict[str, Any], **kwargs: Any) -> None:
+        found.append(headers)
+
+    after_task_publish.connect(note, weak=False)
+    yield found
+    after_task_publish.disconnect(note)
+
+
+@pytest.fixture
+def broker(valkey: str) -> None:
+    tasks.app.conf.broker_url = tasks.app.conf.result_backend = valkey
+
+
+def test_who_did_nothing_sends_nothing(
+    pg: PostgreSQL, broker: None, sent_headers: list[dict[str, Any]]
+) -> None:
+    with pinning_scope():
+        tasks.see.apply_async(queue="nobody")
+        server()
+        tasks.see.apply_async(queue="nobody", headers={carrying.HEADER: "an older one"})
+        pin_this_request()
+        tasks.see.apply_async(queue="nobody")
+    tasks.see.apply_async(queue="nobody")
+    assert [carrying.HEADER in headers for headers in sent_headers] == [False, False, True, False]
+
+
+def test_a_policy_that_is_none_is_an_error_of_check_and_reads_from_the_primary(
+    pg: PostgreSQL, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = set(checks.registry.registry.registered_checks)
+    app = Celery("wrong", set_as_current=False)
+    try:
+        carrying.carry_pins(app)
+
+        @app.task(pinning="sometimes", name="wrong.task", shared=False)
+        def wrong() -> str:
+            return server()
+
+        app.finalize()
+        says = (
+            "Task wrong.task: pinning must be one of 'sticky', 'primary', 'wait', not 'sometimes'"
+        )
+        assert says in caplog.text
+        (error,) = [one for one in checks.run_checks() if one.id == "pinning_middleware.E101"]
+        assert says in error.msg
+        assert wrong.apply().get() == "pg"
+    finally:
+        checks.registry.registry.registered_checks.intersection_update(before)

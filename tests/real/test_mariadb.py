@@ -1,0 +1,557 @@
+"""Positions, lag and failover on MariaDB."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from django.db import OperationalError, connections, transaction
+from django.test import Client, override_settings
+from freezegun.api import FrozenDateTimeFactory
+
+from pinning_middleware import pinning_scope, use_replica
+from pinning_middleware.exceptions import ReplicaWriteError
+from pinning_middleware.looks import update
+from pinning_middleware.state import enter
+from tests.app.models import Book
+from tests.conftest import Visit
+
+from .conftest import (
+    Heard,
+    as_databases,
+    empty_tables,
+    eventually,
+    health,
+    in_thread,
+    look_around,
+    make_tables,
+    no_looks,
+    pin_in,
+    pool,
+    position_in,
+    queries,
+    replica,
+    server,
+    server_for,
+    titles,
+    write,
+)
+from .mariadb import Servers, running_servers
+
+pytestmark = pytest.mark.real
+
+REPLICAS = {"my1", "my2"}
+OTHER = {"my1": "my2", "my2": "my1"}
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Servers]:
+    with running_servers() as servers:
+        yield servers
+
+
+@pytest.fixture
+def my(shared: Servers, django_db_setup: None, django_db_blocker: Any) -> Iterator[Servers]:
+    """Servers that tests may break but have to mend, with all models on them."""
+    with django_db_blocker.unblock(), as_databases(shared.entries()):
+        make_tables("my")
+        empty_tables("my")
+        shared.wait_for()
+        enter(None)
+        try:
+            yield shared
+        finally:
+            shared.mend()
+
+
+@pytest.fixture
+def own(django_db_setup: None, django_db_blocker: Any) -> Iterator[Servers]:
+    """Servers that the test may turn upside down."""
+    with (
+        django_db_blocker.unblock(),
+        running_servers() as servers,
+        as_databases(servers.entries()),
+    ):
+        make_tables("my")
+        servers.wait_for()
+        enter(None)
+        yield servers
+
+
+@pytest.fixture
+def one_book(my: Servers) -> Servers:
+    with pinning_scope():
+        Book.objects.create(title="one")
+    my.wait_for()
+    return my
+
+
+def create(request: Any = None) -> None:
+    Book.objects.create(title="new")
+
+
+def read(request: Any = None) -> tuple[str, list[str]]:
+    return server(), sorted(Book.objects.values_list("title", flat=True))
+
+
+# Positions
+
+
+def test_a_pin_carries_a_position(my: Servers) -> None:
+    position = position_in(write())
+    assert set(position) == {"0-1"}
+    assert f"0-1-{position['0-1']}" == my["my"].position
+
+
+def test_the_position_is_read_after_the_commit(my: Servers) -> None:
+    with pinning_scope() as scope:
+        with transaction.atomic(using="my"):
+            create()
+            assert pin_in(scope.token).position is None
+        assert f"0-1-{position_in(scope.token)['0-1']}" == my["my"].position
+
+
+def test_the_primary_until_one_replica_has_the_write_and_then_that_one(
+    my: Servers, visit: Visit
+) -> None:
+    my.pause()
+    visit(create)
+    assert [visit(read) for _ in range(3)] == [("my", ["new"])] * 3
+    my.resume("my2")
+    assert [visit(read) for _ in range(4)] == [("my2", ["new"])] * 4
+    my.resume("my1")
+    look_around()
+    visit(read)
+    assert not visit.browser.cookies["pinning"].value
+    assert {visit(read)[0] for _ in range(4)} == REPLICAS
+
+
+def test_no_write_is_ever_missed(my: Servers) -> None:
+    for number in range(100):
+        token = write(f"book {number}")
+        with pinning_scope(token):
+            assert Book.objects.filter(title=f"book {number}").exists()
+
+
+def test_queries_added(my: Servers, browser: Any, do: Callable[..., str]) -> None:
+    r, w = (f"/sync/{do(act)}/" for act in (lambda request: Book.objects.count(), create))
+
+    def added(address: str) -> int:
+        with queries() as asked:
+            no_looks()
+            browser.get(address)
+        return len(asked.added)
+
+    with queries():
+        no_looks()
+    assert [added(r) for _ in range(2)] == [0, 0]
+    assert added(w) == 1
+    my.wait_for()
+    assert [added(r) for _ in range(3)] == [1, 0, 0]
+
+
+def test_the_window_stays_the_upper_bound(my: Servers, clock: FrozenDateTimeFactory) -> None:
+    my.pause()
+    token = write()
+    clock.tick(14.9)
+    assert server_for(token) == "my"
+    clock.tick(0.2)
+    assert server_for(token) in REPLICAS
+
+
+def test_a_thread_without_a_scope(my: Servers) -> None:
+    def work() -> tuple[str, bool]:
+        create()
+        pinned = server()
+        my.resume("my2")
+        return pinned, eventually(lambda: server() == "my2")
+
+    my.pause()
+    assert in_thread(work) == ("my", True)
+
+
+def test_atomic_requests(my: Servers, do: Callable[..., str]) -> None:
+    connections.settings["my"]["ATOMIC_REQUESTS"] = True
+    client, results = Client(), []
+
+    def act(request: Any) -> None:
+        results.extend([server(), create(), server()])
+
+    client.get(f"/sync/{do(act)}/")
+    assert results[0] in REPLICAS
+    assert results[2] == "my"
+    token = client.cookies["pinning"].value
+    assert f"0-1-{position_in(token)['0-1']}" == my["my"].position
+
+
+# Waiting
+
+
+@override_settings(PINNING_WAIT=30)
+def test_a_replica_waits_by_itself(my: Servers, heard: Heard) -> None:
+    my.pause()
+    token = write()
+    waiting = (
+        "SELECT count(*) FROM information_schema.processlist WHERE info LIKE '%MASTER_GTID_WAIT(%'"
+        " AND id != connection_id()"
+    )
+
+    def resume() -> None:
+        eventually(lambda: any(my[alias].execute(waiting)[0][0] for alias in REPLICAS))
+        my.resume()
+
+    thread = threading.Thread(target=resume)
+    thread.start()
+    with queries() as asked, pinning_scope(token):
+        served, found = read()
+    thread.join()
+    assert served in REPLICAS
+    assert found == ["new"]
+    assert sum("MASTER_GTID_WAIT" in sql for sql in asked.added) == 1
+    (waited,) = heard.of("replica_waited")
+    assert waited["reached"]
+
+
+@override_settings(PINNING_WAIT=0.05)
+def test_waiting_in_vain(my: Servers, heard: Heard) -> None:
+    my.pause()
+    token = write()
+    with pinning_scope(token):
+        assert [read(), read()] == [("my", ["new"])] * 2
+    (waited,) = heard.of("replica_waited")
+    assert not waited["reached"]
+
+
+def test_a_transaction_on_a_replica_is_not_asked_how_far_it_is(my: Servers) -> None:
+    """A wait inside it returns "reached", and its rows stay as they were."""
+    with (
+        override_settings(PINNING_WAIT=0.05),
+        transaction.atomic(using="my1"),
+        transaction.atomic(using="my2"),
+    ):
+        for alias in REPLICAS:
+            with connections[alias].cursor() as cursor:
+                cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+                cursor.execute("SELECT count(*) FROM app_book")
+        token = write()
+        my.wait_for()
+        assert titles(token) == ["new"]
+        assert server_for(token) == "my"
+
+
+# GTIDs
+
+
+def set_domain(number: int) -> None:
+    with connections["my"].cursor() as cursor:
+        cursor.execute(f"SET SESSION gtid_domain_id = {number}")
+
+
+def test_every_shared_domain_counts(own: Servers) -> None:
+    """Reads of what was written in two domains are causal in both."""
+    own.pause()
+    with pinning_scope() as scope:
+        create()
+        set_domain(5)
+        create()
+        set_domain(0)
+    position = position_in(scope.token)
+    assert {log.lstrip("?") for log in position} >= {"0-1", "5-1"}
+    assert server_for(scope.token) == "my"
+    own.resume("my2")
+    assert server_for(scope.token) == "my2"
+    # A later write in one domain still waits for the other's.
+    own.pause()
+    with pinning_scope() as five:
+        set_domain(5)
+        create()
+        set_domain(0)
+    with pinning_scope(five.token) as both:
+        create()
+    assert server_for(both.token) == "my"
+    own.resume("my1")
+    assert server_for(both.token) == "my1"
+
+
+def test_a_domain_that_no_replica_follows_holds_nobody(own: Servers) -> None:
+    """Others write in it; a pin in another domain ends all the same."""
+    for alias in REPLICAS:
+        own[alias].follow(own["my"], IGNORE_DOMAIN_IDS="(9)")
+    try:
+        own["my"].execute("SET SESSION gtid_domain_id = 9; CREATE DATABASE IF NOT EXISTS local")
+        token = write()
+        assert any(log.startswith("?9-") for log in position_in(token))
+        assert eventually(lambda: server_for(token) in REPLICAS)
+    finally:
+        for alias in REPLICAS:
+            own[alias].follow(own["my"], IGNORE_DOMAIN_IDS="()")
+
+
+@pytest.mark.parametrize("kind", ["no-op", "rollback", "read"])
+def test_the_last_gtid_of_a_persistent_connection(my: Servers, kind: str) -> None:
+    """
+    It is an earlier request's where this one moved nothing. What this scope has seen on the
+    primary, others' writes included, is in its position all the same.
+    """
+    write("mine")
+    in_thread(lambda: write("theirs"))
+    my.wait_for()
+    my.pause()
+    with pinning_scope() as scope:
+        if kind == "no-op":
+            Book.objects.filter(title="mine").update(title="mine")
+        elif kind == "rollback":
+            with transaction.atomic(using="my"):
+                create()
+                transaction.set_rollback(True, using="my")
+        else:
+            assert server() in REPLICAS
+    if kind == "read":
+        assert scope.token is None
+        return
+    assert f"0-1-{position_in(scope.token)['0-1']}" == my["my"].position
+    # Nothing is awaited that is not there.
+    assert server_for(scope.token) in REPLICAS
+
+
+def test_a_position_of_another_server_is_never_reached(my: Servers) -> None:
+    from pinning_middleware import tokens
+    from pinning_middleware.pins import Pin
+
+    token = write()
+    my.wait_for()
+    for log in ("0-7", "7-1", "0-12"):
+        other = tokens.dumps({"my": Pin(pin_in(token).until, 0.0, {log: 1})})
+        assert server_for(other) == "my"
+    assert server_for(token) in REPLICAS
+
+
+def test_a_promotion_that_lost_a_commit(own: Servers) -> None:
+    write("kept")
+    own.wait_for()
+    look_around()
+    for alias in REPLICAS:
+        own[alias].execute("STOP SLAVE")
+    lost = write("lost")
+    own["my"].stop()
+    own["my1"].promote()
+    own["my2"].follow(own["my1"])
+    for number in range(3):
+        own["my1"].execute(f"INSERT INTO app_book (title) VALUES ('{number}')", "site")
+    position = own["my1"].position
+    assert own["my2"].execute(f"SELECT MASTER_GTID_WAIT('{position}', 30)") == [(0,)]
+    # MariaDB itself takes the lost one for replayed.
+    gtid = f"0-1-{position_in(lost)['0-1']}"
+    assert own["my2"].execute(f"SELECT MASTER_GTID_WAIT('{gtid}', 0)") == [(0,)]
+
+    # The site has not heard of it: nobody has the commit, and the primary is down.
+    for _ in range(2):
+        with pinning_scope(lost), pytest.raises(OperationalError):
+            server()
+    assert health().out == {"my1"}
+    assert replica("my1").out == "role"
+
+    # It has: `my` is the promoted server now.
+    connections["my"].close()
+    connections.settings["my"]["PORT"] = connections.settings["my1"]["PORT"]
+    connections["my1"].close()
+    with override_settings(PINNING_REPLICAS={"my": ["my2"]}, PINNING_WAIT=0.02):
+        assert [server_for(lost) for _ in range(3)] == ["my"] * 3
+        token = write("new")
+        assert set(position_in(token)) == {"0-2"}
+        assert eventually(lambda: server_for(token) == "my2")
+        with pinning_scope(lost) as scope:
+            create()
+        assert server_for(scope.token) == "my"
+
+
+# Failover
+
+
+def test_a_killed_connection(one_book: Servers, heard: Heard) -> None:
+    with pinning_scope():
+        first = server()
+        one_book.terminate(first)
+        assert read() == (first, ["one"])
+    assert [(one["failed"], one["served"]) for one in heard.of("read_rerun")] == [(first, first)]
+    assert heard.of("replica_left_out") == []
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_server_that_dies(one_book: Servers, heard: Heard, chunked: bool) -> None:
+    with pinning_scope():
+        first = server()
+        one_book[first].stop()
+        books = Book.objects.values_list("title", flat=True)
+        assert list(books.iterator(chunk_size=1) if chunked else books) == ["one"]
+        assert server() == OTHER[first]
+    assert heard.of("read_rerun")[0]["served"] == OTHER[first]
+    assert heard.of("replica_left_out")[0]["reason"] == "connect"
+    one_book[first].start()
+    replica(first).retry_at = -math.inf
+    assert server_for(None) == first
+    assert heard.of("replica_taken_back") == [{"sender": "my", "replica": first}]
+
+
+def test_a_server_that_dies_during_a_query(one_book: Servers) -> None:
+    running = (
+        "SELECT count(*) FROM information_schema.processlist "
+        "WHERE info LIKE '%SLEEP(30)%' AND id != connection_id()"
+    )
+    with pinning_scope():
+        first = server()
+        port = one_book[first].port
+
+        def stop() -> None:
+            if eventually(lambda: one_book[first].execute(running)[0][0]):
+                one_book[first].stop()
+
+        thread = threading.Thread(target=stop)
+        thread.start()
+        sql = "SELECT id, title, IF(@@port = %s, SLEEP(30), 0) FROM app_book"
+        assert [book.title for book in Book.objects.raw(sql, [port])] == ["one"]
+        thread.join()
+
+
+def test_both_down(one_book: Servers) -> None:
+    with pinning_scope():
+        server()
+        for alias in REPLICAS:
+            one_book[alias].stop()
+        assert read() == ("my", ["one"])
+    assert titles() == ["one"]
+
+
+def test_under_a_pin_nothing_is_run_on_a_replica_that_is_behind(one_book: Servers) -> None:
+    one_book.pause("my2")
+    token = write("two")
+    one_book.wait_for("my1")
+    with pinning_scope(token):
+        assert server() == "my1"
+        one_book["my1"].stop()
+        assert read() == ("my", ["one", "two"])
+
+
+@pytest.mark.parametrize("kind", ["timeout", "killed"])
+def test_a_cancelled_query_is_not_run_again(one_book: Servers, heard: Heard, kind: str) -> None:
+    running = (
+        "SELECT id FROM information_schema.processlist "
+        "WHERE info LIKE '%BENCHMARK(%' AND id != connection_id()"
+    )
+
+    def kill() -> None:
+        found: list[Any] = []
+        assert eventually(lambda: found.extend(one_book[first].execute(running)) or found)
+        one_book[first].execute(f"KILL QUERY {found[0][0]}")
+
+    with pinning_scope():
+        first = server()
+        heard.clear()
+        thread = threading.Thread(target=kill)
+        if kind == "timeout":
+            with connections[first].cursor() as cursor:
+                cursor.execute("SET SESSION max_statement_time = 0.02")
+        else:
+            thread.start()
+        sql = "SELECT id, title FROM app_book WHERE BENCHMARK(10000000000, MD5('x')) = 0"
+        with pytest.raises(OperationalError, match="1969|1317"):
+            list(Book.objects.raw(sql))
+        if kind == "killed":
+            thread.join()
+    assert heard == []
+
+
+def test_nothing_is_run_again_inside_a_transaction_on_the_replica(
+    one_book: Servers, heard: Heard
+) -> None:
+    with (  # noqa: PT012
+        pinning_scope(),
+        pytest.raises(OperationalError),
+        transaction.atomic(using="my1"),
+    ):
+        assert Book.objects.using("my1").count() == 1
+        one_book.terminate("my1")
+        Book.objects.using("my1").count()
+    assert heard.of("read_rerun") == []
+
+
+def test_a_write_is_never_run_again(one_book: Servers) -> None:
+    with pinning_scope():
+        create()
+        one_book.terminate("my")
+        with pytest.raises(OperationalError):
+            create()
+        connections["my"].close()
+    one_book["my1"].stop()
+    connections["my1"].close()
+    with pinning_scope(), pytest.raises(ReplicaWriteError):
+        Book.objects.using("my1").update(title="lost")
+    count = "SELECT count(*) FROM app_book WHERE title != 'lost'"
+    assert one_book["my"].execute(count, "site") == [(2,)]
+
+
+def test_the_freshest_replica_serves_for_the_primary(one_book: Servers, heard: Heard) -> None:
+    one_book.pause("my1")
+    write("two")
+    one_book.wait_for("my2")
+    one_book.pause("my2")
+    token = write("three")
+    one_book["my"].stop()
+    with override_settings(PINNING_PRIMARY_DOWN="stale"):
+        assert [titles(token) for _ in range(2)] == [["one", "two"]] * 2
+    assert heard.of("primary_fallback")[-1]["served"] == "my2"
+
+
+# Lag
+
+
+def look(alias: str) -> str:
+    update(pool(), connections[alias])
+    return replica(alias).out
+
+
+@override_settings(PINNING_MAX_LAG=0.05)
+@pytest.mark.parametrize("told", [True, False])
+def test_a_replica_that_lags(my: Servers, told: bool) -> None:
+    if not told:
+        my["my"].execute("REVOKE SLAVE MONITOR ON *.* FROM site")
+        my.wait_for()
+        for alias in ("my", "my1", "my2"):
+            connections[alias].close()
+    try:
+        my.pause("my1")
+        write()
+        assert eventually(lambda: look("my1") == "lag")
+        assert {server_for(None) for _ in range(4)} == {"my2"}
+        my.resume("my1")
+        assert look("my1") == ""
+    finally:
+        my["my"].execute("GRANT SLAVE MONITOR ON *.* TO site")
+
+
+@override_settings(PINNING_MAX_LAG=0.05)
+def test_an_idle_primary_is_no_lag(my: Servers) -> None:
+    """Seconds_Behind_Master is NULL where replication is stopped."""
+    write()
+    my.wait_for()
+    my.pause()
+    assert [look(alias) for alias in REPLICAS] == ["", ""]
+    with use_replica(max_lag=0.05):
+        assert server() in REPLICAS
+
+
+def test_an_alias_that_is_no_replica_is_not_used_as_one(my: Servers, heard: Heard) -> None:
+    connections["my1"].close()
+    connections.settings["my1"].update(HOST="localhost.", PORT=connections.settings["my"]["PORT"])
+    connections.settings["my1"]["HOST"] = "127.0.0.2"
+    my["my"].execute("SELECT 1")
+    assert eventually(lambda: {server_for(None) for _ in range(4)} == {"my2"})
+    assert heard.of("replica_left_out")
+
+
+def test_connecting_is_bounded(my: Servers) -> None:
+    assert connections["my1"].get_connection_params()["connect_timeout"] == 2
+    assert "connect_timeout" not in connections["my"].get_connection_params()

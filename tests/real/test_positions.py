@@ -1,0 +1,873 @@
+"""Pins that end when a replica has the write, on PostgreSQL."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from asgiref.sync import async_to_sync
+from django.core.management import BaseCommand, call_command
+from django.db import connections, transaction
+from django.test import Client, override_settings
+from freezegun.api import FrozenDateTimeFactory
+
+from pinning_middleware import (
+    is_pinned,
+    pin_this_request,
+    pinning_scope,
+    tokens,
+    use_primary,
+    use_replica,
+)
+from pinning_middleware.pins import Pin
+from pinning_middleware.pools import pools
+from pinning_middleware.state import enter
+from tests.app.models import Book
+from tests.conftest import Visit
+
+from .conftest import (
+    Heard,
+    PostgreSQL,
+    as_databases,
+    entries_of,
+    eventually,
+    health,
+    in_thread,
+    look_around,
+    make_tables,
+    no_looks,
+    pin_in,
+    pool,
+    position_in,
+    queries,
+    replica,
+    server,
+    server_for,
+    titles,
+    write,
+)
+
+pytestmark = pytest.mark.real
+
+REPLICAS = {"pg1", "pg2"}
+
+
+def create(request: Any = None) -> None:
+    Book.objects.create(title="new")
+
+
+def read(request: Any = None) -> tuple[str, list[str]]:
+    """Who answered, and what: two reads of one scope."""
+    return server(), sorted(Book.objects.values_list("title", flat=True))
+
+
+# What a pin holds
+
+
+def test_a_pin_carries_a_position(pg: PostgreSQL) -> None:
+    ((log, point),) = position_in(write()).items()
+    (system,) = pg["pg"].execute("SELECT system_identifier FROM pg_control_system()")[0]
+    assert log == f"{system:x}-1"
+    inserted = "SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint"
+    assert 0 < point <= pg["pg"].execute(inserted)[0][0]
+
+
+def test_the_position_is_read_after_the_commit(pg: PostgreSQL) -> None:
+    with pinning_scope() as scope:
+        with transaction.atomic(using="pg"):
+            create()
+            assert pin_in(scope.token).position is None
+            inside = pg["pg"].execute("SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint")[0][0]
+        (point,) = position_in(scope.token).values()
+    # The commit's own record is 34 bytes or more.
+    assert point > inside
+
+
+def test_an_asynchronous_commit_is_in_the_position(pg: PostgreSQL) -> None:
+    with connections["pg"].cursor() as cursor:
+        cursor.execute("SET synchronous_commit = off")
+    pg["pg"].execute("ALTER SYSTEM SET wal_writer_delay = '10s'")
+    pg["pg"].execute("SELECT pg_reload_conf()")
+    try:
+        for number in range(20):
+            before = pg["pg"].execute("SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint")
+            token = write(str(number))
+            (point,) = position_in(token).values()
+            assert point > before[0][0]
+        assert server_for(token) == "pg"
+    finally:
+        pg["pg"].execute("ALTER SYSTEM RESET wal_writer_delay")
+        pg["pg"].execute("SELECT pg_reload_conf()")
+
+
+@pytest.mark.parametrize("commit", ["on", "off"])
+def test_no_write_is_ever_missed(pg: PostgreSQL, commit: str) -> None:
+    with connections["pg"].cursor() as cursor:
+        cursor.execute("SET synchronous_commit = %s" % commit)  # noqa: UP031
+    for number in range(150):
+        token = write(f"book {number}")
+        with pinning_scope(token):
+            assert Book.objects.filter(title=f"book {number}").exists()
+
+
+# Who serves a pinned scope
+
+
+def test_the_primary_until_one_replica_has_the_write_and_then_that_one(
+    pg: PostgreSQL, visit: Visit
+) -> None:
+    visit(create)
+    pg.wait_for()
+    visit.browser.cookies.clear()
+    pg.pause()
+    visit(create)
+    assert [visit(read) for _ in range(4)] == [("pg", ["new", "new"])] * 4
+    pg.resume("pg2")
+    # Both replicas are asked at most; the one that is behind is never taken for the other.
+    assert [visit(read) for _ in range(6)] == [("pg2", ["new", "new"])] * 6
+    assert "pinning" in visit.browser.cookies
+    pg.resume("pg1")
+    look_around()
+    assert {visit(read)[0] for _ in range(6)} == REPLICAS
+
+
+def test_one_replica_serves_the_whole_scope(pg: PostgreSQL) -> None:
+    token = write()
+    pg.wait_for()
+    for _ in range(4):
+        with pinning_scope(token):
+            assert len({server() for _ in range(5)}) == 1
+
+
+@override_settings(PINNING_SPREAD="query")
+def test_spread_over_queries_never_reaches_the_one_behind(pg: PostgreSQL) -> None:
+    pg.pause("pg1")
+    token = write()
+    pg.wait_for("pg2")
+    with pinning_scope(token):
+        assert {server() for _ in range(6)} == {"pg2"}
+    pg.resume("pg1")
+    look_around()
+    with pinning_scope(token):
+        assert {server() for _ in range(8)} == REPLICAS
+
+
+def test_a_later_write_moves_the_position(pg: PostgreSQL) -> None:
+    first = write("first")
+    pg.wait_for()
+    pg.pause()
+    assert server_for(first) in REPLICAS
+    with pinning_scope(first) as scope:
+        Book.objects.create(title="second")
+    assert server_for(scope.token) == "pg"
+    assert server_for(first) in REPLICAS
+
+
+def test_a_replica_behind_is_named_as_the_reason(pg: PostgreSQL, heard: Heard) -> None:
+    pg.pause()
+    token = write()
+    heard.clear()
+    assert server_for(token) == "pg"
+    assert heard == [
+        ("primary_fallback", {"sender": "pg", "served": "pg", "reason": "behind"}),
+    ]
+
+
+def test_scopes_without_a_pin_read_from_replicas_meanwhile(pg: PostgreSQL) -> None:
+    pg.pause()
+    write()
+    assert {server_for(None) for _ in range(4)} == REPLICAS
+    assert titles() == []
+
+
+def test_a_pin_by_hand_takes_a_position_too(pg: PostgreSQL) -> None:
+    with pinning_scope() as scope:
+        pin_this_request()
+        assert server() == "pg"
+    token = scope.token
+    assert position_in(token)
+    pg.wait_for()
+    assert server_for(token) in REPLICAS
+
+
+def test_no_replica_ends_a_pin_by_hand_of_so_many_seconds(pg: PostgreSQL) -> None:
+    with pinning_scope() as scope:
+        pin_this_request(seconds=30)
+        create()
+    pg.wait_for()
+    assert server_for(scope.token) == "pg"
+
+
+# What it costs
+
+
+def reads_twice(request: Any = None) -> None:
+    Book.objects.count()
+    Book.objects.count()
+
+
+def test_queries_added(pg: PostgreSQL, browser: Any, do: Callable[..., str]) -> None:
+    addresses = {name: f"/sync/{do(act)}/" for name, act in [("read", reads_twice), ("w", create)]}
+
+    def added(name: str) -> int:
+        with queries() as asked:
+            browser.get(addresses[name])
+            # An amortised look is no part of a request's price.
+            no_looks()
+        return len(asked.added)
+
+    with queries():
+        no_looks()
+    assert [added("read") for _ in range(3)] == [0, 0, 0]
+    pg.pause()
+    assert added("w") == 1
+    # Each replica is asked while none is known to have it, and none is asked twice.
+    with queries() as asked:
+        no_looks()
+        browser.get(addresses["read"])
+    assert (len(asked["pg1"]), len(asked["pg2"])) == (1, 1)
+    assert len(asked["pg"]) == 2
+    pg.resume("pg2")
+    # `one` takes the turn, the other is asked next: at most one question to each.
+    assert added("read") <= 2
+    assert [added("read") for _ in range(3)] == [0, 0, 0]
+    pg.resume("pg1")
+
+
+def test_a_pinned_request_asks_once_where_replicas_are_healthy(
+    pg: PostgreSQL, browser: Any, do: Callable[..., str]
+) -> None:
+    w, r = (f"/sync/{do(act)}/" for act in (create, reads_twice))
+    with queries():
+        no_looks()
+    browser.get(w)
+    pg.wait_for()
+    counts = []
+    for _ in range(3):
+        with queries() as asked:
+            no_looks()
+            browser.get(r)
+        counts.append(len(asked.added))
+    assert counts == [1, 0, 0]
+
+
+def test_a_known_position_is_shared_by_threads(pg: PostgreSQL) -> None:
+    token = write()
+    pg.wait_for()
+    served = server_for(token)
+    with queries() as asked:
+        with pinning_scope(token):
+            Book.objects.count()
+        assert asked.added == []
+    # A new connection may lead to another server: there it is asked again.
+    with queries():
+        assert in_thread(lambda: titles(token)) == ["new"]
+    assert replica(served).position
+
+
+# The end of a pin
+
+
+def test_the_cookie_goes_when_all_replicas_have_it(pg: PostgreSQL, visit: Visit) -> None:
+    pg.pause("pg1")
+    visit(create)
+    pg.wait_for("pg2")
+    for _ in range(5):
+        assert visit(read)[0] == "pg2"
+        assert visit.browser.cookies["pinning"].value
+    pg.resume("pg1")
+    look_around()
+    visit(read)
+    assert not visit.browser.cookies["pinning"].value
+    assert visit.response.cookies["pinning"]["max-age"] == 0
+    assert {visit(read)[0] for _ in range(4)} == REPLICAS
+
+
+def test_a_replica_that_is_out_still_holds_the_pin(pg: PostgreSQL) -> None:
+    """It comes back, behind."""
+    token = write()
+    pg.wait_for()
+    health().leave_out("pg1", "connect")
+    replica("pg1").position = {}
+    with pinning_scope(token) as scope:
+        assert server() == "pg2"
+    assert scope.token == token
+
+
+def test_the_window_stays_the_upper_bound(pg: PostgreSQL, clock: FrozenDateTimeFactory) -> None:
+    pg.pause()
+    token = write()
+    clock.tick(14.9)
+    assert server_for(token) == "pg"
+    clock.tick(0.2)
+    assert server_for(token) in REPLICAS
+
+
+# Waiting
+
+
+@override_settings(PINNING_WAIT=30)
+def test_waiting_until_a_replica_has_it(pg: PostgreSQL, heard: Heard) -> None:
+    pg.pause()
+    token = write()
+    waiting = threading.Event()
+
+    def resume() -> None:
+        waiting.wait(20)
+        pg["pg1"].resume()
+
+    thread = threading.Thread(target=resume)
+    thread.start()
+
+    def begin(*args: Any) -> bool:
+        waiting.set()
+        return False
+
+    with pytest.MonkeyPatch.context() as patch, pinning_scope(token):
+        patch.setattr("pinning_middleware.looks._waits_itself", begin)
+        assert read() == ("pg1", ["new"])
+    thread.join()
+    (waited,) = heard.of("replica_waited")
+    assert waited == {
+        "sender": "pg",
+        "replica": "pg1",
+        "seconds": waited["seconds"],
+        "reached": True,
+    }
+    assert heard.of("primary_fallback") == []
+
+
+@override_settings(PINNING_WAIT=0.05)
+def test_waiting_in_vain(pg: PostgreSQL, heard: Heard, caplog: pytest.LogCaptureFixture) -> None:
+    pg.pause()
+    token = write()
+    with caplog.at_level(logging.DEBUG, "pinning_middleware"), pinning_scope(token):
+        # Once for a scope, not at every read.
+        assert [read(), read()] == [("pg", ["new"])] * 2
+    (waited,) = heard.of("replica_waited")
+    assert not waited["reached"]
+    assert waited["seconds"] >= 0.05
+    assert [one["reason"] for one in heard.of("primary_fallback")] == ["behind"]
+    assert "in vain" in caplog.text
+
+
+def test_nobody_waits_where_nothing_is_to_be_waited_for(pg: PostgreSQL, heard: Heard) -> None:
+    token = write()
+    pg.wait_for()
+    with override_settings(PINNING_WAIT=30):
+        assert server_for(token) in REPLICAS
+        assert server_for(None) in REPLICAS
+    assert heard.of("replica_waited") == []
+
+
+# Traps of positions
+
+
+EMIT = "SELECT pg_logical_emit_message(false, '', repeat('x', %s), true)"
+INSERT = "SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint"
+
+
+def fill_page(pg: PostgreSQL) -> bool:
+    """Write a record that ends with its page; whether no other came between."""
+    node = pg["pg"]
+    while (start := node.execute(INSERT)[0][0]) % 8192 > 6000:
+        node.execute(EMIT, (1000,))
+    node.execute(EMIT, (500,))
+    middle = node.execute(INSERT)[0][0]
+    node.execute(EMIT, (8192 - middle % 8192 - (middle - start - 500),))
+    return bool(node.execute(INSERT)[0][0] % 8192 in (24, 40))
+
+
+def test_no_replica_is_waited_for_at_the_end_of_a_page(pg: PostgreSQL) -> None:
+    """Where the insert position is past the header of a page that nobody has written to."""
+
+    def end_of_page() -> tuple[int, Any] | None:
+        with pinning_scope() as scope:
+            create()
+            if not fill_page(pg):
+                return None
+            token = scope.token
+            inserted = pg["pg"].execute(INSERT)[0][0]
+            return (inserted, token) if inserted % 8192 in (24, 40) else None
+
+    found = None
+    for _ in range(50):
+        if (found := end_of_page()) is not None:
+            break
+    assert found is not None
+    inserted, token = found
+    assert list(position_in(token).values()) == [inserted - inserted % 8192]
+    assert eventually(lambda: server_for(token) in REPLICAS)
+
+
+def test_the_end_of_a_page_is_not_before_its_record(pg: PostgreSQL) -> None:
+    assert eventually(lambda: fill_page(pg))
+    pg.wait_for()
+    pg.pause()
+    ((_, point),) = position_in(write()).items()
+    reported = {
+        alias: pg[alias].execute("SELECT pg_last_wal_replay_lsn() - '0/0'") for alias in REPLICAS
+    }
+    assert all(int(rows[0][0]) < point for rows in reported.values())
+
+
+def test_a_position_of_another_cluster_is_never_reached(pg: PostgreSQL) -> None:
+    ((log, _),) = position_in(write()).items()
+    system, _, timeline = log.rpartition("-")
+    other = f"{int(system, 16) + 1:x}-{timeline}"
+    until = time.time() + 10
+    assert server_for(tokens.dumps({"pg": Pin(until, 0.0, {log: 1})})) in REPLICAS
+    assert server_for(tokens.dumps({"pg": Pin(until, 0.0, {other: 1})})) == "pg"
+
+
+def test_a_position_of_another_timeline_is_never_reached(pg: PostgreSQL) -> None:
+    ((log, _),) = position_in(write()).items()
+    until = time.time() + 10
+    for timeline in ("2", "", "11"):
+        token = tokens.dumps({"pg": Pin(until, 0.0, {f"{log.rpartition('-')[0]}-{timeline}": 1})})
+        assert server_for(token) == "pg"
+
+
+def test_a_restarted_replica_is_asked_again(pg: PostgreSQL) -> None:
+    """After a crash it replays from its last checkpoint, and is not as far as it was."""
+    pg["pg1"].execute("CHECKPOINT")
+    pg.pause("pg2")
+    token = write()
+    pg.wait_for("pg1")
+    assert server_for(token) == "pg1"
+    pg["pg1"].set_delay(3600)
+    try:
+        pg["pg1"].restart("immediate")
+        assert pg["pg1"].execute("SELECT count(*) FROM app_book", database="site") == [(0,)]
+        assert [titles(token) for _ in range(3)] == [["new"]] * 3
+        assert server_for(token) == "pg"
+    finally:
+        pg["pg1"].set_delay(0)
+
+
+@override_settings(PINNING_POSITIONS=False)
+def test_without_positions_the_window_serves(pg: PostgreSQL, clock: FrozenDateTimeFactory) -> None:
+    with queries() as asked:
+        no_looks()
+        token = write()
+        assert pin_in(token) == Pin(time.time() + 15, time.time() + 15)
+        pg.wait_for()
+        assert server_for(token) == "pg"
+    assert asked.added == []
+    clock.tick(16)
+    assert server_for(token) in REPLICAS
+
+
+# Rights
+
+
+@pytest.fixture
+def role(pg: PostgreSQL) -> Iterator[Callable[..., None]]:
+    """Return a function that connects as a role with no rights but to the tables."""
+    pg["pg"].execute("CREATE ROLE plain LOGIN")
+    grant = "GRANT ALL ON ALL {} IN SCHEMA public TO plain"
+    pg["pg"].execute(grant.format("TABLES"), database="site")
+    pg["pg"].execute(grant.format("SEQUENCES"), database="site")
+    pg.wait_for()
+
+    def become(name: str = "plain") -> None:
+        for alias in ("pg", "pg1", "pg2"):
+            connections[alias].close()
+            connections[alias].settings_dict["USER"] = name
+
+    become()
+    yield become
+    become("postgres")
+    pg.resume()
+    pg["pg"].execute("DROP OWNED BY plain", database="site")
+    pg["pg"].execute("DROP ROLE plain")
+
+
+@pytest.mark.usefixtures("role")
+def test_a_plain_role_is_enough(pg: PostgreSQL) -> None:
+    pg.pause()
+    token = write()
+    ((log, _),) = position_in(token).items()
+    assert log.endswith("-1")
+    assert server_for(token) == "pg"
+    pg.resume("pg2")
+    assert [server_for(token) for _ in range(4)] == ["pg2"] * 4
+    assert titles(token) == ["new"]
+
+
+def test_a_position_that_may_not_be_read_leaves_the_window(
+    pg: PostgreSQL,
+    role: Any,
+    visit: Visit,
+    clock: FrozenDateTimeFactory,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    function = "EXECUTE ON FUNCTION pg_current_wal_insert_lsn()"
+    pg["pg"].execute(f"REVOKE {function} FROM PUBLIC", database="site")
+    try:
+        visit(create)
+    finally:
+        pg["pg"].execute(f"GRANT {function} TO PUBLIC", database="site")
+    assert visit.response.status_code == 200
+    assert pin_in(visit.browser.cookies["pinning"].value).position is None
+    assert "The position of pg can't be read: permission denied" in caplog.text
+    pg.wait_for()
+    assert visit(read)[0] == "pg"
+    clock.tick(16)
+    assert visit(read)[0] in REPLICAS
+
+
+def test_a_replica_that_may_not_be_asked_is_not_taken_as_caught_up(
+    pg: PostgreSQL, role: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    function = "EXECUTE ON FUNCTION pg_last_wal_replay_lsn()"
+    pg["pg"].execute(f"REVOKE {function} FROM PUBLIC", database="site")
+    try:
+        token = write()
+        pg.wait_for()
+        assert server_for(token) == "pg"
+        assert server_for(None) in REPLICAS
+    finally:
+        pg["pg"].execute(f"GRANT {function} TO PUBLIC", database="site")
+    assert "can't be read: permission denied" in caplog.text
+
+
+def test_a_connection_that_is_lost_before_the_position_is_read(pg: PostgreSQL) -> None:
+    with pinning_scope() as scope:
+        create()
+        pg.terminate("pg")
+    assert position_in(scope.token)
+    pg.wait_for()
+    assert server_for(scope.token) in REPLICAS
+
+
+def test_a_primary_that_dies_before_the_position_is_read(
+    pg: PostgreSQL, visit: Visit, caplog: pytest.LogCaptureFixture
+) -> None:
+    def write_and_crash(request: Any) -> None:
+        create()
+        pg["pg"].stop("immediate")
+
+    visit(write_and_crash)
+    assert visit.response.status_code == 200
+    assert pin_in(visit.browser.cookies["pinning"].value).position is None
+    assert "The position of pg can't be read" in caplog.text
+
+
+# Transactions and locks
+
+
+@pytest.fixture
+def atomic_requests(pg: PostgreSQL) -> None:
+    connections.settings["pg"]["ATOMIC_REQUESTS"] = True
+    connections["pg"].settings_dict["ATOMIC_REQUESTS"] = True
+
+
+@pytest.fixture
+def act(do: Callable[..., str]) -> Callable[..., Any]:
+    """Return a function that runs an action in a sync view, with the cookies of this test."""
+    client = Client()
+
+    def run(action: Callable[[Any], Any], method: str = "get") -> Any:
+        results: list[Any] = []
+        address = f"/sync/{do(lambda request: results.append(action(request)))}/"
+        run.response = getattr(client, method)(address)  # type: ignore[attr-defined]
+        return results[0]
+
+    run.client = client  # type: ignore[attr-defined]
+    return run
+
+
+@pytest.mark.usefixtures("atomic_requests")
+def test_atomic_requests_leave_reads_to_replicas_and_positions_right(
+    pg: PostgreSQL, act: Any
+) -> None:
+    before, _, after = act(lambda request: (server(), create(), server()))
+    assert before in REPLICAS
+    assert after == "pg"
+    pin = pin_in(act.client.cookies["pinning"].value)
+    assert pin.position
+    pg.wait_for()
+    served, found = act(read)
+    assert served in REPLICAS
+    assert found
+    act.client.cookies.clear()
+    pg.pause()
+    act(create)
+    assert act(read)[0] == "pg"
+
+
+@pytest.mark.usefixtures("atomic_requests")
+def test_atomic_requests_roll_back_and_pin_all_the_same(pg: PostgreSQL, act: Any) -> None:
+    def fail(request: Any) -> None:
+        create()
+        transaction.set_rollback(True, using="pg")
+
+    act(fail)
+    assert pin_in(act.client.cookies["pinning"].value).position
+    pg.wait_for()
+    assert act(read)[1] == []
+
+
+def lock(request: Any = None) -> tuple[str, str, str]:
+    before = server()
+    with transaction.atomic(using="pg"):
+        list(Book.objects.select_for_update())
+    return before, server(), server()
+
+
+def test_a_lock_holds_the_scope_and_leaves_no_pin(pg: PostgreSQL, act: Any) -> None:
+    before, *after = act(lock)
+    assert before in REPLICAS
+    assert after == ["pg", "pg"]
+    assert "pinning" not in act.client.cookies
+    assert act(read)[0] in REPLICAS
+
+
+@pytest.mark.usefixtures("atomic_requests")
+def test_a_lock_under_atomic_requests_holds_the_scope(pg: PostgreSQL, act: Any) -> None:
+    def lock_at_once(request: Any) -> tuple[str, int, str]:
+        return server(), len(Book.objects.select_for_update()), server()
+
+    before, _, after = act(lock_at_once)
+    assert before in REPLICAS
+    assert after == "pg"
+    assert "pinning" not in act.client.cookies
+
+
+def test_an_open_transaction_asks_no_primary_and_no_replica_twice(pg: PostgreSQL) -> None:
+    token = write()
+    pg.wait_for()
+    with pinning_scope(token), transaction.atomic(using="pg"):
+        assert server() == "pg"
+    assert server_for(token) in REPLICAS
+
+
+def test_a_transaction_on_a_replica_is_not_asked_how_far_it_is(pg: PostgreSQL) -> None:
+    """Its rows stay as they were when it began."""
+    with transaction.atomic(using="pg1"), transaction.atomic(using="pg2"):
+        for alias in REPLICAS:
+            with connections[alias].cursor() as cursor:
+                cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+                cursor.execute("SELECT count(*) FROM app_book")
+        token = write()
+        pg.wait_for()
+        assert titles(token) == ["new"]
+        assert server_for(token) == "pg"
+
+
+# Outside a request
+
+
+def test_a_thread_without_a_scope(pg: PostgreSQL) -> None:
+    def work() -> tuple[str, bool]:
+        create()
+        pinned = server()
+        pg.resume("pg2")
+        return pinned, eventually(lambda: server() == "pg2")
+
+    pg.pause()
+    assert in_thread(work) == ("pg", True)
+
+
+def test_a_thread_without_a_scope_pins_no_other(pg: PostgreSQL) -> None:
+    pg.pause()
+    in_thread(create)
+    assert in_thread(server) in REPLICAS
+    assert server() in REPLICAS
+
+
+class Work(BaseCommand):
+    def handle(self, *args: Any, **options: Any) -> str:
+        before = server()
+        create()
+        return f"{before} {server()}"
+
+
+def test_a_command(pg: PostgreSQL, capsys: pytest.CaptureFixture[str]) -> None:
+    pg.pause()
+    call_command(Work())
+    before, after = capsys.readouterr().out.split()
+    assert before in REPLICAS
+    assert after == "pg"
+    pg.resume("pg1")
+    assert eventually(lambda: server() == "pg1")
+
+
+def test_an_ambient_scope_does_not_ask_at_every_read(pg: PostgreSQL) -> None:
+    pg.pause()
+    create()
+    with queries() as asked:
+        no_looks()
+        for _ in range(20):
+            assert server() == "pg"
+    # The primary once for its position, each replica once (and again after a second).
+    assert len(asked.added) <= 6
+
+
+def test_a_token_takes_the_position_along(pg: PostgreSQL) -> None:
+    pg.pause()
+    token = write()
+    assert in_thread(lambda: (server_for(token), server_for(token))) == ("pg", "pg")
+    pg.resume("pg1")
+    assert in_thread(lambda: server_for(token)) == "pg1"
+
+
+def test_a_scope_hands_on_what_it_was_given(pg: PostgreSQL) -> None:
+    pg.pause()
+    token = write()
+    with pinning_scope(token) as scope:
+        assert server() == "pg"
+        assert scope.token == token
+    with pinning_scope(scope.token) as scope:
+        create()
+    assert next(iter(position_in(scope.token).values())) > next(iter(position_in(token).values()))
+
+
+@async_to_sync
+async def read_asynchronously(token: str | None) -> tuple[str, list[str], int, str | None]:
+    from asgiref.sync import sync_to_async
+
+    with pinning_scope(token) as scope:
+        found = [book.title async for book in Book.objects.order_by("title")]
+        counted = await Book.objects.acount()
+        async for _ in Book.objects.aiterator(chunk_size=1):
+            pass
+        return await sync_to_async(server)(), found, counted, await scope.atoken()
+
+
+def test_async_code(pg: PostgreSQL) -> None:
+    pg.pause()
+    token = write()
+    assert read_asynchronously(token) == ("pg", ["new"], 1, token)
+    pg.resume("pg2")
+    assert read_asynchronously(token) == ("pg2", ["new"], 1, token)
+    pg.resume("pg1")
+    assert read_asynchronously(token)[0] in REPLICAS
+
+
+def test_an_async_view_iterates(pg: PostgreSQL, browser: Any, do: Callable[..., str]) -> None:
+    results: list[Any] = []
+
+    async def action(request: Any) -> None:
+        found = [book.title async for book in Book.objects.aiterator()]
+        results.append(found)
+
+    async def write_asynchronously(request: Any) -> None:
+        await Book.objects.acreate(title="new")
+
+    pg.pause()
+    browser.get(f"/async/{do(write_asynchronously)}/")
+    assert position_in(browser.cookies["pinning"].value)
+    browser.get(f"/async/{do(action)}/")
+    pg.resume()
+    browser.get(f"/async/{do(action)}/")
+    browser.get(f"/async/{do(action)}/")
+    assert results == [["new"]] * 3
+
+
+# Several pools
+
+
+def test_each_pool_has_its_own_position(pg: PostgreSQL) -> None:
+    pg["pg"].execute("CREATE DATABASE shop")
+    pg.wait_for()
+    entries = {
+        alias.replace("pg", "shop"): {**entry, "NAME": "shop"}
+        for alias, entry in entries_of(pg.cluster).items()
+    }
+    try:
+        with as_databases(entries):
+            replicas = {"pg": ["pg1", "pg2"], "shop": ["shop1", "shop2"]}
+            with override_settings(PINNING_REPLICAS=replicas):
+                make_tables("shop")
+                enter(None)
+                pg.wait_for()
+                pg.pause()
+                with pinning_scope() as scope:
+                    Book.objects.using("shop").create(title="new")
+                pins = tokens.loads(scope.token or "")
+                assert set(pins) == {"shop"}
+                with pinning_scope(scope.token) as both:
+                    assert is_pinned("shop")
+                    assert not is_pinned("pg")
+                    Book.objects.using("pg").create(title="new")
+                pins = tokens.loads(both.token or "")
+                assert set(pins) == {"pg", "shop"}
+                assert all(pin.position for pin in pins.values()), pins
+                by_primary = pools().by_primary
+                with pinning_scope(both.token):
+                    assert by_primary["pg"].db_for_read() == "pg"
+                    assert by_primary["shop"].db_for_read() == "shop"
+                pg.resume()
+                with pinning_scope(both.token) as after:
+                    assert by_primary["shop"].db_for_read() in ("shop1", "shop2")
+                with pinning_scope(after.token):
+                    assert by_primary["pg"].db_for_read() in ("pg1", "pg2")
+    finally:
+        pg.resume()
+        pg["pg"].execute("DROP DATABASE shop WITH (FORCE)")
+
+
+# monotonic-reads
+
+
+@pytest.fixture
+def monotonic(pg: PostgreSQL) -> Iterator[None]:
+    with override_settings(PINNING_GUARANTEE="monotonic-reads"):
+        yield
+
+
+@pytest.mark.usefixtures("monotonic")
+def test_what_was_seen_stays_seen(pg: PostgreSQL, act: Any) -> None:
+    pg.pause("pg1")
+    in_thread(create)
+    pg.wait_for("pg2")
+
+    def starts_fresh() -> bool:
+        act.client.cookies.clear()
+        return bool(act(read) == ("pg2", ["new"]))
+
+    assert eventually(starts_fresh)
+    assert [act(read) for _ in range(8)] == [("pg2", ["new"])] * 8
+
+
+@pytest.mark.usefixtures("monotonic")
+def test_what_was_seen_on_the_primary_stays_seen(pg: PostgreSQL) -> None:
+    pg.pause()
+    in_thread(create)
+    with pinning_scope() as scope, use_primary():
+        assert len(Book.objects.all()) == 1
+    assert [titles(scope.token) for _ in range(4)] == [["new"]] * 4
+    assert server_for(scope.token) == "pg"
+
+
+@pytest.mark.usefixtures("monotonic")
+def test_what_was_seen_costs_one_query(pg: PostgreSQL, act: Any) -> None:
+    act(read)
+    with queries():
+        no_looks()
+    for _ in range(3):
+        with queries() as asked:
+            no_looks()
+            act(read)
+        assert len(asked.added) == 1
+
+
+def test_without_the_guarantee_reads_leave_nothing(pg: PostgreSQL, act: Any) -> None:
+    act(read)
+    assert "pinning" not in act.client.cookies
+
+
+def test_use_replica_wins_over_a_pin(pg: PostgreSQL) -> None:
+    pg.pause()
+    token = write()
+    with pinning_scope(token):
+        with use_replica():
+            assert server() in REPLICAS
+        assert server() == "pg"
+    assert pool().primary == "pg"

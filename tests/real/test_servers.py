@@ -1,0 +1,229 @@
+"""The promise under real servers: threads of gunicorn, and uvicorn."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.db import connections
+
+from .conftest import NODES, PostgreSQL, empty_tables, eventually, missing
+from .sample import ROOT, Client, free_port, is_listening
+
+pytestmark = pytest.mark.real
+
+REPLICAS = {"replica1", "replica2"}
+COMMANDS = {
+    "gunicorn": (
+        *("gunicorn", "--worker-class", "gthread", "--workers", "2", "--threads", "4"),
+        *("--bind", "127.0.0.1:{port}", "tests.real.served_site:wsgi"),
+    ),
+    "uvicorn": (
+        *("uvicorn", "--port", "{port}", "--no-access-log", "--lifespan", "off"),
+        "tests.real.served_site:asgi",
+    ),
+}
+# A thread of gunicorn keeps its connections; under ASGI every request has threads of its own.
+CONN_MAX_AGE = {"gunicorn": None, "uvicorn": 0}
+
+
+class Served:
+    """The site under a server."""
+
+    def __init__(self, kind: str, pg: PostgreSQL, log: Path) -> None:
+        self.kind, self.pg, self.log = kind, pg, log
+        self.port = free_port()
+        databases = {
+            "default" if node == "primary" else node: {
+                **pg.cluster.database(node, "site"),
+                "CONN_MAX_AGE": CONN_MAX_AGE[kind],
+            }
+            for node in NODES.values()
+        }
+        environ = {
+            **os.environ,
+            "DJANGO_SETTINGS_MODULE": "tests.real.served_settings",
+            "SERVED_DATABASES": json.dumps(databases),
+        }
+        command = [part.format(port=self.port) for part in COMMANDS[kind]]
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "error", "-W", "ignore::ResourceWarning", "-m", *command],
+                cwd=ROOT,
+                env=environ,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def names(self) -> dict[int, str]:
+        return {node.port: name for name, node in self.pg.cluster.nodes.items()}
+
+    def client(self) -> Client:
+        return Client(f"http://127.0.0.1:{self.port}")
+
+    def ask(self, client: Client, path: str) -> tuple[bool, str]:
+        """Whether the title was found, and who answered."""
+        answer = client.get(path)
+        assert answer.status == 200, answer.text
+        found = answer.json()
+        return found["found"], self.names[found["port"]]
+
+
+@pytest.fixture(params=COMMANDS)
+def served(pg: PostgreSQL, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
+    try:
+        __import__(request.param)
+    except ImportError:
+        missing(f"{request.param} is missing: pip install {request.param}")
+    site = Served(request.param, pg, tmp_path / "log")
+    try:
+        assert eventually(lambda: is_listening(site.port) or site.process.poll() is not None)
+        assert site.process.poll() is None, site.log.read_text()
+        yield site
+    finally:
+        if site.process.poll() is None:
+            site.process.kill()
+        site.process.wait(30)
+        empty_tables("pg")
+
+
+def views(served: Served) -> tuple[str, ...]:
+    return ("sync", "async")
+
+
+def work(served: Served, number: int, rounds: int, seen: list[tuple[str, bool, str]]) -> None:
+    """Write and read six times, over and over, as one user; note who answered what."""
+    client = served.client()
+    for turn in range(rounds):
+        view = views(served)[(number + turn) % 2]
+        title = f"{number}-{turn}"
+        found, by = served.ask(client, f"/{view}/write/{title}/")
+        seen.append(("write", found, by))
+        for _ in range(6):
+            found, by = served.ask(client, f"/{view}/read/{title}/")
+            seen.append(("read", found, by))
+
+
+def run_clients(
+    served: Served, disturb: Callable[[threading.Event], None], rounds: int
+) -> list[tuple[str, bool, str]]:
+    """Let six clients work while something happens to the databases."""
+    seen: list[tuple[str, bool, str]] = []
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def client(number: int) -> None:
+        try:
+            work(served, number, rounds, seen)
+        except BaseException as error:
+            errors.append(error)
+
+    def disturbing() -> None:
+        try:
+            disturb(done)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(6)]
+    other = threading.Thread(target=disturbing)
+    for thread in (*threads, other):
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    done.set()
+    other.join(60)
+    assert errors == [], served.log.read_text()[-3000:]
+    return seen
+
+
+def judge(seen: list[tuple[str, bool, str]], rounds: int) -> None:
+    assert len(seen) == 6 * rounds * 7
+    assert [one for one in seen if not one[1]] == []
+    assert {by for kind, _, by in seen if kind == "write"} == {"primary"}
+
+
+def test_nobody_misses_a_write_while_replicas_lag(served: Served) -> None:
+    pg = served.pg
+
+    def lag(done: threading.Event) -> None:
+        while True:
+            for alias in ("pg1", "pg2"):
+                pg[alias].pause()
+                ended = done.wait(0.15)
+                pg[alias].resume()
+                if ended:
+                    return
+
+    seen = run_clients(served, lag, rounds=15)
+    judge(seen, rounds=15)
+    assert {by for kind, _, by in seen if kind == "read"} >= REPLICAS
+
+
+def test_nobody_misses_a_write_while_both_lag(served: Served) -> None:
+    served.pg.pause()
+    try:
+        seen = run_clients(served, lambda done: None, rounds=3)
+    finally:
+        served.pg.resume()
+    judge(seen, rounds=3)
+    assert {by for _, _, by in seen} == {"primary"}
+
+
+def test_nobody_notices_what_happens_to_replicas(served: Served) -> None:
+    pg = served.pg
+
+    def break_things(done: threading.Event) -> None:
+        while True:
+            for alias in ("pg1", "pg2"):
+                site = "FROM pg_stat_activity WHERE datname = 'site'"
+                pg[alias].execute(f"SELECT pg_terminate_backend(pid) {site}")
+                done.wait(0.05)
+                pg[alias].stop("immediate")
+                ended = done.wait(0.2)
+                pg[alias].start()
+                if ended:
+                    return
+
+    seen = run_clients(served, break_things, rounds=12)
+    judge(seen, rounds=12)
+    assert {by for kind, _, by in seen if kind == "read"} & REPLICAS
+
+
+def test_replicas_serve_once_they_have_it(served: Served) -> None:
+    client = served.client()
+    for view in views(served):
+        assert served.ask(client, f"/{view}/write/{view}/") == (True, "primary")
+        served.pg.wait_for()
+        answers = [served.ask(client, f"/{view}/read/{view}/") for _ in range(6)]
+        assert {found for found, _ in answers} == {True}
+        assert {by for _, by in answers} <= REPLICAS
+    visitor = served.client()
+    assert {served.ask(visitor, "/sync/read/sync/")[1] for _ in range(6)} == REPLICAS
+    assert visitor.cookies == {}
+
+
+def test_it_ends_in_order(served: Served) -> None:
+    client = served.client()
+    for view in views(served):
+        served.ask(client, f"/{view}/write/{view}/")
+        served.ask(client, f"/{view}/read/{view}/")
+    served.process.send_signal(signal.SIGTERM)
+    assert served.process.wait(30) in (0, -signal.SIGTERM)
+    log = served.log.read_text()
+    assert "Traceback" not in log
+    assert "Warning" not in log
+    assert not is_listening(served.port)
+    used: Any = "SELECT count(*) FROM pg_stat_activity WHERE datname = 'site' AND pid != %s"
+    with connections["pg"].cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid()")
+        (own,) = cursor.fetchone()
+    assert eventually(lambda: served.pg["pg"].execute(used, (own,)) == [(0,)])

@@ -1,0 +1,329 @@
+"""Django's Tasks (Django 6) and django-tasks, on PostgreSQL replicas that are held back."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from asgiref.sync import async_to_sync
+from django.core.cache import caches
+from django.core.exceptions import ImproperlyConfigured
+from django.db import connections, transaction
+from django.test import override_settings
+
+from pinning_middleware import keyed, pinning_scope, use_primary
+from pinning_middleware import tasks as carrying
+from pinning_middleware.state import enter, entered_scope
+from tests.app.models import Book
+from tests.conftest import Browser
+from tests.real.conftest import PostgreSQL, alias_of_port, entries_of, missing, server
+from tests.real.sample import ROOT
+from tests.valkey import pins_in, redis_cache, valkey
+
+__all__ = ["valkey"]
+
+pytestmark = pytest.mark.real
+
+REPLICAS = {"pg1", "pg2"}
+
+
+def module(name: str = "") -> Any:
+    """Django's own module, else that of django-tasks."""
+    for package in ("django.tasks", "django_tasks"):
+        if importlib.util.find_spec(package) is not None:
+            return importlib.import_module(package + name)
+    return missing("Tasks are missing: pip install django-tasks")
+
+
+def look(*titles: str) -> list[Any]:
+    seen = Book.objects.filter(title__in=titles).count() == len(titles)
+    return [seen, server()]
+
+
+async def alook(*titles: str) -> list[Any]:
+    seen = await Book.objects.filter(title__in=titles).acount() == len(titles)
+    return [seen, Book.objects.all().db]
+
+
+def add(title: str) -> None:
+    Book.objects.create(title=title)
+
+
+def add_and_fail(title: str) -> None:
+    add(title)
+    raise LookupError(title)
+
+
+@use_primary
+def look_at_primary() -> list[Any]:
+    return look()
+
+
+def task(function: Callable[..., Any]) -> Any:
+    return module().task(function)
+
+
+@pytest.fixture(autouse=True)
+def immediate(valkey: str) -> Iterator[None]:
+    package = module().__name__
+    backend = f"{package}.backends.immediate.ImmediateBackend"
+    with (
+        override_settings(TASKS={"default": {"BACKEND": backend}}, PINNING_SECONDS=600),
+        pins_in(redis_cache(valkey)),
+    ):
+        caches["pins"].clear()
+        carrying.carry_pins()
+        yield
+        signals = module(".signals")
+        for name in ("enqueued", "started", "finished"):
+            uid = {"enqueued": "send", "started": "begin", "finished": "end"}[name]
+            getattr(signals, f"task_{name}").disconnect(dispatch_uid=f"pinning_middleware.{uid}")
+
+
+def write(title: str = "new") -> None:
+    Book.objects.create(title=title)
+
+
+class Queue:
+    """A worker in a thread: it takes up what was enqueued when it is told to, as others would."""
+
+    def __init__(self) -> None:
+        self.signals = module(".signals")
+        self.base = module(".base")
+        self._backend = module(".backends.immediate").ImmediateBackend("default", {})
+        self._waiting: list[Any] = []
+
+    def enqueue(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Do what a backend does when a task is enqueued: keep it, and say so."""
+        result = self._result(function, args)
+        self._waiting.append(result)
+        self.signals.task_enqueued.send(type(self._backend), task_result=result)
+        return result
+
+    def _result(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        times = ("enqueued_at", "started_at", "last_attempted_at", "finished_at")
+        return self.base.TaskResult(
+            task=task(function),
+            id=f"{function.__name__}-{len(self._waiting)}",
+            status=self.base.TaskResultStatus.READY,
+            args=list(args),
+            kwargs={},
+            backend="default",
+            errors=[],
+            worker_ids=[],
+            **dict.fromkeys(times),
+        )
+
+    def work(self) -> list[Any]:
+        """Let a worker do all that waits; what its scope is afterwards, each time."""
+        left: list[Any] = []
+
+        def run() -> None:
+            for result in self._waiting:
+                self._backend._execute_task(result)
+                left.append(entered_scope())
+            connections.close_all()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join(60)
+        return left
+
+
+def test_a_task_that_runs_in_place_sees_what_was_written(
+    pg: PostgreSQL, do: Callable[..., str], new_browser: Callable[..., Browser]
+) -> None:
+    pg.pause()
+    found: list[Any] = []
+
+    def act(request: Any) -> None:
+        write()
+        found.append(task(look).enqueue("new").return_value)
+
+    new_browser().post(f"/sync/{do(act)}/")
+    assert found == [[True, "pg"]]
+
+
+def test_without_a_write_it_reads_from_a_replica(pg: PostgreSQL) -> None:
+    with pinning_scope():
+        seen, alias = task(look).enqueue().return_value
+    assert (seen, alias in REPLICAS) == (True, True)
+
+
+def test_an_async_task_too(pg: PostgreSQL) -> None:
+    pg.pause()
+
+    async def work() -> Any:
+        async with pinning_scope():
+            await Book.objects.acreate(title="new")
+            result = await task(alook).aenqueue("new")
+            return result.return_value
+
+    assert async_to_sync(work)() == [True, "pg"]
+
+
+def test_who_enqueued_it_sees_what_it_wrote_in_place(pg: PostgreSQL) -> None:
+    pg.pause()
+    with pinning_scope():
+        task(add).enqueue("in place")
+        assert look("in place") == [True, "pg"]
+
+
+def test_the_scope_ends_with_the_task(pg: PostgreSQL) -> None:
+    with pinning_scope():
+        before = entered_scope()
+        task(add).enqueue("x")
+        assert entered_scope() is before
+        task(add_and_fail).enqueue("x")
+        assert entered_scope() is before
+
+
+def test_another_process_finds_the_pin_in_the_cache(pg: PostgreSQL) -> None:
+    pg.pause()
+    queue = Queue()
+    with pinning_scope():
+        write()
+        result = queue.enqueue(look, "new")
+    assert queue.work() == [None]
+    assert result.return_value == [True, "pg"]
+
+
+def test_without_lag_it_reads_from_a_replica(pg: PostgreSQL) -> None:
+    queue = Queue()
+    with pinning_scope():
+        write()
+        result = queue.enqueue(look, "new")
+    pg.wait_for()
+    queue.work()
+    seen, alias = result.return_value
+    assert (seen, alias in REPLICAS) == (True, True)
+
+
+@pytest.mark.parametrize("lost", ["no write", "emptied cache"])
+def test_without_the_pin_it_does_not(pg: PostgreSQL, lost: str) -> None:
+    """The second one is what a cache costs that all processes do not share."""
+    pg.pause()
+    queue = Queue()
+    with pinning_scope():
+        write()
+        if lost == "emptied cache":
+            result = queue.enqueue(look, "new")
+    if lost == "no write":
+        result = queue.enqueue(look, "new")
+    else:
+        caches["pins"].clear()
+    queue.work()
+    seen, alias = result.return_value
+    assert (seen, alias in REPLICAS) == (False, True)
+
+
+def test_the_worker_is_unpinned_for_its_next_task(pg: PostgreSQL) -> None:
+    pg.pause()
+    queue = Queue()
+    with pinning_scope():
+        write()
+        first = queue.enqueue(look, "new")
+    failing = queue.enqueue(add_and_fail, "lost")
+    second = queue.enqueue(look, "new")
+    assert queue.work() == [None, None, None]
+    assert first.return_value == [True, "pg"]
+    assert len(failing.errors) == 1
+    seen, alias = second.return_value
+    assert (seen, alias in REPLICAS) == (False, True)
+
+
+def test_a_task_that_is_enqueued_when_the_transaction_commits(pg: PostgreSQL) -> None:
+    pg.pause()
+    queue = Queue()
+    results: list[Any] = []
+    with pinning_scope():
+        with transaction.atomic(using="pg"):
+            write()
+            transaction.on_commit(lambda: results.append(queue.enqueue(look, "new")), using="pg")
+        assert keyed.fetch([f"task:{results[0].id}"])["pg"].position
+    queue.work()
+    assert results[0].return_value == [True, "pg"]
+
+
+def test_a_task_may_be_decorated(pg: PostgreSQL) -> None:
+    queue = Queue()
+    result = queue.enqueue(look_at_primary)
+    queue.work()
+    assert result.return_value[1] == "pg"
+
+
+def test_with_neither_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(carrying, "import_module", nothing)
+    with pytest.raises(ImproperlyConfigured, match="install django-tasks"):
+        carrying.carry_pins()
+
+
+def test_outside_a_scope_nothing_is_sent(pg: PostgreSQL) -> None:
+    enter(None)
+    queue = Queue()
+    result = queue.enqueue(look)
+    assert keyed.fetch([f"task:{result.id}"]) == {}
+    queue.work()
+
+
+# A real worker: django-tasks-db, a process that takes its tasks from the primary
+
+
+class Processes:
+    """One that enqueues and one that works, with a cache between them."""
+
+    def __init__(self, databases: dict[str, Any], cache: str, carries: bool) -> None:
+        self._environ = {
+            **os.environ,
+            "DJANGO_SETTINGS_MODULE": "tests.real.worker_settings",
+            "WORKER_CACHE": cache,
+            "WORKER_CARRIES": "1" if carries else "0",
+            "WORKER_DATABASES": json.dumps(databases),
+        }
+
+    def enqueue(self) -> str:
+        return self._run("-m", "tests.real.queued").strip()
+
+    def work(self) -> None:
+        """Let a worker do all that waits."""
+        self._run("-m", "django", "db_worker", "--batch", "--no-startup-delay")
+
+    def _run(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=self._environ,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.mark.parametrize("carries", [True, False], ids=["carrying", "bare"])
+def test_a_worker_of_the_database_backend(
+    pg: PostgreSQL, cluster: Any, valkey: str, carries: bool
+) -> None:
+    """Enqueued inside a transaction; without the pin, the worker's task is stale."""
+    if importlib.util.find_spec("django_tasks_db") is None:
+        missing("The database's tasks are missing: pip install django-tasks-db")
+    pg.pause()
+    processes = Processes(entries_of(cluster), valkey, carries)
+    key = processes.enqueue()
+    processes.work()
+    query = "SELECT status, return_value FROM django_tasks_database_dbtaskresult WHERE id = %s"
+    ((status, found),) = pg["pg"].execute(query, (key,), "site")
+    assert status.startswith("SUCCE"), found
+    assert (found["seen"], alias_of_port(found["port"]) == "pg") == (carries, carries)

@@ -1,0 +1,99 @@
+"""A Celery app: `celery -A tests.real.worker worker`, and what the tests send to it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from celery import Celery
+
+from pinning_middleware.celery import carry_pins
+
+app = Celery("tests.real.worker")
+app.conf.update(
+    broker_url=os.environ.get("WORKER_BROKER"),
+    result_backend=os.environ.get("WORKER_BROKER"),
+    broker_connection_retry_on_startup=True,
+    task_track_started=True,
+    worker_hijack_root_logger=False,
+)
+if os.environ.get("WORKER_CARRIES", "1") == "1":
+    carry_pins(app)
+
+
+class OnPostgreSQL:
+    def db_for_read(self, model: Any, **hints: Any) -> str:
+        return "pg"
+
+    db_for_write = db_for_read
+
+
+class QueueOnPrimary:
+    """Stands before the package's router."""
+
+    def db_for_read(self, model: Any, **hints: Any) -> str | None:
+        return "pg" if model._meta.app_label == "django_tasks_database" else None
+
+
+def look(*titles: str) -> dict[str, Any]:
+    """Whether these are there, and the port of the server that was asked."""
+    from tests.app.models import Book
+
+    seen = Book.objects.filter(title__in=titles).count() == len(titles)
+    (row,) = Book.objects.raw("SELECT 1 AS id, inet_server_port() AS port")
+    return {"seen": seen, "port": row.port}
+
+
+@app.task
+def see(*titles: str) -> dict[str, Any]:
+    return look(*titles)
+
+
+@app.task(pinning="primary")
+def see_on_primary(*titles: str) -> dict[str, Any]:
+    return look(*titles)
+
+
+@app.task(pinning="wait", pinning_wait=60)
+def see_when_there(*titles: str) -> dict[str, Any]:
+    return look(*titles)
+
+
+@app.task(pinning="wait", pinning_wait=0.05)
+def see_soon(*titles: str) -> dict[str, Any]:
+    return look(*titles)
+
+
+@app.task
+def add(title: str) -> str:
+    from tests.app.models import Book
+
+    Book.objects.create(title=title)
+    return title
+
+
+@app.task
+def see_all(results: list[str], *titles: str) -> dict[str, Any]:
+    return look(*results, *titles)
+
+
+@app.task(bind=True, max_retries=1)
+def try_twice(self: Any, title: str) -> dict[str, Any]:
+    """The first attempt writes, and sees what it was sent after; so has the second one to."""
+    if self.request.retries == 0:
+        assert look(title)["seen"]
+        add(f"{title} again")
+        raise self.retry(countdown=0)
+    return look(title, f"{title} again")
+
+
+@app.task
+def add_and_fail(title: str) -> None:
+    add(title)
+    raise LookupError(title)
+
+
+@app.task
+def pass_on(title: str) -> str:
+    """Send a task from a task; its id."""
+    return str(see.delay(title).id)
