@@ -110,8 +110,11 @@ def _rerun(
                     continue
                 other = connections[alias]
                 fresh = other.chunked_cursor() if chunked else other.cursor()
-                # The caller goes on to fetch from here.
+                # The caller goes on to fetch from here. A write that is meant for the replica is
+                # refused, wherever its cursor leads to.
                 cursor.cursor, cursor.db = fresh.cursor, fresh.db
+                if alias != failed != pool.primary:
+                    cursor.pinning_alias = getattr(cursor, "pinning_alias", failed)
                 result = again()
         except _FAILURES as next_error:
             if alias in pool.health.replicas and connections[alias].connection is None:
@@ -135,7 +138,6 @@ def _open_elsewhere(pool: Pool, failed: str, name: str | None, why: object) -> A
                 raise
             pool.health.leave_out(alias, "connect")
             continue
-        # A write that was meant for the replica is refused, wherever the cursor is from.
         opened.pinning_alias = failed
         _served(pool, failed, alias, why)
         return opened

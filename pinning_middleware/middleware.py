@@ -59,7 +59,7 @@ class PinningMiddleware:
             response = self.get_response(request)
             return response
         finally:
-            if (scope or scope.pinned_keys) and has_changed(scope):
+            if has_changed(scope):
                 _save(scope, request, response)
             if response is not None and response.streaming:
                 _follow(scope, request, response)
@@ -76,7 +76,7 @@ class PinningMiddleware:
             response = await self.get_response(request)
             return response  # type: ignore[no-any-return]
         finally:
-            if (scope or scope.pinned_keys) and has_changed(scope):
+            if has_changed(scope):
                 await _asave(scope, request, response)
             if response is not None and response.streaming:
                 _follow(scope, request, response)

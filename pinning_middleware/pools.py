@@ -341,7 +341,9 @@ class MonotonicPool(Pool):
                 else looks.position_of_replica(self, alias)
             )
             if here is None:
-                return None
+                # A node that died after it was read from can't tell any more: time will.
+                until = now + conf.seconds
+                return Pin(until, until) if self.tells_positions else None
             position = merge_positions(position, here)
         return Pin(now + conf.seconds, 0.0, position) if position else None
 

@@ -126,7 +126,6 @@ class PinningScope:
     """
 
     def __init__(self, token: str | None = None, scope: Scope | None = None) -> None:
-        # Not `scope or …`: one that knows of no pool yet is empty, and so false.
         self._scope = Scope(tokens.accept(token) if token else {}) if scope is None else scope
 
     @property

@@ -174,6 +174,10 @@ class Scope(dict[str, PoolState]):
         # The innermost open block, of a view.
         self.override: Override | None = None
 
+    def __bool__(self) -> bool:
+        # One that knows of no pool yet is a scope all the same.
+        return True
+
     def __missing__(self, key: str) -> PoolState:
         if self.shown is not None:
             state = self.shown[key]

@@ -31,10 +31,14 @@ def watch(
     execute: Callable[..., Any], sql: Any, params: Any, many: bool, context: dict[str, Any]
 ) -> Any:
     """Note or refuse the statement, then run it: an execute wrapper of every connection."""
-    connection = context["connection"]
-    # A cursor that was opened elsewhere, because its replica failed, is still that replica's.
-    _inspect(connection, sql, getattr(context["cursor"], "pinning_alias", connection.alias))
+    _inspect(context["connection"], sql, _alias_of(context["cursor"]))
     return execute(sql, params, many, context)
+
+
+def _alias_of(cursor: Any) -> str:
+    # One that was opened elsewhere, because its replica failed, is still that replica's.
+    alias: str = getattr(cursor, "pinning_alias", cursor.db.alias)
+    return alias
 
 
 def _inspect(connection: BaseDatabaseWrapper, sql: Any, alias: str) -> None:
@@ -109,7 +113,7 @@ def install() -> None:
     def watched_callproc(
         self: CursorWrapper, procname: str, params: Any = None, kparams: Any = None
     ) -> Any:
-        _inspect(self.db, f"CALL {procname}", self.db.alias)
+        _inspect(self.db, f"CALL {procname}", _alias_of(self))
         return callproc(self, procname, params, kparams)
 
     watched_callproc._pinning = True  # type: ignore[attr-defined]
@@ -124,7 +128,7 @@ def _watched_method(name: str, wrapper: CursorWrapper) -> Callable[..., Any]:
     @functools.wraps(method)
     def watched(statement: Any, *args: Any, **kwargs: Any) -> Any:
         sql = _UNREADABLE if name == "copy_from" else statement
-        _inspect(wrapper.db, sql, wrapper.db.alias)
+        _inspect(wrapper.db, sql, _alias_of(wrapper))
         return method(statement, *args, **kwargs)
 
     return watched

@@ -457,7 +457,7 @@ def test_a_cancelled_query_is_not_run_again(one_book: Servers, heard: Heard, kin
         else:
             thread.start()
         sql = "SELECT id, title FROM app_book WHERE BENCHMARK(10000000000, MD5('x')) = 0"
-        with pytest.raises(OperationalError, match="1969|1317"):
+        with pytest.raises(OperationalError, match=r"1969|1317"):
             list(Book.objects.raw(sql))
         if kind == "killed":
             thread.join()

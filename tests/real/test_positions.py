@@ -847,6 +847,33 @@ def test_what_was_seen_on_the_primary_stays_seen(pg: PostgreSQL) -> None:
 
 
 @pytest.mark.usefixtures("monotonic")
+@pytest.mark.parametrize("read_on", [True, False])
+def test_what_was_seen_on_a_replica_that_died_stays_seen(
+    pg: PostgreSQL, act: Any, read_on: bool
+) -> None:
+    """Nobody can tell any more how far it was: the window serves."""
+    pg.pause("pg1")
+    in_thread(create)
+    pg.wait_for("pg2")
+
+    def read_and_crash(request: Any) -> str:
+        served, found = read()
+        if served == "pg2":
+            assert found == ["new"]
+            pg["pg2"].stop("immediate")
+            if read_on:
+                Book.objects.count()
+        return served
+
+    def starts_fresh() -> bool:
+        act.client.cookies.clear()
+        return bool(act(read_and_crash) == "pg2")
+
+    assert eventually(starts_fresh)
+    assert [act(read) for _ in range(4)] == [("pg", ["new"])] * 4
+
+
+@pytest.mark.usefixtures("monotonic")
 def test_what_was_seen_costs_one_query(pg: PostgreSQL, act: Any) -> None:
     act(read)
     with queries():
