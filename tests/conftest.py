@@ -18,6 +18,7 @@ from django.test import AsyncClient, Client, TransactionTestCase
 from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
 
+from pinning_middleware import keyed
 from pinning_middleware.state import enter, entered_scope
 from tests.app import views
 from tests.settings import FOLDER
@@ -53,6 +54,12 @@ def django_db_setup(django_db_setup: None, django_db_blocker: Any) -> None:
         primary.backup(replica)
         primary.close()
         replica.close()
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a cache that is well may take longer than a site would wait."""
+    monkeypatch.setattr(keyed, "LONGEST", 3.0)
 
 
 @pytest.fixture(autouse=True)

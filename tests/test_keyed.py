@@ -380,6 +380,7 @@ def test_any_other_cache_that_is_slow_is_left_alone(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticks = iter(range(1000))
+    monkeypatch.setattr(keyed, "LONGEST", 0.5)
     with pins_in({**LOCMEM, "LOCATION": "slow"}):
         monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
         keyed.keep(["a"], {"default": pin(5, 1)})
