@@ -43,6 +43,10 @@ def as_account() -> dict[str, Any]:
     return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
 
 
+# Ends the server when we are killed: its standard input closes then.
+WATCH = 'read -r _; kill -KILL "$1"'
+
+
 class Server:
     """One server with its data."""
 
@@ -53,6 +57,7 @@ class Server:
         self.port = free_port()
         self._program = program
         self._process: subprocess.Popen[bytes] | None = None
+        self._watcher: subprocess.Popen[bytes] | None = None
 
     @property
     def running(self) -> bool:
@@ -84,11 +89,18 @@ class Server:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, **as_account()
             )
+        watch = ["/bin/sh", "-c", WATCH, "watch", str(self._process.pid)]
+        self._watcher = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
         assert eventually(lambda: not self.running or self.answers(), 60)
         assert self.running, self.log.read_text()[-3000:]
 
     def stop(self, number: int = signal.SIGKILL) -> None:
         """End it: by default as a crash would."""
+        if self._watcher is not None:
+            # Before the number of the server's process may be another's.
+            self._watcher.kill()
+            self._watcher.communicate()
+            self._watcher = None
         if self._process is not None:
             self._process.send_signal(number)
             self._process.wait(30)

@@ -491,9 +491,12 @@ def test_a_mute_replica_is_left_out(mute: PostgreSQL, attempts: list[str], heard
     assert len(heard.of("replica_left_out")) == 1
 
 
-def test_a_mute_replica_is_tried_again_by_one(mute: PostgreSQL, attempts: list[str]) -> None:
-    titles()
-    titles()
+@pytest.mark.parametrize("retry_after", [0, 10])
+def test_a_mute_replica_is_tried_again_by_one(
+    mute: PostgreSQL, attempts: list[str], settings: Any, retry_after: int
+) -> None:
+    settings.PINNING_RETRY_AFTER = retry_after
+    health().leave_out("pg1", "connect")
     assert health().out == {"pg1"}
     attempts.clear()
     replica("pg1").retry_at = 0.0

@@ -44,9 +44,11 @@ def look(*aliases: str) -> None:
         update(pool(), connections[alias])
 
 
-def fall_behind(*aliases: str) -> None:
-    """Write, and look until these replicas are out for that."""
+def fall_behind(pg: PostgreSQL, *aliases: str, others: tuple[str, ...] = ()) -> None:
+    """Write, and look until these replicas are out for that, while others have it."""
     write()
+    if others:
+        pg.wait_for(*others)
     for alias in aliases:
         assert eventually(lambda alias=alias: (look(alias), replica(alias).out == "lag")[1])
 
@@ -66,7 +68,7 @@ def test_a_replica_that_lags_leaves_the_rotation(
 ) -> None:
     pg.pause("pg1")
     with caplog.at_level(logging.INFO, "pinning_middleware"):
-        fall_behind("pg1")
+        fall_behind(pg, "pg1", others=("pg2",))
         assert {server_for(None) for _ in range(6)} == {"pg2"}
         pg.resume("pg1")
         replica("pg1").retry_at = 0.0
@@ -84,6 +86,7 @@ def test_a_replica_that_lags_leaves_the_rotation(
 def test_requests_find_out_by_themselves(pg: PostgreSQL, visit: Visit) -> None:
     pg.pause("pg1")
     write()
+    pg.wait_for("pg2")
 
     def read(request: Any) -> str:
         for one in health().replicas.values():
@@ -163,7 +166,7 @@ def test_a_receiver_that_stopped_shows(pg: PostgreSQL) -> None:
     try:
         receivers = "SELECT count(*) FROM pg_stat_wal_receiver"
         assert eventually(lambda: pg["pg1"].execute(receivers) == [(0,)])
-        fall_behind("pg1")
+        fall_behind(pg, "pg1", others=("pg2",))
         assert {server_for(None) for _ in range(4)} == {"pg2"}
     finally:
         pg["pg1"].execute("ALTER SYSTEM RESET primary_conninfo")
@@ -174,10 +177,10 @@ def test_a_receiver_that_stopped_shows(pg: PostgreSQL) -> None:
 def test_when_all_lag_the_freshest_serves_who_has_no_pin(pg: PostgreSQL, heard: Heard) -> None:
     """The primary would not stand the reads of all replicas."""
     pg.pause("pg1")
-    fall_behind("pg1")
+    fall_behind(pg, "pg1", others=("pg2",))
     pg.pause("pg2")
     token = write()
-    fall_behind("pg2")
+    fall_behind(pg, "pg2")
     assert health().out == REPLICAS
     replica("pg1").lag, replica("pg2").lag = 9.0, 5.0
     for one in health().replicas.values():
@@ -194,7 +197,7 @@ def test_when_all_lag_the_freshest_serves_who_has_no_pin(pg: PostgreSQL, heard: 
 @pytest.mark.usefixtures("max_lag")
 def test_a_lagging_replica_is_preferred_to_none_and_not_to_another(pg: PostgreSQL) -> None:
     pg.pause("pg1")
-    fall_behind("pg1")
+    fall_behind(pg, "pg1", others=("pg2",))
     pg["pg2"].stop("immediate")
     assert server_for(None) in ("pg1", "pg")
     assert [server_for(None) for _ in range(3)] == ["pg1"] * 3

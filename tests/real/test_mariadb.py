@@ -524,6 +524,7 @@ def test_a_replica_that_lags(my: Servers, told: bool) -> None:
     try:
         my.pause("my1")
         write()
+        my.wait_for("my2")
         assert eventually(lambda: look("my1") == "lag")
         assert {server_for(None) for _ in range(4)} == {"my2"}
         my.resume("my1")
