@@ -227,17 +227,18 @@ def _pin_of(known: Mapping[str, int]) -> Pin:
 
 
 class _Bounded:
-    """Leaves a cache alone for a while that failed or was slow, and says so once."""
+    """Leaves a cache alone for a while that failed, or was slow twice running; says so once."""
 
     def __init__(self) -> None:
         self._until = 0.0
+        self._was_slow = False
 
     @property
     def is_out(self) -> bool:
         return time.monotonic() < self._until
 
     def reset(self) -> None:
-        self._until = 0.0
+        self._until, self._was_slow = 0.0, False
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -247,8 +248,11 @@ class _Bounded:
         except Exception as error:
             self._leave_alone(error)
         else:
-            if time.monotonic() - started > LONGEST:
+            # Once may be this process, which had to wait for its turn.
+            is_slow = time.monotonic() - started > LONGEST
+            if is_slow and self._was_slow:
                 self._leave_alone(f"it took longer than {LONGEST} s")
+            self._was_slow = is_slow
 
     def _leave_alone(self, why: object) -> None:
         self._until = time.monotonic() + conf.retry_after

@@ -384,6 +384,7 @@ def test_any_other_cache_that_is_slow_is_left_alone(
     with pins_in({**LOCMEM, "LOCATION": "slow"}):
         monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
         keyed.keep(["a"], {"default": pin(5, 1)})
+        assert set(keyed.fetch(["a"])) == {"default"}
         assert keyed.fetch(["a"]) == {}
         monkeypatch.undo()
     (line,) = lines(caplog)
