@@ -89,11 +89,16 @@ class Worker:
         return self.process.poll() is not None
 
 
+@pytest.fixture(scope="module", autouse=True)
+def broker(valkey: str) -> None:
+    # Before anything is sent, in place too: the app keeps the connections that it made first.
+    tasks.app.conf.broker_url = tasks.app.conf.result_backend = valkey
+
+
 @pytest.fixture(scope="module", params=["prefork", "threads"])
 def worker(
     request: pytest.FixtureRequest, valkey: str, cluster: Any, tmp_path_factory: Any
 ) -> Iterator[Worker]:
-    tasks.app.conf.broker_url = tasks.app.conf.result_backend = valkey
     log = tmp_path_factory.mktemp("worker") / "log"
     with Worker(request.param, valkey, entries_of(cluster), log) as running:
         yield running
@@ -361,11 +366,6 @@ def sent_headers() -> Iterator[list[dict[str, Any]]]:
     after_task_publish.connect(note, weak=False)
     yield found
     after_task_publish.disconnect(note)
-
-
-@pytest.fixture
-def broker(valkey: str) -> None:
-    tasks.app.conf.broker_url = tasks.app.conf.result_backend = valkey
 
 
 def test_who_did_nothing_sends_nothing(
