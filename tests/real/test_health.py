@@ -134,7 +134,11 @@ def test_lag_goes_back_to_a_look_that_found_none(
 ) -> None:
     monkeypatch.setattr(Family, "behind", lambda self, connection: 3600.0)
     with override_settings(PINNING_MAX_LAG=3):
-        look("pg1")
+        # The primary's own work may put it behind for an instant.
+        for _ in range(200):
+            look("pg1")
+            if replica("pg1").lag == 0.0:
+                break
         assert replica("pg1").lag == 0.0
         pg.pause("pg1")
         write()
