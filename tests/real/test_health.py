@@ -121,6 +121,7 @@ def test_the_first_write_after_a_while_is_no_lag(
 
     def an_hour(self: Any, connection: Any) -> float:
         pg.resume("pg1")
+        pg.wait_for("pg1")
         return 3600.0
 
     monkeypatch.setattr(Family, "behind", an_hour)
