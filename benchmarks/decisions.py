@@ -19,7 +19,7 @@ from django.test import RequestFactory  # noqa: E402
 
 from pinning_middleware import pin_this_request  # noqa: E402
 from pinning_middleware.middleware import PinningMiddleware  # noqa: E402
-from pinning_middleware.state import Scope, enter  # noqa: E402
+from pinning_middleware.scopes.scope import Scope, enter  # noqa: E402
 
 from .measure import compare  # noqa: E402
 from .models import Entry  # noqa: E402

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from .exceptions import ReplicaWriteError
-from .scopes import carry_scope, pinning_scope
+from .opening import carry_scope, pinning_scope
 from .verbs import (
     acarry_keys,
     carry_keys,
+    direct,
     ignore_writes,
     is_pinned,
+    offload,
+    offload_this_request,
     pin_keys,
     pin_this_request,
     unpin_this_request,
@@ -21,8 +24,11 @@ __all__ = [
     "acarry_keys",
     "carry_keys",
     "carry_scope",
+    "direct",
     "ignore_writes",
     "is_pinned",
+    "offload",
+    "offload_this_request",
     "pin_keys",
     "pin_this_request",
     "pinning_scope",

@@ -1,8 +1,17 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from django.apps import AppConfig
 
-from . import failover, generic, writes
+
+@contextmanager
+def _on_primary() -> Iterator[None]:
+    from .verbs import ignore_writes, use_primary
+
+    with use_primary(), ignore_writes():
+        yield
 
 
 class PinningConfig(AppConfig):
@@ -11,8 +20,16 @@ class PinningConfig(AppConfig):
 
     def ready(self) -> None:
         from . import checks  # noqa: F401
+        from .routing import failover, instances
+        from .scopes import view_transactions
+        from .stores import cache
+        from .writes import generic, watch
 
         # The guard last, so that it is outermost and sees what is tried before all others do.
         failover.install()
-        writes.install()
+        watch.install()
         generic.install()
+        instances.install()
+        view_transactions.install()
+        # A cache that is a table of the database is no part of what a user reads and writes.
+        cache.around = _on_primary

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator
-from time import time
 from typing import Any
 
 from celery import Celery, current_task
@@ -18,11 +17,11 @@ from celery.signals import before_task_publish, task_postrun, task_prerun
 from django.core import checks
 
 from . import tokens
-from .conf import conf
-from .pins import merge_pins
-from .pools import pools
-from .scopes import PinningScope, left_behind
-from .state import Scope, entered_scope
+from .opening import PinningScope
+from .pins import Pins, merge_pins
+from .routing.leaving import left_behind, pin_of_now
+from .routing.pools import pools
+from .scopes.scope import Scope, entered_scope
 
 __all__ = ["HEADER", "POLICIES", "carry_pins"]
 
@@ -78,10 +77,7 @@ def _send(headers: dict[str, Any], **kwargs: Any) -> None:
     scope = entered_scope()
     pins = left_behind(scope) if scope is not None else {}
     if _ends_group():
-        # All parts of a chord are done by now, each in a scope of its own.
-        until = time() + conf.seconds
-        fresh = {pool.primary: pool.pin_now(until) for pool in pools().by_primary.values()}
-        pins = merge_pins(pins, fresh)
+        pins = merge_pins(pins, _pins_of_group())
     if pins:
         headers[HEADER] = tokens.dumps(pins)
     else:
@@ -94,19 +90,27 @@ def _ends_group() -> bool:
     return bool(current_task.request.chord) or current_task.name == "celery.chord_unlock"
 
 
+def _pins_of_group() -> Pins:
+    """Return pins of all that the parts of a chord wrote: they are done, each in its own scope."""
+    request = current_task.request
+    pins: Pins | None = request.__dict__.get("pinning_of_group")
+    if pins is None:
+        # Once for all messages that this run sends.
+        pins = {pool.primary: pin_of_now(pool) for pool in pools().by_primary.values()}
+        request.pinning_of_group = pins
+    return pins
+
+
 def _begin(task: Any, **kwargs: Any) -> None:
     request = task.request
     token = getattr(request, HEADER, None)
     scope = Scope(tokens.accept(token) if token else {})
-    outer = entered_scope()
-    if request.is_eager and outer is not None:
-        # No message was sent: what would have been in it is still here.
-        scope.carry(left_behind(outer))
     policy = getattr(task, "pinning", "sticky")
-    scope.primary_first = policy not in ("sticky", "wait")
+    scope.from_primary = policy not in ("sticky", "wait")
     if policy == "wait":
         scope.wait = getattr(task, "pinning_wait", LONGEST_WAIT)
-    block = PinningScope(scope=scope)
+    # An eager task is part of who called it; a worker serves strangers by turns.
+    block = PinningScope(scope=scope, isolated=not request.is_eager)
     block.__enter__()
     # Of this run: a task's id is that of its retries too, and of a message that came twice.
     request.pinning_scope = block

@@ -38,6 +38,9 @@ DEFAULTS: dict[str, Any] = {
     "PINNING_SPREAD": "request",
     "PINNING_IGNORED_TABLES": (),
     "PINNING_MAX_LAG": None,
+    "PINNING_OFFLOAD": True,
+    "PINNING_OFFLOAD_OUTSIDE": True,
+    "PINNING_PRIMARY_MODELS": (),
     "PINNING_RETRY_AFTER": 10,
     "PINNING_PRIMARY_DOWN": "error",
     "PINNING_GUARANTEE": "read-your-writes",
@@ -76,8 +79,10 @@ def parse_replicas(value: object) -> dict[str, dict[str, int]]:
         for alias, weight in replicas.items():
             if not isinstance(alias, str) or not isinstance(primary, str):
                 raise ValueError("aliases must be text")
-            if not isinstance(weight, int) or isinstance(weight, bool) or weight < 1:
-                raise ValueError(f"the weight of {alias!r} must be a whole number, at least 1")
+            if not isinstance(weight, int) or isinstance(weight, bool) or weight < 0:
+                raise ValueError(
+                    f"the weight of {alias!r} must be a whole number, 0 to watch it without use"
+                )
         pools[primary] = dict(replicas)
     return pools
 
@@ -141,16 +146,26 @@ class Conf:
 
     @cached_property
     def guarded(self) -> dict[str, str]:
-        """Alias of a replica → its primary's. Those of ``SLAVE_DATABASES`` stay writable."""
+        """
+        Alias of a replica → its primary's. Those that only ``SLAVE_DATABASES`` names stay
+        writable, and keep their instances.
+        """
         return {alias: spec.primary for spec in self.pools for alias in spec.weights}
+
+    @cached_property
+    def primary_of(self) -> dict[str, str]:
+        """Alias of a replica, of the older interface too → its primary's."""
+        return {**dict.fromkeys(self.legacy_pool.weights, DEFAULT_DB_ALIAS), **self.guarded}
 
     @cached_property
     def seconds(self) -> float:
         return float(self._get("PINNING_SECONDS"))
 
     @cached_property
-    def positions(self) -> bool:
-        return bool(self._get("PINNING_POSITIONS"))
+    def positions(self) -> bool | str:
+        """``True``: the best way that the database has; ``"lsn"``, ``"gtid"``, ``"xid"``: that."""
+        value = self._get("PINNING_POSITIONS")
+        return value if isinstance(value, str) else bool(value)
 
     @cached_property
     def wait(self) -> float:
@@ -160,6 +175,11 @@ class Conf:
     def stores(self) -> tuple[Any, ...]:
         """An instance of each store, in the order of the setting."""
         return tuple(import_string(path)() for path in self._get("PINNING_STORES"))
+
+    @cached_property
+    def seen_cookie_name(self) -> str:
+        """The cookie of what a client has seen, under ``monotonic-reads``."""
+        return f"{self.cookie_name}-seen"
 
     @cached_property
     def stores_at_start(self) -> tuple[Any, ...]:
@@ -215,6 +235,20 @@ class Conf:
     def max_lag(self) -> float | None:
         value = self._get("PINNING_MAX_LAG")
         return None if value is None else float(value)
+
+    @cached_property
+    def offload(self) -> bool | Callable[[HttpRequest], Any]:
+        value = self._get("PINNING_OFFLOAD")
+        return import_string(value) if isinstance(value, str) else bool(value)
+
+    @cached_property
+    def offload_outside(self) -> bool:
+        return bool(self._get("PINNING_OFFLOAD_OUTSIDE"))
+
+    @cached_property
+    def primary_models(self) -> frozenset[str]:
+        """Labels of apps and of models, in lower case."""
+        return frozenset(label.lower() for label in self._get("PINNING_PRIMARY_MODELS"))
 
     @cached_property
     def retry_after(self) -> float:

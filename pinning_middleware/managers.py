@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from django.db import DEFAULT_DB_ALIAS, models
 
-from .pools import pools
+from .routing.pools import pools
+from .scopes.scope import current_scope
 
 __all__ = [
     "ReplicaManager",
@@ -30,6 +31,8 @@ class ReplicaQuerySet(models.QuerySet[T]):
     _db: str | None
     _for_write: bool
     _hints: dict[str, Any]
+    # What this queryset was told, and of how many changes that knew.
+    _chosen: tuple[int, str] | None = None
 
     @property
     def db(self) -> str:
@@ -38,8 +41,17 @@ class ReplicaQuerySet(models.QuerySet[T]):
             return self._db
         if self._for_write:
             return DEFAULT_DB_ALIAS
-        alias = pools().legacy.db_for_read(self.model, **self._hints)
-        return alias or super().db
+        pool = pools().legacy
+        scope = current_scope()
+        if not scope.is_lasting or pool.is_shared:
+            return pool.db_for_read(self.model, **self._hints) or super().db
+        # Without scopes querysets go by turns one by one; some ask more than once for one read.
+        facts = scope[pool.key]
+        if self._chosen is None or self._chosen[0] != facts.changes:
+            facts.replica = None
+            alias = pool.db_for_read(self.model, **self._hints) or super().db
+            self._chosen = facts.changes, alias
+        return self._chosen[1]
 
     def raw(
         self,

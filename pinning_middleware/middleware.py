@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from asgiref.sync import iscoroutinefunction, markcoroutinefunction, sync_to_async
-from django.db import connections
+from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction, sync_to_async
 
 from .conf import conf
-from .pools import pools
-from .scopes import (
+from .routing.leaving import (
     akeep_keys,
     asks_database,
     count_changes,
@@ -19,7 +19,8 @@ from .scopes import (
     keep_keys,
     left_behind,
 )
-from .state import Scope, enter, entered_scope
+from .scopes.blocks import enter_blocks, open_blocks
+from .scopes.scope import Scope, enter, entered_scope
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
@@ -51,58 +52,84 @@ class PinningMiddleware:
             return self.__acall__(request)
         if not conf.enabled:
             return self.get_response(request)
-        scope = Scope(primary_first=request.method in conf.primary_methods)
         outer, response = entered_scope(), None
-        enter(scope if outer is None else scope.within(outer))
+        scope = _begin(request, outer)
         try:
             _load(scope, conf.stores_at_start, request)
             response = self.get_response(request)
             return response
         finally:
-            if has_changed(scope):
-                _save(scope, request, response)
-            if response is not None and response.streaming:
-                _follow(scope, request, response)
-            enter(outer)
+            try:
+                if has_changed(scope):
+                    _save(scope, request, response)
+                _end(scope, request, response)
+            finally:
+                enter(outer)
 
     async def __acall__(self, request: HttpRequest) -> HttpResponseBase:
         if not conf.enabled:
             return await self.get_response(request)  # type: ignore[no-any-return]
-        scope = Scope(primary_first=request.method in conf.primary_methods)
         outer, response = entered_scope(), None
-        enter(scope if outer is None else scope.within(outer))
+        scope = _begin(request, outer)
         try:
             await _aload(scope, conf.stores_at_start, request)
             response = await self.get_response(request)
             return response  # type: ignore[no-any-return]
         finally:
-            if has_changed(scope):
-                await _asave(scope, request, response)
-            if response is not None and response.streaming:
-                _follow(scope, request, response)
-            enter(outer)
+            try:
+                if has_changed(scope):
+                    # A client that goes away takes the request with it, and not its pin.
+                    await asyncio.shield(_asave(scope, request, response))
+                _end(scope, request, response)
+            finally:
+                enter(outer)
 
     def _process_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
-        if (scope := _on_view(view)) is not None:
+        if (scope := _on_view(request)) is not None:
             _load(scope, conf.stores_at_view, request)
 
     async def _aprocess_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
-        if (scope := _on_view(view)) is not None:
+        if (scope := _on_view(request)) is not None:
             await _aload(scope, conf.stores_at_view, request)
 
 
-def _on_view(view: Any) -> Scope | None:
-    """Note which transactions Django opens around this view by itself."""
+def _begin(request: HttpRequest, outer: Scope | None) -> Scope:
+    if outer is not None and outer.is_lasting:
+        # What its server's thread, or a test, did outside of all requests is not its own.
+        outer = None
+    scope = Scope(from_primary=request.method in conf.primary_methods, outer=outer)
+    enter(scope)
+    return scope
+
+
+def _end(scope: Scope, request: HttpRequest, response: Any) -> None:
+    if scope.outer is not None:
+        scope.tell_outer()
+    if response is not None and response.streaming:
+        _follow(scope, request, response)
+    else:
+        scope.end(request)
+
+
+def _on_view(request: HttpRequest) -> Scope | None:
+    """Let who says what may be offloaded be asked from now on, when the user is known."""
     scope = entered_scope()
     if scope is None or not conf.enabled:
         return None
-    atomic = tuple(
-        alias for alias in pools().by_primary if connections.settings[alias]["ATOMIC_REQUESTS"]
-    )
-    if atomic:
-        without = getattr(view, "_non_atomic_requests", ())
-        scope.atomic_view = tuple(alias for alias in atomic if alias not in without)
+    offload = conf.offload
+    if callable(offload):
+        if iscoroutinefunction(offload):
+            offload = async_to_sync(offload)
+        scope.ask_offload = functools.partial(_asked, offload, request)
     return scope
+
+
+def _asked(offload: Callable[[HttpRequest], Any], request: HttpRequest) -> bool:
+    try:
+        return bool(offload(request))
+    except Exception:
+        logger.exception("PINNING_OFFLOAD failed; this request reads from the primary.")
+        return False
 
 
 def _load(scope: Scope, stores: Iterable[BaseStore], request: HttpRequest) -> None:
@@ -125,8 +152,11 @@ async def _aload(scope: Scope, stores: Iterable[BaseStore], request: HttpRequest
 
 def _save(scope: Scope, request: HttpRequest, response: HttpResponseBase | None) -> None:
     pins = left_behind(scope)
-    if scope.pinned_keys:
-        keep_keys(scope)
+    try:
+        if scope.pinned_keys:
+            keep_keys(scope)
+    except Exception:
+        logger.exception(_LOST, "The cache of keys", "save")
     if pins == scope.carried:
         return
     for store in conf.stores:
@@ -141,8 +171,11 @@ async def _asave(scope: Scope, request: HttpRequest, response: HttpResponseBase 
         pins = await sync_to_async(left_behind)(scope)
     else:
         pins = left_behind(scope)
-    if scope.pinned_keys:
-        await akeep_keys(scope)
+    try:
+        if scope.pinned_keys:
+            await akeep_keys(scope)
+    except Exception:
+        logger.exception(_LOST, "The cache of keys", "save")
     if pins == scope.carried:
         return
     for store in conf.stores:
@@ -152,50 +185,74 @@ async def _asave(scope: Scope, request: HttpRequest, response: HttpResponseBase 
             logger.exception(_LOST, type(store).__name__, "save")
 
 
+def _save_late(scope: Scope, request: HttpRequest) -> None:
+    """Save what a child task or a thread wrote after its request was over."""
+    _save(scope, request, None)
+
+
+Scope.saver = _save_late
+
+
 def _follow(scope: Scope, request: HttpRequest, response: Any) -> None:
     """Let a streaming body be part of the scope, and save what it writes."""
     if getattr(response, "file_to_stream", None) is not None:
         return  # A file reads no database, and servers send it faster as it is.
-    # The view is over, and with it the transaction that Django opened around it.
-    scope.atomic_view = ()
     follow = _abody if response.is_async else _body
     response.streaming_content = follow(scope, request, response.streaming_content)
 
 
+class _Inside:
+    """
+    The request's own scope and blocks, for the making of a part of its body: the server's context,
+    between two parts, is not the request's.
+    """
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope, self._blocks = scope, open_blocks()
+
+    def __enter__(self) -> None:
+        self._outer = entered_scope(), open_blocks()
+        enter(self._scope)
+        enter_blocks(self._blocks)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._blocks = open_blocks()
+        enter(self._outer[0])
+        enter_blocks(self._outer[1])
+
+
 def _body(scope: Scope, request: HttpRequest, content: Iterator[bytes]) -> Iterator[bytes]:
-    before = count_changes(scope)
+    before, inside, over = count_changes(scope), _Inside(scope), object()
     try:
         while True:
-            # The server's own context, between two parts, is not the request's.
-            outer = entered_scope()
-            enter(scope)
-            try:
-                part = next(content)
-            except StopIteration:
+            with inside:
+                part: Any = next(content, over)
+            if part is over:
                 return
-            finally:
-                enter(outer)
             yield part
     finally:
+        with inside:
+            getattr(content, "close", bool)()
         if count_changes(scope) != before:
             _save(scope, request, None)
+        scope.end(request)
 
 
 async def _abody(
     scope: Scope, request: HttpRequest, content: AsyncIterator[bytes]
 ) -> AsyncIterator[bytes]:
-    before = count_changes(scope)
+    before, inside, over = count_changes(scope), _Inside(scope), object()
     try:
         while True:
-            outer = entered_scope()
-            enter(scope)
-            try:
-                part = await anext(content)
-            except StopAsyncIteration:
+            with inside:
+                part: Any = await anext(content, over)
+            if part is over:
                 return
-            finally:
-                enter(outer)
             yield part
     finally:
+        with inside:
+            if hasattr(content, "aclose"):
+                await content.aclose()
         if count_changes(scope) != before:
-            await _asave(scope, request, None)
+            await asyncio.shield(_asave(scope, request, None))
+        scope.end(request)

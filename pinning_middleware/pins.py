@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 __all__ = [
     "OPTIONAL",
+    "SEEN",
     "Pin",
     "Pins",
     "Position",
@@ -28,31 +29,40 @@ __all__ = [
 Position: TypeAlias = Mapping[str, int]
 # Before the name of a log that counts only for a replica that follows it at all.
 OPTIONAL = "?"
+# Before a primary's alias: what a client has seen there, which is no write of its own.
+SEEN = "~"
 
 
 class Pin(NamedTuple):
     """
     A pool's reads belong to the primary until ``until`` (seconds since the epoch), or to a
     replica that has replayed ``position``. Until ``held`` a position does not count: that is the
-    part of the window that came from a write whose position is not known.
+    part of the window that came from a write whose position is not known. ``Pin(until)``, without
+    a position, is held until then.
     """
 
     until: float
     held: float = 0.0
     position: Position | None = None
 
+    @property
+    def held_until(self) -> float:
+        """Until when only the primary will do, in seconds since the epoch."""
+        return self.held if self.position else self.until
+
     def merge(self, other: Pin) -> Pin:
         """Return the pin that keeps both promises: the latest ends and the newest position."""
         newer, older = (self, other) if self.until >= other.until else (other, self)
-        held = max(self.held, other.held)
+        held = max(self.held_until, other.held_until)
         if not _comparable(self.position, other.position):
             # The older log may be one that no replica will follow any more: let time end it.
-            return Pin(newer.until, max(held, older.until), newer.position)
+            held = max(held, older.until)
+            return Pin(newer.until, held, newer.position)
         return Pin(newer.until, held, merge_positions(self.position, other.position))
 
     def waits_for(self, now: float) -> Position | None:
         """Return the position that frees this pin before its end; ``None``: only time does."""
-        return self.position if self.held <= now else None
+        return self.position if self.position and self.held <= now else None
 
 
 Pins: TypeAlias = Mapping[str, Pin]
@@ -62,6 +72,8 @@ def merge_positions(one: Position | None, other: Position | None) -> Position | 
     """Return the smallest position that includes both."""
     if not one or not other:
         return one or other
+    if one.keys() == other.keys():
+        return {log: max(point, other[log]) for log, point in one.items()}
     points: dict[str, int] = {}
     for log, point in (*one.items(), *other.items()):
         name = log.removeprefix(OPTIONAL)

@@ -8,7 +8,8 @@ from weakref import WeakSet
 from django.db import router as django_router
 
 from .conf import conf, on_change
-from .pools import Pool, pools
+from .routing.decider import Pool
+from .routing.pools import pools
 
 if TYPE_CHECKING:
     from django.db.models import Model
@@ -28,9 +29,14 @@ class PinningRouter:
     def db_for_read(self, model: type[Model], **hints: Any) -> str | None:
         """Return the alias to read from, or ``None`` where no pool is concerned."""
         known = pools()
-        if not self._others() and len(known.by_primary) == 1 and known.default is not None:
+        if (
+            type(self).db_for_read is PinningRouter.db_for_read
+            and not self._others()
+            and len(known.by_primary) == 1
+            and known.default is not None
+        ):
             # Every read of a site comes by here. Where there is nothing to translate, Django
-            # asks the pool from now on.
+            # asks the pool from now on; a subclass keeps its own say.
             self.db_for_read = known.default.db_for_read  # type: ignore[method-assign]
             return self.db_for_read(model, **hints)
         origin = _origin(hints)

@@ -25,9 +25,10 @@ from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
 
-from . import keyed
-from .scopes import PinningScope, left_behind
-from .state import Scope, entered_scope
+from .opening import PinningScope
+from .routing.leaving import left_behind
+from .scopes.scope import Scope, entered_scope
+from .stores import cache
 
 __all__ = ["carry_pins"]
 
@@ -57,16 +58,14 @@ def _connect(signals: Any) -> None:
 def _send(*, task_result: Any, **kwargs: Any) -> None:
     scope = entered_scope()
     if scope is not None and (pins := left_behind(scope)):
-        keyed.keep([_key(task_result)], pins)
+        cache.keep("task", [task_result.id], pins)
 
 
 def _begin(*, task_result: Any, **kwargs: Any) -> None:
-    scope = Scope(keyed.fetch([_key(task_result)]))
+    scope = Scope(cache.fetch("task", [task_result.id]))
     outer = entered_scope()
-    if outer is not None and not outer.lasting:
-        # It runs in place, and what it would have found in the cache is still here.
-        scope.carry(left_behind(outer))
-    block = PinningScope(scope=scope)
+    # One that runs in place is part of who called it; a worker serves strangers by turns.
+    block = PinningScope(scope=scope, isolated=outer is None or outer.is_lasting)
     block.__enter__()
     _open[task_result.id] = block
 
@@ -75,7 +74,3 @@ def _end(*, task_result: Any, **kwargs: Any) -> None:
     block = _open.pop(task_result.id, None)
     if block is not None:
         block.__exit__(None, None, None)
-
-
-def _key(task_result: Any) -> str:
-    return f"task:{task_result.id}"

@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 from django.core.signals import setting_changed
@@ -23,8 +24,10 @@ logger = logging.getLogger("pinning_middleware")
 # How often this process ignored a token, by reason.
 rejected: Counter[str] = Counter()
 
-# Far more than a site with many pools needs, far less than a browser lets a cookie have.
-MAX_LENGTH = 2048
+# Less than a browser lets a cookie have, its name and attributes included.
+MAX_LENGTH = 3072
+# So many tokens that were verified need not be verified again.
+REMEMBERED = 1024
 
 
 # What `Signer.sign_object` does, with an encoder that is made once.
@@ -37,11 +40,21 @@ def _signer() -> Signer:
 
 
 def dumps(pins: Pins) -> str:
-    """Return the signed token of these pins, of the letters a cookie and a header may have."""
-    return _signer().sign(b64_encode(_encode(pack(pins)).encode()).decode())
+    """
+    Return the signed token of these pins, of the letters a cookie and a header may have. Where
+    there is no room for all positions, the window serves.
+
+    ``ValueError`` where there is no room for the pins either.
+    """
+    for known in (pins, {alias: Pin(pin.until) for alias, pin in pins.items()}):
+        token = _signer().sign(b64_encode(_encode(pack(known)).encode()).decode())
+        if len(token) <= MAX_LENGTH:
+            return token
+        logger.warning("A token of %d pools is too long: its positions are left out.", len(pins))
+    raise ValueError(f"the pins of {len(pins)} pools do not fit into {MAX_LENGTH} letters")
 
 
-def loads(token: str) -> dict[str, Pin]:
+def loads(token: str) -> Pins:
     """
     Return the pins of a token, also those whose window has ended.
 
@@ -50,8 +63,14 @@ def loads(token: str) -> dict[str, Pin]:
     """
     if len(token) > MAX_LENGTH:
         raise InvalidToken("oversized")
+    return _verified(token)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _verified(token: str) -> Pins:
     try:
-        return unpack(json.loads(b64_decode(_signer().unsign(token).encode())))
+        found = unpack(json.loads(b64_decode(_signer().unsign(token).encode())))
+        return MappingProxyType(found)
     except BadSignature:
         raise InvalidToken("signature") from None
     except ValueError:
@@ -68,13 +87,14 @@ def accept(token: str, source: type[Any] | None = None) -> dict[str, Pin]:
     except InvalidToken as error:
         rejected[error.reason] += 1
         logger.info("A pinning token was ignored: %s", error.reason)
-        token_rejected.send(source, reason=error.reason)
+        token_rejected.send_robust(source, reason=error.reason)
         return {}
 
 
 def _forget_key(*, setting: str, **kwargs: Any) -> None:
     if setting in ("SECRET_KEY", "SECRET_KEY_FALLBACKS"):
         _signer.cache_clear()
+        _verified.cache_clear()
 
 
 setting_changed.connect(_forget_key, dispatch_uid="pinning_middleware.tokens")

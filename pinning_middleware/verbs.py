@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, ParamSpec, TypeVar, cast, overload
+from typing import Any, ParamSpec, TypeVar, overload
 
-from asgiref.sync import iscoroutinefunction
 from django.db import transaction
 
-from . import keyed
-from .conf import conf
-from .pools import Pool, pools
-from .state import Override, current_scope, enter, entered_scope, writes_ignored
+from .blocks import Block
+from .routing.decider import Pool
+from .routing.leaving import pin_of_now
+from .routing.pools import pools
+from .scopes.blocks import Kind
+from .scopes.scope import current_scope, entered_scope
+from .stores import cache
 
 __all__ = [
     "acarry_keys",
     "carry_keys",
+    "direct",
     "ignore_writes",
     "is_pinned",
+    "offload",
+    "offload_this_request",
     "pin_keys",
     "pin_this_request",
     "unpin_this_request",
@@ -41,11 +42,11 @@ def pin_this_request(using: str | None = None, seconds: float | None = None) -> 
     ``using`` is a primary's alias, ``None`` every pool. ``seconds`` is a window of its own, which
     no replica ends early. ``ValueError`` for an alias that is no primary, or negative seconds.
     """
-    if seconds is not None and seconds < 0:
-        raise ValueError(f"seconds must not be negative, not {seconds!r}")
+    if seconds is not None and not 0 <= seconds < float("inf"):
+        raise ValueError(f"seconds must be a number, 0 or more, not {seconds!r}")
     scope = current_scope()
     for pool in pools().of_primary(using):
-        pool.state(scope).pin(seconds)
+        scope[pool.key].pin(seconds)
 
 
 def unpin_this_request(using: str | None = None) -> None:
@@ -58,7 +59,8 @@ def unpin_this_request(using: str | None = None) -> None:
     """
     scope = current_scope()
     for pool in pools().of_primary(using):
-        pool.state(scope).unpin()
+        scope[pool.key].unpin()
+    scope.from_primary = False
 
 
 def is_pinned(using: str | None = None) -> bool:
@@ -73,140 +75,51 @@ def is_pinned(using: str | None = None) -> bool:
     return scope is not None and any(pool.is_pinned(scope) for pool in found)
 
 
+def offload_this_request() -> None:
+    """
+    From here on, read as if the view were decorated with ``offload``: from replicas where pins,
+    transactions and locks allow it, whatever the method and ``PINNING_OFFLOAD`` say.
+    """
+    scope = current_scope()
+    scope.lifted = True
+    scope.forget_answers()
+
+
 def pin_keys(*keys: str, using: str | None = None) -> None:
     """
     Pin what this scope writes under keys of your choosing, ``"order:42"`` say, for everybody who
     takes them up with ``carry_keys``. Kept in the cache ``PINNING_CACHE`` when the scope ends;
     outside any scope at once, or when the open transaction commits.
 
-    ``using`` is a primary's alias, ``None`` every pool; ``ValueError`` for any other alias.
+    ``using`` is a primary's alias, ``None`` every pool; ``ValueError`` for any other alias, or a
+    key that is no text.
     """
     found = pools().of_primary(using)
+    cache.check_keys(keys)
     scope = current_scope()
-    if not scope.lasting:
-        scope = scope.whole
-        scope.pinned_keys = {**scope.pinned_keys, **dict.fromkeys(keys, using)}
+    if not scope.is_lasting:
+        scope.pinned_keys = {**scope.pinned_keys, **dict.fromkeys((key, using) for key in keys)}
         return
-    for pool in found:
-        transaction.on_commit(functools.partial(_keep_now, pool, keys), using=pool.primary)
 
+    def keep() -> None:
+        cache.keep("key", keys, {pool.primary: pin_of_now(pool) for pool in found})
 
-def _keep_now(pool: Pool, keys: tuple[str, ...]) -> None:
-    keyed.keep(keys, {pool.primary: pool.pin_now(time.time() + conf.seconds)})
+    transaction.on_commit(keep, using=using or (found[0].primary if found else None))
 
 
 def carry_keys(*keys: str) -> None:
     """Let this scope read what was written under these keys, from now on."""
-    current_scope().carry(keyed.fetch(keys))
+    current_scope().carry(cache.fetch("key", keys))
 
 
 async def acarry_keys(*keys: str) -> None:
     """Do what ``carry_keys`` does, in async code."""
     scope = current_scope()
-    scope.carry(await keyed.afetch(keys))
+    scope.carry(await cache.afetch("key", keys))
 
 
-class Block:
-    """
-    A ``with`` block and a decorator, of functions, coroutine functions and generators of both.
-
-    What is open is kept in a context variable and not in here, so one object may be entered
-    again, by many threads and tasks at once.
-    """
-
-    def __enter__(self) -> None:
-        raise NotImplementedError
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        raise NotImplementedError
-
-    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        if isinstance(function, type):
-            raise TypeError(
-                f"{function.__name__} is a class: decorate one of its methods, as in "
-                "@method_decorator(use_primary, name='dispatch')"
-            )
-        if iscoroutinefunction(function):
-            wrapper: Any = self._awaiting(function)
-        elif inspect.isgeneratorfunction(function):
-            wrapper = self._generating(function)
-        elif inspect.isasyncgenfunction(function):
-            wrapper = self._agenerating(function)
-        else:
-            wrapper = self._calling(function)
-        return cast("Callable[P, R]", functools.wraps(function)(wrapper))
-
-    def _calling(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def calling(*args: Any, **kwargs: Any) -> Any:
-            with self:
-                return function(*args, **kwargs)
-
-        return calling
-
-    def _awaiting(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        async def awaiting(*args: Any, **kwargs: Any) -> Any:
-            with self:
-                return await function(*args, **kwargs)
-
-        return awaiting
-
-    # Between two of its values a generator's caller is outside the block.
-
-    def _generating(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def generating(*args: Any, **kwargs: Any) -> Any:
-            values, over = function(*args, **kwargs), object()
-            while True:
-                with self:
-                    value = next(values, over)
-                if value is over:
-                    return
-                yield value
-
-        return generating
-
-    def _agenerating(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        async def generating(*args: Any, **kwargs: Any) -> Any:
-            values, over = function(*args, **kwargs), object()
-            while True:
-                with self:
-                    value = await anext(values, over)
-                if value is over:
-                    return
-                yield value
-
-        return generating
-
-
-class _Override(Block):
-    def __init__(self, replica: bool, using: str | None, max_lag: float | None = None) -> None:
-        if max_lag is not None and max_lag < 0:
-            raise ValueError(f"max_lag must not be negative, not {max_lag!r}")
-        self._replica, self._using, self._max_lag = replica, using, max_lag
-
-    def __enter__(self) -> None:
-        # Asked for when the block is entered: decorators are made before the settings are.
-        pools().of_primary(self._using)
-        scope = current_scope()
-        block = Override(self._replica, self._using, self._max_lag, scope.override)
-        enter(scope.inside(block, scope))
-
-    def __exit__(self, *exc_info: object) -> None:
-        scope = entered_scope()
-        if scope is not None and scope.outer is not None:
-            enter(scope.outer)
-
-
-class _IgnoreWrites(Block):
-    def __enter__(self) -> None:
-        writes_ignored.set(writes_ignored.get() + 1)
-
-    def __exit__(self, *exc_info: object) -> None:
-        writes_ignored.set(max(writes_ignored.get() - 1, 0))
+def _known(using: str | None) -> tuple[Pool, ...]:
+    return pools().of_primary(using)
 
 
 @overload
@@ -220,7 +133,9 @@ def use_primary(using: Any = None) -> Any:
     ``using`` is a primary's alias, ``None`` every pool; ``ValueError``, when the block is
     entered, for any other alias.
     """
-    return _Override(False, None)(using) if callable(using) else _Override(False, using)
+    if callable(using):
+        return Block(Kind.PRIMARY)(using)
+    return Block(Kind.PRIMARY, using, check=_known)
 
 
 @overload
@@ -235,7 +150,39 @@ def use_replica(using: Any = None, max_lag: float | None = None) -> Any:
     ``using`` as in ``use_primary``. ``max_lag``: seconds behind which a replica will not do; the
     primary serves where none will.
     """
-    return _Override(True, None)(using) if callable(using) else _Override(True, using, max_lag)
+    if callable(using):
+        return Block(Kind.REPLICA)(using)
+    if max_lag is not None and not max_lag >= 0:
+        raise ValueError(f"max_lag must be a number of seconds, 0 or more, not {max_lag!r}")
+    return Block(Kind.REPLICA, using, max_lag, check=_known)
+
+
+@overload
+def offload(using: Callable[P, R]) -> Callable[P, R]: ...
+@overload
+def offload(using: str | None = None) -> Block: ...
+def offload(using: Any = None) -> Any:
+    """
+    Read from replicas inside the block or the decorated function where pins, transactions and
+    locks allow it, although the method or ``PINNING_OFFLOAD`` says primary. Never stale.
+
+    ``using`` as in ``use_primary``.
+    """
+    if callable(using):
+        return Block(Kind.OFFLOAD)(using)
+    return Block(Kind.OFFLOAD, using, check=_known)
+
+
+@overload
+def direct(function: Callable[P, R]) -> Callable[P, R]: ...
+@overload
+def direct(function: None = None) -> Block: ...
+def direct(function: Any = None) -> Any:
+    """
+    Talk to the very node that an alias names, inside the block or the decorated function:
+    nothing stands in for it, and its own error is the answer. For monitoring.
+    """
+    return Block(Kind.DIRECT)(function) if callable(function) else Block(Kind.DIRECT)
 
 
 @overload
@@ -244,4 +191,4 @@ def ignore_writes(function: Callable[P, R]) -> Callable[P, R]: ...
 def ignore_writes(function: None = None) -> Block: ...
 def ignore_writes(function: Any = None) -> Any:
     """Let the writes inside the block or the decorated function pin nobody."""
-    return _IgnoreWrites()(function) if callable(function) else _IgnoreWrites()
+    return Block(Kind.IGNORE)(function) if callable(function) else Block(Kind.IGNORE)

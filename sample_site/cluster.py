@@ -33,7 +33,9 @@ STREAMING: Final = "SELECT count(*) FROM pg_stat_replication WHERE application_n
 WATCH: Final = """
 read -r _
 for lock in "$@"; do
-    [ -f "$lock" ] && read -r pid < "$lock" && kill -INT "$pid"
+    [ -f "$lock" ] && read -r pid < "$lock" && kill -INT "$pid" || continue
+    # It may be frozen.
+    kill -CONT "$pid" $(cat "/proc/$pid/task/$pid/children" 2>/dev/null)
 done
 """
 
@@ -44,6 +46,7 @@ class Cluster:
     As root the servers run as another user. Where that user can't reach `folder`, a folder
     below the system's temporary one is used: `self.folder` is the one in use. `keep=False`
     removes the data at the end. `settings` are for all servers' configuration file.
+    `installation` is the folder of another PostgreSQL than the wheel's.
     """
 
     def __init__(
@@ -53,9 +56,11 @@ class Cluster:
         progress: Callable[[str], None] | None = None,
         settings: Mapping[str, str] | None = None,
         keep: bool = True,
+        installation: Path | None = None,
     ) -> None:
         self.folder = folder
         self.keep = keep
+        self._installation = installation
         self.nodes: dict[str, Node] = {}
         self._replicas = replicas
         self._tell = progress or _silent
@@ -146,7 +151,7 @@ class Cluster:
     # Parts
 
     def _prepare(self) -> None:
-        programs = Programs(server_account())
+        programs = Programs(server_account(), self._installation)
         programs.make_reachable()
         self.folder = programs.place(self.folder)
         self._lock = _locked(self.folder / "lock")

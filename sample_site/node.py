@@ -33,6 +33,8 @@ PORT_TAKEN: Final = ("could not bind", "could not create any TCP/IP sockets")
 # A killed server's children need a moment to notice.
 STILL_LEAVING: Final = ("pre-existing shared memory block",)
 
+BUILTIN_LOCALE: Final = ("--locale-provider", "builtin", "--builtin-locale", "C.UTF-8")
+
 # Speed over durability: the data is a demonstration's.
 SETTINGS: Final[Mapping[str, str]] = {
     "listen_addresses": HOST,
@@ -77,6 +79,7 @@ class Node:
         self._settings = {**SETTINGS, **settings}
         self._upstream = upstream
         self._process: Process | None = None
+        self._frozen: list[int] = []
 
     def __repr__(self) -> str:
         return f"<Node {self.name} on {self.host}:{self.port}>"
@@ -98,7 +101,7 @@ class Node:
                 "initdb",
                 *("--pgdata", str(making), "--username", SUPERUSER, "--auth", "trust"),
                 *("--encoding", "UTF8", "--locale", "C", "--no-sync", "--no-instructions"),
-                *("--locale-provider", "builtin", "--builtin-locale", "C.UTF-8"),
+                *(BUILTIN_LOCALE if self._programs.major >= 17 else ()),
             )
         else:
             self._programs.run(
@@ -151,9 +154,10 @@ class Node:
     def ask_to_stop(self, mode: str = "fast") -> None:
         """Send the signal, don't wait."""
         if self._process is not None and self.running:
+            self._process.send_signal(STOP_SIGNALS[mode])
             # A server that is paused by SIGSTOP sees no other signal before this one.
-            for number in (STOP_SIGNALS[mode], signal.SIGCONT):
-                self._process.send_signal(number)
+            self.thaw()
+            self._process.send_signal(signal.SIGCONT)
 
     def wait_stopped(self, timeout: float = 15) -> None:
         """Wait for the end, and force it when it takes too long."""
@@ -180,11 +184,37 @@ class Node:
         pid = _first_number(lock)
         if pid is not None and _is_server_of(pid, self.folder):
             for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
+                _kill(pid, number)
+                for one in (*_descendants(pid), pid):
+                    _kill(one, signal.SIGCONT)
                 if _becomes_true(lambda: not _is_server_of(pid, self.folder), 5):
                     break
         lock.unlink(missing_ok=True)
+
+    # Falling silent
+
+    def freeze(self, timeout: float = 10) -> None:
+        """Stop its processes where they are: the system still takes connections, none answers."""
+        postmaster = self.pid
+        if postmaster is None:
+            raise ClusterError(f"{self.name} does not run")
+        # First the one that starts others. As long as it is frozen, no number of a child's
+        # is given to another process.
+        fresh = [postmaster]
+        while fresh:
+            for one in fresh:
+                self._frozen.append(one)
+                _kill(one, signal.SIGSTOP)
+            if not _becomes_true(lambda: _have_stopped(self._frozen), timeout):
+                self.thaw()
+                raise TimeoutError(f"{self.name} did not freeze within {timeout} s")
+            fresh = [one for one in _descendants(postmaster) if one not in self._frozen]
+
+    def thaw(self) -> None:
+        """Let its processes go on, if they are frozen."""
+        while self._frozen:
+            _kill(self._frozen[-1], signal.SIGCONT)
+            self._frozen.pop()
 
     # Asking
 
@@ -228,6 +258,12 @@ class Node:
         """Make a primary of this replica, and wait for it."""
         self.execute("SELECT pg_promote(true, 30)")
         self._upstream = None
+
+    def repoint(self, other: Node) -> None:
+        """Replicate another node from now on, without a restart; for a replica that runs."""
+        self._upstream = other
+        self._write_settings(self.port)
+        self.execute("SELECT pg_reload_conf()")
 
     def follow(self, other: Node) -> None:
         """Replicate another node from now on; a running server is restarted for it."""
@@ -315,6 +351,41 @@ def _is_server_of(pid: int, folder: Path) -> bool:
         ps = ["ps", "-o", "command=", "-p", str(pid)]
         command = subprocess.run(ps, capture_output=True, text=True).stdout
     return str(folder) in command
+
+
+def _kill(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _processes() -> dict[int, tuple[int, str]]:
+    """The parent and the state of every process."""
+    if not Path("/proc/self").exists():
+        ps = ["ps", "-A", "-o", "pid=,ppid=,state="]
+        rows = map(
+            str.split, subprocess.run(ps, capture_output=True, text=True).stdout.splitlines()
+        )
+        return {int(pid): (int(parent), state[0]) for pid, parent, state in rows}
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # Behind the name, in which there may be anything.
+            state, parent = stat.read_text(errors="replace").rpartition(")")[2].split()[:2]
+            found[int(stat.parent.name)] = int(parent), state
+    return found
+
+
+def _descendants(pid: int) -> list[int]:
+    processes = _processes()
+    found = [pid]
+    for parent in found:
+        found += [child for child, (its, _) in processes.items() if its == parent]
+    return found[1:]
+
+
+def _have_stopped(pids: list[int]) -> bool:
+    processes = _processes()
+    return all(processes[pid][1] in "TZ" for pid in pids if pid in processes)
 
 
 def _becomes_true(condition: Callable[[], bool], timeout: float) -> bool:

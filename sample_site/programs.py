@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -67,16 +69,29 @@ class Programs:
 
     A session of its own keeps a Ctrl-C in the terminal from reaching a server before
     whoever started it has had a chance to stop all of them in order.
+
+    `installation` is the folder of another PostgreSQL than the wheel's, with its `bin`; what is
+    not in there comes from the wheel.
     """
 
-    def __init__(self, account: Account | None = None) -> None:
+    def __init__(self, account: Account | None = None, installation: Path | None = None) -> None:
         self.account = account
         self.package = installed_package()
+        self._installation = installation
 
     @property
     def folder(self) -> Path:
-        """Where the executables are."""
-        return self.package / "pginstall" / "bin"
+        """Where the server's executables are."""
+        return (self._installation or self._of_wheel) / "bin"
+
+    @cached_property
+    def major(self) -> int:
+        """The server's major version."""
+        version = self.run("postgres", "--version")
+        found = re.search(r"\d+", version)
+        if found is None:
+            raise ClusterError(f"what version is this: {version}")
+        return int(found[0])
 
     def place(self, wanted: Path) -> Path:
         """A folder for data, owned by the account: `wanted`, or one that the account can enter."""
@@ -90,23 +105,21 @@ class Programs:
 
     def make_reachable(self) -> None:
         """Copy the programs if the account can't reach them, as below a closed home folder."""
-        if self._can_enter(self.folder):
-            return
-        copy = self._temporary("pinning-programs", self.package)
-        complete = copy / "complete"
-        if not complete.exists():
-            self._copy_package(Path(tempfile.mkdtemp(dir=copy)), complete)
-        self.package = complete / self.package.name
+        if not self._can_enter(self._of_wheel / "bin"):
+            libraries = self.package.with_name(f"{self.package.name}.libs")
+            self.package = self._copy_of(self.package, self._of_wheel, libraries)
+        if self._installation is not None and not self._can_enter(self.folder):
+            self._installation = self._copy_of(self._installation, self._installation)
 
     def own(self, path: Path) -> None:
         """Hand a path to the account."""
         if self.account is not None:
             os.chown(path, self.account.uid, self.account.gid, follow_symlinks=False)
 
-    def run(self, program: str, *args: str) -> None:
+    def run(self, program: str, *args: str) -> str:
         """Run a program to its end; its complaint becomes the error's message."""
         done = subprocess.run(
-            [str(self.folder / program), *args],
+            [str(self._place_of(program)), *args],
             cwd="/",
             env=clean_environment(),
             stdin=subprocess.DEVNULL,
@@ -120,10 +133,11 @@ class Programs:
         )
         if done.returncode:
             raise ClusterError(f"{program} failed:\n{done.stdout.strip()}")
+        return done.stdout
 
     def spawn(self, *command: str, output: IO[bytes], stdin: int = subprocess.DEVNULL) -> Process:
         """Start a command that keeps running; a bare name is one of PostgreSQL's programs."""
-        program = command[0] if "/" in command[0] else str(self.folder / command[0])
+        program = command[0] if "/" in command[0] else str(self._place_of(command[0]))
         return subprocess.Popen(
             [program, *command[1:]],
             cwd="/",
@@ -136,6 +150,14 @@ class Programs:
             group=self._gid,
             extra_groups=self._groups,
         )
+
+    @property
+    def _of_wheel(self) -> Path:
+        return self.package / "pginstall"
+
+    def _place_of(self, program: str) -> Path:
+        place = self.folder / program
+        return place if place.exists() else self._of_wheel / "bin" / program
 
     @property
     def _uid(self) -> int | None:
@@ -157,12 +179,20 @@ class Programs:
         )
         return done.returncode == 0
 
-    def _copy_package(self, making: Path, complete: Path) -> None:
-        name = self.package.name
-        shutil.copytree(self.package / "pginstall", making / name / "pginstall")
-        libraries = self.package.with_name(f"{name}.libs")
-        if libraries.exists():
-            shutil.copytree(libraries, making / libraries.name)
+    def _copy_of(self, origin: Path, *folders: Path) -> Path:
+        """A copy of `origin`, that is of these folders in it and beside it."""
+        copy = self._temporary("pinning-programs", origin)
+        complete = copy / "complete"
+        if not complete.exists():
+            making = Path(tempfile.mkdtemp(dir=copy))
+            for folder in folders:
+                if folder.exists():
+                    place = making / folder.relative_to(origin.parent)
+                    shutil.copytree(folder, place, symlinks=True)
+            self._complete(making, complete)
+        return complete / origin.name
+
+    def _complete(self, making: Path, complete: Path) -> None:
         for path in (making, *making.rglob("*")):
             self.own(path)
         try:

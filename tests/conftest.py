@@ -17,9 +17,11 @@ from django.db.models import Model
 from django.test import AsyncClient, Client, TransactionTestCase
 from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
+from pinning_middleware.stores import cache as keyed
 
-from pinning_middleware import keyed
-from pinning_middleware.state import enter, entered_scope
+from pinning_middleware.scopes.blocks import enter_blocks, open_blocks
+from pinning_middleware.scopes.scope import enter, entered_scope
+from pinning_middleware.servers import prober
 from tests.app import views
 from tests.settings import FOLDER
 
@@ -65,10 +67,13 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def outside_any_scope() -> Iterator[None]:
     """What one test wrote pins no other."""
-    outer = entered_scope()
+    outer, blocks = entered_scope(), open_blocks()
     enter(None)
+    enter_blocks(None)
     yield
     enter(outer)
+    enter_blocks(blocks)
+    prober.stop()
 
 
 @pytest.fixture
@@ -133,6 +138,12 @@ def _open(alias: str) -> sqlite3.Connection:
     database = sqlite3.connect(connections.settings[alias]["NAME"])
     database.execute("PRAGMA synchronous = OFF")
     return database
+
+
+def change_behind(alias: str, statement: str) -> None:
+    """Change a database in a way that nobody sees."""
+    with closing(_open(alias)) as database, database:
+        database.execute(statement)
 
 
 def _copy(source: str, target: str) -> None:

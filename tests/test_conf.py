@@ -42,6 +42,14 @@ EFFECTS: list[tuple[str, Any, Any, Any]] = [
     ("PINNING_SPREAD", "query", lambda: conf.spread_by_query, True),
     ("PINNING_IGNORED_TABLES", ["T"], lambda: conf.ignored_tables, {"t"}),
     ("PINNING_MAX_LAG", 5, lambda: conf.max_lag, 5.0),
+    ("PINNING_OFFLOAD", False, lambda: conf.offload, False),
+    ("PINNING_OFFLOAD_OUTSIDE", False, lambda: conf.offload_outside, False),
+    (
+        "PINNING_PRIMARY_MODELS",
+        ["auth", "shop.Order"],
+        lambda: conf.primary_models,
+        frozenset({"auth", "shop.order"}),
+    ),
     ("PINNING_RETRY_AFTER", 3, lambda: conf.retry_after, 3.0),
     ("PINNING_PRIMARY_DOWN", "stale", lambda: conf.primary_down, "stale"),
     ("PINNING_GUARANTEE", "monotonic-reads", lambda: conf.monotonic_reads, True),
@@ -102,7 +110,7 @@ def test_the_forms_of_replicas(value: Any, pools: Any) -> None:
     assert parse_replicas(value) == pools
 
 
-@pytest.mark.parametrize("value", ["replica1", [["replica1"]], {"default": {"replica1": 0}}, 5])
+@pytest.mark.parametrize("value", ["replica1", [["replica1"]], {"default": {"replica1": -1}}, 5])
 def test_replicas_that_cannot_be_read_are_none(
     value: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

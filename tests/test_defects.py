@@ -24,7 +24,7 @@ from pinning_middleware import (
     use_replica,
 )
 from pinning_middleware.conf import conf
-from pinning_middleware.state import entered_scope
+from pinning_middleware.scopes.scope import entered_scope
 from tests.app.models import Book
 from tests.conftest import Browser, Visit, is_replica, where
 
@@ -209,9 +209,9 @@ class TestOthers:
         assert response.content == b"default"
 
     def test_laravel_one_job_leaks_nothing_into_the_next(self) -> None:
-        with pinning_scope():
+        with pinning_scope(isolated=True):
             write()
-        with pinning_scope():
+        with pinning_scope(isolated=True):
             assert not is_pinned()
             assert is_replica(where())
 

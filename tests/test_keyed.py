@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import logging
 import socket
 import threading
@@ -16,8 +17,8 @@ from django.core.cache.backends.base import BaseCache
 from django.test import override_settings
 from freezegun.api import FrozenDateTimeFactory
 
-from pinning_middleware import keyed
 from pinning_middleware.pins import Pin, Pins, merge_pins
+from pinning_middleware.stores import cache as keyed
 from tests.caches import calls
 from tests.valkey import LOCMEM, on_valkey, pins_in, redis_cache, running, valkey
 
@@ -46,12 +47,12 @@ def cache(request: pytest.FixtureRequest) -> Iterator[BaseCache]:
 
 @pytest.fixture(params=["sync", "async"])
 def fetch(request: pytest.FixtureRequest) -> Callable[..., dict[str, Pin]]:
-    return lambda *keys: FETCHES[request.param](list(keys))
+    return lambda *keys: FETCHES[request.param]("key", list(keys))
 
 
 @pytest.fixture(params=["sync", "async"])
 def keep(request: pytest.FixtureRequest) -> Callable[..., None]:
-    return KEEPS[request.param]
+    return functools.partial(KEEPS[request.param], "key")
 
 
 def pin(seconds: float = 15, point: int | None = None, held: float = 0.0, log: str = "1") -> Pin:
@@ -99,8 +100,8 @@ def test_one_call_pins_many_keys(
 @pytest.mark.parametrize("key", ["x" * 300, "with blanks\n", "ä€😀", "a|b"])
 def test_any_text_is_a_key(cache: BaseCache, key: str) -> None:
     """Also one that memcached would refuse, of which Django would warn."""
-    keyed.keep([key], {"default": pin(5, 1)})
-    assert set(keyed.fetch([key])) == {"default"}
+    keyed.keep("key", [key], {"default": pin(5, 1)})
+    assert set(keyed.fetch("key", [key])) == {"default"}
 
 
 def test_the_newest_position_and_the_latest_end_win(
@@ -115,27 +116,27 @@ def test_the_newest_position_and_the_latest_end_win(
 
 
 def test_longer_numbers_are_larger_ones(cache: BaseCache, fetch: Callable[..., Pins]) -> None:
-    keyed.keep(["a"], {"default": pin(5, 9)})
-    keyed.keep(["a"], {"default": pin(5, 10)})
+    keyed.keep("key", ["a"], {"default": pin(5, 9)})
+    keyed.keep("key", ["a"], {"default": pin(5, 10)})
     assert fetch("a")["default"].position == {"1": 10}
-    keyed.keep(["a"], {"default": pin(5, 9)})
+    keyed.keep("key", ["a"], {"default": pin(5, 9)})
     assert fetch("a")["default"].position == {"1": 10}
 
 
 def test_a_pin_without_a_position_holds_the_position_back(cache: BaseCache) -> None:
     held, told = pin(5), pin(9, 7)
-    keyed.keep(["a"], {"default": held})
-    keyed.keep(["a"], {"default": told})
-    assert keyed.fetch(["a"]) == about({"default": Pin(told.until, held.until, {"1": 7})})
+    keyed.keep("key", ["a"], {"default": held})
+    keyed.keep("key", ["a"], {"default": told})
+    assert keyed.fetch("key", ["a"]) == about({"default": Pin(told.until, held.until, {"1": 7})})
 
 
 def test_after_a_promotion_the_older_log_ends_with_its_window(
     cache: BaseCache, fetch: Callable[..., Pins], clock: FrozenDateTimeFactory
 ) -> None:
     """No replica follows it any more, so until then the primary serves, and no longer."""
-    keyed.keep(["a"], {"default": pin(5, 9, log="1")})
+    keyed.keep("key", ["a"], {"default": pin(5, 9, log="1")})
     clock.tick(1)
-    keyed.keep(["a"], {"default": pin(9, 3, log="2")})
+    keyed.keep("key", ["a"], {"default": pin(9, 3, log="2")})
     found = fetch("a")["default"]
     waits = found.waits_for(time.time())
     assert waits is None or "1" in waits
@@ -146,7 +147,7 @@ def test_after_a_promotion_the_older_log_ends_with_its_window(
 def test_a_window_that_ended_is_not_told(
     cache: BaseCache, fetch: Callable[..., Pins], clock: FrozenDateTimeFactory
 ) -> None:
-    keyed.keep(["a"], {"default": pin(5, 1), "users": pin(9, 1)})
+    keyed.keep("key", ["a"], {"default": pin(5, 1), "users": pin(9, 1)})
     clock.tick(6)
     assert set(fetch("a")) == {"users"}
     clock.tick(6)
@@ -155,16 +156,16 @@ def test_a_window_that_ended_is_not_told(
 
 def test_what_is_over_is_not_kept(cache: BaseCache, keep: Callable[..., None]) -> None:
     keep(["a"], {"default": pin(-1, 1)})
-    assert keyed.fetch(["a"]) == {}
+    assert keyed.fetch("key", ["a"]) == {}
 
 
 def test_the_cache_drops_a_key_with_its_window(on_valkey: None) -> None:
     client = keyed._redis(caches["pins"])
-    keyed.keep(["a"], {"default": pin(9, 1)})
-    keyed.keep(["a"], {"default": pin(5, 2)})
+    keyed.keep("key", ["a"], {"default": pin(9, 1)})
+    keyed.keep("key", ["a"], {"default": pin(5, 2)})
     (name,) = client.keys()
     assert 8_000 < client.pttl(name) <= 10_000
-    keyed.keep(["a"], {"default": pin(20, 2)})
+    keyed.keep("key", ["a"], {"default": pin(20, 2)})
     assert 19_000 < client.pttl(name) <= 21_000
 
 
@@ -243,12 +244,12 @@ def test_many_threads_lose_nothing_on_valkey(on_valkey: None) -> None:
         for step in range(rounds):
             point = step * threads + number + 1
             position = {"shared": point, f"log{number}": point}
-            keyed.keep(["user"], {"default": Pin(until + point / 1000, 0.0, position)})
+            keyed.keep("key", ["user"], {"default": Pin(until + point / 1000, 0.0, position)})
 
     in_threads(threads, write)
     highest = threads * rounds
     expected = {f"log{number}": highest - threads + number + 1 for number in range(threads)}
-    found = keyed.fetch(["user"])["default"]
+    found = keyed.fetch("key", ["user"])["default"]
     assert found.position == {"shared": highest, **expected}
     assert found.until == pytest.approx(until + highest / 1000, abs=0.002)
 
@@ -262,11 +263,11 @@ def test_on_valkey_no_newer_pin_is_forgotten_under_threads(on_valkey: None) -> N
         key = f"user{number // 2}"
         for step in range(1, 60):
             if number % 2:
-                keyed.keep([key], {}, keyed.fetch([key]))
+                keyed.keep("key", [key], {}, keyed.fetch("key", [key]))
                 continue
-            keyed.keep([key], {"default": Pin(until + step / 1000, 0.0, {"1": step})})
+            keyed.keep("key", [key], {"default": Pin(until + step / 1000, 0.0, {"1": step})})
             # Forgotten since, or there: but never an older one in its place.
-            known = keyed.fetch([key]).get("default")
+            known = keyed.fetch("key", [key]).get("default")
             if known is not None and known.position != {"1": step}:
                 lost.append(step)
 
@@ -286,8 +287,8 @@ def test_async_code_asks_a_cache_with_async_methods_without_a_thread(
     async def work() -> Pins:
         monkeypatch.setattr(SyncToAsync, "__call__", hop)
         try:
-            await keyed.akeep(["a"], {"default": pin(5, 1)})
-            return await keyed.afetch(["a"])
+            await keyed.akeep("key", ["a"], {"default": pin(5, 1)})
+            return await keyed.afetch("key", ["a"])
         finally:
             monkeypatch.undo()
 
@@ -372,8 +373,8 @@ def test_a_site_may_choose_another_bound(valkey: str) -> None:
 
 def test_a_pool_of_its_own_kind_is_used_as_it_is(valkey: str) -> None:
     with pins_in(redis_cache(valkey, pool_class="tests.caches.NamedPool", service="main")):
-        keyed.keep(["named"], {"default": pin(5, 1)})
-        assert set(keyed.fetch(["named"])) == {"default"}
+        keyed.keep("key", ["named"], {"default": pin(5, 1)})
+        assert set(keyed.fetch("key", ["named"])) == {"default"}
 
 
 def test_any_other_cache_that_is_slow_is_left_alone(
@@ -383,9 +384,9 @@ def test_any_other_cache_that_is_slow_is_left_alone(
     monkeypatch.setattr(keyed, "LONGEST", 0.5)
     with pins_in({**LOCMEM, "LOCATION": "slow"}):
         monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
-        keyed.keep(["a"], {"default": pin(5, 1)})
-        assert set(keyed.fetch(["a"])) == {"default"}
-        assert keyed.fetch(["a"]) == {}
+        keyed.keep("key", ["a"], {"default": pin(5, 1)})
+        assert set(keyed.fetch("key", ["a"])) == {"default"}
+        assert keyed.fetch("key", ["a"]) == {}
         monkeypatch.undo()
     (line,) = lines(caplog)
     assert "longer than 0.5 s" in line
@@ -394,14 +395,14 @@ def test_any_other_cache_that_is_slow_is_left_alone(
 def test_what_somebody_else_put_there_is_no_error(
     cache: BaseCache, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cache.set(keyed._name("a"), "nonsense")
-    assert keyed.fetch(["a"]) == {}
+    cache.set(keyed._names("key", ["a"])[0], "nonsense")
+    assert keyed.fetch("key", ["a"]) == {}
     assert len(lines(caplog)) == 1
 
 
 def test_settings_that_change_are_followed(valkey: str) -> None:
     with pins_in(redis_cache(valkey)):
-        keyed.keep(["moved"], {"default": pin(5, 1)})
+        keyed.keep("key", ["moved"], {"default": pin(5, 1)})
         with override_settings(PINNING_CACHE="default"):
-            assert keyed.fetch(["moved"]) == {}
-        assert set(keyed.fetch(["moved"])) == {"default"}
+            assert keyed.fetch("key", ["moved"]) == {}
+        assert set(keyed.fetch("key", ["moved"])) == {"default"}

@@ -26,7 +26,7 @@ from pinning_middleware import (
 )
 from pinning_middleware.middleware import PinningMiddleware
 from pinning_middleware.pins import Pin
-from pinning_middleware.state import entered_scope
+from pinning_middleware.scopes.scope import entered_scope
 from tests.app import stores
 from tests.app.models import Book
 from tests.conftest import MIDDLEWARE, Browser, Visit, is_replica, where

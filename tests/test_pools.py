@@ -20,7 +20,8 @@ from pinning_middleware import (
     use_primary,
     use_replica,
 )
-from pinning_middleware.pools import pools
+from pinning_middleware.routing.pools import pools
+from pinning_middleware.scopes.scope import current_scope
 from tests.app.models import Author, Book
 from tests.conftest import Browser, Visit, is_replica, where
 
@@ -256,9 +257,7 @@ def test_a_locking_read_holds_the_rest_of_the_scope_without_a_pin(
     """SQLite has no locking read, so the scope is told of one as `writes` would tell it."""
 
     def action(request: Any) -> tuple[str, bool]:
-        from pinning_middleware.state import current_scope
-
-        pools().by_primary["default"].state(current_scope()).note_lock()
+        current_scope()["default"].note_lock()
         if by_hand:
             unpin_this_request()
         return where(), is_pinned()
@@ -367,10 +366,27 @@ def test_rule_7_one_replica_for_each_request_by_turns(visit: Visit) -> None:
 
 
 @override_settings(PINNING_SPREAD="query")
-def test_rule_7_one_replica_for_each_read(visit: Visit) -> None:
-    turns = visit(lambda request: [where() for _ in range(6)])
+def test_rule_7_one_replica_for_each_read(visit: Visit, named: Callable[..., None]) -> None:
+    named()
+    turns = visit(lambda request: [str(Book.objects.get()) for _ in range(6)])
     assert Counter(turns) == {"replica1": 3, "replica2": 3}
     assert turns[:2] == turns[2:4] == turns[4:]
+
+
+@override_settings(PINNING_SPREAD="query")
+def test_rule_7_what_asks_twice_for_one_read_spreads_evenly(
+    visit: Visit, named: Callable[..., None]
+) -> None:
+    named()
+
+    def read(request: Any) -> list[str]:
+        found = []
+        for _ in range(4):
+            found += [str(book) for book in Book.objects.iterator()]
+            found += [str(book) for book in Book.objects.in_bulk([1]).values()]
+        return found
+
+    assert Counter(visit(read)) == {"replica1": 4, "replica2": 4}
 
 
 def test_rule_7_weights() -> None:

@@ -17,9 +17,10 @@ from pinning_middleware import (
     pinning_scope,
     tokens,
     unpin_this_request,
+    use_primary,
     use_replica,
 )
-from pinning_middleware.state import current_scope, entered_scope
+from pinning_middleware.scopes.scope import current_scope, enter, entered_scope
 from tests.app.models import Account, Book
 from tests.conftest import ROUTER, Visit, is_replica, where
 
@@ -36,7 +37,7 @@ def write() -> None:
 
 
 def test_a_scope_that_writes_reads_the_primary_until_its_end() -> None:
-    with pinning_scope():
+    with pinning_scope(isolated=True):
         assert is_replica(where())
         write()
         assert where() == "default"
@@ -46,7 +47,7 @@ def test_a_scope_that_writes_reads_the_primary_until_its_end() -> None:
 def test_one_scope_leaks_nothing_into_the_next() -> None:
     """As the jobs of one worker, in one thread."""
     for _ in range(3):
-        with pinning_scope():
+        with pinning_scope(isolated=True):
             assert not is_pinned()
             write()
     assert entered_scope() is None
@@ -127,7 +128,7 @@ def test_unpinning_takes_the_pin_out_of_the_token() -> None:
 
 
 def test_an_error_ends_a_scope_all_the_same() -> None:
-    scope = pinning_scope()
+    scope = pinning_scope(isolated=True)
 
     def fail() -> None:
         with scope:
@@ -143,16 +144,43 @@ def test_an_error_ends_a_scope_all_the_same() -> None:
 # Nesting.
 
 
-def test_an_inner_scope_begins_anew_and_tells_the_outer_what_it_wrote() -> None:
+def test_an_inner_scope_knows_what_the_outer_wrote_and_tells_it_what_it_did() -> None:
     with pinning_scope() as outer:
         with pinning_scope() as inner:
             assert not is_pinned()
             write()
         assert where() == "default"
         with pinning_scope():
-            assert is_replica(where()), "what the outer one wrote is not the inner one's"
+            assert where() == "default"
     assert outer.token
     assert inner.token
+
+
+def test_an_isolated_scope_knows_nothing_and_tells_nothing() -> None:
+    with pinning_scope() as outer:
+        write()
+        with pinning_scope(isolated=True) as inner:
+            assert is_replica(where())
+        with use_primary(), pinning_scope(isolated=True):
+            assert is_replica(where()), "nor what blocks are open"
+        assert where() == "default"
+        assert inner.token is None
+    with pinning_scope() as outer:
+        with pinning_scope(isolated=True) as inner:
+            write()
+        assert inner.token
+    assert outer.token is None
+
+
+def test_a_scope_in_a_shell_knows_what_the_shell_wrote() -> None:
+    write()
+    with pinning_scope() as inner:
+        assert where() == "default"
+    assert inner.token
+    enter(None)
+    with pinning_scope():
+        write()
+    assert where() == "default"
 
 
 def test_an_inner_scope_that_only_reads_tells_nothing() -> None:
@@ -184,7 +212,7 @@ def test_a_pin_by_hand_of_an_inner_scope_counts_outside(clock: FrozenDateTimeFac
 
 
 def test_a_scope_may_be_entered_again() -> None:
-    scope = pinning_scope()
+    scope = pinning_scope(isolated=True)
     with scope:
         write()
     with scope:
@@ -322,19 +350,12 @@ def test_unpin_in_a_shell() -> None:
     assert is_replica(where())
 
 
-def test_a_scope_in_a_shell_tells_it_nothing() -> None:
-    """Else the first job of a worker would pin the worker."""
-    with pinning_scope():
-        write()
-    assert not is_pinned()
-
-
 def test_one_scope_may_be_entered_by_two_threads_at_once() -> None:
     shared, inside = pinning_scope(), threading.Barrier(2)
     left: list[object] = []
 
     def work() -> None:
-        with pinning_scope(), shared:
+        with pinning_scope(isolated=True), shared:
             inside.wait(timeout=10)
             pin_this_request()
         left.append(entered_scope())

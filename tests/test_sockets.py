@@ -19,7 +19,7 @@ from django.db import connections
 from websocket import WebSocket, create_connection
 
 from pinning_middleware import pinning_scope
-from pinning_middleware.state import entered_scope
+from pinning_middleware.scopes.scope import entered_scope
 from tests.app.models import Book
 from tests.conftest import is_replica, where
 
@@ -38,7 +38,7 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
     token: str | None = None
     while (event := await receive())["type"] == "websocket.receive":
         message = json.loads(event["text"])
-        async with pinning_scope(message.get("token", token)) as pinning:
+        async with pinning_scope(message.get("token", token), isolated=True) as pinning:
             answer = await sync_to_async(work)(message["do"])
         # For this socket's next message, and for the client: what it asks elsewhere, over HTTP
         # or another socket, is to see this too.

@@ -24,7 +24,6 @@ from pinning_middleware import (
     acarry_keys,
     carry_keys,
     is_pinned,
-    keyed,
     pin_keys,
     pinning_scope,
     tokens,
@@ -32,6 +31,7 @@ from pinning_middleware import (
 )
 from pinning_middleware.pins import Pin, Pins, pack, unpack
 from pinning_middleware.stores import BaseStore, CacheStore, CookieStore, HeaderStore
+from pinning_middleware.stores import cache as keyed
 from pinning_middleware.testing import StoreContract
 from tests.app.models import Book
 from tests.caches import calls
@@ -436,7 +436,7 @@ def test_parallel_requests_of_one_user(
             other.submit(_closing, lambda: phone(_write_far)).result(30)
 
     visit(outer)
-    (found,) = keyed.fetch([str(ada.pk)]).values()
+    (found,) = keyed.fetch("user", [str(ada.pk)]).values()
     assert found.until > _far() - 100
 
 
@@ -515,7 +515,7 @@ def test_a_user_without_a_session(by_user: None, visit: Visit, ada: User) -> Non
             return write()
 
         visit(act)
-        assert set(keyed.fetch([str(ada.pk)])) == {"default"}
+        assert set(keyed.fetch("user", [str(ada.pk)])) == {"default"}
 
 
 def test_a_streaming_body_that_writes_pins_the_user(
@@ -663,7 +663,7 @@ def test_async_views_ask_an_async_cache_without_a_thread(
     ):
         with pinning_scope() as scope:
             write()
-        keyed.keep(["acme"], scope.pins)
+        keyed.keep("user", ["acme"], scope.pins)
         handler = BaseHandler()
         handler.load_middleware(is_async=True)
         assert async_to_sync(handle)().status_code == 200
@@ -723,9 +723,9 @@ def test_a_key_of_one_pool(with_keys: None, visit: Visit, phone: Visit) -> None:
         PINNING_REPLICAS={"default": ["replica1", "replica2"], "users": ["users_replica"]}
     ):
         visit(lambda request: (write(), pin_keys("order:42", using="users")))
-        assert set(keyed.fetch(["order:42"])) == {"users"}
+        assert set(keyed.fetch("key", ["order:42"])) == {"users"}
         visit(lambda request: pin_keys("order:43"))
-        assert set(keyed.fetch(["order:43"])) == {"default", "users"}
+        assert set(keyed.fetch("key", ["order:43"])) == {"default", "users"}
         with pytest.raises(ValueError, match="'nowhere' is not a primary"):
             pin_keys("x", using="nowhere")
 
@@ -733,22 +733,22 @@ def test_a_key_of_one_pool(with_keys: None, visit: Visit, phone: Visit) -> None:
 def test_a_key_without_a_write_is_pinned_too(with_keys: None, visit: Visit) -> None:
     """What was written by somebody else, in a trigger or another system."""
     visit(lambda request: pin_keys("order:42"))
-    assert set(keyed.fetch(["order:42"])) == {"default"}
+    assert set(keyed.fetch("key", ["order:42"])) == {"default"}
     assert not visit.response.cookies
 
 
 def test_outside_a_scope_keys_are_pinned_at_once(with_keys: None) -> None:
     write()
     pin_keys("order:42")
-    assert set(keyed.fetch(["order:42"])) == {"default"}
+    assert set(keyed.fetch("key", ["order:42"])) == {"default"}
 
 
 def test_outside_a_scope_a_transaction_pins_keys_when_it_commits(with_keys: None) -> None:
     with transaction.atomic():
         write()
         pin_keys("order:42")
-        assert keyed.fetch(["order:42"]) == {}
-    assert set(keyed.fetch(["order:42"])) == {"default"}
+        assert keyed.fetch("key", ["order:42"]) == {}
+    assert set(keyed.fetch("key", ["order:42"])) == {"default"}
 
 
 def test_one_that_rolls_back_pins_none(with_keys: None) -> None:
@@ -756,7 +756,7 @@ def test_one_that_rolls_back_pins_none(with_keys: None) -> None:
         write()
         pin_keys("order:42")
         transaction.set_rollback(True)
-    assert keyed.fetch(["order:42"]) == {}
+    assert keyed.fetch("key", ["order:42"]) == {}
 
 
 def test_in_a_scope_a_key_waits_for_its_end(with_keys: None) -> None:
@@ -764,8 +764,8 @@ def test_in_a_scope_a_key_waits_for_its_end(with_keys: None) -> None:
         with transaction.atomic():
             write()
             pin_keys("order:42")
-        assert keyed.fetch(["order:42"]) == {}
-    assert set(keyed.fetch(["order:42"])) == {"default"}
+        assert keyed.fetch("key", ["order:42"]) == {}
+    assert set(keyed.fetch("key", ["order:42"])) == {"default"}
 
 
 def test_in_an_async_scope_too(with_keys: None) -> None:
@@ -775,7 +775,7 @@ def test_in_an_async_scope_too(with_keys: None) -> None:
             pin_keys("order:42")
 
     async_to_sync(work)()
-    assert set(keyed.fetch(["order:42"])) == {"default"}
+    assert set(keyed.fetch("key", ["order:42"])) == {"default"}
 
 
 def test_a_carried_key_is_kept_in_the_readers_store_no_longer(

@@ -17,7 +17,7 @@ from pinning_middleware import (
     pinning_scope,
     use_primary,
 )
-from pinning_middleware.state import entered_scope
+from pinning_middleware.scopes.scope import entered_scope
 from tests.app.models import Book
 from tests.conftest import Visit, is_replica, where
 
@@ -115,7 +115,7 @@ def test_many_jobs_of_one_scope_at_once() -> None:
 
 def test_a_threads_own_scope_pins_nobody_else(executor: ThreadPoolExecutor) -> None:
     def work() -> tuple[str, str | None]:
-        with pinning_scope() as scope:
+        with pinning_scope(isolated=True) as scope:
             write()
             assert where() == "default"
         return where(), scope.token

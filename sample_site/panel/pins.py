@@ -8,7 +8,7 @@ from typing import Literal
 
 from pinning_middleware import is_pinned
 from pinning_middleware.conf import conf
-from pinning_middleware.state import entered_scope
+from pinning_middleware.scopes.scope import entered_scope
 
 from .recording import Recording
 

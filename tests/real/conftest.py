@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+import logging
 import threading
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 from django.db import Error, connections
@@ -14,35 +14,23 @@ from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 
 from pinning_middleware import pinning_scope, signals, tokens
-from pinning_middleware.health import Health, Replica
-from pinning_middleware.looks import position_of_replica
+from pinning_middleware.opening import PinningScope
 from pinning_middleware.pins import Pin
-from pinning_middleware.pools import Pool, pools
-from pinning_middleware.state import enter
+from pinning_middleware.routing.decider import Pool
+from pinning_middleware.routing.pools import pools
+from pinning_middleware.scopes.scope import enter
+from pinning_middleware.servers import prober
+from pinning_middleware.servers.server import Endpoint, Server, registry
 from sample_site.cluster import Cluster, Node
 from sample_site.wal import INSERTED, REPLAYED, end_of_log
 from tests.app.models import Account, Author, Book, Tag
 
+from .layouts import Place, database
+from .layouts.waiting import eventually, missing
+
 NODES = {"pg": "primary", "pg1": "replica1", "pg2": "replica2"}
 ROUTERS = ["pinning_middleware.routers.PinningRouter", "tests.real.conftest.OnServers"]
 MODELS = [Author, Tag, Book, Account]
-
-
-def missing(what: str) -> NoReturn:
-    """A test without its server is skipped at home, and fails where all servers ought to be."""
-    if os.environ.get("CI"):
-        pytest.fail(what)
-    pytest.skip(what)
-
-
-def eventually(condition: Callable[[], object], timeout: float = 20) -> bool:
-    """Poll until the condition holds; whether it did in time."""
-    deadline = time.perf_counter() + timeout
-    while not condition():
-        if time.perf_counter() > deadline:
-            return False
-        time.sleep(0.005)
-    return True
 
 
 class OnServers:
@@ -78,6 +66,7 @@ def as_databases(entries: dict[str, dict[str, Any]]) -> Iterator[None]:
             patch.setattr(OnServers, "primary", primary)
             yield
     finally:
+        prober.stop()
         for alias in entries:
             connections[alias].close()
             del connections[alias]
@@ -198,6 +187,28 @@ def own_pg(
         yield servers
 
 
+@contextmanager
+def as_layout(pg: PostgreSQL, **replicas: dict[str, Any]) -> Iterator[None]:
+    """Let Django reach the cluster in this way; the primary's alias is `site`."""
+    with as_databases({"site": database(pg["pg"], conn_max_age=None), **replicas}):
+        enter(None)
+        try:
+            yield
+        finally:
+            for alias, entry in replicas.items():
+                if entry["OPTIONS"].get("pool"):
+                    # Django keeps it under the alias, for every thread.
+                    connections[alias].close()
+                    connections[alias].close_pool()
+
+
+def pooled(*places: Place) -> dict[str, Any]:
+    """An entry of Django's DATABASES with a pool of connections."""
+    if importlib.util.find_spec("psycopg_pool") is None:
+        missing("psycopg_pool is missing: pip install 'psycopg[pool]'")
+    return database(*places, pool={"min_size": 0, "max_size": 16})
+
+
 # What tests ask
 
 
@@ -205,28 +216,43 @@ def pool() -> Pool:
     return pools().by_primary[OnServers.primary]
 
 
-def health() -> Health:
-    return pool().health
+def endpoint(alias: str) -> Endpoint:
+    """What is known of where an alias leads."""
+    return pool().endpoints[alias]
 
 
-def replica(alias: str) -> Replica:
-    return health().replicas[alias]
-
-
-def no_looks() -> None:
-    """Let the amortised look at each replica be one that has just been."""
-    for one in health().replicas.values():
-        one.looked = time.monotonic()
+def server_of(alias: str) -> Server:
+    """The one server that an alias is known to lead to."""
+    found = endpoint(alias).server
+    assert found is not None
+    return found
 
 
 def look_around() -> None:
-    """Ask every replica how far it is, as the looks of other requests do by and by."""
-    assert all(position_of_replica(pool(), alias) for alias in health().replicas)
+    """Ask every replica how far it is, as other requests do by and by."""
+    for alias in pool().replicas:
+        assert pool().look_at(connections[alias]) is not None
+
+
+def stranger(token: str | None = None) -> PinningScope:
+    """Return a scope that knows nothing of what else the test did, as another request's."""
+    return pinning_scope(token, isolated=True)
+
+
+def take_out(alias: str, seconds: float = 1000) -> None:
+    """Let an alias be known not to be reachable, and not be looked at for so many seconds."""
+    registry.fail(registry.endpoint(alias, OnServers.primary), "connect", seconds, "by the test")
+
+
+def look_again(alias: str) -> None:
+    """Let an alias that is out be looked at now."""
+    registry.endpoint(alias, OnServers.primary).retry_at = 0.0
+    prober.tend(alias, OnServers.primary, pool().judge)
 
 
 def write(title: str = "new") -> str:
     """Write in a scope of its own; the token that it leaves behind."""
-    with pinning_scope() as scope:
+    with stranger() as scope:
         Book.objects.create(title=title)
     token = scope.token
     assert token is not None
@@ -258,42 +284,76 @@ def server() -> str:
 def alias_of_port(port: int) -> str:
     ports = {
         str(connections.settings[alias]["PORT"]): alias
-        for alias in (OnServers.primary, *pool().rotation.weights)
+        for alias in (OnServers.primary, *pool().replicas)
     }
     return ports[str(port)]
 
 
+def port() -> int:
+    """Read in this scope; the port of the server that answered."""
+    (book,) = Book.objects.raw(ASK_PORT["postgresql"])
+    return int(book.port)
+
+
+def port_for(token: str | None) -> int:
+    with stranger(token):
+        return port()
+
+
 def server_for(token: str | None) -> str:
-    with pinning_scope(token):
+    with stranger(token):
         return server()
 
 
 def titles(token: str | None = None) -> list[str]:
-    with pinning_scope(token):
+    with stranger(token):
         return sorted(Book.objects.values_list("title", flat=True))
 
 
 class Queries(dict[str, list[str]]):
-    """What was asked of each database, connecting aside."""
+    """What the site ran on each database, and what the package asked there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.questions: dict[str, list[str]] = {}
 
     @property
     def added(self) -> list[str]:
         """What the package asked."""
-        asked = [sql for several in self.values() for sql in several]
-        return [sql for sql in asked if "app_" not in sql and sql not in ASK_PORT.values()]
+        return [sql for several in self.questions.values() for sql in several]
+
+
+class _Questions(logging.Handler):
+    def __init__(self, found: dict[str, list[str]]) -> None:
+        super().__init__()
+        self.found = found
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Watchers ask by themselves, in threads of their own.
+        if not (record.threadName or "").startswith("pinning-"):
+            alias, sql = record.args  # type: ignore[misc]
+            self.found.setdefault(str(alias), []).append(str(sql))
 
 
 @contextmanager
 def queries() -> Iterator[Queries]:
-    """Note the queries to the databases of the pool."""
+    """Note the queries to the databases of the pool, and the questions of this thread."""
     found = Queries()
-    with ExitStack() as stack:
-        contexts = {
-            alias: stack.enter_context(CaptureQueriesContext(connections[alias]))
-            for alias in (OnServers.primary, *pool().rotation.weights)
-        }
-        yield found
-        found.update({alias: [q["sql"] for q in context] for alias, context in contexts.items()})
+    log = logging.getLogger("pinning_middleware.questions")
+    handler, level = _Questions(found.questions), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        with ExitStack() as stack:
+            contexts = {
+                alias: stack.enter_context(CaptureQueriesContext(connections[alias]))
+                for alias in (OnServers.primary, *pool().replicas)
+            }
+            yield found
+            found.update({alias: [q["sql"] for q in c] for alias, c in contexts.items()})
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 class Heard(list[tuple[str, dict[str, Any]]]):
@@ -319,6 +379,20 @@ def heard() -> Iterator[Heard]:
     yield found
     for signal, receiver in kept:
         signal.disconnect(receiver)
+
+
+def in_threads(function: Callable[[int], Any], number: int) -> list[Any]:
+    """Run in so many threads at once, each of which is told its number; what each returned."""
+
+    def run(which: int) -> Any:
+        try:
+            return function(which)
+        finally:
+            with suppress(Error):
+                connections.close_all()
+
+    with ThreadPoolExecutor(number) as threads:
+        return [one.result(60) for one in [threads.submit(run, n) for n in range(number)]]
 
 
 def in_thread(function: Callable[[], Any]) -> Any:

@@ -11,7 +11,8 @@ from django.core.cache import caches
 from django.db import transaction
 from django.test import override_settings
 
-from pinning_middleware import carry_keys, keyed, pin_keys, pinning_scope
+from pinning_middleware import carry_keys, pin_keys, pinning_scope
+from pinning_middleware.stores import cache as keyed
 from tests.app.models import Book
 from tests.conftest import Browser
 from tests.real.conftest import PostgreSQL, look_around, server

@@ -20,7 +20,7 @@ from django.test import override_settings
 
 from pinning_middleware import celery as carrying
 from pinning_middleware import pin_this_request, pinning_scope
-from pinning_middleware.state import entered_scope
+from pinning_middleware.scopes.scope import entered_scope
 from tests.app.models import Book
 from tests.conftest import Browser
 from tests.real import worker as tasks

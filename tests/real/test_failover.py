@@ -16,27 +16,28 @@ from django.db.backends.postgresql.base import DatabaseWrapper
 from django.db.backends.utils import CursorWrapper
 from django.db.models import Max
 from django.test import override_settings
-from freezegun.api import FrozenDateTimeFactory
 
-from pinning_middleware import pin_this_request, pinning_scope, use_replica
+from pinning_middleware import pin_this_request, use_replica
 from pinning_middleware.exceptions import ReplicaWriteError
-from pinning_middleware.positions.postgresql import PostgreSQL as Family
-from pinning_middleware.state import current_scope
+from pinning_middleware.scopes.scope import current_scope
+from pinning_middleware.servers.positions.postgresql import PostgreSQL as Family
+from pinning_middleware.servers.server import registry
 from tests.app.models import Author, Book
 from tests.conftest import Visit
 
 from .conftest import (
     Heard,
     PostgreSQL,
+    endpoint,
     eventually,
-    health,
     in_thread,
+    look_again,
     look_around,
-    no_looks,
     pool,
-    replica,
     server,
     server_for,
+    stranger,
+    take_out,
     titles,
     write,
 )
@@ -70,7 +71,7 @@ def cursor_read() -> list[str]:
 
 @pytest.fixture
 def one_book(pg: PostgreSQL) -> PostgreSQL:
-    with pinning_scope():
+    with stranger():
         Book.objects.create(title="one")
     pg.wait_for()
     return pg
@@ -81,7 +82,7 @@ def one_book(pg: PostgreSQL) -> PostgreSQL:
 
 @pytest.mark.parametrize("kind", READS)
 def test_a_read_outlives_its_replica(one_book: PostgreSQL, kind: str, heard: Heard) -> None:
-    with pinning_scope():
+    with stranger():
         first = server()
         one_book[first].stop("immediate")
         assert READS[kind]() == ["one"]
@@ -96,7 +97,7 @@ def test_a_read_outlives_its_replica(one_book: PostgreSQL, kind: str, heard: Hea
 @pytest.mark.parametrize("kind", READS)
 def test_a_read_outlives_its_connection(one_book: PostgreSQL, kind: str, heard: Heard) -> None:
     """A lost connection is no dead replica: it serves again, and is not left out."""
-    with pinning_scope():
+    with stranger():
         first = server()
         one_book.terminate(first)
         assert READS[kind]() == ["one"]
@@ -106,17 +107,16 @@ def test_a_read_outlives_its_connection(one_book: PostgreSQL, kind: str, heard: 
 
 
 def test_it_is_said_in_the_log(one_book: PostgreSQL, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "pinning_middleware"), pinning_scope():
+    with caplog.at_level(logging.INFO, "pinning_middleware"), stranger():
         first = server()
         one_book[first].stop("immediate")
         server()
         one_book[first].start()
-        replica(first).retry_at = 0.0
-    with caplog.at_level(logging.INFO, "pinning_middleware"):
-        assert server_for(None) == first
-    assert f"{first} is left out of the rotation (connect)." in caplog.text
+        look_again(first)
+        assert eventually(lambda: server_for(None) == first)
+    assert f"{first} serves nobody (connect): " in caplog.text
     assert f"A read of {first} went to {OTHER[first]}: " in caplog.text
-    assert f"{first} is back in the rotation." in caplog.text
+    assert f"{first} serves again." in caplog.text
 
 
 def test_requests_outlive_their_replica(one_book: PostgreSQL, visit: Visit) -> None:
@@ -130,14 +130,14 @@ def test_requests_outlive_their_replica(one_book: PostgreSQL, visit: Visit) -> N
 
 
 def test_with_both_down_the_primary_serves(one_book: PostgreSQL, heard: Heard) -> None:
-    with pinning_scope():
+    with stranger():
         server()
         for alias in REPLICAS:
             one_book[alias].stop("immediate")
         assert [READS["list"](), READS["chunks"]()] == [["one"]] * 2
         assert server() == "pg"
     assert server_for(None) == "pg"
-    assert {one["reason"] for one in heard.of("primary_fallback")} == {"no replica"}
+    assert {one["reason"] for one in heard.of("primary_fallback")} == {"no_replica"}
 
 
 def test_with_both_down_from_the_start_the_primary_serves(one_book: PostgreSQL) -> None:
@@ -154,7 +154,7 @@ def test_a_replica_that_is_starting_up_is_left_out(one_book: PostgreSQL, heard: 
     connections["pg1"].close()
     while server_for(None) != "pg2" or not heard.of("replica_left_out"):
         pass
-    assert health().out == {"pg1"}
+    assert pool().out == {"pg1"}
 
 
 SLOW_HERE = """
@@ -178,7 +178,7 @@ def during_a_query(pg: PostgreSQL, alias: str, act: Callable[[], None]) -> Itera
 
 
 def test_a_replica_that_shuts_down_during_a_query(one_book: PostgreSQL) -> None:
-    with pinning_scope():
+    with stranger():
         first = server()
         with during_a_query(one_book, first, lambda: one_book[first].stop("fast")) as books:
             assert [book.title for book in books] == ["one"]
@@ -200,7 +200,7 @@ def test_a_query_that_conflicts_with_recovery(one_book: PostgreSQL, heard: Heard
             one_book["pg"].execute(sql, database="site")
 
     try:
-        with pinning_scope():
+        with stranger():
             first = server()
             with during_a_query(one_book, first, vacuum) as books:
                 assert [book.title for book in books] == ["one"]
@@ -220,7 +220,7 @@ def test_one_terminated_connection_of_many_takes_no_replica_out(one_book: Postgr
         one_book.terminate("pg1")
         one_book.terminate("pg2")
         assert {server_for(None) for _ in range(2)} == REPLICAS
-    assert health().out == frozenset()
+    assert pool().out == frozenset()
 
 
 # What is not run again
@@ -228,16 +228,16 @@ def test_one_terminated_connection_of_many_takes_no_replica_out(one_book: Postgr
 
 def test_a_statement_timeout_is_not_run_again(one_book: PostgreSQL, heard: Heard) -> None:
     for alias in REPLICAS:
-        with connections[alias].cursor() as cursor:
-            cursor.execute("SET statement_timeout = 20")
+        connections[alias].close()
+        connections.settings[alias]["OPTIONS"]["options"] = "-c statement_timeout=20"
     heard.clear()
-    with pinning_scope(), pytest.raises(OperationalError, match="statement timeout"):
+    with stranger(), pytest.raises(OperationalError, match="statement timeout"):
         list(Book.objects.raw("SELECT id, pg_sleep(10)::text FROM app_book"))
     assert heard == []
 
 
 def test_a_wrong_query_is_not_run_again(one_book: PostgreSQL, heard: Heard) -> None:
-    with pinning_scope(), pytest.raises(Exception, match="division by zero"):
+    with stranger(), pytest.raises(Exception, match="division by zero"):
         list(Book.objects.raw("SELECT 1/0 AS id"))
     assert heard == []
 
@@ -246,7 +246,7 @@ def test_nothing_is_run_again_inside_a_transaction_on_the_replica(
     one_book: PostgreSQL, heard: Heard
 ) -> None:
     with (  # noqa: PT012
-        pinning_scope(),
+        stranger(),
         pytest.raises(OperationalError),
         transaction.atomic(using="pg1"),
     ):
@@ -261,13 +261,13 @@ def test_no_transaction_begins_elsewhere(one_book: PostgreSQL) -> None:
     """Where it was asked for on the replica, it is not the primary's business."""
     one_book["pg1"].stop("immediate")
     connections["pg1"].close()
-    with pinning_scope(), pytest.raises(OperationalError), transaction.atomic(using="pg1"):
+    with stranger(), pytest.raises(OperationalError), transaction.atomic(using="pg1"):
         Book.objects.using("pg1").count()
 
 
 @pytest.mark.parametrize("down", ["error", "stale"])
 def test_a_write_is_never_run_again(one_book: PostgreSQL, heard: Heard, down: str) -> None:
-    with override_settings(PINNING_PRIMARY_DOWN=down), pinning_scope():
+    with override_settings(PINNING_PRIMARY_DOWN=down), stranger():
         Book.objects.create(title="two")
         one_book.terminate("pg")
         with pytest.raises(OperationalError):
@@ -279,7 +279,7 @@ def test_a_write_is_never_run_again(one_book: PostgreSQL, heard: Heard, down: st
 
 @pytest.mark.parametrize("down", ["error", "stale"])
 def test_a_lock_is_never_run_again(one_book: PostgreSQL, heard: Heard, down: str) -> None:
-    with override_settings(PINNING_PRIMARY_DOWN=down), pinning_scope():
+    with override_settings(PINNING_PRIMARY_DOWN=down), stranger():
         connections["pg"].ensure_connection()
         one_book.terminate("pg")
         with (
@@ -292,7 +292,7 @@ def test_a_lock_is_never_run_again(one_book: PostgreSQL, heard: Heard, down: str
 
 
 def test_a_read_of_the_primary_gets_its_error(one_book: PostgreSQL, heard: Heard) -> None:
-    with pinning_scope():
+    with stranger():
         pin_this_request()
         assert READS["list"]() == ["one"]
         one_book.terminate("pg")
@@ -311,7 +311,7 @@ def test_a_write_on_a_replica_that_is_down_is_refused(one_book: PostgreSQL) -> N
     for alias in REPLICAS:
         one_book[alias].stop("immediate")
         connections[alias].close()
-    with pinning_scope():
+    with stranger():
         with pytest.raises(ReplicaWriteError):
             Book.objects.using("pg1").update(title="lost")
         with pytest.raises(ReplicaWriteError), connections["pg1"].cursor() as cursor:
@@ -327,7 +327,7 @@ def test_a_write_on_a_replica_that_is_down_is_refused(one_book: PostgreSQL) -> N
 
 
 def test_a_cursor_that_failed_over_stays_a_replica_s(one_book: PostgreSQL) -> None:
-    with pinning_scope(), connections["pg1"].cursor() as cursor:
+    with stranger(), connections["pg1"].cursor() as cursor:
         cursor.execute("SELECT title FROM app_book")
         for alias in REPLICAS:
             one_book[alias].stop("immediate")
@@ -345,7 +345,7 @@ def test_under_a_pin_nothing_is_run_on_a_replica_that_is_behind(one_book: Postgr
     one_book.pause("pg2")
     token = write("two")
     one_book.wait_for("pg1")
-    with pinning_scope(token):
+    with stranger(token):
         assert server() == "pg1"
         one_book["pg1"].stop("immediate")
         assert READS["values_list"]() == ["one", "two"]
@@ -356,7 +356,7 @@ def test_under_a_pin_nothing_is_run_on_a_replica_that_is_behind(one_book: Postgr
 def test_under_a_pin_it_is_run_on_a_replica_that_has_it(one_book: PostgreSQL) -> None:
     token = write("two")
     one_book.wait_for()
-    with pinning_scope(token):
+    with stranger(token):
         first = server()
         one_book[first].stop("immediate")
         assert READS["values_list"]() == ["one", "two"]
@@ -368,7 +368,7 @@ def test_under_a_pin_a_conflict_goes_to_no_replica_that_is_behind(one_book: Post
     one_book.pause("pg2")
     token = write("two")
     one_book.wait_for("pg1")
-    with pinning_scope(token):
+    with stranger(token):
         assert server() == "pg1"
     one_book["pg1"].stop("immediate")
     connections["pg1"].close()
@@ -383,7 +383,7 @@ def test_under_a_pin_a_new_connection_is_asked(one_book: PostgreSQL, lost: str) 
     one_book.pause("pg2")
     token = write("two")
     one_book.wait_for("pg1")
-    with pinning_scope(token):
+    with stranger(token):
         assert server() == "pg1"
         if lost == "terminated":
             one_book.terminate("pg1")
@@ -405,18 +405,15 @@ def test_under_a_pin_a_candidate_s_new_connection_is_asked(one_book: PostgreSQL)
     token = write("two")
     one_book.wait_for()
     look_around()
-    known = dict(replica("pg2").position)
     one_book["pg2"].set_delay(3600)
     try:
         one_book["pg2"].restart("immediate")
         connections["pg2"].close()
-        with pinning_scope(token):
-            replica("pg2").position = {}
+        with stranger(token):
+            current_scope()["pg"].replica = "pg1"
             assert server() == "pg1"
-            replica("pg2").position = known
             one_book["pg1"].stop("immediate")
             assert READS["values_list"]() == ["one", "two"]
-        replica("pg2").position = known
         connections["pg2"].close()
         assert titles(token) == ["one", "two"]
     finally:
@@ -429,19 +426,18 @@ def test_a_connection_that_is_lost_while_it_is_asked(
     """The cursor that was opened before belongs to the lost one."""
     token = write("two")
     one_book.wait_for()
-    report, lost = Family.report, []
+    identify, lost = Family.identify, []
 
-    def lose(self: Any, connection: Any) -> Any:
+    def lose(self: Any, *args: Any) -> Any:
         if not lost:
-            lost.append(connection.alias)
-            one_book.terminate(connection.alias)
-        return report(self, connection)
+            lost.append(first)
+            one_book.terminate(first)
+        return identify(self, *args)
 
-    with pinning_scope(token):
+    with stranger(token):
         first = server()
         connections[first].close()
-        no_looks()
-        monkeypatch.setattr(Family, "report", lose)
+        monkeypatch.setattr(Family, "identify", lose)
         assert READS["values_list"]() == ["one", "two"]
         assert server() == first
     assert lost == [first]
@@ -461,6 +457,10 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return connect(self, params)
 
     monkeypatch.setattr(DatabaseWrapper, "get_new_connection", noted)
+    for alias in ("pg", *pool().replicas):
+        # One that was made before has its own way to connect at hand.
+        connections[alias].close()
+        del connections[alias]
     return made
 
 
@@ -484,45 +484,30 @@ def test_a_mute_replica_is_left_out(mute: PostgreSQL, attempts: list[str], heard
         {"sender": "pg", "replica": "pg1", "reason": "connect", "seconds": 10.0}
     ]
     # With the jitter, up to 12.5 s.
-    assert 9.0 < replica("pg1").retry_at - time.monotonic() < 12.5
-    replica("pg1").retry_at = time.monotonic()
-    assert [titles() for _ in range(4)] == [["one"]] * 4
-    assert attempts.count("pg1") == 2
-    assert len(heard.of("replica_left_out")) == 1
+    assert 7.0 < endpoint("pg1").retry_at - time.monotonic() < 12.5
 
 
-@pytest.mark.parametrize("retry_after", [0, 10])
-def test_a_mute_replica_is_tried_again_by_one(
-    mute: PostgreSQL, attempts: list[str], settings: Any, retry_after: int
+def test_a_mute_replica_is_tried_again_by_nobody_s_request(
+    mute: PostgreSQL, attempts: list[str], heard: Heard
 ) -> None:
-    settings.PINNING_RETRY_AFTER = retry_after
-    health().leave_out("pg1", "connect")
-    assert health().out == {"pg1"}
+    take_out("pg1")
     attempts.clear()
-    replica("pg1").retry_at = 0.0
-    start = threading.Barrier(8)
-
-    def work() -> list[str]:
-        start.wait()
-        return titles()
-
-    results: list[Any] = []
-    threads = [threading.Thread(target=lambda: results.append(in_thread(work))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == [["one"]] * 8
+    look_again("pg1")
+    # By its watcher, which is given no answer either.
+    assert eventually(lambda: attempts.count("pg1") == 1)
+    assert [titles() for _ in range(4)] == [["one"]] * 4
+    assert eventually(lambda: endpoint("pg1").retry_at > time.monotonic() + 5)
     assert attempts.count("pg1") == 1
+    assert len(heard.of("replica_left_out")) == 1
 
 
 def test_a_scope_that_had_chosen_it_does_not_try(mute: PostgreSQL, attempts: list[str]) -> None:
     """Another request found out in the meantime."""
-    with pinning_scope():
+    with stranger():
         while Book.objects.db != "pg1":
-            pool().state(current_scope()).leave("pg2")
+            current_scope()["pg"].leave("pg2")
         chosen = Book.objects.all()
-        in_thread(lambda: health().leave_out("pg1", "connect"))
+        take_out("pg1")
         assert [book.title for book in chosen.using("pg1")] == ["one"]
         assert READS["list"]() == ["one"]
     assert attempts.count("pg1") == 0
@@ -547,17 +532,19 @@ def test_connecting_is_bounded(pg: PostgreSQL) -> None:
 # What is no replica
 
 
-def test_an_alias_that_is_no_replica_is_not_used_as_one(one_book: PostgreSQL, heard: Heard) -> None:
+def test_an_alias_that_is_the_primary_is_simply_the_primary(
+    one_book: PostgreSQL, heard: Heard
+) -> None:
     connections["pg1"].close()
     connections.settings["pg1"].update(
         HOST="localhost", PORT=connections.settings["pg"]["PORT"], OPTIONS={"sslmode": "disable"}
     )
-    with pinning_scope():
-        assert {server_for(None) for _ in range(4)} == {"pg2"}
-    assert heard.of("replica_left_out")[0]["reason"] == "role"
+    # By the port it can't be told from the primary's alias.
+    assert {server_for(None) for _ in range(4)} == REPLICAS
+    one_book.pause("pg2")
     token = write("two")
-    one_book.wait_for("pg2")
-    assert {server_for(token) for _ in range(4)} == {"pg2"}
+    assert [titles(token) for _ in range(4)] == [["one", "two"]] * 4
+    assert heard.of("replica_left_out") == []
 
 
 # The primary is down
@@ -574,13 +561,13 @@ def test_a_pinned_read_gets_the_primary_s_error(one_book: PostgreSQL, heard: Hea
     token = write("two")
     one_book["pg"].stop("immediate")
     for _ in range(2):
-        with pinning_scope(token), pytest.raises(OperationalError):
+        with stranger(token), pytest.raises(OperationalError):
             READS["list"]()
     connections["pg"].close()
-    with pinning_scope(token), pytest.raises(OperationalError):
+    with stranger(token), pytest.raises(OperationalError):
         READS["list"]()
     assert {server_for(None) for _ in range(4)} == REPLICAS
-    assert "primary down" not in [one["reason"] for one in heard.of("primary_fallback")]
+    assert "primary_down" not in [one["reason"] for one in heard.of("primary_fallback")]
 
 
 @pytest.mark.usefixtures("stale")
@@ -589,7 +576,7 @@ def test_the_freshest_replica_serves_for_the_primary(
     one_book: PostgreSQL, heard: Heard, caplog: pytest.LogCaptureFixture, connected: bool
 ) -> None:
     one_book.pause("pg1")
-    with pinning_scope():
+    with stranger():
         Book.objects.create(title="two")
     one_book.wait_for("pg2")
     one_book.pause("pg2")
@@ -597,12 +584,12 @@ def test_the_freshest_replica_serves_for_the_primary(
     one_book["pg"].stop("immediate")
     if not connected:
         connections["pg"].close()
-    with pinning_scope(token):
+    with stranger(token):
         assert READS["values_list"]() == ["one", "two"]
         assert server() == "pg2"
         assert READS["list"]() == ["one", "two"]
     said = heard.of("primary_fallback")
-    assert {"sender": "pg", "served": "pg2", "reason": "primary down"} in said
+    assert {"sender": "pg", "served": "pg2", "reason": "primary_down"} in said
     assert "pg2" in caplog.text
     assert [one["replica"] for one in heard.of("replica_left_out")] == []
 
@@ -632,7 +619,7 @@ def act_in(do: Callable[..., str]) -> Callable[..., Any]:
             results: list[Any] = []
             Client().post(f"/sync/{do(lambda request: results.append(action()))}/")
             return results[0]
-        with pinning_scope(token if pin == "token" else None):
+        with stranger(token if pin == "token" else None):
             if pin == "by hand":
                 pin_this_request()
             return action()
@@ -643,7 +630,7 @@ def act_in(do: Callable[..., str]) -> Callable[..., Any]:
 @pytest.mark.usefixtures("stale")
 def test_a_lost_connection_is_not_a_lost_primary(one_book: PostgreSQL, heard: Heard) -> None:
     one_book.pause()
-    with pinning_scope():
+    with stranger():
         Book.objects.create(title="two")
         one_book.terminate("pg")
         assert READS["values_list"]() == ["one", "two"]
@@ -660,7 +647,7 @@ def test_connecting_to_a_primary_that_has_a_stand_in_is_bounded(pg: PostgreSQL) 
 def test_writes_get_the_primary_s_error(one_book: PostgreSQL) -> None:
     one_book["pg"].stop("immediate")
     connections["pg"].close()
-    with pinning_scope() as scope:
+    with stranger() as scope:
         with pytest.raises(OperationalError):
             Author.objects.create(name="lost")
         assert READS["list"]() == ["one"]
@@ -669,19 +656,16 @@ def test_writes_get_the_primary_s_error(one_book: PostgreSQL) -> None:
 
 
 @pytest.mark.usefixtures("stale")
-def test_a_primary_that_is_down_is_tried_again_after_a_while(
-    one_book: PostgreSQL, attempts: list[str], clock: FrozenDateTimeFactory
-) -> None:
+def test_a_primary_that_is_back_is_used(one_book: PostgreSQL, attempts: list[str]) -> None:
     one_book.pause()
     token = write("two")
     one_book["pg"].stop("immediate")
     connections["pg"].close()
     attempts.clear()
-    assert [titles(token) for _ in range(4)] == [["one"]] * 4
+    assert [titles(token) for _ in range(20)] == [["one"]] * 20
     assert attempts.count("pg") <= 4
     one_book["pg"].start()
-    clock.tick(11)
-    assert titles(token) == ["one", "two"]
+    assert eventually(lambda: titles(token) == ["one", "two"])
 
 
 @pytest.mark.usefixtures("stale")
@@ -690,7 +674,7 @@ def test_with_everything_down_the_error_is_the_primary_s(one_book: PostgreSQL) -
     for alias in ("pg", "pg1", "pg2"):
         one_book[alias].stop("immediate")
         connections[alias].close()
-    with pinning_scope(token), pytest.raises(OperationalError) as caught:
+    with stranger(token), pytest.raises(OperationalError) as caught:
         READS["list"]()
     assert str(one_book["pg"].port) in str(caught.value)
 
@@ -707,18 +691,18 @@ def test_no_lock_is_held_while_a_database_is_asked(
 
     def connecting(self: Any, params: Any) -> Any:
         asked.append("connect")
-        if pool().health._lock.locked():
+        if registry._lock.locked():
             locked.append(f"connecting {self.alias}")
         return connect(self, params)
 
     def executing(self: Any, sql: str, *args: Any) -> Any:
         asked.append(sql)
-        if pool().health._lock.locked():
+        if registry._lock.locked():
             locked.append(sql)
         return execute(self, sql, *args)
 
     def receive(**kwargs: Any) -> None:
-        if pool().health._lock.locked():
+        if registry._lock.locked():
             locked.append(str(kwargs["signal"]))
 
     from pinning_middleware import signals
@@ -749,10 +733,5 @@ def test_no_lock_is_held_while_a_database_is_asked(
             signal.disconnect(receive)
     assert locked == []
     assert len(asked) > 10
-    assert {name for name, _ in heard} == {
-        "primary_fallback",
-        "read_rerun",
-        "replica_left_out",
-        "replica_taken_back",
-        "replica_waited",
-    }
+    told_of = {name for name, _ in heard}
+    assert {"primary_fallback", "replica_left_out", "replica_waited"} <= told_of

@@ -18,9 +18,10 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import connections, transaction
 from django.test import override_settings
 
-from pinning_middleware import keyed, pinning_scope, use_primary
+from pinning_middleware import pinning_scope, use_primary
 from pinning_middleware import tasks as carrying
-from pinning_middleware.state import enter, entered_scope
+from pinning_middleware.scopes.scope import enter, entered_scope
+from pinning_middleware.stores import cache as keyed
 from tests.app.models import Book
 from tests.conftest import Browser
 from tests.real.conftest import PostgreSQL, alias_of_port, entries_of, missing, server
@@ -247,7 +248,7 @@ def test_a_task_that_is_enqueued_when_the_transaction_commits(pg: PostgreSQL) ->
         with transaction.atomic(using="pg"):
             write()
             transaction.on_commit(lambda: results.append(queue.enqueue(look, "new")), using="pg")
-        assert keyed.fetch([f"task:{results[0].id}"])["pg"].position
+        assert keyed.fetch("task", [results[0].id])["pg"].position
     queue.work()
     assert results[0].return_value == [True, "pg"]
 
@@ -272,7 +273,7 @@ def test_outside_a_scope_nothing_is_sent(pg: PostgreSQL) -> None:
     enter(None)
     queue = Queue()
     result = queue.enqueue(look)
-    assert keyed.fetch([f"task:{result.id}"]) == {}
+    assert keyed.fetch("task", [result.id]) == {}
     queue.work()
 
 

@@ -1,0 +1,177 @@
+"""``with`` blocks that are decorators too, of functions and generators, sync and async."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import AsyncIterator, Callable, Iterator
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar, cast
+
+from asgiref.sync import iscoroutinefunction
+
+from .scopes.blocks import Kind, close, open_block
+
+__all__ = ["Block"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Block:
+    """
+    A ``with`` block and a decorator, of functions, coroutine functions and generators of both.
+
+    What is open is kept in a context variable and not in here, so one object may be entered
+    again, by many threads and tasks at once. A lazy body (a streaming response, a template that
+    is still to be rendered) that leaves a decorated function belongs to its block.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        using: str | None = None,
+        max_lag: float | None = None,
+        check: Callable[[str | None], object] | None = None,
+    ) -> None:
+        self._kind, self._using, self._max_lag, self._check = kind, using, max_lag, check
+
+    def __enter__(self) -> None:
+        if self._check is not None:
+            # When it is entered: decorators are made before the settings are.
+            self._check(self._using)
+        open_block(self._kind, self, self._using, self._max_lag)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        close(self)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        if isinstance(function, type):
+            raise TypeError(
+                f"{function.__name__} is a class: decorate one of its methods, as in "
+                f"@method_decorator({self._kind.value}, name='dispatch')"
+            )
+        if iscoroutinefunction(function):
+            wrapper: Any = self._awaiting(function)
+        elif inspect.isgeneratorfunction(function):
+            wrapper = self._generating(function)
+        elif inspect.isasyncgenfunction(function):
+            wrapper = self._agenerating(function)
+        else:
+            wrapper = self._calling(function)
+        return cast("Callable[P, R]", functools.wraps(function)(wrapper))
+
+    def _calling(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def calling(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                result = function(*args, **kwargs)
+            return self._lazily(result)
+
+        return calling
+
+    def _awaiting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        async def awaiting(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                result = await function(*args, **kwargs)
+            return self._lazily(result)
+
+        return awaiting
+
+    # Between two of its values a generator's caller is outside the block.
+
+    def _generating(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def generating(*args: Any, **kwargs: Any) -> Any:
+            generator = function(*args, **kwargs)
+            step = functools.partial(generator.send, None)
+            while True:
+                with self:
+                    try:
+                        value = step()
+                    except StopIteration as stop:
+                        return stop.value
+                try:
+                    sent = yield value
+                except GeneratorExit:
+                    with self:
+                        generator.close()
+                    raise
+                except BaseException as error:
+                    step = functools.partial(generator.throw, error)
+                else:
+                    step = functools.partial(generator.send, sent)
+
+        return generating
+
+    def _agenerating(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        async def generating(*args: Any, **kwargs: Any) -> Any:
+            generator = function(*args, **kwargs)
+            step = functools.partial(generator.asend, None)
+            while True:
+                with self:
+                    try:
+                        value = await step()
+                    except StopAsyncIteration:
+                        return
+                try:
+                    sent = yield value
+                except GeneratorExit:
+                    with self:
+                        await generator.aclose()
+                    raise
+                except BaseException as error:
+                    step = functools.partial(generator.athrow, error)
+                else:
+                    step = functools.partial(generator.asend, sent)
+
+        return generating
+
+    # Bodies that are made later
+
+    def _lazily(self, result: Any) -> Any:
+        if getattr(result, "streaming", False):
+            if getattr(result, "file_to_stream", None) is None:
+                follow = self._aparts if result.is_async else self._parts
+                result.streaming_content = follow(result.streaming_content)
+        elif getattr(result, "is_rendered", True) is False:
+            render = result.render
+
+            def render_inside() -> Any:
+                # A response is pickled by caches without what it was rendered by.
+                del result.render
+                with self:
+                    return render()
+
+            result.render = render_inside
+        return result
+
+    def _parts(self, content: Iterator[bytes]) -> Iterator[bytes]:
+        over = object()
+        try:
+            while True:
+                with self:
+                    part: Any = next(content, over)
+                if part is over:
+                    return
+                yield part
+        finally:
+            with self:
+                getattr(content, "close", bool)()
+
+    async def _aparts(self, content: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        over = object()
+        try:
+            while True:
+                with self:
+                    part: Any = await anext(content, over)
+                if part is over:
+                    return
+                yield part
+        finally:
+            with self:
+                if hasattr(content, "aclose"):
+                    await content.aclose()

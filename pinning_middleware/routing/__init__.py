@@ -1,0 +1,1 @@
+"""Where a read goes, and what it does when its server fails."""

@@ -1,0 +1,334 @@
+"""
+Where a read goes. ``Pool.decide`` is the one place that says so; the router, the managers and
+every integration ask it, most of them through ``Pool.db_for_read``, which remembers its answer.
+
+It puts two kinds of knowledge together, and has none of its own: the facts of the scope, and what
+is known of servers. A decision names an alias; what counts in the end is the server at the other
+end of the connection, which ``Pool.refusal`` judges when the read is about to use it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from pinning_middleware.conf import PoolSpec, conf
+from pinning_middleware.pins import Pin
+from pinning_middleware.scopes.blocks import Kind, Open, lifts, open_blocks, override
+from pinning_middleware.scopes.scope import Facts, Scope, current_scope, entered_scope
+from pinning_middleware.servers.questions import link_of, may_ask
+from pinning_middleware.signals import primary_fallback, replica_waited
+
+from . import reasons
+from .nodes import Nodes
+
+if TYPE_CHECKING:
+    from django.db.models import Model
+
+__all__ = ["Pool", "PrimaryOnly", "Route"]
+
+# An alias, and the reason for it.
+Route = tuple[str, str]
+
+# Seconds between two questions of one scope that lasts.
+ASK_AGAIN: Final = 1.0
+_BY_BLOCK: Final = (reasons.USE_PRIMARY, reasons.USE_REPLICA)
+_SAID: Final = (reasons.BEHIND, reasons.NO_REPLICA, reasons.PRIMARY_DOWN)
+
+
+class _Seat:
+    """
+    What one thread needs at hand for the next decision: its connection to the primary, since
+    ``connections[alias]`` costs more than all the rest, and the scope that decided here last.
+    """
+
+    __slots__ = ("connection", "facts", "scope")
+
+    def __init__(self, connection: BaseDatabaseWrapper) -> None:
+        self.connection = connection
+        self.scope: Scope | None = Scope()
+        self.facts = Facts("", None, None)
+
+
+class Pool(Nodes):
+    """One primary and its replicas."""
+
+    # Whether it matters who answered a read.
+    is_monotonic = False
+
+    def __init__(self, spec: PoolSpec) -> None:
+        super().__init__(spec)
+        # Whether a decision depends on the model, so that it can't be remembered for a scope.
+        self.minds_models = bool(conf.primary_models)
+        self._by_query = conf.spread_by_query
+        self._thread = threading.local()
+
+    # The decision
+
+    def db_for_read(self, model: Any = None, **hints: Any) -> str | None:
+        """
+        Return the alias that the next read uses, ``None`` for one that starts from an instance
+        of a database outside this pool. The signature is that of a router, so that Django asks
+        the pool itself where there is nothing to translate.
+        """
+        if hints and (instance := hints.get("instance")) and instance._state.db not in self:
+            return None
+        scope = entered_scope()
+        try:
+            seat = self._thread.seat
+        except AttributeError:
+            seat = self._thread.seat = _Seat(connections[self.primary])
+        if seat.scope is not scope or open_blocks() is not None:
+            return self._told(self.decide(model, seat.connection))
+        connection = seat.connection
+        if (
+            connection.connection is not None
+            and (connection.in_atomic_block or not connection.autocommit)
+            and self._in_transaction(connection, scope)
+        ):
+            return self.primary
+        return seat.facts.answer or self._told(self._settle(scope, seat.facts))
+
+    def decide(self, model: Any = None, connection: BaseDatabaseWrapper | None = None) -> Route:
+        """
+        Return where a read goes and why: the rules of the documentation, the first match wins.
+        """
+        route = self._decide(connection or connections[self.primary])
+        if self.minds_models and route[1] not in _BY_BLOCK and _is_of_primary(model):
+            return self.primary, reasons.MODEL
+        return route
+
+    def _decide(self, connection: BaseDatabaseWrapper) -> Route:
+        scope = entered_scope() or current_scope()
+        facts = scope[self.key]
+        block = open_blocks()
+        if block is None:
+            seat = self._thread.__dict__.get("seat")
+            if seat is not None and not self.minds_models:
+                seat.scope, seat.facts = scope, facts
+        elif (chosen := override(block, self.primary)) is not None:
+            return self._in_block(chosen, facts)
+        if (
+            connection.connection is not None
+            and (connection.in_atomic_block or not connection.autocommit)
+            and self._in_transaction(connection, scope)
+        ):
+            return self.primary, reasons.TRANSACTION
+        if facts.answer is not None and block is None:
+            return facts.answer, facts.reason
+        return self._settle(scope, facts, lifts(block, self.primary))
+
+    def _in_transaction(self, connection: BaseDatabaseWrapper, scope: Scope | None) -> bool:
+        """Return whether the open transaction is one that the code itself asked for."""
+        if not connection.in_atomic_block:
+            return True
+        asked_for = 0
+        for block in connection.atomic_blocks:
+            asked_for += not block._from_testcase  # type: ignore[attr-defined]
+        return asked_for > (scope is not None and self.primary in scope.view_transactions)
+
+    def _in_block(self, block: Open, facts: Facts) -> Route:
+        if block.kind is Kind.PRIMARY:
+            return self.primary, reasons.USE_PRIMARY
+        if block.max_lag is None:
+            alias = self._replica(facts)
+        else:
+            alias = self.within(block.max_lag, facts.replica)
+        return (alias, reasons.USE_REPLICA) if alias else (self.primary, reasons.NO_REPLICA)
+
+    def _settle(self, scope: Scope, facts: Facts, is_lifted: bool = False) -> Route:
+        """Decide by the rules that stay the same for a while, and remember what may be."""
+        if facts.is_pinned:
+            if self.has_written(scope, facts) or self.is_headless:
+                return self._primary(reasons.WROTE if facts.writes else reasons.BY_HAND)
+            facts.settle()
+        if facts.is_locked and not scope.is_lasting:
+            return self._primary(reasons.LOCK)
+        is_lifted = is_lifted or scope.lifted
+        may_keep = not (is_lifted or self.minds_models or scope.is_lasting)
+        if not is_lifted:
+            if scope.from_primary:
+                return self._keep(facts, self._primary(reasons.METHOD), may_keep)
+            if not self._offloads(scope):
+                return self._primary(reasons.NOT_OFFLOADED)
+        if facts.carried is not None or facts.seen is not None:
+            route = self._carried(scope, facts)
+            if route is not None:
+                is_reached = route[1] == reasons.POSITION and not self._by_query
+                return self._keep(facts, route, may_keep and is_reached)
+        if scope.is_lasting and time.monotonic() - facts.turned >= conf.seconds:
+            # It has no next scope that would get the next replica.
+            facts.replica = None
+        alias = self._replica(facts)
+        if alias is None:
+            return self._primary(reasons.NO_REPLICA)
+        return self._keep(facts, (alias, reasons.TURN), may_keep and not self._by_query)
+
+    def _keep(self, facts: Facts, route: Route, may_keep: bool) -> Route:
+        if may_keep and conf.primary_down == "error":
+            facts.answer, facts.reason = route
+        return route
+
+    def _offloads(self, scope: Scope) -> bool:
+        """Return whether this scope may read replicas where nothing else speaks."""
+        if scope.is_lasting:
+            return conf.offload_outside
+        if scope.offloads is None:
+            if not callable(conf.offload):
+                scope.offloads = conf.offload
+            elif scope.ask_offload is None:
+                # Before authentication, or no request at all.
+                return False
+            else:
+                # What the function itself reads is not to ask it again.
+                scope.offloads = False
+                scope.offloads = scope.ask_offload()
+        return scope.offloads
+
+    def _carried(self, scope: Scope, facts: Facts) -> Route | None:
+        """Return who serves under the pins of earlier scopes, ``None``: they are over."""
+        is_held, wanted = facts.wanted(time.time())
+        if is_held or (wanted is not None and not self.tells_positions):
+            return self._primary(reasons.PINNED)
+        if wanted is None:
+            return None
+        now = time.monotonic()
+        # One question for a request; what lasts longer asks again, but not at every read.
+        ask = now - facts.looked > ASK_AGAIN or not facts.looked
+        alias = facts.replica if facts.replica and self.has(facts.replica, wanted) else None
+        alias = alias or self.holder(wanted, ask)
+        wait = conf.wait if scope.wait is None else scope.wait
+        if alias is None and ask and wait and may_ask(connections[self.primary]):
+            alias = self.wait_for(wanted, wait)
+            self._thread.waited = alias, time.monotonic() - now
+        if alias is None:
+            if ask:
+                facts.looked = now
+            return self._primary(reasons.BEHIND)
+        if self.is_mirror(alias):
+            alias = self.primary
+        facts.replica = alias
+        return alias, reasons.POSITION
+
+    def _replica(self, facts: Facts) -> str | None:
+        """Return this scope's replica, or the next one's; ``None`` where none is usable."""
+        alias = facts.replica
+        if alias is None or (self.out and alias in self.out):
+            alias = self.turn()
+            if alias is not None and self.is_mirror(alias):
+                alias = self.primary
+            facts.replica, facts.turned = alias, time.monotonic()
+        return alias
+
+    def _primary(self, reason: str) -> Route:
+        """Return the primary, or who stands in while it can't be reached."""
+        if self.is_headless and (alias := self.stand_in()) is not None:
+            return alias, reasons.PRIMARY_DOWN
+        return self.primary, reason
+
+    def _told(self, route: Route) -> str:
+        """Say what is worth a signal, now that it is decided; once for a scope."""
+        alias, reason = route
+        if (waited := self._thread.__dict__.pop("waited", None)) is not None:
+            found, seconds = waited
+            replica = found or next(iter(self.replicas))
+            replica_waited.send_robust(
+                self.primary, replica=replica, seconds=seconds, reached=found is not None
+            )
+        if reason in _SAID and primary_fallback.receivers:
+            facts = current_scope()[self.key]
+            if facts.said != reason:
+                facts.said = reason
+                primary_fallback.send_robust(self.primary, served=alias, reason=reason)
+        return alias
+
+    # What the connection at hand is good for
+
+    def has_written(self, scope: Scope, facts: Facts) -> bool:
+        """Return whether what this scope did itself holds it on the primary."""
+        if not facts.is_pinned or self.is_headless:
+            return False
+        if not conf.seconds and not scope.is_lasting:
+            # No window at all: the rest of the scope.
+            return True
+        now = time.time()
+        return facts.wrote_until(conf.seconds, now) > now
+
+    def refusal(self, connection: BaseDatabaseWrapper, scope: Scope | None) -> str:
+        """
+        Return why the server of a replica's connection will not serve this scope, empty: it will.
+        Asks it where that is not known. Raises what ``look`` raises.
+        """
+        link = link_of(connection)
+        server = link.server
+        if server is not None and server.out and (server.out != "lag" or self.rotation):
+            return server.out
+        if (server is None and link.endpoint.suspect) or link.has_left_recovery():
+            seen = self.look_at(connection)
+            if seen is not None and seen.server.out not in ("", "lag"):
+                return seen.server.out
+        if scope is None or self.is_headless:
+            return ""
+        facts = scope.get(self.key)
+        if facts is None:
+            if not scope.carried:
+                return ""
+            facts = scope[self.key]
+        if facts.carried is None and facts.seen is None:
+            return ""
+        block = open_blocks()
+        if block is not None and override(block, self.primary) is not None:
+            return ""
+        is_held, wanted = facts.wanted(time.time())
+        if is_held or (wanted is not None and not self.tells_positions):
+            return reasons.PINNED
+        if wanted is None or self.has(connection.alias, wanted):
+            return ""
+        return "" if self.asked_has(connection.alias, wanted) else reasons.BEHIND
+
+    def note_served(self, facts: Facts, alias: str) -> None:
+        """Note who answered a read, where that is worth knowing."""
+
+    # What a scope means for this pool
+
+    def is_pinned(self, scope: Scope) -> bool:
+        """Return whether this scope's reads belong to the primary, or to who has caught up."""
+        facts = scope[self.key]
+        now = time.time()
+        if facts.carried is not None and facts.carried.until > now:
+            return True
+        if self.has_written(scope, facts):
+            return True
+        return not scope.is_lasting and (facts.is_locked or scope.from_primary)
+
+    def seen(self, facts: Facts, now: float) -> Pin | None:
+        """Return the pin of what a scope has read: none where only writes pin."""
+        return None
+
+    # Which connection is whose, who is in
+
+    def adopt(self, connection: BaseDatabaseWrapper) -> None:
+        """Take this for the thread's connection to the primary."""
+        self._thread.seat = _Seat(connection)
+
+
+class PrimaryOnly(Pool):
+    """A pool without replicas, or of a site that switched them off."""
+
+    def db_for_read(self, model: Any = None, **hints: Any) -> str | None:
+        instance = hints.get("instance")
+        return self.primary if instance is None or instance._state.db in self else None
+
+    def decide(self, model: Any = None, connection: BaseDatabaseWrapper | None = None) -> Route:
+        return self.primary, reasons.NO_REPLICA if conf.enabled else reasons.DISABLED
+
+
+def _is_of_primary(model: type[Model] | None) -> bool:
+    if model is None:
+        return False
+    options = model._meta
+    return bool(conf.primary_models & {options.app_label.lower(), options.label_lower})

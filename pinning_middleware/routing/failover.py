@@ -1,0 +1,379 @@
+"""
+Reads that outlive their server: on another node, without an error.
+
+Three moments tell that the node which an alias leads to will not do: it can't be reached, its
+server turns out to be of no use to this scope, or a statement fails because of the node. Each ends
+in ``serve_elsewhere``. It never happens where that would change more than the node: inside a
+transaction, in a session that the site has altered, between aliases whose sessions differ, for
+anything but a read, or inside ``direct()``. There the node's own error is the answer.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from django.db import OperationalError, connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.backends.signals import connection_created
+
+from pinning_middleware.conf import conf
+from pinning_middleware.scopes.blocks import Kind as BlockKind
+from pinning_middleware.scopes.blocks import is_direct, open_blocks, override
+from pinning_middleware.scopes.scope import Scope, entered_scope
+from pinning_middleware.servers.connecting import bound
+from pinning_middleware.servers.positions import family_of
+from pinning_middleware.servers.questions import FAILURES, asking, endpoint_of, link_of, one_node
+from pinning_middleware.servers.server import registry
+from pinning_middleware.servers.silence import Silent
+from pinning_middleware.signals import primary_fallback, read_rerun
+from pinning_middleware.writes.sql import Kind
+from pinning_middleware.writes.watch import alias_of, examine
+
+from . import reasons
+from .decider import Pool
+from .pools import pools
+
+__all__ = ["install", "rerun", "same_session", "serve_elsewhere"]
+
+logger = logging.getLogger("pinning_middleware")
+
+# Reasons that only the primary answers, and that are no failure of anybody.
+_PRIMARY_ONLY = (reasons.WROTE, reasons.LOCK, reasons.PINNED)
+
+# Of a database's settings and options, those that say how to get there and not what is there.
+_SETTINGS = ("ENGINE", "NAME", "USER", "TIME_ZONE", "AUTOCOMMIT")
+_TRANSPORT = re.compile(
+    r"(?:fallback_)?application_name|channel_binding|client_flag|connect_timeout|gssencmode"
+    r"|hostaddr|keepalives\w*|load_balance_hosts|passfile|password|pool|port|(?:read|write)_timeout"
+    r"|requiressl|server_side_binding|ssl\w*|target_session_attrs|tcp_user_timeout|unix_socket"
+)
+
+
+def open_cursor(
+    connection: BaseDatabaseWrapper, cursor: Callable[..., Any], name: str | None = None
+) -> Any:
+    """Do what ``connection._cursor`` does, on another node where this one is of no use."""
+    alias = connection.alias
+    pool = _pool_of(alias)
+    if (
+        pool is None
+        or connection.in_atomic_block
+        or asking.get()
+        or (open_blocks() is not None and is_direct())
+    ):
+        return cursor(name)
+    scope = entered_scope()
+    endpoint = endpoint_of(connection)
+    is_replica = alias != pool.primary
+
+    def elsewhere(why: object) -> Any:
+        def attempt(other: BaseDatabaseWrapper) -> Any:
+            opened = other._cursor(name)  # type: ignore[attr-defined]
+            opened.pinning_alias = alias
+            return opened
+
+        return serve_elsewhere(pool, connection, attempt, why)
+
+    if is_replica and alias in conf.guarded and _has_written(pool, scope):
+        return elsewhere(reasons.WROTE)
+    before = connection.connection
+    if before is None and endpoint.out in ("connect", "silent"):
+        return elsewhere(endpoint.error)
+    try:
+        opened = cursor(name)
+        if not is_replica:
+            return opened
+        made = connection.connection
+        why = pool.refusal(connection, scope)
+    except FAILURES as error:
+        if not _is_lost(connection, error):
+            raise
+        if before is None or isinstance(error, Silent):
+            reason = "silent" if isinstance(error, Silent) else "connect"
+            registry.fail(endpoint, reason, conf.retry_after, error)
+        connection.close()
+        if before is not None:
+            # It was lost while nobody looked: once more, on a new one.
+            return open_cursor(connection, cursor, name)
+        return elsewhere(error)
+    if why:
+        opened.close()
+        return elsewhere(why)
+    if connection.connection is not made:
+        # Lost while it was asked how far it is, and asked again on a new connection.
+        opened.close()
+        return open_cursor(connection, cursor, name)
+    return opened
+
+
+def rerun(
+    execute: Callable[..., Any], sql: Any, params: Any, many: bool, context: dict[str, Any]
+) -> Any:
+    """Run a read again that failed for a reason that another node would not share."""
+    connection = context["connection"]
+    pool = _pool_of(connection.alias)
+    if pool is None:
+        return execute(sql, params, many, context)
+    is_replica = connection.alias != pool.primary
+    if is_replica and (kind := examine(connection, sql)[0]) is not Kind.READ:
+        cursor = context["cursor"]
+        if alias_of(cursor) == pool.primary:
+            # A replica stands in for the primary, but for reads only: here is its own error.
+            with one_node():
+                fresh = connections[pool.primary].cursor()
+            cursor.cursor, cursor.db = fresh.cursor, fresh.db
+        elif kind is Kind.LOCK and _may_move(connection):
+            return _again(pool, execute, (sql, params, many), context, reasons.LOCK)
+    try:
+        result = execute(sql, params, many, context)
+    except FAILURES as error:
+        if (
+            many
+            or not _may_move(connection)
+            or link_of(connection).is_altered
+            or examine(connection, sql)[0] is not Kind.READ
+        ):
+            raise
+        is_lost = _is_lost(connection, error)
+        family = family_of(connection)
+        if not is_lost and (family is None or not family.is_passing(error)):
+            raise
+        if is_lost:
+            connection.close()
+            endpoint_of(connection).suspect = True
+        is_silent = isinstance(error, Silent)
+        return _again(pool, execute, (sql, params, many), context, error, is_lost and not is_silent)
+    if is_replica:
+        _note(pool, connection.alias)
+    elif pool.is_monotonic:
+        _note(pool, pool.primary)
+    return result
+
+
+def _note(pool: Pool, alias: str) -> None:
+    if not (pool.is_monotonic or conf.spread_by_query):
+        return
+    scope = entered_scope()
+    facts = None if scope is None else scope.get(pool.key)
+    if facts is not None and not asking.get():
+        if conf.spread_by_query:
+            facts.replica = None
+        pool.note_served(facts, alias)
+
+
+def _may_move(connection: BaseDatabaseWrapper) -> bool:
+    """Return whether a statement of this connection may run on another one."""
+    return not (
+        connection.in_atomic_block or not connection.autocommit or asking.get() or is_direct()
+    )
+
+
+def _again(
+    pool: Pool,
+    execute: Callable[..., Any],
+    call: tuple[Any, Any, bool],
+    context: dict[str, Any],
+    why: object,
+    same_first: bool = False,
+) -> Any:
+    cursor, connection = context["cursor"], context["connection"]
+    chunked = getattr(cursor.cursor, "name", None) is not None
+    failed = alias_of(cursor)
+
+    def attempt(other: BaseDatabaseWrapper) -> Any:
+        fresh = other.chunked_cursor() if chunked else other.cursor()
+        # The caller goes on to fetch from here. A write that is meant for the replica is refused,
+        # wherever its cursor leads to.
+        cursor.cursor, cursor.db = fresh.cursor, fresh.db
+        if other.alias != failed != pool.primary:
+            cursor.pinning_alias = failed
+        if why == reasons.LOCK:
+            # It locks there, so the scope stays there.
+            cursor.__dict__.pop("pinning_alias", None)
+            return fresh.execute(call[0], call[1])
+        return execute(*call, context)
+
+    return serve_elsewhere(pool, connection, attempt, why, same_first)
+
+
+def serve_elsewhere(
+    pool: Pool,
+    failed: BaseDatabaseWrapper,
+    attempt: Callable[[BaseDatabaseWrapper], Any],
+    why: object,
+    same_first: bool = False,
+) -> Any:
+    """
+    Return what ``attempt`` returns on the first node of the pool that may serve this scope in
+    place of the failed one. ``why``: the error that it failed with, or a reason.
+
+    Raises the last node's error; ``OperationalError`` where no node is the same but for the node.
+    """
+    scope = entered_scope()
+    error: Exception | None = why if isinstance(why, Exception) else None
+    for alias in _candidates(pool, failed.alias, why, same_first):
+        if alias != failed.alias and not same_session(failed.alias, alias):
+            continue
+        other = connections[alias]
+        # One that was lost while nobody looked is tried once more, on a new connection.
+        for was_open in (other.connection is not None, False):
+            try:
+                with one_node():
+                    other.close_if_health_check_failed()
+                    other.ensure_connection()
+                    if alias != pool.primary and pool.refusal(other, scope):
+                        break
+                    result = attempt(other)
+            except FAILURES as next_error:
+                error = next_error
+                if other.in_atomic_block or not _is_lost(other, next_error):
+                    break
+                other.close()
+                is_silent = isinstance(next_error, Silent)
+                if was_open and not is_silent:
+                    endpoint_of(other).suspect = True
+                    continue
+                reason = "silent" if is_silent else "connect"
+                registry.fail(endpoint_of(other), reason, conf.retry_after, next_error)
+                break
+            _tell(pool, scope, failed.alias, alias, why)
+            return result
+    raise error or OperationalError(
+        f"{failed.alias} can't serve this read ({why}), and no other database of its pool has the "
+        "same user, name and options."
+    )
+
+
+def _candidates(pool: Pool, failed: str, why: object, same_first: bool) -> Iterator[str]:
+    """Yield the nodes that may serve instead, each once, and the primary last."""
+    if why in _PRIMARY_ONLY:
+        yield pool.primary
+        return
+    if same_first:
+        yield failed
+    if failed == pool.primary:
+        yield from pool.by_freshness()
+        return
+    block = open_blocks() and override(open_blocks(), pool.primary)
+    max_lag = block.max_lag if block else None
+    for alias in pool.rotation.order():
+        if alias != failed:
+            lag = pool.lag(alias) if max_lag is not None else 0.0
+            if max_lag is None or (lag is not None and lag <= max_lag):
+                yield alias
+    yield pool.primary
+
+
+def same_session(one: str, other: str) -> bool:
+    """Return whether nothing but the node changes between two aliases, as far as SQL can see."""
+    first, second = connections.settings[one], connections.settings[other]
+    if any(first[part] != second[part] for part in _SETTINGS):
+        return False
+    return _visible(first["OPTIONS"]) == _visible(second["OPTIONS"])
+
+
+def _visible(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if not _TRANSPORT.fullmatch(name)}
+
+
+def _pool_of(alias: str) -> Pool | None:
+    known = pools()
+    pool = known.by_replica.get(alias)
+    if pool is None and (conf.primary_down == "stale" or conf.monotonic_reads):
+        return known.by_primary.get(alias)
+    return pool
+
+
+def _has_written(pool: Pool, scope: Scope | None) -> bool:
+    """Return whether this scope reads no replica by any way, since it has written."""
+    facts = None if scope is None else scope.get(pool.key)
+    if scope is None or facts is None or not pool.has_written(scope, facts):
+        return False
+    block = open_blocks()
+    found = None if block is None else override(block, pool.primary)
+    return found is None or found.kind is not BlockKind.REPLICA
+
+
+def _is_lost(connection: BaseDatabaseWrapper, error: Exception) -> bool:
+    if isinstance(error, Silent) or connection.connection is None:
+        return True
+    family = family_of(connection)
+    if family is not None and family.is_lost(error):
+        return True
+    with one_node():
+        return not connection.is_usable()
+
+
+def _tell(pool: Pool, scope: Scope | None, failed: str, alias: str, why: object) -> None:
+    """Say who served instead, and let the rest of the scope go there at once."""
+    if why in (*_PRIMARY_ONLY, reasons.BEHIND):
+        logger.debug("A read of %s went to %s: %s", failed, alias, why)
+    else:
+        logger.warning(
+            "A read of %s went to %s: %s",
+            failed,
+            alias,
+            why,
+            extra={"failed": failed, "served": alias, "pool": pool.primary},
+        )
+        read_rerun.send_robust(pool.primary, failed=failed, served=alias, error=why)
+        if failed == pool.primary != alias:
+            primary_fallback.send_robust(pool.primary, served=alias, reason=reasons.PRIMARY_DOWN)
+        elif alias == pool.primary != failed:
+            primary_fallback.send_robust(pool.primary, served=alias, reason=reasons.NO_REPLICA)
+    facts = None if scope is None else scope.get(pool.key)
+    if facts is None or alias == failed:
+        return
+    if failed in pool.out or why == reasons.BEHIND:
+        facts.leave(failed)
+    _note(pool, alias)
+
+
+# Wiring
+
+
+def _watch(*, connection: BaseDatabaseWrapper, **kwargs: Any) -> None:
+    if rerun not in connection.execute_wrappers:
+        connection.execute_wrappers.insert(0, rerun)
+    if family_of(connection) is not None and connection.alias in pools().aliases:
+        link_of(connection)
+
+
+def install() -> None:
+    """Let every connection fail over from now on. Calling it again changes nothing."""
+    connection_created.connect(_watch, dispatch_uid="pinning_middleware.failover")
+    create = connections.create_connection
+    if getattr(create, "_pinning", False):
+        return
+
+    def create_connection(alias: str) -> BaseDatabaseWrapper:
+        return _prepare(create(alias))
+
+    create_connection._pinning = True  # type: ignore[attr-defined]
+    # The signal comes when a connection is there; what can't be reached never sends it.
+    connections.create_connection = create_connection  # type: ignore[method-assign]
+    for connection in connections.all(initialized_only=True):
+        _prepare(connection)
+
+
+def _prepare(connection: BaseDatabaseWrapper) -> BaseDatabaseWrapper:
+    if family_of(connection) is None:
+        return connection
+    made: Any = connection
+    made._cursor = functools.partial(open_cursor, connection, made._cursor)
+    made.connect = functools.partial(_connect, connection, made.connect)
+    bound(connection)
+    return connection
+
+
+def _connect(connection: BaseDatabaseWrapper, connect: Callable[[], None]) -> None:
+    connect()
+    # What the receivers of `connection_created` did to the session belongs to every one of them.
+    raw = connection.connection
+    kept = connection.__dict__.get("_pinning_link")
+    if kept is not None and kept[0] is raw and not kept[1].was_used:
+        kept[1].is_altered, kept[1].was_used = False, True

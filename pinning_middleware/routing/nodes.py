@@ -1,0 +1,300 @@
+"""
+The servers of one pool, as far as they are known: who has a position, how far each lags, who is in
+the rotation and who is out.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Final
+
+from django.db import DatabaseError, InterfaceError, connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from pinning_middleware.conf import PoolSpec, conf
+from pinning_middleware.pins import Position
+from pinning_middleware.servers import prober
+from pinning_middleware.servers.positions import family_of
+from pinning_middleware.servers.questions import FAILURES, Seen, link_of, look
+from pinning_middleware.servers.server import Endpoint, Server, registry
+
+from .mirrors import Mirrors
+from .rotation import Rotation
+
+__all__ = ["Nodes"]
+
+logger = logging.getLogger("pinning_middleware")
+
+# Seconds: how long a first `max_lag` waits for an answer; by how much a retry may be late before a
+# request tries itself.
+FIRST_LAG: Final = 0.25
+OVERDUE: Final = 2.0
+
+
+class Nodes:
+    """One primary and its replicas, and what is known of the servers that they lead to."""
+
+    # Whether it is a pool of the settings, and not of the older interface alone.
+    is_shared = True
+
+    def __init__(self, spec: PoolSpec) -> None:
+        self.key = spec.key
+        self.primary = spec.primary
+        self.rotation = Rotation(spec.weights)
+        self.replicas = tuple(spec.weights)
+        self.family = family_of(connections[spec.primary])
+        self.endpoint = registry.endpoint(spec.primary)
+        self.endpoints = {alias: registry.endpoint(alias, spec.primary) for alias in self.replicas}
+        # The aliases out of the rotation; replaced as a whole.
+        self.out: frozenset[str] = frozenset()
+        self.is_mirror = Mirrors(spec.primary)
+        self._sample_at = 0.0
+        self._stand_in: tuple[float, str | None] = (0.0, None)
+        registry.listeners.append(self._recount)
+
+    def __contains__(self, alias: str | None) -> bool:
+        """Return whether an instance of this database is of the pool; a new one may be."""
+        return alias is None or alias == self.primary or alias in self.endpoints
+
+    @property
+    def tells_positions(self) -> bool:
+        """Whether this pool's database may say where it is."""
+        return self.family is not None and bool(self.family.ways(conf.positions))
+
+    # Who has what
+
+    def has(self, alias: str, wanted: Position) -> bool | None:
+        """Return whether a read of this thread would meet the position; ``None``: not known."""
+        endpoint = self.endpoints.get(alias)
+        if endpoint is None:
+            return alias == self.primary
+        if endpoint.balances or endpoint.out:
+            return False
+        connection = connections[alias]
+        servers: Iterable[Server]
+        if connection.connection is not None:
+            server = link_of(connection).server
+            if server is None:
+                return None
+            servers = (server,)
+        else:
+            servers = endpoint.current
+            if not servers:
+                return None
+        return all(self._reached(server, wanted) for server in servers) or None
+
+    def _reached(self, server: Server, wanted: Position) -> bool:
+        if server.out or self.family is None:
+            return False
+        if server is self.endpoint.server and not server.is_replica:
+            return True
+        return self.family.reached(wanted, server.position)
+
+    def holder(self, wanted: Position, ask: bool) -> str | None:
+        """Return a replica that has a position; where none is known to, ask each in turn."""
+        order = self.rotation.order()
+        for alias in order:
+            if self.has(alias, wanted):
+                return alias
+        if ask:
+            for alias in order:
+                if self.asked_has(alias, wanted):
+                    return alias
+        return None
+
+    def asked_has(self, alias: str, wanted: Position) -> bool:
+        """Ask a replica whether it has a position, on the connection that a read would use."""
+        endpoint = self.endpoints[alias]
+        known = endpoint.server
+        if endpoint.balances or endpoint.out or (known is not None and known.tells is False):
+            return False
+        if known is not None and known.hidden:
+            # Its own answer would name no timeline.
+            prober.date(alias, self.primary, self.judge)
+            return False
+        try:
+            seen = self.look_at(connections[alias])
+        except FAILURES:
+            return False
+        if seen is None:
+            return False
+        if seen.server.hidden:
+            prober.date(alias, self.primary, self.judge)
+        return not endpoint.balances and self._reached(seen.server, wanted)
+
+    def look_at(self, connection: BaseDatabaseWrapper) -> Seen | None:
+        """Ask the server of a connection, and judge it. Raises what ``look`` raises."""
+        seen = look(connection)
+        if seen is not None:
+            self.judge(registry.endpoint(connection.alias, self.primary), seen.server)
+        return seen
+
+    def judge(self, endpoint: Endpoint, server: Server) -> None:
+        """Take a server out that is of no use to this pool, or back."""
+        reason = "" if endpoint is self.endpoint else self._fault(server)
+        if reason != server.out:
+            pause = prober.SAMPLE_EVERY if reason in ("behind", "lag") else conf.retry_after
+            registry.mark(server, reason, pause)
+        elif not reason:
+            registry.succeed(endpoint)
+
+    def _fault(self, server: Server) -> str:
+        if server.tells is False or self.family is None:
+            return ""
+        if server.is_replica is False and self._is_promoted(server):
+            return "role"
+        if server.floor:
+            has = self.family.reached(server.floor, server.position)
+            if has or server.claims(server.floor) or server.position.keys() - server.floor.keys():
+                server.floor = {}
+            else:
+                return "behind"
+        if conf.max_lag is not None and (server.lag or 0.0) > conf.max_lag:
+            return "lag"
+        return ""
+
+    def _is_promoted(self, server: Server) -> bool:
+        """Return whether this is a server of our primary's kind that goes its own way."""
+        primary = self.endpoint.server
+        if primary is None:
+            prober.sample(self.primary, (), self.judge)
+            written = registry.written(server.system) or {}
+            return not written or server.position.keys() != written.keys()
+        return primary is not server and primary.system == server.system
+
+    def wait_for(self, wanted: Position, seconds: float) -> str | None:
+        """Wait until a replica has a position, at most so many seconds; return its alias."""
+        order = self.rotation.order()
+
+        def over() -> str | None:
+            return next((alias for alias in order if self._known_has(alias, wanted)), None)
+
+        found: str | None = prober.wait_for(order, self.primary, self.judge, seconds, over)
+        return found
+
+    def _known_has(self, alias: str, wanted: Position) -> bool:
+        servers = self.endpoints[alias].current
+        return bool(servers) and all(self._reached(server, wanted) for server in servers)
+
+    def sample(self) -> None:
+        """Have lag measured for the next while."""
+        now = time.monotonic()
+        if now >= self._sample_at and self.tells_positions:
+            self._sample_at = now + prober.SAMPLE_EVERY
+            prober.sample(self.primary, self.replicas, self.judge)
+
+    def within(self, max_lag: float, preferred: str | None) -> str | None:
+        """Return a replica that lags no more than this, the preferred one first."""
+        order = self.rotation.order()
+        if preferred in order:
+            order = (preferred, *order)
+        if any(self.is_mirror(alias) for alias in order):
+            return self.primary
+        if not self.tells_positions:
+            return None
+        self.sample()
+        if all(self.lag(alias) is None for alias in order):
+            prober.wait_for(
+                order,
+                self.primary,
+                self.judge,
+                FIRST_LAG,
+                lambda: any(self.lag(alias) is not None for alias in order),
+            )
+        for alias in order:
+            if (lag := self.lag(alias)) is not None and lag <= max_lag:
+                return alias
+        return None
+
+    def lag(self, alias: str) -> float | None:
+        """Return for how many seconds what an alias leads to has been behind, ``None``: unknown."""
+        endpoint = self.endpoints[alias]
+        if endpoint.out not in ("", "lag"):
+            return None
+        lags = [server.lag for server in endpoint.current]
+        return None if not lags or None in lags else max(lag for lag in lags if lag is not None)
+
+    # While the primary is down
+
+    @property
+    def is_headless(self) -> bool:
+        """Whether a replica is to stand in for a primary that can't be reached."""
+        return bool(self.endpoint.out) and conf.primary_down == "stale"
+
+    def stand_in(self) -> str | None:
+        """Return the freshest replica, found out once a second."""
+        now = time.monotonic()
+        until, alias = self._stand_in
+        if now >= until or alias in self.out:
+            alias = next(iter(self.by_freshness()), None)
+            self._stand_in = now + prober.SAMPLE_EVERY, alias
+        return alias
+
+    def by_freshness(self) -> list[str]:
+        """Ask the replicas that can be reached how far they are; return the freshest first."""
+        usable = [e for e in self.endpoints.values() if e.out in ("", "lag")]
+        for endpoint in usable:
+            with suppress(DatabaseError, InterfaceError):
+                self.look_at(connections[endpoint.alias])
+        usable = [e for e in usable if e.out in ("", "lag")]
+        return [e.alias for e in sorted(usable, key=_replayed, reverse=True)]
+
+    # Turns
+
+    def turn(self) -> str | None:
+        """Return the replica whose turn it is, ``None`` where none is usable."""
+        if conf.max_lag is not None:
+            self.sample()
+        alias = self.rotation.turn()
+        return self._turn_without_some(alias) if self.out else alias
+
+    def _turn_without_some(self, alias: str | None) -> str | None:
+        now = time.monotonic()
+        for name in self.out:
+            endpoint = self.endpoints[name]
+            if endpoint.retry_at + OVERDUE < now and self.rotation.weights[name]:
+                # Nobody looks after it: threads do not run here. Let a read try it.
+                endpoint.suspect = True
+                registry.succeed(endpoint)
+                return name
+        if alias is None:
+            # All of them lag: whoever has no pin has no claim to a fresh state, and the primary
+            # would not stand the reads of all replicas.
+            lagging = [e for e in self.endpoints.values() if e.out == "lag"]
+            alias = min(lagging, key=_lag_of).alias if lagging else None
+        return alias
+
+    def position_now(self) -> Position | None:
+        """
+        Return a position that includes what this thread has committed, ``None`` where that can't
+        be told: then the window serves.
+        """
+        connection = connections[self.primary]
+        if not self.tells_positions or (connection.connection is None and self.endpoint.out):
+            return None
+        try:
+            seen = self.look_at(connection)
+        except (DatabaseError, InterfaceError) as error:
+            logger.warning("The position of %s can't be read: %s", self.primary, error)
+            return None
+        return None if seen is None or seen.report is None else seen.report.written
+
+    def _recount(self, endpoint: Endpoint) -> None:
+        if endpoint.alias in self.endpoints:
+            self.out = frozenset(e.alias for e in self.endpoints.values() if e.out)
+            self.rotation.leave_out(self.out)
+        elif endpoint is not self.endpoint:
+            return
+        if endpoint.out:
+            prober.tend(endpoint.alias, self.primary, self.judge)
+
+
+def _lag_of(endpoint: Endpoint) -> float:
+    return max((server.lag or 0.0 for server in endpoint.current), default=0.0)
+
+
+def _replayed(endpoint: Endpoint) -> int:
+    return max((server.farthest for server in endpoint.current), default=0)

@@ -1,0 +1,46 @@
+"""
+Why a read went where it went: one word for each decision. The decider gives it; signals, logs,
+metrics and test tools hand it on unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+TURN: Final = "turn"  # a replica, by turns
+WROTE: Final = "wrote"  # the scope has written to the pool
+PINNED: Final = "pinned"  # an earlier scope has, and only time will tell
+POSITION: Final = "position"  # a replica that has replayed what the pin asks for
+BEHIND: Final = "behind"  # no replica is known to have replayed it
+TRANSACTION: Final = "transaction"  # the code has opened one on the primary
+LOCK: Final = "lock"  # a locking read holds the rest of the scope there
+METHOD: Final = "method"  # the request is of one of PINNING_PRIMARY_METHODS
+BY_HAND: Final = "by_hand"  # pin_this_request()
+USE_PRIMARY: Final = "use_primary"
+USE_REPLICA: Final = "use_replica"
+NO_REPLICA: Final = "no_replica"  # none is configured, or none is usable
+NOT_OFFLOADED: Final = "not_offloaded"  # PINNING_OFFLOAD or PINNING_OFFLOAD_OUTSIDE
+MODEL: Final = "model"  # PINNING_PRIMARY_MODELS
+DISABLED: Final = "disabled"  # PINNING_ENABLED = False
+FAILOVER: Final = "failover"  # the server that was meant would not do
+PRIMARY_DOWN: Final = "primary_down"  # a replica stands in for the primary
+
+ALL: Final = (
+    TURN,
+    WROTE,
+    PINNED,
+    POSITION,
+    BEHIND,
+    TRANSACTION,
+    LOCK,
+    METHOD,
+    BY_HAND,
+    USE_PRIMARY,
+    USE_REPLICA,
+    NO_REPLICA,
+    NOT_OFFLOADED,
+    MODEL,
+    DISABLED,
+    FAILOVER,
+    PRIMARY_DOWN,
+)

@@ -1,0 +1,302 @@
+"""
+What one scope did and came with, for each pool: facts, no I/O, no settings.
+
+A scope lives in a context variable that holds one mutable object. A child task and a thread of
+``sync_to_async`` copy the context and so share the object: what a child writes, its parent knows.
+Another request has another object.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from pinning_middleware.pins import SEEN, Pin, Pins, Position, merge_pins, merge_positions
+
+__all__ = ["Facts", "Scope", "Write", "current_scope", "enter", "entered_scope"]
+
+_NONE: Pins = MappingProxyType({})
+
+
+class Write:
+    """A scope's latest write on one connection, and when it ended (seconds since the epoch)."""
+
+    __slots__ = ("_block", "_connection", "_ended")
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        # The outermost transaction that it is part of: it ends with that.
+        self._block = connection.atomic_blocks[0] if connection.atomic_blocks else None
+        self._ended = 0.0
+
+    def end(self) -> None:
+        """Note that the statement is over."""
+        self._ended = time.time()
+
+    def ended(self, now: float) -> float:
+        """Return when it ended, 0.0: it has not, or its transaction may still be open."""
+        if not self._ended:
+            return 0.0
+        connection, block = self._connection, self._block
+        if block is not None:
+            blocks = connection.atomic_blocks
+            if blocks and blocks[0] is block:
+                return 0.0
+            # Seen only now, so not before now, as far as anybody may rely on it.
+            self._block, self._ended = None, now
+        elif not connection.autocommit and connection.connection is not None:
+            return 0.0
+        return self._ended
+
+
+class Facts:
+    """What one scope knows of one pool."""
+
+    # The replica that the scope reads from, and since when (monotonic clock).
+    replica: str | None = None
+    turned = 0.0
+    # The alias that serves until something changes, so that most reads decide nothing; and why.
+    answer: str | None = None
+    reason = ""
+    # The fallback that was said last.
+    said = ""
+    # When replicas were asked in vain for the carried pin (monotonic clock, 0.0: never).
+    looked = 0.0
+    # When it was pinned by hand, 0.0: never; until when for as long as was said.
+    by_hand = held = 0.0
+    # A locking read holds the rest of the scope on the primary, without a pin.
+    is_locked = False
+    # The pin that it came with was ended by hand: stores forget that very pin.
+    is_unpinned = False
+    # How often it did what follows this scope may have to know of.
+    changes = 0
+    # What it left behind last, and how many changes that knows of.
+    left: tuple[int, Pin] | None = None
+    # The aliases that it read from, kept only where a read moves the client's position.
+    served: list[str] | None = None
+
+    def __init__(self, key: str, carried: Pin | None, seen: Pin | None) -> None:
+        # The primary's alias, with which the key of every pool begins.
+        self.primary = key.partition("\0")[0]
+        # The pins of earlier scopes: of what the client wrote, and of what it has seen.
+        self.carried, self.seen = carried, seen
+        # The scope's own writes, the latest of each connection.
+        self.writes: dict[int, Write] = {}
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether this scope pinned the pool, by a write or by hand."""
+        return bool(self.writes or self.by_hand or self.held)
+
+    def note_write(self, connection: Any) -> Write:
+        """Note that a write begins; ``end()`` of what is returned says that it is over."""
+        write = self.writes[id(connection)] = Write(connection)
+        self.changes += 1
+        self.answer = None
+        return write
+
+    def note_lock(self) -> None:
+        self.is_locked = True
+        self.answer = None
+
+    def pin(self, seconds: float | None) -> None:
+        """
+        Pin by hand, for so many seconds that no position ends, or for the window. For none at all
+        it is the rest of the scope, without a pin.
+        """
+        now = time.time()
+        if seconds is None:
+            self.by_hand = now
+        elif seconds:
+            self.held = max(self.held, now + seconds)
+        else:
+            self.is_locked = True
+        self.changes += 1
+        self.answer = None
+
+    def unpin(self) -> None:
+        if self.is_pinned or self.carried is not None or self.seen is not None:
+            self.changes += 1
+            self.is_unpinned = True
+        self.carried = self.seen = self.left = None
+        self.is_locked = False
+        self.settle()
+
+    def settle(self) -> None:
+        """Forget what this scope did itself: it is over."""
+        self.writes = {}
+        self.by_hand = self.held = 0.0
+        self.answer = None
+
+    def take_over(self, other: Facts) -> None:
+        """Let this scope have done what one inside it did."""
+        self.writes.update(other.writes)
+        self.by_hand = max(self.by_hand, other.by_hand)
+        self.held = max(self.held, other.held)
+        self.changes += other.changes
+        if other.carried is not None:
+            self.carry(other.carried, other.seen)
+        self.answer = None
+
+    def carry(self, pin: Pin | None, seen: Pin | None) -> None:
+        """Take on pins of earlier scopes, beside those that are already carried."""
+        for name, new in (("carried", pin), ("seen", seen)):
+            if new is not None:
+                known = getattr(self, name)
+                setattr(self, name, new if known is None else known.merge(new))
+        self.answer = None
+        self.looked = 0.0
+
+    def wanted(self, now: float) -> tuple[bool, Position | None]:
+        """
+        Return what the pins of earlier scopes ask for: whether only the primary will do, and the
+        position that any other server must have, ``None``: none.
+        """
+        position: Position | None = None
+        for name in ("carried", "seen"):
+            pin: Pin | None = getattr(self, name)
+            if pin is None:
+                continue
+            if pin.until <= now:
+                setattr(self, name, None)
+            elif pin.held_until > now:
+                return True, None
+            else:
+                position = merge_positions(position, pin.position)
+        return False, position
+
+    def wrote_until(self, window: float, now: float) -> float:
+        """Return until when what this scope did itself holds it on the primary."""
+        until = max(self.by_hand + window if self.by_hand else 0.0, self.held)
+        for write in self.writes.values():
+            until = max(until, (write.ended(now) or now) + window)
+        return until
+
+    def leave(self, replica: str) -> None:
+        """Choose another replica for the rest of the scope."""
+        if self.replica == replica:
+            self.replica = None
+        if self.answer == replica:
+            self.answer = None
+
+
+class Scope(dict[str, Facts]):
+    """
+    One unit of work: what it knows of each pool, by the pool's key, made at the first use.
+
+    ``is_lasting``: it has no end of its own (a shell, a thread that nobody gave a scope).
+    """
+
+    # What every scope sets or every decision reads has a slot; the rest are defaults of the class.
+    __slots__ = (
+        "__dict__",
+        "carried",
+        "ended",
+        "from_primary",
+        "is_lasting",
+        "lifted",
+        "outer",
+    )
+
+    # The primaries around which Django opened a transaction for the view that runs now.
+    view_transactions: frozenset[str] = frozenset()
+    # Keys of a cache that are to be pinned when it ends, each with the primaries concerned.
+    pinned_keys: Mapping[tuple[str, str | None], None] = MappingProxyType({})
+    # Seconds to wait for a replica to catch up, None: as the settings say.
+    wait: float | None = None
+    # Whether it may read replicas at all, None: as the settings say; and who says so, asked once.
+    offloads: bool | None = None
+    ask_offload: Callable[[], bool] | None = None
+    # Saves what was written after the scope had ended, given the request that it was of.
+    saver: ClassVar[Callable[[Scope, Any], None] | None] = None
+
+    def __init__(
+        self,
+        carried: Pins = _NONE,
+        from_primary: bool = False,
+        is_lasting: bool = False,
+        outer: Scope | None = None,
+    ) -> None:
+        # The pins that it came with.
+        self.carried = carried
+        # Whether its method is one that reads from the primary.
+        self.from_primary = from_primary
+        self.is_lasting = is_lasting
+        # From here on it reads as if its view were decorated with `offload`.
+        self.lifted = False
+        # The scope that it was opened in, whose knowledge it shares.
+        self.outer = outer
+        # The request that it was of, once that is over.
+        self.ended: Any = None
+
+    def __bool__(self) -> bool:
+        # One that knows of no pool yet is a scope all the same.
+        return True
+
+    def __missing__(self, key: str) -> Facts:
+        if self.carried:
+            primary = key.partition("\0")[0]
+            facts = Facts(key, self.carried.get(primary), self.carried.get(SEEN + primary))
+        else:
+            facts = Facts(key, None, None)
+        if self.outer is not None:
+            around = self.outer[key]
+            facts.writes.update(around.writes)
+            facts.by_hand, facts.held = around.by_hand, around.held
+            facts.is_locked = around.is_locked
+            facts.carry(around.carried, around.seen)
+        # Another thread of this scope may have been faster.
+        return self.setdefault(key, facts)
+
+    def carry(self, pins: Pins) -> None:
+        """Take on pins of earlier scopes, beside those that are already carried."""
+        if not pins:
+            return
+        self.carried = merge_pins(self.carried, pins)
+        for facts in self.values():
+            facts.carry(pins.get(facts.primary), pins.get(SEEN + facts.primary))
+
+    def tell_outer(self) -> None:
+        """Let the scope around this one know what this one did."""
+        if self.outer is not None:
+            for key, facts in self.items():
+                if facts.changes:
+                    self.outer[key].take_over(facts)
+
+    def end(self, request: Any) -> None:
+        """Let what outlives a request be no part of its method."""
+        self.ended = request
+        if self.from_primary:
+            self.from_primary = False
+            self.forget_answers()
+
+    def save_late(self) -> None:
+        """Save what a child task or a thread wrote after this had ended, where somebody can."""
+        save = type(self).saver
+        if save is not None:
+            save(self, self.ended)
+
+    def forget_answers(self) -> None:
+        """Decide anew: a rule that counts for the whole scope has changed."""
+        for facts in self.values():
+            facts.answer = None
+
+
+_scope: ContextVar[Scope | None] = ContextVar("pinning_scope", default=None)
+
+entered_scope = _scope.get
+# Enter a scope by `enter(scope)` and leave it by `enter(what was entered before)`: `reset(token)`
+# raises where a scope is left in another context than it was entered in.
+enter = _scope.set
+
+
+def current_scope() -> Scope:
+    """Return the scope of this unit of work; outside any, a lasting one of this context."""
+    scope = _scope.get()
+    if scope is None:
+        scope = Scope(is_lasting=True)
+        _scope.set(scope)
+    return scope

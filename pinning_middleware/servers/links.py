@@ -1,0 +1,60 @@
+"""
+Which server a connection leads to. It is known of the driver's connection, a pooled one too, and
+asked once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .server import Endpoint, Server
+
+__all__ = ["Link"]
+
+
+class Link:
+    """What is known of one connection of a driver."""
+
+    __slots__ = (
+        "_hot_standby",
+        "_was_standby",
+        "alias",
+        "deadline",
+        "endpoint",
+        "is_altered",
+        "is_pooled",
+        "is_replica",
+        "is_watched",
+        "server",
+        "was_used",
+    )
+
+    def __init__(self, endpoint: Endpoint, is_replica: bool, raw: Any = None) -> None:
+        self.alias = endpoint.alias
+        self.endpoint = endpoint
+        self.is_replica = is_replica
+        # The server at its other end, None: not asked yet.
+        self.server: Server | None = None
+        # The site has changed its session, so that another one is not the same.
+        self.is_altered = False
+        # Whether the site has had it.
+        self.was_used = False
+        # A pooler stands between, which may hand out another server at any time.
+        self.is_pooled = False
+        # When a question of ours has to be answered, 0.0: none is asked.
+        self.deadline = 0.0
+        # Whether the driver lets its waiting be watched.
+        self.is_watched = False
+        # PostgreSQL 14 and later report a promotion by themselves, with their next message.
+        pgconn = getattr(raw, "pgconn", None)
+        self._hot_standby = getattr(pgconn, "parameter_status", None)
+        self._was_standby = True
+
+    def has_left_recovery(self) -> bool:
+        """Return whether the server is news as one that is no standby; asks nobody."""
+        if self._hot_standby is None:
+            return False
+        is_standby = self._hot_standby(b"in_hot_standby") != b"off"
+        is_news = self._was_standby and not is_standby
+        self._was_standby = is_standby
+        return is_news

@@ -1,0 +1,312 @@
+"""
+Who looks at servers that no request should have to wait for: those that are out, how far each
+lags, what a waiting scope needs, what a role without rights is not told.
+
+One lazy daemon thread for each alias that needs looking at, with a connection of its own, so that a
+silent node holds up nobody else's; it ends, and so does its connection, when nothing has needed it
+for a while. Where threads do not run, nobody waits for one longer than they said, and a replica
+whose retry is overdue is simply tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from django.db import DatabaseError, InterfaceError, connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.utils import load_backend
+
+from pinning_middleware.conf import conf, on_change
+
+from .questions import look
+from .server import HURRY, Endpoint, Server, registry
+
+__all__ = ["Judge", "date", "sample", "stop", "tend", "wait_for"]
+
+logger = logging.getLogger("pinning_middleware.servers")
+
+# Seconds: between two samples, after which nobody needs a watcher, and for which one is needed.
+SAMPLE_EVERY = 1.0
+IDLE = 5.0
+NEEDED = 10.0
+# Pauses between two questions while somebody waits.
+FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.02
+# Seconds at most that a dating takes until a replica has what its primary had.
+DATING = 0.05
+
+# Decides what an answer means for a pool: called with the endpoint and who answered.
+Judge = Callable[[Endpoint, Server], None]
+
+
+class Watcher:
+    """Looks at what one alias leads to, as long as there is a reason."""
+
+    def __init__(self, alias: str, primary: str, judge: Judge) -> None:
+        self.alias, self.primary, self.judge = alias, primary, judge
+        self.changed = threading.Condition()
+        self.looks = 0
+        self._waiting = 0
+        self._sampling_until = 0.0
+        self._looked = 0.0
+        self._dating = False
+        self._busy_until = time.monotonic() + IDLE
+        self._connections: dict[str, BaseDatabaseWrapper] = {}
+        self.is_over = False
+        self.thread = threading.Thread(
+            target=self._run, name=f"pinning-watcher-{alias}", daemon=True
+        )
+
+    # What others ask of it, from their threads
+
+    def need(self, sampling: bool = False, dating: bool = False) -> None:
+        with self.changed:
+            now = time.monotonic()
+            self._busy_until = now + IDLE
+            if sampling:
+                self._sampling_until = now + NEEDED
+            self._dating = self._dating or dating
+            self.changed.notify_all()
+
+    def waiting(self, by: int) -> None:
+        with self.changed:
+            self._waiting += by
+            self._busy_until = time.monotonic() + IDLE
+            self.changed.notify_all()
+
+    def end(self) -> None:
+        with self.changed:
+            self.is_over = True
+            self.changed.notify_all()
+
+    # Its own thread
+
+    def _run(self) -> None:
+        pause = FIRST_PAUSE
+        try:
+            while (due := self._wait_until_due(pause)) is not None:
+                if due == "date":
+                    self._date()
+                else:
+                    self._look()
+                pause = min(pause * 2, LONGEST_PAUSE) if self._waiting else FIRST_PAUSE
+        except Exception:
+            logger.exception("Nobody looks at %s any more.", self.alias)
+        finally:
+            self.end()
+            self._disconnect()
+
+    def _wait_until_due(self, pause: float) -> str | None:
+        """Return what to do next, when it is time; ``None``: nothing any more."""
+        with self.changed:
+            while not self.is_over:
+                now = time.monotonic()
+                if self._dating:
+                    self._dating = False
+                    return "date"
+                at = self._next(now, pause)
+                if at is None:
+                    if now >= self._busy_until:
+                        # Under the lock, so that nobody gives work to one that is leaving.
+                        self.is_over = True
+                        return None
+                    at = self._busy_until
+                elif at <= now:
+                    return "look"
+                self.changed.wait(at - now)
+        return None
+
+    def _next(self, now: float, pause: float) -> float | None:
+        times = []
+        if self._waiting:
+            times.append(self._looked + pause)
+        if now < self._sampling_until:
+            times.append(self._looked + SAMPLE_EVERY)
+        endpoint = registry.endpoint(self.alias, self.primary)
+        if endpoint.out:
+            times.append(endpoint.retry_at)
+            self._busy_until = now + IDLE
+        return min(times) if times else None
+
+    def _look(self) -> None:
+        endpoint = registry.endpoint(self.alias, self.primary)
+        server = self._ask(self.alias)
+        self._looked = time.monotonic()
+        if server is not None:
+            self._measure(server)
+            self.judge(endpoint, server)
+        if endpoint.out and endpoint.retry_at <= self._looked:
+            registry.retry(endpoint, _pause_of(endpoint))
+        with self.changed:
+            self.looks += 1
+            self.changed.notify_all()
+
+    def _measure(self, server: Server) -> None:
+        """Note for how long a replica has been behind: the age of what it has reached."""
+        samples = registry.samples(server.system)
+        if not samples or not server.is_replica:
+            server.lag = None if not samples else 0.0
+            return
+        newest = samples[0][0]
+        from .positions import family_of
+
+        family = family_of(connections[self.primary])
+        for at, position in samples:
+            if family is not None and family.reached(position, server.position):
+                server.lag = newest - at
+                return
+        server.lag = newest - samples[-1][0]
+
+    def _date(self) -> None:
+        """Ask the primary, the replica until it has what the primary had, and the primary."""
+        before = self._ask(self.primary)
+        if before is not None:
+            until = time.monotonic() + DATING
+            wanted = dict(before.position)
+            while (server := self._ask(self.alias)) is not None and server.hidden:
+                if server.claims(wanted) or time.monotonic() >= until:
+                    self._ask(self.primary)
+                    break
+                time.sleep(FIRST_PAUSE)
+        with self.changed:
+            self.looks += 1
+            self.changed.notify_all()
+
+    def _ask(self, alias: str) -> Server | None:
+        connection = self._connections.get(alias)
+        if connection is None:
+            connection = self._connections[alias] = private(alias)
+        try:
+            seen = look(connection)
+            return None if seen is None else seen.server
+        except (DatabaseError, InterfaceError) as error:
+            logger.debug("%s did not answer its watcher: %s", alias, error)
+            with contextlib.suppress(Exception):
+                connection.close()
+        except RuntimeError as error:
+            # A test that forbids queries.
+            logger.debug("%s may not be asked: %s", alias, error)
+        return None
+
+    def _disconnect(self) -> None:
+        for connection in self._connections.values():
+            with contextlib.suppress(Exception):
+                connection.close()
+
+
+def _pause_of(endpoint: Endpoint) -> float:
+    """Return for how many seconds an endpoint that is out is left alone."""
+    if endpoint.out in ("behind", "lag"):
+        return SAMPLE_EVERY
+    mates = [registry.endpoint(alias) for alias in conf.replicas.get(endpoint.pool, ())]
+    if mates and all(mate.out for mate in mates):
+        return HURRY
+    return SAMPLE_EVERY if endpoint.alias == endpoint.pool else conf.retry_after
+
+
+def private(alias: str) -> BaseDatabaseWrapper:
+    """Return a connection of our own, from no pool, that any thread may use."""
+    settings = connections.settings[alias]
+    options = {name: value for name, value in settings["OPTIONS"].items() if name != "pool"}
+    backend: Any = load_backend(settings["ENGINE"])
+    connection = backend.DatabaseWrapper({**settings, "OPTIONS": options}, alias)
+    connection.inc_thread_sharing()
+    connection.__dict__["_pinning_private"] = True
+    from .connecting import bound
+
+    bound(connection)
+    return connection  # type: ignore[no-any-return]
+
+
+_lock = threading.Lock()
+_watchers: dict[str, Watcher] = {}
+# What a fork left behind: to close it would close the parent's.
+_inherited: list[Any] = []
+
+
+def _watcher(alias: str, primary: str, judge: Judge) -> Watcher:
+    watcher = _watchers.get(alias)
+    if watcher is None or watcher.is_over:
+        with _lock:
+            watcher = _watchers.get(alias)
+            if watcher is None or watcher.is_over:
+                watcher = _watchers[alias] = Watcher(alias, primary, judge)
+                watcher.thread.start()
+    return watcher
+
+
+def tend(alias: str, primary: str, judge: Judge) -> None:
+    """Look at an alias that is out until it serves again."""
+    _watcher(alias, primary, judge).need()
+
+
+def sample(primary: str, aliases: tuple[str, ...], judge: Judge) -> None:
+    """Measure how far these replicas lag, for the next while."""
+    for alias in (primary, *aliases):
+        _watcher(alias, primary, judge).need(sampling=True)
+
+
+def date(alias: str, primary: str, judge: Judge) -> None:
+    """Find out of which timeline a replica's position is that its role may not see."""
+    _watcher(alias, primary, judge).need(dating=True)
+
+
+def wait_for(
+    aliases: tuple[str, ...], primary: str, judge: Judge, seconds: float, over: Callable[[], Any]
+) -> Any:
+    """
+    Have replicas asked again and again until ``over()`` is true, or for so many seconds; return
+    what it returned last. However many wait, each replica is asked once for all.
+    """
+    until = time.monotonic() + seconds
+    watchers = [_watcher(alias, primary, judge) for alias in aliases]
+    if not watchers:
+        return over()
+    for watcher in watchers:
+        watcher.waiting(1)
+    try:
+        first = watchers[0]
+        while not (found := over()) and (left := until - time.monotonic()) > 0:
+            with first.changed:
+                # With others beside it, one is no more than a pause late.
+                first.changed.wait(left if len(watchers) == 1 else min(left, LONGEST_PAUSE))
+        return found
+    finally:
+        for watcher in watchers:
+            watcher.waiting(-1)
+
+
+def stop() -> None:
+    """End all watchers, and wait a little until their connections are closed."""
+    with _lock:
+        ended = list(_watchers.values())
+        _watchers.clear()
+    for watcher in ended:
+        watcher.end()
+    for watcher in ended:
+        if watcher.thread is not threading.current_thread():
+            watcher.thread.join(2)
+
+
+def _forget_after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _inherited.extend(_watchers.values())
+    _watchers.clear()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+@on_change
+def _end() -> None:
+    with _lock:
+        ended = list(_watchers.values())
+        _watchers.clear()
+    for watcher in ended:
+        watcher.end()

@@ -1,0 +1,357 @@
+"""
+What is known of servers, and of the endpoints that lead to them. Pure: times, positions, reasons.
+
+A server is one running process of a database; what it has replayed, whether it replicates and how
+far it lags is known of it alone. An endpoint is what an alias leads to: usually one server, behind
+a balancer or a list of hosts many.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from pinning_middleware.pins import OPTIONAL, Position, merge_positions
+from pinning_middleware.signals import replica_left_out, replica_taken_back
+
+__all__ = ["HURRY", "Endpoint", "Identity", "Report", "Server", "Servers", "Told", "registry"]
+
+logger = logging.getLogger("pinning_middleware.servers")
+
+# Seconds for which an endpoint is taken to lead to a server that nobody has met there since.
+CURRENT_FOR = 60.0
+# Seconds between two tries while nobody else could serve.
+HURRY = 0.25
+# How many answers of a primary are kept to date what replicas say.
+REMEMBERED = 32
+# Of what a primary had written, how many samples are kept, and how many seconds apart at least.
+SAMPLES, SAMPLE_EVERY = 600, 0.5
+
+
+class Identity(NamedTuple):
+    """Which running process this is. A restart makes another one, at the same place."""
+
+    started: str
+    address: str
+    port: int
+
+    @property
+    def place(self) -> tuple[str, int]:
+        return self.address, self.port
+
+
+class Report(NamedTuple):
+    """
+    What a server says of itself: whether it replays another's log (``None``: it does not know),
+    what it has replayed and, of a primary, what it has written. ``hidden``: the role may not see
+    of which timeline that is.
+    """
+
+    is_replica: bool | None
+    replayed: Position
+    written: Position | None = None
+    hidden: bool = False
+
+
+class Told(NamedTuple):
+    """An answer of a primary, and when it was asked and had answered (monotonic clock)."""
+
+    asked: float
+    answered: float
+    written: Position
+
+
+class Server:
+    """One running process of a database, as this process knows it."""
+
+    __slots__ = (
+        "_claims",
+        "_met",
+        "farthest",
+        "floor",
+        "hidden",
+        "identity",
+        "is_discreet",
+        "is_replica",
+        "lag",
+        "out",
+        "position",
+        "since",
+        "system",
+        "tells",
+        "told",
+        "way",
+    )
+
+    def __init__(self, identity: Identity, system: str = "") -> None:
+        self.identity = identity
+        # Which cluster of servers it belongs to, where the database has such a name.
+        self.system = system
+        self.is_replica: bool | None = None
+        # What it has replayed, with the log's name certain. It only grows.
+        self.position: Position = {}
+        # When it was last asked with success, and how far it was, of whatever log.
+        self.told = 0.0
+        self.farthest = 0
+        # What a server at this place had before it; until that is here again this one serves
+        # nobody.
+        self.floor: Position = {}
+        # Why it serves nobody ("silent", "role", "behind", "lag"), empty: it does; since when.
+        self.out = ""
+        self.since = 0.0
+        # Seconds behind the primary, None: not known.
+        self.lag: float | None = None
+        # Whether it can say how far it is, None: not asked yet; by which of the family's ways.
+        self.tells: bool | None = None
+        self.way = 0
+        self.hidden = False
+        # Whether it hides that from the role that we have there.
+        self.is_discreet = False
+        # What it has replayed of a log whose name it could not see, until a primary dates it.
+        self._claims: deque[tuple[float, float, str, int]] = deque(maxlen=8)
+        # Of each log, the first point at which it met a primary that dates it.
+        self._met: dict[str, int] = {}
+
+    def __repr__(self) -> str:
+        return f"<Server {self.identity.address}:{self.identity.port}>"
+
+    def saw(self, report: Report, asked: float) -> None:
+        """Take in what it said of itself, asked at that time of the monotonic clock."""
+        self.is_replica, self.hidden = report.is_replica, report.hidden
+        self.told = time.monotonic()
+        self.farthest = sum(report.replayed.values())
+        replayed = report.replayed
+        if not report.is_replica and report.written:
+            replayed = {log.removeprefix(OPTIONAL): end for log, end in report.written.items()}
+        if report.hidden and report.is_replica:
+            for log, point in replayed.items():
+                self._claims.append((asked, self.told, log, point))
+            return
+        # One whose name ends openly is on a timeline that nobody could tell.
+        certain = {log: point for log, point in replayed.items() if not log.endswith("-")}
+        if certain:
+            self.position = merge_positions(self.position, certain) or {}
+
+    def claims(self, wanted: Position) -> bool:
+        """Return whether it was last at or after a point, if it follows that log at all."""
+        if not self._claims:
+            return False
+        _, _, log, point = self._claims[-1]
+        return any(name.startswith(log) and point >= end for name, end in wanted.items())
+
+    def date(self, answers: Iterable[Told]) -> None:
+        """
+        Let what a primary said before and after name the log of what this one has replayed.
+
+        Between two equal names of the primary's log it was at a point between the primary's two.
+        One that stands still on a lost timeline is passed by the primary once, so it has to be
+        met at two points.
+        """
+        for asked, answered, log, point in tuple(self._claims):
+            before = {
+                name: end
+                for told in answers
+                if told.answered <= asked
+                for name, end in told.written.items()
+                if name.startswith(log)
+            }
+            after = {
+                name: end
+                for told in answers
+                if told.asked >= answered
+                for name, end in told.written.items()
+                if name.startswith(log)
+            }
+            for name in before.keys() & after.keys():
+                if before[name] <= point <= after[name] and len(before.keys() | after.keys()) == 1:
+                    first = self._met.setdefault(name, point)
+                    if point > first:
+                        self.position = merge_positions(self.position, {name: point}) or {}
+
+
+class Endpoint:
+    """What an alias leads to: the servers met there, and whether it leads anywhere now."""
+
+    def __init__(self, alias: str, pool: str) -> None:
+        self.alias = alias
+        # The primary's alias of the pool that it belongs to, who sends its signals.
+        self.pool = pool
+        self.servers: dict[Server, float] = {}
+        # Why it serves nobody ("connect", or what its servers are out for), empty: it does.
+        self.out = ""
+        self.since = 0.0
+        self.error = ""
+        self.retry_at = 0.0
+        # A connection was lost here; whoever connects next has to look who is there.
+        self.suspect = False
+        # Behind a pooler that hands out several servers; said once, and then the window serves.
+        self.balances = False
+        # Whether the settings that it was made for still hold.
+        self.is_known = True
+        self._own_out = ""
+        self.draw()
+
+    def __repr__(self) -> str:
+        return f"<Endpoint {self.alias}>"
+
+    def draw(self) -> None:
+        """Draw the jitter, once for each process, so that they do not come back together."""
+        self.jitter = random.uniform(1.0, 1.25)
+
+    @property
+    def current(self) -> list[Server]:
+        """The servers that it leads to, as far as is known."""
+        servers = tuple(self.servers.items())
+        if len(servers) < 2:
+            return [server for server, _ in servers]
+        newest = max(met for _, met in servers)
+        return [server for server, met in servers if newest - met < CURRENT_FOR]
+
+    @property
+    def server(self) -> Server | None:
+        """The one server that it leads to, ``None`` where there are several or none is known."""
+        servers = self.servers
+        if len(servers) == 1:
+            return next(iter(servers))
+        current = self.current
+        return current[0] if len(current) == 1 else None
+
+
+class Servers:
+    """Everything that this process knows, and who wants to hear of what serves or does not."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[Identity, Server] = {}
+        self._endpoints: dict[str, Endpoint] = {}
+        self._told: dict[str, deque[Told]] = {}
+        self._samples: dict[str, deque[tuple[float, Position]]] = {}
+        self.listeners: list[Callable[[Endpoint], None]] = []
+
+    def endpoint(self, alias: str, pool: str = "") -> Endpoint:
+        """Return what is known of an alias, making it at the first use."""
+        found = self._endpoints.get(alias)
+        if found is None:
+            with self._lock:
+                found = self._endpoints.setdefault(alias, Endpoint(alias, pool or alias))
+        return found
+
+    def clear(self) -> None:
+        """Forget everything: the settings were changed."""
+        with self._lock:
+            for endpoint in self._endpoints.values():
+                endpoint.is_known = False
+            self._known.clear()
+            self._endpoints.clear()
+            self._told.clear()
+            self._samples.clear()
+            self.listeners.clear()
+
+    def find(self, identity: Identity) -> Server | None:
+        return self._known.get(identity)
+
+    def meet(self, alias: str, identity: Identity, system: str) -> Server:
+        """Note that a connection of this alias leads to that server, and return it."""
+        endpoint = self.endpoint(alias)
+        with self._lock:
+            server = self._known.get(identity)
+            if server is None:
+                server = self._known[identity] = Server(identity, system)
+            for other in list(endpoint.servers):
+                if other is not server and other.identity.place == identity.place:
+                    # It was here before it was restarted, and what it had is not there by itself.
+                    if other.system == system:
+                        server.floor = merge_positions(other.floor, other.position) or {}
+                    del endpoint.servers[other]
+                    self._known.pop(other.identity, None)
+            endpoint.servers[server] = time.monotonic()
+        return server
+
+    def take_in(self, server: Server, report: Report, asked: float) -> None:
+        """Take in what a server said of itself; of a primary, that dates what replicas said."""
+        server.saw(report, asked)
+        if report.written and not report.is_replica:
+            told = self._told.setdefault(server.system, deque(maxlen=REMEMBERED))
+            told.append(Told(asked, server.told, report.written))
+            samples = self._samples.setdefault(server.system, deque(maxlen=SAMPLES))
+            if not samples or asked - samples[-1][0] >= SAMPLE_EVERY:
+                samples.append((asked, report.written))
+            for other in tuple(self._known.values()):
+                if other.hidden and other.system == server.system:
+                    other.date(tuple(told))
+        elif report.hidden:
+            server.date(tuple(self._told.get(server.system, ())))
+
+    def written(self, system: str) -> Position | None:
+        """Return what a primary of this system was last known to have written."""
+        told = self._told.get(system)
+        return told[-1].written if told else None
+
+    def samples(self, system: str) -> tuple[tuple[float, Position], ...]:
+        """Return when a primary of this system had written what, the newest first."""
+        return tuple(reversed(self._samples.get(system, ())))
+
+    # Who serves
+
+    def mark(self, server: Server, reason: str, retry_in: float = 0.0, error: object = "") -> None:
+        """Say why a server serves nobody, or by an empty reason that it does."""
+        if server.out != reason:
+            server.out, server.since = reason, time.time()
+        for endpoint in tuple(self._endpoints.values()):
+            if server in endpoint.servers:
+                self._settle(endpoint, retry_in, error)
+
+    def fail(self, endpoint: Endpoint, reason: str, retry_in: float, error: object) -> None:
+        """Say that an endpoint leads nowhere now: it can't be connected to, or keeps silent."""
+        endpoint._own_out = reason
+        endpoint.suspect = True
+        self._settle(endpoint, retry_in, error)
+
+    def succeed(self, endpoint: Endpoint) -> None:
+        """Say that an endpoint leads somewhere."""
+        if endpoint._own_out or endpoint.out:
+            endpoint._own_out = ""
+            self._settle(endpoint, 0.0, "")
+
+    def retry(self, endpoint: Endpoint, seconds: float) -> None:
+        """Let an endpoint that is out be looked at again after so many seconds."""
+        endpoint.retry_at = time.monotonic() + seconds * endpoint.jitter
+
+    def _settle(self, endpoint: Endpoint, retry_in: float, error: object) -> None:
+        reason = endpoint._own_out
+        if not reason:
+            outs = [server.out for server in endpoint.current]
+            reason = outs[0] if outs and all(outs) else ""
+        with self._lock:
+            is_news, endpoint.out = endpoint.out != reason, reason
+            if reason:
+                endpoint.error = str(error) or endpoint.error
+                self.retry(endpoint, retry_in)
+            if is_news:
+                endpoint.since = time.time()
+        if not is_news:
+            return
+        for listener in tuple(self.listeners):
+            listener(endpoint)
+        tell = {"alias": endpoint.alias, "pool": endpoint.pool, "reason": reason}
+        if reason:
+            logger.warning(
+                "%s serves nobody (%s): %s", endpoint.alias, reason, endpoint.error, extra=tell
+            )
+            if endpoint.alias != endpoint.pool:
+                replica_left_out.send_robust(
+                    endpoint.pool, replica=endpoint.alias, reason=reason, seconds=retry_in
+                )
+        else:
+            endpoint.error = ""
+            logger.info("%s serves again.", endpoint.alias, extra=tell)
+            if endpoint.alias != endpoint.pool:
+                replica_taken_back.send_robust(endpoint.pool, replica=endpoint.alias)
+
+
+registry = Servers()

@@ -1,0 +1,265 @@
+"""
+Servers that say nothing. One that is stopped accepts connections and acknowledges packets, so
+only a clock tells.
+
+A question of ours has a deadline. A read of the site has none, since a slow query is no fault: when
+a replica has not answered it for a second, the same server is asked on a fresh connection, once for
+all who wait. Silence there ends the reads that wait for it; an answer leaves them alone.
+
+psycopg 3 lets its waiting be watched: ``Connection.wait`` comes back every tenth of a second, and
+its generator is told so. Other drivers can't; a question there is ended by a watchdog that shuts
+the socket down, and a read by the driver's own option (``read_timeout`` of mysqlclient).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import os
+import select
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Generator, Iterator
+from typing import Any, ClassVar
+
+from django.db import OperationalError
+
+from pinning_middleware.conf import conf
+
+from .links import Link
+from .server import registry
+
+__all__ = ["DEADLINE", "PATIENCE", "Silent", "begin", "end", "listen_to"]
+
+# Seconds: for a question of ours; before a read that is not answered is looked into, and again.
+DEADLINE = 1.0
+PATIENCE = 1.0
+AGAIN = 5.0
+
+
+class Silent(OperationalError):
+    """A server did not answer in time."""
+
+
+def listen_to(raw: Any, link: Link) -> None:
+    """Watch the waiting of a driver's connection, where the driver allows it."""
+    wait = getattr(type(raw), "wait", None)
+    if wait is None or not hasattr(raw, "pgconn"):
+        return
+
+    # No circle of a connection and its own method: it is to be collected at once.
+    known = weakref.ref(raw)
+
+    def watched(generator: Any, *args: Any, **kwargs: Any) -> Any:
+        me = known()
+        return wait(me, _watch(generator, me, link), *args, **kwargs)
+
+    raw.wait = watched
+    link.is_watched = True
+
+
+def _watch(generator: Generator[Any, Any, Any], raw: Any, link: Link) -> Generator[Any, Any, Any]:
+    try:
+        wanted = next(generator)
+        since, patience = 0.0, PATIENCE
+        while True:
+            ready = yield wanted
+            if ready:
+                since, patience = 0.0, PATIENCE
+            else:
+                now = time.monotonic()
+                since = since or now
+                if link.deadline:
+                    if now >= link.deadline:
+                        raise Silent(f"{link.alias} did not answer within {DEADLINE} s")
+                elif link.is_replica:
+                    if link.endpoint.out == "silent" or (
+                        link.server and link.server.out == "silent"
+                    ):
+                        raise Silent(f"{link.alias} does not answer")
+                    if now - since >= patience:
+                        if not _answers(raw, link):
+                            _say(link)
+                            raise Silent(f"{link.alias} does not answer")
+                        since, patience = time.monotonic(), AGAIN
+            wanted = generator.send(ready)
+    except StopIteration as stop:
+        return stop.value
+
+
+def _say(link: Link) -> None:
+    """Take what does not answer out: the server where it is known, else what leads to it."""
+    if link.server is not None:
+        registry.mark(link.server, "silent", conf.retry_after, "it does not answer")
+    else:
+        registry.fail(link.endpoint, "silent", conf.retry_after, "it does not answer")
+
+
+def begin(raw: Any, link: Link) -> _Guard | None:
+    """Let a question over this connection end within the deadline; ``end`` says that it has."""
+    link.deadline = time.monotonic() + DEADLINE
+    return None if link.is_watched else _watchdog.guard(raw, link.deadline)
+
+
+def end(link: Link, guard: _Guard | None) -> None:
+    link.deadline = 0.0
+    if guard is not None:
+        guard.done = True
+
+
+# A fresh connection to the same server
+
+
+class _Check:
+    __slots__ = ("answers", "over")
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self.answers = True
+
+
+_lock = threading.Lock()
+_checks: dict[object, _Check] = {}
+
+
+def _answers(raw: Any, link: Link) -> bool:
+    """Return whether a server answers on a fresh connection; asked once for all who wait."""
+    key: object = link.server or link.endpoint
+    with _lock:
+        check = _checks.get(key)
+        mine = check is None
+        if check is None:
+            check = _checks[key] = _Check()
+    if not mine:
+        check.over.wait(DEADLINE + 0.5)
+        return check.answers
+    try:
+        check.answers = _connects(raw, link)
+    finally:
+        check.over.set()
+        with _lock:
+            _checks.pop(key, None)
+    return check.answers
+
+
+def _connects(raw: Any, link: Link) -> bool:
+    """Return whether the server accepts a connection, or refuses it, within the deadline."""
+    from psycopg import conninfo, pq
+
+    known = {
+        name: value
+        for name, value in raw.info.get_parameters().items()
+        if name not in ("load_balance_hosts", "target_session_attrs")
+    }
+    where = {"host": raw.info.host, "port": raw.info.port, "hostaddr": raw.info.hostaddr or None}
+    text = conninfo.make_conninfo(**{**known, **where, "password": raw.info.password or None})
+    # Behind a balancer another server may answer: ask until it is the same, a few times.
+    for _ in range(3):
+        connection = pq.PGconn.connect_start(text.encode())
+        try:
+            until = time.monotonic() + DEADLINE
+            verdict = _poll(connection, until)
+            if verdict is not pq.PollingStatus.OK:
+                return verdict is not None
+            if link.server is None or len(link.endpoint.servers) < 2:
+                return True
+            if _started(connection, until) == link.server.identity.started:
+                return True
+        finally:
+            connection.finish()
+    return False
+
+
+def _poll(connection: Any, until: float) -> Any:
+    """Return how an attempt to connect ended, ``None``: not in time."""
+    from psycopg.pq import PollingStatus
+
+    while True:
+        status = connection.connect_poll()
+        if status in (PollingStatus.OK, PollingStatus.FAILED):
+            return status
+        left = until - time.monotonic()
+        read = [connection.socket] if status == PollingStatus.READING else []
+        write = [connection.socket] if status == PollingStatus.WRITING else []
+        if left <= 0 or not any(select.select(read, write, [], left)):
+            return None
+
+
+def _started(connection: Any, until: float) -> str | None:
+    connection.send_query(b"SELECT pg_postmaster_start_time()::text")
+    while connection.is_busy():
+        left = until - time.monotonic()
+        if left <= 0 or not any(select.select([connection.socket], [], [], left)):
+            return None
+        connection.consume_input()
+    result = connection.get_result()
+    value = result.get_value(0, 0) if result is not None and result.ntuples else None
+    return None if value is None else value.decode()
+
+
+# For drivers that wait by themselves
+
+
+class _Guard:
+    __slots__ = ("done", "socket")
+
+    def __init__(self, number: int) -> None:
+        self.socket = socket.socket(fileno=os.dup(number))
+        self.done = False
+
+
+class _Watchdog:
+    """One lazy thread that shuts down the sockets of questions that were not answered in time."""
+
+    _order: ClassVar[Iterator[int]] = itertools.count()
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._guards: list[tuple[float, int, _Guard]] = []
+        self._thread: threading.Thread | None = None
+
+    def guard(self, raw: Any, until: float) -> _Guard | None:
+        fileno = getattr(raw, "fileno", None)
+        if fileno is None:
+            return None
+        guard = _Guard(fileno())
+        with self._changed:
+            heapq.heappush(self._guards, (until, next(self._order), guard))
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(
+                    target=self._run, name="pinning-watchdog", daemon=True
+                )
+                self._thread.start()
+        return guard
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if not self._guards:
+                    self._thread = None
+                    return
+                until, _, guard = self._guards[0]
+                left = until - time.monotonic()
+                if left > 0 and not guard.done:
+                    self._changed.wait(min(left, 0.1))
+                    continue
+                heapq.heappop(self._guards)
+            with contextlib.suppress(OSError):
+                if not guard.done:
+                    guard.socket.shutdown(socket.SHUT_RDWR)
+            guard.socket.close()
+
+
+_watchdog = _Watchdog()
+
+
+def _forget() -> None:
+    global _watchdog, _lock
+    _lock, _watchdog = threading.Lock(), _Watchdog()
+    _checks.clear()
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,69 @@
+"""
+What a store is: it answers two questions, and knows nothing of pools or routing.
+
+``load(request)`` returns the pins that a request comes with, ``save(request, response, pins)``
+keeps those that what follows has to honour.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from asgiref.sync import sync_to_async
+
+from pinning_middleware.pins import Pins
+
+if TYPE_CHECKING:
+    from django.http import HttpRequest
+    from django.http.response import HttpResponseBase
+
+__all__ = ["BaseStore", "loaded", "remember"]
+
+
+class BaseStore:
+    """
+    The two methods of a store, and their async twins for stores that need no thread for them.
+
+    An error that leaves a method is logged, and costs no more than what this store would have
+    kept.
+    """
+
+    # Whether `load` wants `request.user` or `request.session`: it is then called in
+    # `process_view`, when every other middleware has seen the request.
+    after_authentication: ClassVar[bool] = False
+
+    def load(self, request: HttpRequest) -> Pins:
+        """
+        Return the pins of this request, by their primaries' aliases; what its client has only
+        seen, by the same with ``pins.SEEN`` before them.
+        """
+        raise NotImplementedError
+
+    def save(self, request: HttpRequest, response: HttpResponseBase | None, pins: Pins) -> None:
+        """
+        Keep these pins for what follows: all that it is to have. Called only where the request
+        has changed something. One that ``load`` returned and that is not among them was ended by
+        ``unpin_this_request()``. ``response`` is ``None`` where it is out already, or never will
+        be.
+        """
+        raise NotImplementedError
+
+    async def aload(self, request: HttpRequest) -> Pins:
+        return await sync_to_async(self.load)(request)
+
+    async def asave(
+        self, request: HttpRequest, response: HttpResponseBase | None, pins: Pins
+    ) -> None:
+        await sync_to_async(self.save)(request, response, pins)
+
+
+def remember(request: HttpRequest, store: BaseStore, pins: Pins) -> Pins:
+    """Keep with a request what a store found for it."""
+    request.__dict__.setdefault("_pinning_loaded", {})[type(store)] = pins
+    return pins
+
+
+def loaded(request: HttpRequest, store: BaseStore) -> Pins:
+    """Return what a store found for a request."""
+    found: Pins = request.__dict__.get("_pinning_loaded", {}).get(type(store), {})
+    return found

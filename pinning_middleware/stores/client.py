@@ -1,0 +1,147 @@
+"""Stores that hand the client a signed token: in a cookie, or in a header."""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from django.utils.cache import patch_vary_headers
+from django.utils.http import http_date
+
+from pinning_middleware import tokens
+from pinning_middleware.conf import conf
+from pinning_middleware.pins import SEEN, Pins, merge_pins
+
+from .base import BaseStore, loaded, remember
+
+if TYPE_CHECKING:
+    from django.http import HttpRequest
+    from django.http.response import HttpResponseBase
+
+__all__ = ["CookieStore", "HeaderStore", "TokenStore", "keep_private"]
+
+# What lets caches between here and the client keep a response: parts of a header, and headers.
+_SHARED = ("public", "private", "s-maxage")
+_SHARED_HEADERS = ("CDN-Cache-Control", "Surrogate-Control")
+
+
+class TokenStore(BaseStore):
+    """What the stores have in common that hand the client a signed token."""
+
+    def read(self, request: HttpRequest) -> list[str]:
+        """Return the tokens that the request brings; an empty text is none."""
+        raise NotImplementedError
+
+    def write(self, request: HttpRequest, response: HttpResponseBase, pins: Pins) -> None:
+        """Give the client what it is to bring from now on; no pins: nothing."""
+        raise NotImplementedError
+
+    def load(self, request: HttpRequest) -> Pins:
+        if not (brought := self.read(request)):
+            return {}
+        pins = merge_pins(*[tokens.accept(token, type(self)) for token in brought])
+        return remember(request, self, pins)
+
+    def save(self, request: HttpRequest, response: HttpResponseBase | None, pins: Pins) -> None:
+        if response is not None:
+            self.write(request, response, pins)
+
+    async def aload(self, request: HttpRequest) -> Pins:
+        return self.load(request)
+
+    async def asave(
+        self, request: HttpRequest, response: HttpResponseBase | None, pins: Pins
+    ) -> None:
+        self.save(request, response, pins)
+
+
+class CookieStore(TokenStore):
+    """
+    Pins a browser, by a signed cookie. What it has only seen travels in a cookie of its own, so
+    that a read never overwrites a write's pin.
+    """
+
+    def load(self, request: HttpRequest) -> Pins:
+        return super().load(request) if request.COOKIES else {}
+
+    def read(self, request: HttpRequest) -> list[str]:
+        cookies = request.COOKIES
+        names = (conf.cookie_name, conf.seen_cookie_name)
+        # Django's test client sends a cookie that was deleted as an empty one.
+        return [token for name in names if (token := cookies.get(name))]
+
+    def write(self, request: HttpRequest, response: HttpResponseBase, pins: Pins) -> None:
+        before = loaded(request, self)
+        is_set = _put(request, response, conf.cookie_name, _own(before), _own(pins))
+        if conf.monotonic_reads:
+            name = conf.seen_cookie_name
+            is_set = _put(request, response, name, _seen(before), _seen(pins)) or is_set
+        if is_set:
+            keep_private(response, "Cookie")
+
+
+def _put(
+    request: HttpRequest, response: HttpResponseBase, name: str, before: Pins, pins: Pins
+) -> bool:
+    """Set or end a cookie where that changes something; return whether it did."""
+    if pins == before and (pins or not request.COOKIES.get(name)):
+        return False
+    if not pins:
+        kept = {part: conf.cookie[part] for part in ("path", "domain", "samesite")}
+        response.delete_cookie(name, **kept)
+        return True
+    # Browsers count whole seconds; the server's own end is in the token.
+    now = time.time()
+    age = int(max(max([pin.until for pin in pins.values()]) - now, 0.0)) + 1
+    expires = _http_date(int(now) + age)
+    response.set_cookie(name, tokens.dumps(pins), age, expires, **conf.cookie)
+    return True
+
+
+def _own(pins: Pins) -> Pins:
+    return {alias: pin for alias, pin in pins.items() if alias[0] != SEEN}
+
+
+def _seen(pins: Pins) -> Pins:
+    return {alias: pin for alias, pin in pins.items() if alias[0] == SEEN}
+
+
+@lru_cache(maxsize=4)
+def _http_date(second: int) -> str:
+    # Most responses of a second have the same date.
+    return http_date(second)
+
+
+class HeaderStore(TokenStore):
+    """
+    Pins a client without cookies: it sends back the header that it got last, as it got it. An
+    empty one says that there is nothing to send any more.
+    """
+
+    def read(self, request: HttpRequest) -> list[str]:
+        token = request.headers.get(conf.header_name)
+        return [token] if token else []
+
+    def write(self, request: HttpRequest, response: HttpResponseBase, pins: Pins) -> None:
+        if pins or loaded(request, self):
+            response.headers[conf.header_name] = tokens.dumps(pins) if pins else ""
+            keep_private(response, conf.header_name)
+
+
+def keep_private(response: HttpResponseBase, vary: str) -> None:
+    """Tell caches between here and the client that this response is the client's own."""
+    headers = response.headers
+    if "Vary" in headers:
+        patch_vary_headers(response, (vary,))
+    else:
+        headers["Vary"] = vary
+    if (known := headers.get("Cache-Control")) is None:
+        headers["Cache-Control"] = "private"
+    else:
+        parts = [part.strip() for part in known.split(",") if part.strip()]
+        kept = [part for part in parts if part.partition("=")[0].lower() not in _SHARED]
+        headers["Cache-Control"] = ", ".join([*kept, "private"])
+    for name in _SHARED_HEADERS:
+        if name in headers:
+            del headers[name]

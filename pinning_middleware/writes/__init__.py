@@ -1,0 +1,1 @@
+"""What statements do, and the wrappers that see each of them."""

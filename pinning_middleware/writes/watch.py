@@ -1,0 +1,197 @@
+"""
+What runs on the connections: writes on a primary are noted in the scope, writes on a replica are
+refused before they are sent.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.backends.signals import connection_created
+from django.db.backends.utils import CursorWrapper
+
+from pinning_middleware.conf import conf
+from pinning_middleware.exceptions import ReplicaWriteError
+from pinning_middleware.scopes.blocks import ignores_writes
+from pinning_middleware.scopes.scope import Scope, Write, current_scope
+from pinning_middleware.servers.positions import family_of
+from pinning_middleware.servers.questions import link_of
+from pinning_middleware.servers.server import registry
+
+from .sql import Kind, alters_session, kind_of, table_of
+
+__all__ = ["alias_of", "examine", "install", "text_of", "watch"]
+
+# What drivers offer beside `execute`, and Django hands through without its execute wrappers; and
+# how they call the statement.
+_PAST_THE_WRAPPERS = {
+    "copy": "statement",
+    "copy_expert": "sql",
+    "copy_from": "",
+    "executescript": "sql_script",
+    "stream": "query",
+}
+_UNREADABLE = "?"
+_CACHED_LENGTH = 4096
+
+
+def watch(
+    execute: Callable[..., Any], sql: Any, params: Any, many: bool, context: dict[str, Any]
+) -> Any:
+    """Note or refuse the statement, then run it: an execute wrapper of every connection."""
+    connection = context["connection"]
+    alias = alias_of(context["cursor"])
+    if alias not in conf.watched and alias not in conf.primary_of:
+        return execute(sql, params, many, context)
+    kind, alters = examine(connection, sql)
+    if alters and family_of(connection) is not None:
+        link_of(connection).is_altered = True
+    if kind < Kind.LOCK:
+        return execute(sql, params, many, context)
+    with _noted(connection, alias, kind, sql):
+        return execute(sql, params, many, context)
+
+
+def alias_of(cursor: Any) -> str:
+    """Return whose a cursor is: one that was opened elsewhere is still that replica's."""
+    alias: str = getattr(cursor, "pinning_alias", cursor.db.alias)
+    return alias
+
+
+def examine(connection: BaseDatabaseWrapper, sql: Any) -> tuple[Kind, bool]:
+    """Return what a statement does, and whether it changes the session."""
+    text = text_of(connection, sql)
+    if len(text) <= _CACHED_LENGTH:
+        return _examined(text, connection.vendor)
+    return kind_of(text, connection.vendor), alters_session(text, connection.vendor)
+
+
+@lru_cache(maxsize=1024)
+def _examined(text: str, vendor: str) -> tuple[Kind, bool]:
+    return kind_of(text, vendor), alters_session(text, vendor)
+
+
+def text_of(connection: BaseDatabaseWrapper, sql: Any) -> str:
+    if isinstance(sql, str):
+        return sql
+    if isinstance(sql, bytes):
+        return sql.decode(errors="replace")
+    if hasattr(sql, "as_string"):  # psycopg's composed statements
+        return str(sql.as_string(connection.connection))
+    return _UNREADABLE
+
+
+@contextmanager
+def _noted(connection: BaseDatabaseWrapper, alias: str, kind: Kind, sql: Any) -> Iterator[None]:
+    """Refuse a write on a replica; note a write or a lock on a primary, and when it ended."""
+    specs = conf.watched.get(alias, ())
+    if not specs:
+        if kind is Kind.WRITE and (primary := conf.guarded.get(alias)) is not None:
+            _refuse(text_of(connection, sql), alias, primary)
+        yield
+        return
+    if kind is Kind.LOCK:
+        scope = current_scope()
+        for spec in specs:
+            scope[spec.key].note_lock()
+        yield
+        return
+    if _is_ignored(text_of(connection, sql)):
+        yield
+        return
+    scope = current_scope()
+    notes: list[Write] = [scope[spec.key].note_write(connection) for spec in specs]
+    try:
+        yield
+        if (endpoint := registry.endpoint(alias)).out:
+            registry.succeed(endpoint)
+    finally:
+        for note in notes:
+            note.end()
+        if scope.ended is not None:
+            _save_late(scope, connection)
+
+
+def _save_late(scope: Scope, connection: BaseDatabaseWrapper) -> None:
+    """Let somebody save what a child task or a thread wrote after its request was over."""
+    if connection.in_atomic_block:
+        connection.on_commit(scope.save_late, robust=True)
+    else:
+        scope.save_late()
+
+
+def _refuse(text: str, alias: str, primary: str) -> None:
+    if not _is_bookkeeping_of_test_runner(text):
+        raise ReplicaWriteError(
+            f"{alias!r} is a replica of {primary!r}, so this write was not sent: "
+            f"{text[:80]!r}. Write with .using({primary!r}), or let the router choose."
+        )
+
+
+def _is_ignored(text: str) -> bool:
+    if ignores_writes():
+        return True
+    tables = conf.ignored_tables
+    if not tables or (table := table_of(text)) is None:
+        return False
+    return table in tables or table.rpartition(".")[2] in tables
+
+
+def _is_bookkeeping_of_test_runner(text: str) -> bool:
+    # A replica that is no mirror gets an empty test database of its own, and Django records
+    # there which migrations it did not run.
+    if "django_migrations" not in text:
+        return False
+    from django.test import utils
+
+    return hasattr(utils._TestState, "saved_data")
+
+
+def _on_connect(*, connection: BaseDatabaseWrapper, **kwargs: Any) -> None:
+    # `connection.execute_wrapper()` is a block that appends and pops; this one stays, outermost.
+    if watch not in connection.execute_wrappers:
+        connection.execute_wrappers.insert(0, watch)
+
+
+def install() -> None:
+    """Watch every connection, those that are open already too. Again changes nothing."""
+    connection_created.connect(_on_connect, dispatch_uid="pinning_middleware.writes")
+    for connection in connections.all(initialized_only=True):
+        _on_connect(connection=connection)
+    if getattr(CursorWrapper.callproc, "_pinning", False):
+        return
+    callproc = CursorWrapper.callproc
+
+    @functools.wraps(callproc)
+    def watched_callproc(
+        self: CursorWrapper, procname: str, params: Any = None, kparams: Any = None
+    ) -> Any:
+        with _noted(self.db, alias_of(self), Kind.WRITE, f"CALL {procname}"):
+            return callproc(self, procname, params, kparams)
+
+    watched_callproc._pinning = True  # type: ignore[attr-defined]
+    CursorWrapper.callproc = watched_callproc  # type: ignore[method-assign]
+    for name, keyword in _PAST_THE_WRAPPERS.items():
+        setattr(CursorWrapper, name, property(functools.partial(_method, name, keyword)))
+
+
+def _method(name: str, keyword: str, wrapper: CursorWrapper) -> Callable[..., Any]:
+    method = getattr(wrapper.cursor, name)
+
+    @functools.wraps(method)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        sql = (args[0] if args else kwargs.get(keyword, _UNREADABLE)) if keyword else _UNREADABLE
+        kind, _ = examine(wrapper.db, sql)
+        alias = alias_of(wrapper)
+        if kind < Kind.LOCK or (alias not in conf.watched and alias not in conf.guarded):
+            return method(*args, **kwargs)
+        with _noted(wrapper.db, alias, kind, sql):
+            return method(*args, **kwargs)
+
+    return watched

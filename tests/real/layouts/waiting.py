@@ -1,0 +1,27 @@
+"""Waiting for what happens elsewhere, and going without what is not there."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+import pytest
+
+
+def missing(what: str) -> NoReturn:
+    """A test without its server is skipped at home, and fails where all servers ought to be."""
+    if os.environ.get("CI"):
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+def eventually(condition: Callable[[], object], timeout: float = 20) -> bool:
+    """Poll until the condition holds; whether it did in time."""
+    deadline = time.perf_counter() + timeout
+    while not condition():
+        if time.perf_counter() > deadline:
+            return False
+        time.sleep(0.005)
+    return True

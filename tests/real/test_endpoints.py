@@ -1,0 +1,285 @@
+"""One alias that leads to several servers, to another one than before, or to the primary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+from django.db import close_old_connections
+
+from tests.app.models import Book
+
+from .conftest import (
+    PostgreSQL,
+    as_layout,
+    endpoint,
+    eventually,
+    in_thread,
+    in_threads,
+    pool,
+    pooled,
+    port,
+    port_for,
+    queries,
+    stranger,
+    titles,
+    write,
+)
+from .layouts import Forwarder, database, haproxy, pgbouncer
+
+pytestmark = pytest.mark.real
+
+THREADS, ROUNDS = 8, 30
+
+
+@contextmanager
+def behind(pg: PostgreSQL, way: str, conn_max_age: int | None = None) -> Iterator[None]:
+    """One alias, `many`, that leads to both replicas."""
+    nodes = pg["pg1"], pg["pg2"]
+    with ExitStack() as stack:
+        if way == "haproxy":
+            entry = database(stack.enter_context(haproxy(*nodes)), conn_max_age=conn_max_age)
+        elif way == "pool":
+            entry = pooled(*nodes)
+        else:
+            entry = database(*nodes, conn_max_age=conn_max_age)
+        stack.enter_context(as_layout(pg, many=entry))
+        yield
+
+
+WAYS = [("hosts", 0), ("hosts", None), ("haproxy", 0), ("haproxy", None), ("pool", 0)]
+
+
+@pytest.mark.parametrize(("way", "conn_max_age"), WAYS)
+def test_own_writes_are_never_missed(pg: PostgreSQL, way: str, conn_max_age: int | None) -> None:
+    """With one of the two servers standing still; the other one serves its share."""
+
+    def visit(number: int) -> list[tuple[bool, int]]:
+        seen = []
+        for turn in range(ROUNDS):
+            title = f"{number}-{turn}"
+            token = write(title)
+            for _ in range(3):
+                with stranger(token):
+                    found = Book.objects.filter(title=title).exists()
+                    seen.append((found, port()))
+                close_old_connections()
+        return seen
+
+    pg.pause("pg1")
+    with behind(pg, way, conn_max_age):
+        seen = [one for several in in_threads(visit, THREADS) for one in several]
+    assert len(seen) == THREADS * ROUNDS * 3
+    assert all(found for found, _ in seen)
+    assert {by for _, by in seen} == {pg["pg"].port, pg["pg2"].port}
+
+
+def test_what_counts_is_the_server_of_the_connection_at_hand(pg: PostgreSQL) -> None:
+    """One thread's server has the write, another's does not, and both are under one alias."""
+    first, second = pg["pg1"], pg["pg2"]
+    with (
+        Forwarder(first) as address,
+        as_layout(pg, many=database(address, conn_max_age=None)),
+    ):
+        pg.pause("pg1")
+        token = write("one")
+        pg.wait_for("pg2")
+        assert port_for(token) == pg["pg"].port
+        address.point_to(second, cut=False)
+        assert in_thread(lambda: port_for(token)) == second.port
+        # The other thread's server is known to have it, this one's not to.
+        for _ in range(3):
+            assert titles(token) == ["one"]
+            assert port_for(token) == pg["pg"].port
+            assert in_thread(lambda: port_for(token)) == second.port
+        assert port_for(None) == first.port
+
+
+@pytest.mark.parametrize("conn_max_age", [0, None])
+@pytest.mark.parametrize("cut", [True, False])
+def test_an_address_that_moves_to_a_server_that_lags(
+    pg: PostgreSQL, cut: bool, conn_max_age: int | None
+) -> None:
+    pg.pause("pg1")
+    with (
+        Forwarder(pg["pg2"]) as address,
+        as_layout(pg, moving=database(address, conn_max_age=conn_max_age)),
+    ):
+        token = write("one")
+        pg.wait_for("pg2")
+        assert port_for(token) == pg["pg2"].port
+        address.point_to(pg["pg1"], cut=cut)
+        served = []
+        for _ in range(6):
+            close_old_connections()
+            assert titles(token) == ["one"]
+            served.append(port_for(token))
+            assert in_thread(lambda: titles(token)) == ["one"]
+        stays = not cut and conn_max_age is None
+        assert set(served) == {pg["pg2" if stays else "pg"].port}
+        pg.resume("pg1")
+        assert eventually(lambda: close_old_connections() or port_for(token) != pg["pg"].port)
+
+
+def test_an_address_that_moves_to_a_server_that_was_restarted(pg: PostgreSQL) -> None:
+    """It is another one than was met at its place before."""
+    with (
+        Forwarder(pg["pg1"]) as address,
+        as_layout(pg, moving=database(address, conn_max_age=0)),
+    ):
+        token = write("one")
+        pg.wait_for("pg1")
+        assert port_for(token) == pg["pg1"].port
+        close_old_connections()
+        before = endpoint("moving").server
+        pg["pg1"].restart()
+        assert port_for(token) == pg["pg1"].port
+        assert endpoint("moving").server not in (None, before)
+
+
+# PgBouncer
+
+
+def test_a_pooler_of_several_servers_is_noticed(
+    pg: PostgreSQL, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It hands out another server for each transaction, so that no answer counts."""
+    with (
+        pgbouncer(pg["pg1"], pg["pg2"], server_round_robin="1") as bouncer,
+        as_layout(pg, many=database(bouncer, conn_max_age=None)),
+        connections_held(bouncer),
+    ):
+        for number in range(20):
+            token = write(f"{number}")
+            pg.wait_for()
+            assert f"{number}" in titles(token)
+        assert endpoint("many").balances
+        pg.pause("pg1")
+        for number in range(20):
+            token = write(f"more {number}")
+            assert f"more {number}" in titles(token)
+            assert port_for(token) == pg["pg"].port
+            assert f"more {number}" in in_thread(lambda token=token: titles(token))
+        assert endpoint("many").out == ""
+        assert {port_for(None) for _ in range(8)} <= {pg["pg1"].port, pg["pg2"].port}
+    said = [one.getMessage() for one in caplog.records if "behind a pooler" in one.getMessage()]
+    assert said == ["many leads to several servers behind a pooler: the window serves for it."]
+
+
+@contextmanager
+def connections_held(bouncer: Any) -> Iterator[None]:
+    """Let the pooler have a connection to each of its servers."""
+    import psycopg
+
+    with ExitStack() as stack:
+        held = [
+            stack.enter_context(
+                psycopg.connect(
+                    host=bouncer.host, port=bouncer.port, user="postgres", dbname="site"
+                )
+            )
+            for _ in range(2)
+        ]
+        for one in held:
+            one.execute("SELECT 1")
+        for one in held:
+            one.rollback()
+        yield
+
+
+def test_a_pooler_of_one_server_tells_positions(
+    pg: PostgreSQL, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        pgbouncer(pg["pg1"]) as bouncer,
+        as_layout(pg, one=database(bouncer, conn_max_age=None)),
+    ):
+        for number in range(5):
+            token = write(f"{number}")
+            pg.wait_for("pg1")
+            assert port_for(token) == pg["pg1"].port
+        pg.pause("pg1")
+        token = write("last")
+        assert [port_for(token) for _ in range(3)] == [pg["pg"].port] * 3
+        assert "last" in titles(token)
+        assert not endpoint("one").balances
+    assert "behind a pooler" not in caplog.text
+
+
+# The primary itself
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_endpoint_of_readers_without_any_reader_left(pg: PostgreSQL, known: bool) -> None:
+    """It leads to the primary then, which stays in and has every write."""
+    with (
+        Forwarder(pg["pg"] if not known else pg["pg1"]) as address,
+        as_layout(pg, readers=database(address, conn_max_age=None)),
+    ):
+        if known:
+            assert port_for(None) == pg["pg1"].port
+            address.point_to(pg["pg"])
+        pg.pause()
+        assert {port_for(None) for _ in range(4)} == {pg["pg"].port}
+        for number in range(3):
+            token = write(f"{number}")
+            with stranger(token):
+                assert pool().decide()[0] == "readers"
+                assert f"{number}" in list(Book.objects.values_list("title", flat=True))
+        assert endpoint("readers").out == ""
+        assert pool().out == frozenset()
+
+
+# What a new connection costs
+
+
+COSTS: list[tuple[str, Callable[[PostgreSQL], dict[str, Any]]]] = [
+    ("CONN_MAX_AGE = 0", lambda pg: database(pg["pg1"], conn_max_age=0)),
+    ("pool", lambda pg: pooled(pg["pg1"])),
+]
+
+
+@pytest.mark.parametrize("entry", [entry for _, entry in COSTS], ids=[name for name, _ in COSTS])
+def test_a_new_connection_to_a_known_server_forgets_nothing(
+    pg: PostgreSQL, entry: Callable[[PostgreSQL], dict[str, Any]]
+) -> None:
+    with as_layout(pg, replica=entry(pg)):
+        token = write("one")
+        pg.wait_for("pg1")
+        assert port_for(token) == pg["pg1"].port
+        for _ in range(4):
+            close_old_connections()
+            with queries() as asked:
+                assert port_for(token) == pg["pg1"].port
+                assert titles(token) == ["one"]
+            assert len(asked.questions.get("replica", ())) <= 1
+            assert "site" not in asked.questions
+            assert asked["site"] == []
+
+
+def test_a_connection_of_a_pool_is_asked_once_who_it_leads_to(pg: PostgreSQL) -> None:
+    with as_layout(pg, replica=pooled(pg["pg1"])):
+        asked_by_turns = []
+        for number in range(4):
+            token = write(f"{number}")
+            pg.wait_for("pg1")
+            with queries() as asked:
+                assert port_for(token) == pg["pg1"].port
+            asked_by_turns.append(
+                sum("pg_postmaster_start_time" in sql for sql in asked.questions["replica"])
+            )
+            close_old_connections()
+        assert asked_by_turns == [1, 0, 0, 0]
+
+
+def test_an_unpinned_read_asks_nobody_anything(pg: PostgreSQL) -> None:
+    with as_layout(pg, replica=database(pg["pg1"], conn_max_age=0)):
+        port_for(None)
+        for _ in range(3):
+            close_old_connections()
+            with queries() as asked:
+                assert port_for(None) == pg["pg1"].port
+            assert asked.questions == {}
+            assert asked["site"] == []

@@ -1,0 +1,459 @@
+"""Servers that take connections and say nothing: nobody waits for them, or not for long."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from typing import Any, NamedTuple, Self
+
+import pytest
+from django.db import Error, close_old_connections, connections
+from django.db.backends.postgresql.base import DatabaseWrapper
+from django.test import override_settings
+
+from pinning_middleware.servers import silence
+from tests.app.models import Book
+
+from .conftest import (
+    Heard,
+    PostgreSQL,
+    as_layout,
+    endpoint,
+    eventually,
+    in_thread,
+    look_again,
+    look_around,
+    pool,
+    pooled,
+    port_for,
+    position_in,
+    server,
+    server_for,
+    stranger,
+    take_out,
+    titles,
+    write,
+)
+from .layouts import black_hole, database, frozen, make_role
+
+pytestmark = pytest.mark.real
+
+# Seconds: what a read may take once, 2.5, on a machine that has other things to do.
+ONCE = 6.0
+# A read that nothing held up.
+USUAL = 1.5
+REPLICAS = {"pg1", "pg2"}
+OTHER = {"pg1": "pg2", "pg2": "pg1"}
+
+
+class Reading(NamedTuple):
+    """Who answered a visitor, how long that took, and who was known to be out when it began."""
+
+    port: int
+    seconds: float
+    out: frozenset[str]
+
+
+class Visitors:
+    """Threads that read all the time, each with connections of its own."""
+
+    def __init__(self, token: str | None = None, number: int = 8) -> None:
+        self.token = token
+        self.readings: list[list[Reading]] = [[] for _ in range(number)]
+        self._over = threading.Event()
+        self._threads = ThreadPoolExecutor(number)
+        self._done: list[Any] = []
+
+    def __enter__(self) -> Self:
+        self._done = [self._threads.submit(self._visit, mine) for mine in self.readings]
+        # Until each of them has met all that it will meet.
+        self.go_on(30)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._threads.shutdown()
+        for one in self._done:
+            one.result()
+
+    def go_on(self, rounds: int = 20) -> list[Reading]:
+        """Let each of them read so many times more; what they read since."""
+        before = [len(mine) for mine in self.readings]
+
+        def is_done() -> bool:
+            if any(one.done() for one in self._done):
+                return True
+            return all(
+                len(mine) >= start + rounds
+                for mine, start in zip(self.readings, before, strict=True)
+            )
+
+        assert eventually(is_done, 60)
+        for one in self._done:
+            if one.done():
+                one.result()
+        return [
+            reading
+            for mine, start in zip(self.readings, before, strict=True)
+            for reading in mine[start:]
+        ]
+
+    def _visit(self, mine: list[Reading]) -> None:
+        try:
+            while not self._over.is_set():
+                out, began = pool().out, time.monotonic()
+                by = port_for(self.token)
+                mine.append(Reading(by, time.monotonic() - began, out))
+                close_old_connections()
+        finally:
+            with suppress(Error):
+                connections.close_all()
+
+
+class Asked(logging.Handler):
+    """The questions of the package, of all threads: the alias, and the thread's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.all.append((str(record.args[0]), str(record.threadName)))  # type: ignore[index]
+
+    @property
+    def by_requests(self) -> list[str]:
+        return [alias for alias, thread in tuple(self.all) if not thread.startswith("pinning-")]
+
+    @property
+    def by_watchers(self) -> list[str]:
+        return [alias for alias, thread in tuple(self.all) if thread.startswith("pinning-")]
+
+
+@pytest.fixture
+def asked() -> Iterator[Asked]:
+    log, handler = logging.getLogger("pinning_middleware.questions"), Asked()
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    yield handler
+    log.removeHandler(handler)
+    log.setLevel(before)
+
+
+@pytest.fixture
+def connecting(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Who tried to connect to what, from here on: the alias, and the thread's name."""
+    made: list[tuple[str, str]] = []
+    connect = DatabaseWrapper.get_new_connection
+
+    def noted(self: Any, params: Any) -> Any:
+        made.append((self.alias, threading.current_thread().name))
+        return connect(self, params)
+
+    monkeypatch.setattr(DatabaseWrapper, "get_new_connection", noted)
+    return made
+
+
+# Visitors of a site with a silent replica
+
+
+def on_replicas(pg: PostgreSQL, **more: Any) -> dict[str, dict[str, Any]]:
+    return {f"r{number}": database(pg[f"pg{number}"], **more) for number in (1, 2)}
+
+
+@pytest.mark.parametrize("conn_max_age", [None, 0])
+def test_a_frozen_replica_holds_up_visitors_once(
+    pg: PostgreSQL, heard: Heard, conn_max_age: int | None
+) -> None:
+    entries = on_replicas(pg, conn_max_age=conn_max_age)
+    with as_layout(pg, **entries), Visitors() as visitors:
+        assert {one.port for one in visitors.go_on()} == {pg["pg1"].port, pg["pg2"].port}
+        with frozen(pg["pg1"]):
+            found = visitors.go_on()
+            assert pool().out == {"r1"}
+            later = visitors.go_on(50)
+        assert max(one.seconds for one in found) < ONCE
+        # After the first, nobody waits.
+        known = [one for one in (*found, *later) if one.out]
+        assert max(one.seconds for one in known) < USUAL
+        assert {one.port for one in later} == {pg["pg2"].port}
+        assert [one["replica"] for one in heard.of("replica_left_out")] == ["r1"]
+        look_again("r1")
+        assert eventually(lambda: pool().out == frozenset())
+        assert {one.port for one in visitors.go_on()} == {pg["pg1"].port, pg["pg2"].port}
+
+
+def test_a_black_hole_holds_up_visitors_once(pg: PostgreSQL, heard: Heard) -> None:
+    with (
+        black_hole() as place,
+        as_layout(
+            pg,
+            hole=database(place, conn_max_age=None),
+            r2=database(pg["pg2"], conn_max_age=None),
+        ),
+        Visitors() as visitors,
+    ):
+        found = [one for mine in visitors.readings for one in mine]
+        assert pool().out == {"hole"}
+        later = visitors.go_on(50)
+        assert max(one.seconds for one in found) < ONCE
+        assert max(one.seconds for one in (*found, *later) if one.out) < USUAL
+        assert {one.port for one in (*found, *later)} == {pg["pg2"].port}
+    assert [one["reason"] for one in heard.of("replica_left_out")] == ["connect"]
+
+
+def test_a_pool_of_connections_to_a_black_hole_is_given_up_soon(pg: PostgreSQL) -> None:
+    """The pool's own patience would be 30 s."""
+    with (
+        black_hole() as place,
+        as_layout(pg, hole=pooled(place), r2=database(pg["pg2"], conn_max_age=None)),
+    ):
+        began = time.monotonic()
+        while not pool().out:
+            assert port_for(None) == pg["pg2"].port
+        assert time.monotonic() - began < ONCE
+        began = time.monotonic()
+        assert {port_for(None) for _ in range(6)} == {pg["pg2"].port}
+        assert time.monotonic() - began < USUAL
+
+
+# The primary is silent
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "plain settings": {},
+    "max_lag": {"PINNING_MAX_LAG": 5},
+    "monotonic": {"PINNING_GUARANTEE": "monotonic-reads"},
+}
+
+
+@pytest.mark.parametrize("role", ["superuser", "plain"])
+@pytest.mark.parametrize("settings", LAYOUTS.values(), ids=list(LAYOUTS))
+def test_a_frozen_primary_is_no_visitor_s_business(
+    pg: PostgreSQL, asked: Asked, settings: dict[str, Any], role: str
+) -> None:
+    """Unpinned reads, and pins that are known to be reached."""
+    more = {"user": make_role(pg.cluster)} if role == "plain" else {}
+    entries = {alias: database(pg[alias], conn_max_age=None, **more) for alias in sorted(REPLICAS)}
+    with as_layout(pg, **entries), override_settings(**settings):
+        token = write("one")
+        pg.wait_for()
+        for alias in entries:
+            assert eventually(lambda alias=alias: pool().asked_has(alias, position_in(token)))
+        with Visitors(number=4) as visitors, Visitors(token, number=4) as pinned:
+            asked.all.clear()
+            with frozen(pg["pg"]):
+                found = [*visitors.go_on(100), *pinned.go_on(100)]
+            assert max(one.seconds for one in found) < USUAL
+            assert {one.port for one in found} == {pg["pg1"].port, pg["pg2"].port}
+            assert pool().out == frozenset()
+        assert "site" not in asked.by_requests
+
+
+def test_an_unpinned_read_asks_nobody_whatever_the_state_of_the_receiver(
+    pg: PostgreSQL, asked: Asked
+) -> None:
+    """A replica that follows nobody serves visitors all the same."""
+    for alias in REPLICAS:
+        pg[alias].execute("ALTER SYSTEM SET primary_conninfo = ''")
+        pg[alias].execute("SELECT pg_reload_conf()")
+    try:
+        receiver = "SELECT count(*) FROM pg_stat_wal_receiver"
+        assert eventually(lambda: all(pg[a].execute(receiver) == [(0,)] for a in REPLICAS))
+        with frozen(pg["pg"]):
+            assert {server_for(None) for _ in range(6)} == REPLICAS
+        assert asked.by_requests == []
+    finally:
+        for alias in REPLICAS:
+            pg[alias].execute("ALTER SYSTEM RESET primary_conninfo")
+            pg[alias].execute("SELECT pg_reload_conf()")
+
+
+def test_a_new_pin_is_served_by_replicas_while_the_primary_is_silent(pg: PostgreSQL) -> None:
+    token = write("one")
+    pg.wait_for()
+    with frozen(pg["pg"]):
+        began = time.monotonic()
+        assert {server_for(token) for _ in range(6)} <= REPLICAS
+        assert titles(token) == ["one"]
+        assert time.monotonic() - began < USUAL
+
+
+@pytest.mark.parametrize("conn_max_age", [None, 0])
+def test_a_silent_primary_that_has_a_stand_in(pg: PostgreSQL, conn_max_age: int | None) -> None:
+    """It is used at once when it is back."""
+    connections.settings["pg"]["CONN_MAX_AGE"] = conn_max_age
+    connections["pg"].settings_dict["CONN_MAX_AGE"] = conn_max_age
+    connections["pg"].close()
+    write("one")
+    pg.wait_for()
+    pg.pause()
+    token = write("two")
+    assert titles(token) == ["one", "two"]
+    close_old_connections()
+    with override_settings(PINNING_PRIMARY_DOWN="stale"):
+        with frozen(pg["pg"]):
+            began = time.monotonic()
+            # A watcher may just have begun to ask.
+            assert titles(token) == ["one"]
+            assert time.monotonic() - began < ONCE
+            began = time.monotonic()
+            assert [titles(token) for _ in range(5)] == [["one"]] * 5
+            assert time.monotonic() - began < USUAL
+        assert eventually(lambda: titles(token) == ["one", "two"], 5)
+        assert not endpoint("pg").out
+
+
+# A slow query is no silence
+
+
+SLEEP = "SELECT 1 AS id, inet_server_port() AS port, pg_sleep(%s)::text AS slept"
+RUNNING = """
+SELECT count(*) FROM pg_stat_activity
+WHERE query LIKE '%inet_server_port() AS port, %pg_sleep%' AND state = 'active'
+  AND pid != pg_backend_pid()
+"""
+
+
+def test_a_slow_query_runs_to_its_end_and_once(
+    pg: PostgreSQL, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, looked_into = silence._answers, list[bool]()
+
+    def noted(*args: Any) -> bool:
+        looked_into.append(answers(*args))
+        return looked_into[-1]
+
+    monkeypatch.setattr(silence, "_answers", noted)
+    with stranger():
+        expected = server()
+        running = []
+
+        def sleep() -> tuple[str, int]:
+            with stranger():
+                (book,) = Book.objects.using(expected).raw(SLEEP, [2.5])
+            return book.slept, book.port
+
+        with ThreadPoolExecutor(1) as threads:
+            slow = threads.submit(in_thread, sleep)
+            while not slow.done():
+                running.append(sum(pg[alias].execute(RUNNING)[0][0] for alias in ("pg", *REPLICAS)))
+            assert slow.result() == ("", pg[expected].port)
+        assert max(running) == 1
+        assert server() == expected
+    assert looked_into
+    assert all(looked_into)
+    assert heard == []
+
+
+HERE = """
+SELECT 1 AS id, inet_server_port() AS port,
+       CASE inet_server_port() WHEN %s THEN pg_sleep(60)::text END AS slept
+"""
+
+
+def test_reads_that_wait_on_a_frozen_server_run_elsewhere(pg: PostgreSQL, heard: Heard) -> None:
+    """All of them, after one look."""
+    running = RUNNING.replace("pg_sleep", "CASE%pg_sleep")
+
+    def wait() -> int:
+        with stranger():
+            (book,) = Book.objects.using("pg1").raw(HERE, [pg["pg1"].port])
+        return int(book.port)
+
+    with ThreadPoolExecutor(4) as threads, ExitStack() as stack:
+        waiting = [threads.submit(in_thread, wait) for _ in range(4)]
+        assert eventually(lambda: pg["pg1"].execute(running) == [(4,)])
+        began = time.monotonic()
+        stack.enter_context(frozen(pg["pg1"]))
+        served = [one.result(30) for one in waiting]
+        assert time.monotonic() - began < ONCE
+    assert served == [pg["pg2"].port] * 4
+    (left,) = heard.of("replica_left_out")
+    assert (left["replica"], left["reason"]) == ("pg1", "silent")
+    pg["pg1"].execute(f"SELECT pg_terminate_backend(pid) FROM ({PIDS}) AS waiting")
+
+
+PIDS = "SELECT pid FROM pg_stat_activity WHERE query LIKE '%pg_sleep(60)%'"
+PIDS += " AND pid != pg_backend_pid()"
+
+
+# Our own questions
+
+
+def test_a_question_that_is_not_answered_takes_the_server_out(pg: PostgreSQL, heard: Heard) -> None:
+    pg.pause("pg2")
+    look_around()
+    token = write("one")
+    pg.wait_for("pg1")
+    with frozen(pg["pg1"]):
+        began = time.monotonic()
+        while not pool().out:
+            assert titles(token) == ["one"]
+        assert time.monotonic() - began < ONCE
+        began = time.monotonic()
+        assert [server_for(token) for _ in range(4)] == ["pg"] * 4
+        assert in_thread(lambda: titles(token)) == ["one"]
+        assert time.monotonic() - began < USUAL
+    (left,) = heard.of("replica_left_out")
+    assert (left["replica"], left["reason"]) == ("pg1", "silent")
+
+
+def test_a_thawed_replica_is_taken_back_by_its_watcher(
+    pg: PostgreSQL, connecting: list[tuple[str, str]]
+) -> None:
+    look_around()
+    with frozen(pg["pg1"]):
+        token = write("one")
+        while not pool().out:
+            titles(token)
+        connecting.clear()
+    look_again("pg1")
+    assert eventually(lambda: pool().out == frozenset())
+    assert {thread for _, thread in connecting} == {"pinning-watcher-pg1"}
+    pg.wait_for()
+    assert {server_for(None) for _ in range(4)} == REPLICAS
+
+
+def test_a_replica_comes_back_where_every_visitor_is_pinned(
+    pg: PostgreSQL, connecting: list[tuple[str, str]]
+) -> None:
+    """No request tries it: its watcher does."""
+    token = write("one")
+    pg.wait_for()
+    look_around()
+    take_out("pg1", 0.2)
+    connecting.clear()
+    served = set()
+    assert eventually(lambda: served.add(server_for(token)) or "pg1" in served)
+    assert served <= REPLICAS
+    assert {thread for _, thread in connecting} <= {"pinning-watcher-pg1"}
+    assert ("pg1", "pinning-watcher-pg1") in connecting
+
+
+@override_settings(PINNING_WAIT=30)
+def test_a_replica_is_asked_once_for_all_who_wait(pg: PostgreSQL, asked: Asked) -> None:
+    pg.pause()
+    token = write("one")
+
+    def wait() -> str:
+        with stranger(token):
+            connections["pg1"].ensure_connection()
+            connections["pg2"].ensure_connection()
+            return server()
+
+    with ThreadPoolExecutor(16) as threads:
+        waiting = [threads.submit(in_thread, wait) for _ in range(16)]
+        assert eventually(lambda: len(asked.by_watchers) > 20)
+        assert eventually(lambda: len(asked.by_requests) >= 1)
+        asked_before = len(asked.by_watchers)
+        assert eventually(lambda: len(asked.by_watchers) > asked_before + 20)
+        pg["pg1"].resume()
+        served = [one.result(30) for one in waiting]
+    assert served == ["pg1"] * 16
+    # Each has looked at either once before it waits, and at the one that it is given.
+    assert len([alias for alias in asked.by_requests if alias in REPLICAS]) <= 16 * 3

@@ -1,0 +1,139 @@
+"""What is known of servers: dated claims, floors, endpoints of several servers, lag's samples."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from pinning_middleware.servers.server import Identity, Report, Server, Servers
+
+SYSTEM = "ff"
+
+
+@pytest.fixture
+def servers() -> Servers:
+    return Servers()
+
+
+def meet(servers: Servers, alias: str, started: str = "a", port: int = 1) -> Server:
+    return servers.meet(alias, Identity(started, "10.0.0.1", port), SYSTEM)
+
+
+def replica_says(servers: Servers, server: Server, point: int) -> None:
+    report = Report(True, {f"{SYSTEM}-": point}, hidden=True)
+    servers.take_in(server, report, time.monotonic())
+
+
+def primary_says(servers: Servers, server: Server, end: int, timeline: int = 1) -> None:
+    position = {f"{SYSTEM}-{timeline}": end}
+    servers.take_in(server, Report(False, position, position), time.monotonic())
+
+
+class Hidden:
+    """A replica whose role is not told the timeline, and its primary."""
+
+    def __init__(self, servers: Servers) -> None:
+        self._servers = servers
+        self.primary = meet(servers, "default", port=1)
+        self.replica = meet(servers, "replica", port=2)
+
+    def sandwich(self, before: int, point: int, after: int, timeline: int = 1) -> Any:
+        primary_says(self._servers, self.primary, before, timeline)
+        replica_says(self._servers, self.replica, point)
+        primary_says(self._servers, self.primary, after, timeline)
+        return self.replica.position
+
+
+def test_a_primary_dates_a_replica_that_moves_with_it(servers: Servers) -> None:
+    hidden = Hidden(servers)
+    assert hidden.sandwich(10, 10, 10) == {}
+    assert hidden.sandwich(20, 20, 20) == {"ff-1": 20}
+    assert hidden.sandwich(20, 20, 20) == {"ff-1": 20}
+    assert hidden.sandwich(25, 27, 30) == {"ff-1": 27}
+
+
+def test_one_that_stands_still_is_passed_and_not_dated(servers: Servers) -> None:
+    """It is ahead on a timeline that was lost, and the new primary's log grows past it."""
+    hidden = Hidden(servers)
+    for end in range(80, 130, 10):
+        assert hidden.sandwich(end, 100, end + 10, timeline=2) == {}
+
+
+def test_what_is_ahead_or_behind_is_not_dated(servers: Servers) -> None:
+    hidden = Hidden(servers)
+    hidden.sandwich(10, 10, 10)
+    assert hidden.sandwich(20, 15, 30) == {}
+    assert hidden.sandwich(20, 35, 30) == {}
+
+
+def test_an_answer_counts_only_from_before_and_after(servers: Servers) -> None:
+    hidden = Hidden(servers)
+    hidden.sandwich(10, 10, 10)
+    replica_says(servers, hidden.replica, 20)
+    assert hidden.replica.position == {}
+
+
+def test_a_promotion_in_between_dates_nothing(servers: Servers) -> None:
+    hidden = Hidden(servers)
+    hidden.sandwich(10, 10, 10)
+    primary_says(servers, hidden.primary, 20, timeline=1)
+    replica_says(servers, hidden.replica, 20)
+    primary_says(servers, hidden.primary, 20, timeline=2)
+    assert hidden.replica.position == {}
+
+
+def test_a_restart_makes_another_server_with_a_floor(servers: Servers) -> None:
+    before = meet(servers, "replica", "monday")
+    servers.take_in(before, Report(True, {"ff-1": 100}), time.monotonic())
+    after = meet(servers, "replica", "tuesday")
+    assert after is not before
+    assert after.position == {}
+    assert after.floor == {"ff-1": 100}
+    assert servers.endpoint("replica").server is after
+    # It never got that far: the floor stays.
+    again = meet(servers, "replica", "wednesday")
+    assert again.floor == {"ff-1": 100}
+
+
+def test_the_same_server_is_the_same(servers: Servers) -> None:
+    assert meet(servers, "replica") is meet(servers, "replica") is meet(servers, "other")
+
+
+def test_an_alias_may_lead_to_several(servers: Servers) -> None:
+    one, other = meet(servers, "pool", port=1), meet(servers, "pool", port=2)
+    endpoint = servers.endpoint("pool")
+    assert endpoint.server is None
+    assert set(endpoint.current) == {one, other}
+    servers.mark(one, "silent", 10)
+    assert endpoint.out == ""
+    servers.mark(other, "lag", 10)
+    assert endpoint.out
+    servers.mark(one, "")
+    assert endpoint.out == ""
+
+
+def test_listeners_hear_of_news_only(servers: Servers) -> None:
+    heard: list[str] = []
+    servers.listeners.append(lambda endpoint: heard.append(endpoint.out))
+    endpoint = servers.endpoint("replica", "default")
+    servers.fail(endpoint, "connect", 10, "refused")
+    servers.fail(endpoint, "connect", 10, "refused")
+    assert (endpoint.error, endpoint.suspect) == ("refused", True)
+    servers.succeed(endpoint)
+    servers.succeed(endpoint)
+    assert heard == ["connect", ""]
+
+
+def test_positions_only_grow(servers: Servers) -> None:
+    server = meet(servers, "replica")
+    for point in (10, 30, 20):
+        servers.take_in(server, Report(True, {"ff-1": point}), time.monotonic())
+    assert server.position == {"ff-1": 30}
+
+
+def test_a_timeline_that_nobody_could_tell_counts_for_nothing(servers: Servers) -> None:
+    server = meet(servers, "replica")
+    servers.take_in(server, Report(True, {"ff-": 30}), time.monotonic())
+    assert server.position == {}
