@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.conf import settings
 from django.core.checks import run_checks
 from django.test import override_settings
 
@@ -31,7 +32,7 @@ BAD: list[tuple[str, list[Any], str]] = [
             [{"replica1": 1}],
             ["replica1", "replica1"],
             {"default": "replica1"},
-            {"default": {"replica1": 0}},
+            {"default": {"replica1": -1}},
             {"default": {"replica1": 1.5}},
             {"default": {"replica1": True}},
             {"default": {"replica1": "2"}},
@@ -55,7 +56,11 @@ BAD: list[tuple[str, list[Any], str]] = [
     ("PINNING_WAIT", NOT_SECONDS, "E005"),
     ("PINNING_RETRY_AFTER", NOT_SECONDS, "E005"),
     ("PINNING_MAX_LAG", [value for value in NOT_SECONDS if value is not None], "E005"),
-    ("PINNING_POSITIONS", NOT_BOOL, "E006"),
+    ("PINNING_POSITIONS", ["False", "wal", 0, 1, None, []], "E015"),
+    ("PINNING_OFFLOAD", ["typo", "no.such", None, 5, 0, 1], "E016"),
+    ("PINNING_PRIMARY_MODELS", NOT_TEXTS, "E017"),
+    ("PINNING_PRIMARY_MODELS", [["aut"], ["app.Boook"], ["nothing"]], "E018"),
+    ("PINNING_OFFLOAD_OUTSIDE", NOT_BOOL, "E006"),
     ("PINNING_ENABLED", NOT_BOOL, "E006"),
     ("PINNING_COOKIE_HTTPONLY", NOT_BOOL, "E006"),
     ("PINNING_SPREAD", ["queries", None, True, []], "E007"),
@@ -77,7 +82,7 @@ BAD: list[tuple[str, list[Any], str]] = [
     ("PINNING_COOKIE_DOMAIN", [5, True, []], "E010"),
     ("PINNING_COOKIE_PATH", [5, True, []], "E010"),
     ("PINNING_COOKIE_SECURE", ["yes", 1, []], "E010"),
-    ("PINNING_COOKIE_SAMESITE", ["lax", True, []], "E010"),
+    ("PINNING_COOKIE_SAMESITE", ["laxer", True, []], "E010"),
     ("PINNING_CACHE", ["typo", None, 5, ["default"]], "E011"),
     ("PINNING_KEY", ["typo", "no.such", None, 5, "pinning_middleware.stores.typo"], "E012"),
     ("PINNING_PRIMARY_METHODS", [*NOT_TEXTS, ["post"]], "E013"),
@@ -93,6 +98,7 @@ GOOD: list[tuple[str, list[Any]]] = [
             ("replica1",),
             {"default": []},
             {"default": ("replica1", "replica2"), "users": {"users_replica": 3}},
+            {"default": {"replica1": 1, "replica2": 0}},
         ],
     ),
     ("SLAVE_DATABASES", [[], ["slave"], ("slave",), ["replica1"]]),
@@ -102,14 +108,17 @@ GOOD: list[tuple[str, list[Any]]] = [
     ("PINNING_SPREAD", ["query"]),
     ("PINNING_PRIMARY_DOWN", ["stale"]),
     ("PINNING_GUARANTEE", ["monotonic-reads"]),
-    ("PINNING_STORES", [[], ("tests.app.stores.RecordingStore",)]),
-    ("PINNING_COOKIE_NAME", ["__Host-pinning"]),
+    ("PINNING_STORES", [("tests.app.stores.RecordingStore",)]),
+    ("PINNING_COOKIE_NAME", ["sticky"]),
+    ("PINNING_POSITIONS", [True, False, "lsn", "gtid", "xid"]),
+    ("PINNING_OFFLOAD", [True, False, "tests.test_checks.found"]),
+    ("PINNING_PRIMARY_MODELS", [(), ["auth"], ["app.Book", "AUTH.user"]]),
     ("PINNING_COOKIE_SECURE", [True, False, None]),
-    ("PINNING_COOKIE_SAMESITE", ["Lax", "Strict", "None", False]),
+    ("PINNING_COOKIE_SAMESITE", ["Lax", "lax", "Strict", False]),
     ("PINNING_COOKIE_DOMAIN", ["example.com"]),
     ("PINNING_KEY", ["pinning_middleware.stores.user_key"]),
     ("PINNING_PRIMARY_METHODS", [(), ["POST"], {"POST"}]),
-    ("PINNING_IGNORED_TABLES", [(), ["django_session"]]),
+    ("PINNING_IGNORED_TABLES", [(), ["app_hits"]]),
 ]
 
 
@@ -196,16 +205,101 @@ def test_what_is_not_first_is_a_warning(name: str, value: Any, number: str) -> N
             assert found() == [], "nothing is said where nothing is configured"
 
 
+MEMCACHED = "django.core.cache.backends.memcached.PyMemcacheCache"
+LOCAL = "django.core.cache.backends.locmem.LocMemCache"
+STORES = ["pinning_middleware.stores.CookieStore", "pinning_middleware.stores.CacheStore"]
+
+
+class ByHand:
+    """A router such as many sites wrote before."""
+
+    def db_for_read(self, model: Any, **hints: Any) -> str:
+        return "replica2"
+
+
+FITS: list[tuple[str, dict[str, Any]]] = [
+    ("W004", {"PINNING_STORES": []}),
+    ("W005", {"PINNING_REPLICAS": {"default": {"replica1": 0}}}),
+    ("W006", {"PINNING_COOKIE_SAMESITE": "None"}),
+    ("W006", {"SESSION_COOKIE_SAMESITE": "none"}),
+    ("W007", {"PINNING_COOKIE_NAME": "__Host-pinning"}),
+    (
+        "W007",
+        {
+            "PINNING_COOKIE_NAME": "__Host-pinning",
+            "PINNING_COOKIE_SECURE": True,
+            "PINNING_COOKIE_DOMAIN": "example.com",
+        },
+    ),
+    ("W007", {"PINNING_COOKIE_NAME": "__Secure-pinning"}),
+    ("W008", {"PINNING_STORES": STORES, "CACHES": {"default": {"BACKEND": LOCAL}}}),
+    (
+        "W009",
+        {
+            "PINNING_STORES": STORES,
+            "CACHES": {"default": {"BACKEND": MEMCACHED, "LOCATION": "127.0.0.1:1"}},
+        },
+    ),
+    ("W011", {"DATABASE_ROUTERS": [ROUTER, "tests.test_checks.ByHand"]}),
+    ("W012", {"PINNING_IGNORED_TABLES": ["django_session"]}),
+    ("W012", {"PINNING_IGNORED_TABLES": ["auth_user"]}),
+    ("E019", {"PINNING_COOKIE_NAME": "sessionid"}),
+    ("E019", {"PINNING_COOKIE_NAME": "csrftoken"}),
+    ("E020", {"PINNING_HEADER_NAME": "Set-Cookie"}),
+    ("E020", {"PINNING_HEADER_NAME": "cache-control"}),
+]
+
+
+@pytest.mark.parametrize(("number", "values"), FITS)
+def test_what_does_not_fit_is_said_with_a_hint(number: str, values: dict[str, Any]) -> None:
+    with override_settings(**values):
+        messages = found()
+    assert {message.id for message in messages} == {f"pinning_middleware.{number}"}
+    assert all(message.hint for message in messages)
+
+
+def test_a_transaction_for_each_request_on_a_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(settings.DATABASES["replica1"], "ATOMIC_REQUESTS", True)
+    (message,) = found()
+    assert message.id == f"{W}010"
+    assert "'replica1'" in message.msg
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"PINNING_COOKIE_SAMESITE": "None", "PINNING_COOKIE_SECURE": True},
+        {"PINNING_COOKIE_NAME": "__Host-pinning", "PINNING_COOKIE_SECURE": True},
+        {
+            "PINNING_STORES": STORES,
+            "CACHES": {
+                "default": {
+                    "BACKEND": MEMCACHED,
+                    "LOCATION": "127.0.0.1:1",
+                    "OPTIONS": {"timeout": 0.5},
+                }
+            },
+        },
+        {"DATABASE_ROUTERS": [ROUTER, "tests.app.routers.UsersRouter"]},
+    ],
+)
+def test_what_fits_is_no_warning(values: dict[str, Any]) -> None:
+    with override_settings(**values):
+        assert found() == []
+
+
 def test_ids_are_unique() -> None:
     """Each number is written in one place for one kind of fault, so that it can be silenced."""
-    source = Path(pinning_middleware.__file__).with_name("checks.py").read_text()
+    folder = Path(pinning_middleware.__file__).with_name("checks")
+    source = "".join(path.read_text() for path in sorted(folder.glob("*.py")))
     functions = re.split(r"^def ", source, flags=re.MULTILINE)
     numbers = {
         function.partition("(")[0]: set(re.findall(r"pinning_middleware\.([EW]\d{3})", function))
         | {f"E{int(n):03}" for n in re.findall(r"(?:_error|_judge)\(\s*(\d+),", function)}
+        | {f"W{int(n):03}" for n in re.findall(r"_warning\(\s*(\d+),", function)}
         | {f"W{int(n):03}" for n in re.findall(r"_check_first\([^)]*?(\d),", function)}
         for function in functions
     }
     used = [number for several in numbers.values() for number in several]
     assert sorted(used) == sorted(set(used))
-    assert {f"E{n:03}" for n in range(1, 15)} | {"W001", "W002", "W003"} <= set(used)
+    assert {f"E{n:03}" for n in range(1, 21)} | {f"W{n:03}" for n in range(1, 13)} <= set(used)

@@ -182,7 +182,7 @@ def test_it_reads_from_the_replica_that_has_it(pg: PostgreSQL, worker: Worker) -
 def test_the_scope_ends_with_the_task(pg: PostgreSQL, worker: Worker) -> None:
     """Laravel's stickiness leaked from one job to the next; this worker has one place only."""
     pg.pause()
-    with pinning_scope():
+    with pinning_scope(isolated=True):
         assert answer(write_and_send()) == (True, "pg")
     for _ in range(3):
         seen, alias = answer(tasks.see.delay("new"))
@@ -325,7 +325,9 @@ def test_an_eager_task_ends_its_scope(pg: PostgreSQL, eager: None) -> None:
     pg.pause()
     assert entered_scope() is None
     tasks.add.delay("in place")
-    assert entered_scope() is None
+    left = entered_scope()
+    assert left is not None
+    assert left.is_lasting, "who called it knows what it did"
     with pinning_scope():
         before = entered_scope()
         assert tasks.add_and_fail.delay("in place").failed()
@@ -371,7 +373,7 @@ def sent_headers() -> Iterator[list[dict[str, Any]]]:
 def test_who_did_nothing_sends_nothing(
     pg: PostgreSQL, broker: None, sent_headers: list[dict[str, Any]]
 ) -> None:
-    with pinning_scope():
+    with pinning_scope(isolated=True):
         tasks.see.apply_async(queue="nobody")
         server()
         tasks.see.apply_async(queue="nobody", headers={carrying.HEADER: "an older one"})

@@ -212,7 +212,7 @@ def test_without_the_pin_it_does_not(pg: PostgreSQL, lost: str) -> None:
     """The second one is what a cache costs that all processes do not share."""
     pg.pause()
     queue = Queue()
-    with pinning_scope():
+    with pinning_scope(isolated=True):
         write()
         if lost == "emptied cache":
             result = queue.enqueue(look, "new")
@@ -228,7 +228,7 @@ def test_without_the_pin_it_does_not(pg: PostgreSQL, lost: str) -> None:
 def test_the_worker_is_unpinned_for_its_next_task(pg: PostgreSQL) -> None:
     pg.pause()
     queue = Queue()
-    with pinning_scope():
+    with pinning_scope(isolated=True):
         write()
         first = queue.enqueue(look, "new")
     failing = queue.enqueue(add_and_fail, "lost")

@@ -1,30 +1,30 @@
-"""The judgement of every setting: an error with an id and a hint for each bad value."""
+"""Every setting by itself: an error with an id and a hint for each bad value."""
 
 from __future__ import annotations
 
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from django.apps import apps
 from django.conf import settings
 from django.core import checks
 from django.core.checks import CheckMessage, Error, register
 from django.utils.module_loading import import_string
 
-from .conf import DEFAULTS, parse_replicas
+from pinning_middleware.conf import DEFAULTS, parse_replicas
 
-__all__: list[str] = []
+__all__ = ["TAG"]
 
 TAG = "pinning"
-MIDDLEWARE = "pinning_middleware.middleware.PinningMiddleware"
-ROUTER = "pinning_middleware.routers.PinningRouter"
 CHOICES = {
     "PINNING_SPREAD": ("request", "query"),
     "PINNING_PRIMARY_DOWN": ("error", "stale"),
     "PINNING_GUARANTEE": ("read-your-writes", "monotonic-reads"),
 }
+_SAMESITE = ("lax", "strict", "none")
 _HTTP_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
 
@@ -134,7 +134,7 @@ def check_seconds(**kwargs: Any) -> list[CheckMessage]:
 
 @register(TAG)
 def check_switches(**kwargs: Any) -> list[CheckMessage]:
-    names = ("PINNING_POSITIONS", "PINNING_ENABLED", "PINNING_COOKIE_HTTPONLY")
+    names = ("PINNING_ENABLED", "PINNING_OFFLOAD_OUTSIDE", "PINNING_COOKIE_HTTPONLY")
     return _judge(
         6,
         names,
@@ -221,7 +221,7 @@ def check_cookie(**kwargs: Any) -> list[CheckMessage]:
         *_judge(
             10,
             ("PINNING_COOKIE_SAMESITE",),
-            lambda value: value in (None, False, "Lax", "Strict", "None"),
+            lambda value: value in (None, False) or str(value).lower() in _SAMESITE,
             "must be 'Lax', 'Strict', 'None' or False",
             hint,
         ),
@@ -280,6 +280,53 @@ def check_ignored_tables(**kwargs: Any) -> list[CheckMessage]:
 
 
 @register(TAG)
+def check_positions(**kwargs: Any) -> list[CheckMessage]:
+    return _judge(
+        15,
+        ("PINNING_POSITIONS",),
+        lambda value: isinstance(value, bool) or value in ("lsn", "gtid", "xid"),
+        "must be True, False, 'lsn', 'gtid' or 'xid'",
+        "True takes the best way that the database has.",
+    )
+
+
+@register(TAG)
+def check_offload(**kwargs: Any) -> list[CheckMessage]:
+    return _judge(
+        16,
+        ("PINNING_OFFLOAD",),
+        lambda value: isinstance(value, bool) or _is_path_of_callable(value),
+        "must be True, False or the dotted path of a function offload(request) -> bool",
+        "False lets only what `offload` marks read replicas.",
+    )
+
+
+@register(TAG)
+def check_primary_models(**kwargs: Any) -> list[CheckMessage]:
+    hint = 'For example ("auth", "shop.Order"): labels of apps, or of models.'
+    labels = _value("PINNING_PRIMARY_MODELS")
+    if not _is_texts(labels):
+        return [_error(17, "PINNING_PRIMARY_MODELS", "must be a list of labels", hint)]
+    known = [config.label for config in apps.get_app_configs()]
+    known += [model._meta.label for model in apps.get_models()]
+    lower = {label.lower() for label in known}
+    found: list[CheckMessage] = []
+    for label in labels:
+        if label.lower() not in lower:
+            near = difflib.get_close_matches(label, known, n=1)
+            says = f"has {label!r}, which is the label of no app and no model"
+            found.append(
+                _error(
+                    18,
+                    "PINNING_PRIMARY_MODELS",
+                    says,
+                    f"Did you mean {near[0]!r}?" if near else hint,
+                )
+            )
+    return found
+
+
+@register(TAG)
 def check_unknown_settings(**kwargs: Any) -> list[CheckMessage]:
     return [
         checks.Warning(
@@ -295,38 +342,3 @@ def check_unknown_settings(**kwargs: Any) -> list[CheckMessage]:
 def _did_you_mean(name: str) -> str:
     near = difflib.get_close_matches(name, DEFAULTS, n=1)
     return f"Did you mean {near[0]}?" if near else f"Known are {', '.join(DEFAULTS)}."
-
-
-@register(TAG)
-def check_wiring(**kwargs: Any) -> list[CheckMessage]:
-    if not _value("PINNING_REPLICAS"):
-        return []
-    return [
-        *_check_first(
-            "MIDDLEWARE", MIDDLEWARE, 2, "so that every read of a request is in its scope"
-        ),
-        *_check_first("DATABASE_ROUTERS", ROUTER, 3, "so that it can ask the routers after it"),
-    ]
-
-
-def _check_first(setting: str, path: str, number: int, why: str) -> list[CheckMessage]:
-    entries: Sequence[Any] = getattr(settings, setting)
-    if entries and (entries[0] == path or _is_instance(entries[0], path)):
-        return []
-    return [
-        checks.Warning(
-            f"PINNING_REPLICAS is set, and {path} is not the first entry of {setting}.",
-            hint=f"Put it first, {why}. If that is on purpose, silence "
-            f"pinning_middleware.W{number:03}.",
-            id=f"pinning_middleware.W{number:03}",
-        )
-    ]
-
-
-def _is_instance(entry: Any, path: str) -> bool:
-    """Return whether this is the class of the path or one derived from it, or an instance."""
-    try:
-        kind = import_string(entry) if isinstance(entry, str) else type(entry)
-        return isinstance(kind, type) and issubclass(kind, import_string(path))
-    except ImportError:
-        return False

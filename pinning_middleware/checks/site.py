@@ -1,0 +1,269 @@
+"""What stands beside the settings: the order of things, cookies, caches, other routers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from django.apps import apps
+from django.conf import settings
+from django.core import checks
+from django.core.checks import CheckMessage, register
+from django.db import DEFAULT_DB_ALIAS, router
+from django.utils.module_loading import import_string
+
+from pinning_middleware.conf import conf, parse_replicas
+
+from .values import TAG
+
+__all__: list[str] = []
+
+MIDDLEWARE = "pinning_middleware.middleware.PinningMiddleware"
+ROUTER = "pinning_middleware.routers.PinningRouter"
+CACHE_STORE = "pinning_middleware.stores.CacheStore"
+COOKIE_STORE = "pinning_middleware.stores.CookieStore"
+# Headers that mean something else to clients, servers or caches.
+OTHERS_HEADERS = frozenset(
+    {
+        *("accept", "authorization", "cache-control", "connection", "content-length"),
+        *("content-type", "cookie", "date", "etag", "expires", "host", "location", "origin"),
+        *("server", "set-cookie", "transfer-encoding", "vary", "www-authenticate"),
+    }
+)
+# Of memcached's clients: what bounds how long they wait.
+TIMEOUTS = {
+    "django.core.cache.backends.memcached.PyMemcacheCache": ("timeout", "connect_timeout"),
+    "django.core.cache.backends.memcached.PyLibMCCache": ("behaviors",),
+}
+
+
+def _get(name: str, default: Any = None) -> Any:
+    return getattr(settings, name, default)
+
+
+def _warning(number: int, says: str, hint: str) -> checks.Warning:
+    return checks.Warning(says, hint=hint, id=f"pinning_middleware.W{number:03}")
+
+
+def _replicas() -> dict[str, str]:
+    """Return alias of a replica → its primary's, none where the setting can't be read."""
+    try:
+        pools = parse_replicas(_get("PINNING_REPLICAS", []))
+    except ValueError:
+        return {}
+    return {alias: primary for primary, weights in pools.items() for alias in weights}
+
+
+def _stores() -> list[str]:
+    paths = _get("PINNING_STORES", [COOKIE_STORE])
+    return list(paths) if isinstance(paths, (list, tuple)) else []
+
+
+@register(TAG)
+def check_wiring(**kwargs: Any) -> list[CheckMessage]:
+    if not _get("PINNING_REPLICAS"):
+        return []
+    return [
+        *_check_first(
+            "MIDDLEWARE", MIDDLEWARE, 2, "so that every read of a request is in its scope"
+        ),
+        *_check_first("DATABASE_ROUTERS", ROUTER, 3, "so that it can ask the routers after it"),
+    ]
+
+
+def _check_first(setting: str, path: str, number: int, why: str) -> list[CheckMessage]:
+    entries: Sequence[Any] = getattr(settings, setting)
+    if entries and (entries[0] == path or _is_instance(entries[0], path)):
+        return []
+    return [
+        _warning(
+            number,
+            f"PINNING_REPLICAS is set, and {path} is not the first entry of {setting}.",
+            f"Put it first, {why}. If that is on purpose, silence pinning_middleware.W{number:03}.",
+        )
+    ]
+
+
+def _is_instance(entry: Any, path: str) -> bool:
+    """Return whether this is the class of the path or one derived from it, or an instance."""
+    try:
+        kind = import_string(entry) if isinstance(entry, str) else type(entry)
+        return isinstance(kind, type) and issubclass(kind, import_string(path))
+    except ImportError:
+        return False
+
+
+@register(TAG)
+def check_that_pins_are_kept(**kwargs: Any) -> list[CheckMessage]:
+    if not _get("PINNING_REPLICAS") or _get("PINNING_STORES", [COOKIE_STORE]) not in ([], ()):
+        return []
+    return [
+        _warning(
+            4,
+            "PINNING_STORES is empty, so that a write pins its own request only.",
+            f"The default is [{COOKIE_STORE!r}].",
+        )
+    ]
+
+
+@register(TAG)
+def check_weights(**kwargs: Any) -> list[CheckMessage]:
+    try:
+        pools = parse_replicas(_get("PINNING_REPLICAS", []))
+    except ValueError:
+        return []
+    return [
+        _warning(
+            5,
+            f"Every replica of {primary!r} has weight 0, so that the primary has all reads.",
+            "0 is for one that is drained or warmed while others serve.",
+        )
+        for primary, weights in pools.items()
+        if weights and not any(weights.values())
+    ]
+
+
+@register(TAG)
+def check_cookie_fits(**kwargs: Any) -> list[CheckMessage]:
+    if COOKIE_STORE not in _stores():
+        return []
+    cookie, name = conf.cookie, conf.cookie_name
+    found: list[CheckMessage] = []
+    if str(cookie["samesite"]).lower() == "none" and not cookie["secure"]:
+        found.append(
+            _warning(
+                6,
+                "The pinning cookie has SameSite=None and is not Secure: browsers refuse it.",
+                "Set PINNING_COOKIE_SECURE = True (or SESSION_COOKIE_SECURE).",
+            )
+        )
+    others = ("SESSION_COOKIE_NAME", "CSRF_COOKIE_NAME", "LANGUAGE_COOKIE_NAME")
+    found += [
+        checks.Error(
+            f"PINNING_COOKIE_NAME is {name!r}, and so is {other}.",
+            hint="Give it a name of its own; the default is 'pinning'.",
+            id="pinning_middleware.E019",
+        )
+        for other in others
+        if name == _get(other)
+    ]
+    host = name.startswith("__Host-") and (cookie["domain"] or cookie["path"] != "/")
+    if host or (name.startswith(("__Host-", "__Secure-")) and not cookie["secure"]):
+        found.append(
+            _warning(
+                7,
+                f"Browsers refuse a cookie of the name {name!r} with these attributes.",
+                "__Host- wants Secure, the path / and no domain; __Secure- wants Secure.",
+            )
+        )
+    return found
+
+
+@register(TAG)
+def check_header_name(**kwargs: Any) -> list[CheckMessage]:
+    name = _get("PINNING_HEADER_NAME")
+    if not isinstance(name, str) or name.lower() not in OTHERS_HEADERS:
+        return []
+    return [
+        checks.Error(
+            f"PINNING_HEADER_NAME is {name!r}, which means something else.",
+            hint="Give it a name of its own; the default is 'Pinning-Token'.",
+            id="pinning_middleware.E020",
+        )
+    ]
+
+
+@register(TAG)
+def check_cache_fits(**kwargs: Any) -> list[CheckMessage]:
+    alias = _get("PINNING_CACHE", "default")
+    if CACHE_STORE not in _stores() or alias not in settings.CACHES:
+        return []
+    entry = settings.CACHES[alias]
+    backend = entry.get("BACKEND", "")
+    if backend.rpartition(".")[2] in ("LocMemCache", "DummyCache"):
+        return [
+            _warning(
+                8,
+                f"CacheStore is on {backend}, which other processes do not share.",
+                "Use Redis, Valkey, memcached or a database.",
+            )
+        ]
+    options = entry.get("OPTIONS", {})
+    if backend in TIMEOUTS and not any(name in options for name in TIMEOUTS[backend]):
+        return [
+            _warning(
+                9,
+                f"CacheStore is on {backend} without a timeout: a server that says nothing "
+                "would hold up requests.",
+                f"Set {TIMEOUTS[backend][0]!r} in its OPTIONS, to half a second say.",
+            )
+        ]
+    return []
+
+
+@register(TAG)
+def check_replicas_settings(**kwargs: Any) -> list[CheckMessage]:
+    return [
+        _warning(
+            10,
+            f"ATOMIC_REQUESTS is set on {alias!r}, a replica of {primary!r}.",
+            "Set it on the primary only: reads in a transaction can't be run again elsewhere.",
+        )
+        for alias, primary in _replicas().items()
+        if settings.DATABASES.get(alias, {}).get("ATOMIC_REQUESTS")
+    ]
+
+
+@register(TAG)
+def check_other_routers(**kwargs: Any) -> list[CheckMessage]:
+    replicas = _replicas()
+    if not replicas:
+        return []
+    return [
+        _warning(
+            11,
+            f"{type(other).__name__} sends {says} of {label} to {alias!r}, which is a replica.",
+            "A router after PinningRouter says which primary a model belongs to; reads are spread "
+            "over its replicas by PinningRouter.",
+        )
+        for other, says, label, alias in _answers()
+        if alias in replicas
+    ]
+
+
+def _answers() -> Iterator[tuple[Any, str, str, str]]:
+    """Return what the routers beside ours answer for a model, each of them once."""
+    for other in router.routers:
+        if _is_instance(other, ROUTER):
+            continue
+        for says in ("db_for_read", "db_for_write"):
+            method = getattr(other, says, None)
+            for model in apps.get_models() if method is not None else ():
+                try:
+                    alias = method(model)
+                except Exception:
+                    # One that wants more than this says nothing here.
+                    continue
+                if alias and alias != DEFAULT_DB_ALIAS:
+                    yield other, says, model._meta.label, str(alias)
+                    break
+
+
+@register(TAG)
+def check_ignored_tables_fit(**kwargs: Any) -> list[CheckMessage]:
+    tables = _get("PINNING_IGNORED_TABLES", ())
+    if not isinstance(tables, (list, tuple, set, frozenset)):
+        return []
+    read_back = {"django_session"}
+    with suppress(LookupError, ValueError):
+        read_back.add(apps.get_model(settings.AUTH_USER_MODEL)._meta.db_table)
+    return [
+        _warning(
+            12,
+            f"PINNING_IGNORED_TABLES has {table!r}, which the next request reads back.",
+            "A login or a cart would seem lost; ignore a hit counter's table, and no other.",
+        )
+        for table in tables
+        if str(table).lower() in read_back
+    ]
