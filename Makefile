@@ -14,7 +14,7 @@ help:
 	@echo "make lint             ruff and mypy"
 	@echo "make format           ruff, changing files"
 	@echo "make benchmarks       the figures of the README"
-	@echo "make system-packages  MariaDB and Chromium for the tests, on Debian and Ubuntu"
+	@echo "make system-packages  MariaDB, HAProxy, PgBouncer, Chromium, on Debian and Ubuntu"
 	@echo "make clean            remove what the others made"
 
 $(VENV)/bin/python:

@@ -104,7 +104,7 @@ def _pins_of_group() -> Pins:
 def _begin(task: Any, **kwargs: Any) -> None:
     request = task.request
     token = getattr(request, HEADER, None)
-    scope = Scope(tokens.accept(token) if token else {})
+    scope = Scope.of(tokens.accept(token) if token else {})
     policy = getattr(task, "pinning", "sticky")
     scope.from_primary = policy not in ("sticky", "wait")
     if policy == "wait":

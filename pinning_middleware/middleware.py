@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction, sync_to_async
@@ -55,7 +55,8 @@ class PinningMiddleware:
         outer, response = entered_scope(), None
         scope = _begin(request, outer)
         try:
-            _load(scope, conf.stores_at_start, request)
+            for store in conf.stores_at_start:
+                _load(scope, store, request)
             response = self.get_response(request)
             return response
         finally:
@@ -72,7 +73,8 @@ class PinningMiddleware:
         outer, response = entered_scope(), None
         scope = _begin(request, outer)
         try:
-            await _aload(scope, conf.stores_at_start, request)
+            for store in conf.stores_at_start:
+                await _aload(scope, store, request)
             response = await self.get_response(request)
             return response  # type: ignore[no-any-return]
         finally:
@@ -86,18 +88,22 @@ class PinningMiddleware:
 
     def _process_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
         if (scope := _on_view(request)) is not None:
-            _load(scope, conf.stores_at_view, request)
+            for store in conf.stores_at_view:
+                _load(scope, store, request)
 
     async def _aprocess_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
         if (scope := _on_view(request)) is not None:
-            await _aload(scope, conf.stores_at_view, request)
+            for store in conf.stores_at_view:
+                await _aload(scope, store, request)
 
 
 def _begin(request: HttpRequest, outer: Scope | None) -> Scope:
-    if outer is not None and outer.is_lasting:
-        # What its server's thread, or a test, did outside of all requests is not its own.
-        outer = None
-    scope = Scope(from_primary=request.method in conf.primary_methods, outer=outer)
+    scope = Scope()
+    # What its server's thread, or a test, did outside of all requests is not its own.
+    if outer is not None and not outer.is_lasting:
+        scope.outer = outer
+    if request.method in conf.primary_methods:
+        scope.from_primary = True
     enter(scope)
     return scope
 
@@ -132,22 +138,20 @@ def _asked(offload: Callable[[HttpRequest], Any], request: HttpRequest) -> bool:
         return False
 
 
-def _load(scope: Scope, stores: Iterable[BaseStore], request: HttpRequest) -> None:
-    for store in stores:
-        try:
-            if pins := store.load(request):
-                scope.carry(pins)
-        except Exception:
-            logger.exception(_LOST, type(store).__name__, "load")
+def _load(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
+    try:
+        if pins := store.load(request):
+            scope.carry(pins)
+    except Exception:
+        logger.exception(_LOST, type(store).__name__, "load")
 
 
-async def _aload(scope: Scope, stores: Iterable[BaseStore], request: HttpRequest) -> None:
-    for store in stores:
-        try:
-            if pins := await store.aload(request):
-                scope.carry(pins)
-        except Exception:
-            logger.exception(_LOST, type(store).__name__, "load")
+async def _aload(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
+    try:
+        if pins := await store.aload(request):
+            scope.carry(pins)
+    except Exception:
+        logger.exception(_LOST, type(store).__name__, "load")
 
 
 def _save(scope: Scope, request: HttpRequest, response: HttpResponseBase | None) -> None:

@@ -45,7 +45,7 @@ class PinningScope:
     def __init__(
         self, token: str | None = None, isolated: bool = False, scope: Scope | None = None
     ) -> None:
-        self._scope = Scope(tokens.accept(token) if token else {}) if scope is None else scope
+        self._scope = Scope.of(tokens.accept(token) if token else {}) if scope is None else scope
         self._is_isolated = isolated
 
     @property

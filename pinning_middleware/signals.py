@@ -19,7 +19,8 @@ __all__ = [
 # Arguments: reason. The sender is the store's class.
 token_rejected = Signal()
 
-# Arguments: replica, reason ("connect", "lag", "role"), seconds (until it is looked at again).
+# Arguments: replica, reason ("connect", "silent", "role", "behind", "lag"), seconds (until it is
+# looked at again).
 replica_left_out = Signal()
 
 # Arguments: replica.
@@ -31,6 +32,6 @@ read_rerun = Signal()
 # Arguments: replica, seconds (waited), reached (bool).
 replica_waited = Signal()
 
-# A read went elsewhere than its rule says. Arguments: served (alias), reason ("no replica",
-# "behind", "primary down").
+# A read went elsewhere than its rule says. Arguments: served (alias), reason ("no_replica",
+# "behind", "primary_down").
 primary_fallback = Signal()

@@ -62,7 +62,7 @@ def _send(*, task_result: Any, **kwargs: Any) -> None:
 
 
 def _begin(*, task_result: Any, **kwargs: Any) -> None:
-    scope = Scope(cache.fetch("task", [task_result.id]))
+    scope = Scope.of(cache.fetch("task", [task_result.id]))
     outer = entered_scope()
     # One that runs in place is part of who called it; a worker serves strangers by turns.
     block = PinningScope(scope=scope, isolated=outer is None or outer.is_lasting)

@@ -239,7 +239,9 @@ def _answers() -> Iterator[tuple[Any, str, str, str]]:
             continue
         for says in ("db_for_read", "db_for_write"):
             method = getattr(other, says, None)
-            for model in apps.get_models() if method is not None else ():
+            if method is None:
+                continue
+            for model in apps.get_models():
                 try:
                     alias = method(model)
                 except Exception:

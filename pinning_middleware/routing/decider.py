@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from pinning_middleware import reasons
 from pinning_middleware.conf import PoolSpec, conf
 from pinning_middleware.pins import Pin
 from pinning_middleware.scopes.blocks import Kind, Open, lifts, open_blocks, override
@@ -23,7 +24,6 @@ from pinning_middleware.scopes.scope import Facts, Scope, current_scope, entered
 from pinning_middleware.servers.questions import link_of, may_ask
 from pinning_middleware.signals import primary_fallback, replica_waited
 
-from . import reasons
 from .nodes import Nodes
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class _Seat:
     def __init__(self, connection: BaseDatabaseWrapper) -> None:
         self.connection = connection
         self.scope: Scope | None = Scope()
-        self.facts = Facts("", None, None)
+        self.facts = Facts("")
 
 
 class Pool(Nodes):
@@ -64,8 +64,13 @@ class Pool(Nodes):
         super().__init__(spec)
         # Whether a decision depends on the model, so that it can't be remembered for a scope.
         self.minds_models = bool(conf.primary_models)
+        # Nor where somebody may stand in for the primary at any time.
+        self._may_not_keep = self.minds_models or conf.primary_down == "stale"
+        self._offloads_all = conf.offload is True
         self._by_query = conf.spread_by_query
         self._thread = threading.local()
+        if self.minds_models:
+            self.db_for_read = self._db_for_model  # type: ignore[method-assign]
 
     # The decision
 
@@ -82,16 +87,25 @@ class Pool(Nodes):
             seat = self._thread.seat
         except AttributeError:
             seat = self._thread.seat = _Seat(connections[self.primary])
-        if seat.scope is not scope or open_blocks() is not None:
-            return self._told(self.decide(model, seat.connection))
-        connection = seat.connection
+        if seat.scope is not scope or scope is None:
+            scope = scope or current_scope()
+            seat.scope, seat.facts = scope, scope[self.key]
+        connection, facts = seat.connection, seat.facts
+        if open_blocks() is not None:
+            return self._told(self.decide(model, connection), facts)
         if (
             connection.connection is not None
             and (connection.in_atomic_block or not connection.autocommit)
             and self._in_transaction(connection, scope)
         ):
             return self.primary
-        return seat.facts.answer or self._told(self._settle(scope, seat.facts))
+        return facts.answer or self._told(self._settle(scope, facts), facts)
+
+    def _db_for_model(self, model: Any = None, **hints: Any) -> str | None:
+        """Do what ``db_for_read`` does, where what is remembered depends on the model."""
+        if hints and (instance := hints.get("instance")) and instance._state.db not in self:
+            return None
+        return self._told(self.decide(model), current_scope()[self.key])
 
     def decide(self, model: Any = None, connection: BaseDatabaseWrapper | None = None) -> Route:
         """
@@ -106,11 +120,7 @@ class Pool(Nodes):
         scope = entered_scope() or current_scope()
         facts = scope[self.key]
         block = open_blocks()
-        if block is None:
-            seat = self._thread.__dict__.get("seat")
-            if seat is not None and not self.minds_models:
-                seat.scope, seat.facts = scope, facts
-        elif (chosen := override(block, self.primary)) is not None:
+        if block is not None and (chosen := override(block, self.primary)) is not None:
             return self._in_block(chosen, facts)
         if (
             connection.connection is not None
@@ -142,34 +152,38 @@ class Pool(Nodes):
 
     def _settle(self, scope: Scope, facts: Facts, is_lifted: bool = False) -> Route:
         """Decide by the rules that stay the same for a while, and remember what may be."""
-        if facts.is_pinned:
+        if facts.writes or facts.by_hand or facts.held:
             if self.has_written(scope, facts) or self.is_headless:
                 return self._primary(reasons.WROTE if facts.writes else reasons.BY_HAND)
             facts.settle()
         if facts.is_locked and not scope.is_lasting:
             return self._primary(reasons.LOCK)
         is_lifted = is_lifted or scope.lifted
-        may_keep = not (is_lifted or self.minds_models or scope.is_lasting)
+        may_keep = not (is_lifted or self._may_not_keep or scope.is_lasting)
         if not is_lifted:
             if scope.from_primary:
                 return self._keep(facts, self._primary(reasons.METHOD), may_keep)
-            if not self._offloads(scope):
+            if (scope.is_lasting or not self._offloads_all) and not self._offloads(scope):
                 return self._primary(reasons.NOT_OFFLOADED)
         if facts.carried is not None or facts.seen is not None:
             route = self._carried(scope, facts)
             if route is not None:
                 is_reached = route[1] == reasons.POSITION and not self._by_query
                 return self._keep(facts, route, may_keep and is_reached)
-        if scope.is_lasting and time.monotonic() - facts.turned >= conf.seconds:
+        if scope.is_lasting:
             # It has no next scope that would get the next replica.
-            facts.replica = None
+            now = time.monotonic()
+            if now - facts.turned >= conf.seconds:
+                facts.replica, facts.turned = None, now
         alias = self._replica(facts)
         if alias is None:
             return self._primary(reasons.NO_REPLICA)
-        return self._keep(facts, (alias, reasons.TURN), may_keep and not self._by_query)
+        if may_keep and not self._by_query:
+            facts.answer, facts.reason = alias, reasons.TURN
+        return alias, reasons.TURN
 
     def _keep(self, facts: Facts, route: Route, may_keep: bool) -> Route:
-        if may_keep and conf.primary_down == "error":
+        if may_keep:
             facts.answer, facts.reason = route
         return route
 
@@ -204,7 +218,7 @@ class Pool(Nodes):
         wait = conf.wait if scope.wait is None else scope.wait
         if alias is None and ask and wait and may_ask(connections[self.primary]):
             alias = self.wait_for(wanted, wait)
-            self._thread.waited = alias, time.monotonic() - now
+            facts.waited = alias, time.monotonic() - now
         if alias is None:
             if ask:
                 facts.looked = now
@@ -221,7 +235,7 @@ class Pool(Nodes):
             alias = self.turn()
             if alias is not None and self.is_mirror(alias):
                 alias = self.primary
-            facts.replica, facts.turned = alias, time.monotonic()
+            facts.replica = alias
         return alias
 
     def _primary(self, reason: str) -> Route:
@@ -230,20 +244,22 @@ class Pool(Nodes):
             return alias, reasons.PRIMARY_DOWN
         return self.primary, reason
 
-    def _told(self, route: Route) -> str:
+    def _told(self, route: Route, facts: Facts) -> str:
         """Say what is worth a signal, now that it is decided; once for a scope."""
         alias, reason = route
-        if (waited := self._thread.__dict__.pop("waited", None)) is not None:
-            found, seconds = waited
-            replica = found or next(iter(self.replicas))
+        if reason is reasons.TURN:
+            return alias
+        if facts.waited is not None:
+            (found, seconds), facts.waited = facts.waited, None
             replica_waited.send_robust(
-                self.primary, replica=replica, seconds=seconds, reached=found is not None
+                self.primary,
+                replica=found or self.replicas[0],
+                seconds=seconds,
+                reached=found is not None,
             )
-        if reason in _SAID and primary_fallback.receivers:
-            facts = current_scope()[self.key]
-            if facts.said != reason:
-                facts.said = reason
-                primary_fallback.send_robust(self.primary, served=alias, reason=reason)
+        if reason in _SAID and facts.said != reason:
+            facts.said = reason
+            primary_fallback.send_robust(self.primary, served=alias, reason=reason)
         return alias
 
     # What the connection at hand is good for

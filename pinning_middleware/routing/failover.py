@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ from django.db import OperationalError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
+from pinning_middleware import reasons
 from pinning_middleware.conf import conf
 from pinning_middleware.scopes.blocks import Kind as BlockKind
 from pinning_middleware.scopes.blocks import is_direct, open_blocks, override
@@ -33,24 +33,16 @@ from pinning_middleware.signals import primary_fallback, read_rerun
 from pinning_middleware.writes.sql import Kind
 from pinning_middleware.writes.watch import alias_of, examine
 
-from . import reasons
 from .decider import Pool
 from .pools import pools
+from .sessions import same_session
 
-__all__ = ["install", "rerun", "same_session", "serve_elsewhere"]
+__all__ = ["install", "rerun", "serve_elsewhere"]
 
 logger = logging.getLogger("pinning_middleware")
 
 # Reasons that only the primary answers, and that are no failure of anybody.
 _PRIMARY_ONLY = (reasons.WROTE, reasons.LOCK, reasons.PINNED)
-
-# Of a database's settings and options, those that say how to get there and not what is there.
-_SETTINGS = ("ENGINE", "NAME", "USER", "TIME_ZONE", "AUTOCOMMIT")
-_TRANSPORT = re.compile(
-    r"(?:fallback_)?application_name|channel_binding|client_flag|connect_timeout|gssencmode"
-    r"|hostaddr|keepalives\w*|load_balance_hosts|passfile|password|pool|port|(?:read|write)_timeout"
-    r"|requiressl|server_side_binding|ssl\w*|target_session_attrs|tcp_user_timeout|unix_socket"
-)
 
 
 def open_cursor(
@@ -128,6 +120,10 @@ def rerun(
             cursor.cursor, cursor.db = fresh.cursor, fresh.db
         elif kind is Kind.LOCK and _may_move(connection):
             return _again(pool, execute, (sql, params, many), context, reasons.LOCK)
+    stale = None
+    if not is_replica and conf.primary_down == "stale" and _may_move(connection):
+        stale = link_of(connection)
+        stale.has_stand_in = examine(connection, sql)[0] is Kind.READ
     try:
         result = execute(sql, params, many, context)
     except FAILURES as error:
@@ -147,6 +143,9 @@ def rerun(
             endpoint_of(connection).suspect = True
         is_silent = isinstance(error, Silent)
         return _again(pool, execute, (sql, params, many), context, error, is_lost and not is_silent)
+    finally:
+        if stale is not None:
+            stale.has_stand_in = False
     if is_replica:
         _note(pool, connection.alias)
     elif pool.is_monotonic:
@@ -266,18 +265,6 @@ def _candidates(pool: Pool, failed: str, why: object, same_first: bool) -> Itera
             if max_lag is None or (lag is not None and lag <= max_lag):
                 yield alias
     yield pool.primary
-
-
-def same_session(one: str, other: str) -> bool:
-    """Return whether nothing but the node changes between two aliases, as far as SQL can see."""
-    first, second = connections.settings[one], connections.settings[other]
-    if any(first[part] != second[part] for part in _SETTINGS):
-        return False
-    return _visible(first["OPTIONS"]) == _visible(second["OPTIONS"])
-
-
-def _visible(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if not _TRANSPORT.fullmatch(name)}
 
 
 def _pool_of(alias: str) -> Pool | None:

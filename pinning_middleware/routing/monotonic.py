@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from django.db import connections
 
+from pinning_middleware import reasons
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Pin, Position, merge_positions
 from pinning_middleware.scopes.scope import Facts, Scope
 from pinning_middleware.servers.questions import FAILURES, may_ask
 
-from . import reasons
 from .decider import Pool, Route
 
 __all__ = ["MonotonicPool"]

@@ -23,6 +23,7 @@ from pinning_middleware.servers.server import Endpoint, Server, registry
 
 from .mirrors import Mirrors
 from .rotation import Rotation
+from .sessions import same_session
 
 __all__ = ["Nodes"]
 
@@ -51,6 +52,7 @@ class Nodes:
         # The aliases out of the rotation; replaced as a whole.
         self.out: frozenset[str] = frozenset()
         self.is_mirror = Mirrors(spec.primary)
+        self._max_lag = conf.max_lag
         self._sample_at = 0.0
         self._stand_in: tuple[float, str | None] = (0.0, None)
         registry.listeners.append(self._recount)
@@ -82,7 +84,8 @@ class Nodes:
             servers = (server,)
         else:
             servers = endpoint.current
-            if not servers:
+            if not servers or not same_session(self.primary, alias):
+                # Where no other alias is the same, a read can't be moved once it is there.
                 return None
         return all(self._reached(server, wanted) for server in servers) or None
 
@@ -111,19 +114,22 @@ class Nodes:
         known = endpoint.server
         if endpoint.balances or endpoint.out or (known is not None and known.tells is False):
             return False
-        if known is not None and known.hidden:
+        connection = connections[alias]
+        is_met = connection.connection is not None and link_of(connection).server is not None
+        if is_met and known is not None and known.hidden:
             # Its own answer would name no timeline.
             prober.date(alias, self.primary, self.judge)
             return False
         try:
-            seen = self.look_at(connections[alias])
+            seen = self.look_at(connection)
         except FAILURES:
             return False
         if seen is None:
             return False
-        if seen.server.hidden:
+        has = not endpoint.balances and self._reached(seen.server, wanted)
+        if not has and seen.server.hidden:
             prober.date(alias, self.primary, self.judge)
-        return not endpoint.balances and self._reached(seen.server, wanted)
+        return has
 
     def look_at(self, connection: BaseDatabaseWrapper) -> Seen | None:
         """Ask the server of a connection, and judge it. Raises what ``look`` raises."""
@@ -246,7 +252,7 @@ class Nodes:
 
     def turn(self) -> str | None:
         """Return the replica whose turn it is, ``None`` where none is usable."""
-        if conf.max_lag is not None:
+        if self._max_lag is not None:
             self.sample()
         alias = self.rotation.turn()
         return self._turn_without_some(alias) if self.out else alias
@@ -289,6 +295,9 @@ class Nodes:
         elif endpoint is not self.endpoint:
             return
         if endpoint.out:
+            if endpoint is self.endpoint:
+                # Nobody can stand in for it for long.
+                registry.retry(endpoint, prober.SAMPLE_EVERY)
             prober.tend(endpoint.alias, self.primary, self.judge)
 
 

@@ -53,8 +53,13 @@ class Write:
 
 
 class Facts:
-    """What one scope knows of one pool."""
+    """What one scope knows of one pool. Most scopes only read, so all else is a default here."""
 
+    # The pins of earlier scopes: of what the client wrote, and of what it has seen.
+    carried: Pin | None = None
+    seen: Pin | None = None
+    # The scope's own writes, the latest of each connection.
+    writes: Mapping[int, Write] = MappingProxyType({})
     # The replica that the scope reads from, and since when (monotonic clock).
     replica: str | None = None
     turned = 0.0
@@ -78,13 +83,16 @@ class Facts:
     # The aliases that it read from, kept only where a read moves the client's position.
     served: list[str] | None = None
 
-    def __init__(self, key: str, carried: Pin | None, seen: Pin | None) -> None:
-        # The primary's alias, with which the key of every pool begins.
-        self.primary = key.partition("\0")[0]
-        # The pins of earlier scopes: of what the client wrote, and of what it has seen.
-        self.carried, self.seen = carried, seen
-        # The scope's own writes, the latest of each connection.
-        self.writes: dict[int, Write] = {}
+    # A replica that was waited for (``None``: in vain) and for how many seconds, to be said.
+    waited: tuple[str | None, float] | None = None
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    @property
+    def primary(self) -> str:
+        """The primary's alias, with which the key of every pool begins."""
+        return self.key.partition("\0")[0]
 
     @property
     def is_pinned(self) -> bool:
@@ -93,10 +101,15 @@ class Facts:
 
     def note_write(self, connection: Any) -> Write:
         """Note that a write begins; ``end()`` of what is returned says that it is over."""
-        write = self.writes[id(connection)] = Write(connection)
+        write = self._own_writes()[id(connection)] = Write(connection)
         self.changes += 1
         self.answer = None
         return write
+
+    def _own_writes(self) -> dict[int, Write]:
+        # Atomically, since several threads of a scope may begin to write at once.
+        writes: dict[int, Write] = self.__dict__.setdefault("writes", {})
+        return writes
 
     def note_lock(self) -> None:
         self.is_locked = True
@@ -127,13 +140,21 @@ class Facts:
 
     def settle(self) -> None:
         """Forget what this scope did itself: it is over."""
-        self.writes = {}
+        self.__dict__.pop("writes", None)
         self.by_hand = self.held = 0.0
         self.answer = None
 
+    def begin_in(self, outer: Facts) -> None:
+        """Know what a scope knows that is open around this one."""
+        if outer.writes:
+            self._own_writes().update(outer.writes)
+        self.by_hand, self.held, self.is_locked = outer.by_hand, outer.held, outer.is_locked
+        self.carry(outer.carried, outer.seen)
+
     def take_over(self, other: Facts) -> None:
         """Let this scope have done what one inside it did."""
-        self.writes.update(other.writes)
+        if other.writes:
+            self._own_writes().update(other.writes)
         self.by_hand = max(self.by_hand, other.by_hand)
         self.held = max(self.held, other.held)
         self.changes += other.changes
@@ -143,10 +164,10 @@ class Facts:
 
     def carry(self, pin: Pin | None, seen: Pin | None) -> None:
         """Take on pins of earlier scopes, beside those that are already carried."""
-        for name, new in (("carried", pin), ("seen", seen)):
-            if new is not None:
-                known = getattr(self, name)
-                setattr(self, name, new if known is None else known.merge(new))
+        if pin is not None:
+            self.carried = pin if self.carried is None else self.carried.merge(pin)
+        if seen is not None:
+            self.seen = seen if self.seen is None else self.seen.merge(seen)
         self.answer = None
         self.looked = 0.0
 
@@ -190,17 +211,20 @@ class Scope(dict[str, Facts]):
     ``is_lasting``: it has no end of its own (a shell, a thread that nobody gave a scope).
     """
 
-    # What every scope sets or every decision reads has a slot; the rest are defaults of the class.
-    __slots__ = (
-        "__dict__",
-        "carried",
-        "ended",
-        "from_primary",
-        "is_lasting",
-        "lifted",
-        "outer",
-    )
+    # What differs from these defaults is set; most requests set nothing but their end.
+    __slots__ = ("__dict__",)
 
+    # The pins that it came with.
+    carried: Pins = _NONE
+    # Whether its method is one that reads from the primary.
+    from_primary = False
+    is_lasting = False
+    # From here on it reads as if its view were decorated with `offload`.
+    lifted = False
+    # The scope that it was opened in, whose knowledge it shares.
+    outer: Scope | None = None
+    # The request that it was of, once that is over.
+    ended: Any = None
     # The primaries around which Django opened a transaction for the view that runs now.
     view_transactions: frozenset[str] = frozenset()
     # Keys of a cache that are to be pinned when it ends, each with the primaries concerned.
@@ -213,41 +237,24 @@ class Scope(dict[str, Facts]):
     # Saves what was written after the scope had ended, given the request that it was of.
     saver: ClassVar[Callable[[Scope, Any], None] | None] = None
 
-    def __init__(
-        self,
-        carried: Pins = _NONE,
-        from_primary: bool = False,
-        is_lasting: bool = False,
-        outer: Scope | None = None,
-    ) -> None:
-        # The pins that it came with.
-        self.carried = carried
-        # Whether its method is one that reads from the primary.
-        self.from_primary = from_primary
-        self.is_lasting = is_lasting
-        # From here on it reads as if its view were decorated with `offload`.
-        self.lifted = False
-        # The scope that it was opened in, whose knowledge it shares.
-        self.outer = outer
-        # The request that it was of, once that is over.
-        self.ended: Any = None
+    @classmethod
+    def of(cls, pins: Pins) -> Scope:
+        """Return a scope that begins with these pins."""
+        scope = cls()
+        scope.carried = pins
+        return scope
 
     def __bool__(self) -> bool:
         # One that knows of no pool yet is a scope all the same.
         return True
 
     def __missing__(self, key: str) -> Facts:
+        facts = Facts(key)
         if self.carried:
-            primary = key.partition("\0")[0]
-            facts = Facts(key, self.carried.get(primary), self.carried.get(SEEN + primary))
-        else:
-            facts = Facts(key, None, None)
+            primary = facts.primary
+            facts.carry(self.carried.get(primary), self.carried.get(SEEN + primary))
         if self.outer is not None:
-            around = self.outer[key]
-            facts.writes.update(around.writes)
-            facts.by_hand, facts.held = around.by_hand, around.held
-            facts.is_locked = around.is_locked
-            facts.carry(around.carried, around.seen)
+            facts.begin_in(self.outer[key])
         # Another thread of this scope may have been faster.
         return self.setdefault(key, facts)
 
@@ -297,6 +304,7 @@ def current_scope() -> Scope:
     """Return the scope of this unit of work; outside any, a lasting one of this context."""
     scope = _scope.get()
     if scope is None:
-        scope = Scope(is_lasting=True)
+        scope = Scope()
+        scope.is_lasting = True
         _scope.set(scope)
     return scope

@@ -11,6 +11,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from pinning_middleware.conf import conf
 
 from .positions import family_of
+from .questions import link_of
 
 __all__ = ["CONNECT_TIMEOUT", "bound"]
 
@@ -59,4 +60,8 @@ def _connect(connection: Any, connect: Callable[..., Any], parameters: dict[str,
         # It waits for its own thread, which bounds nothing.
         pool = connection.pool
         pool.timeout = min(pool.timeout, CONNECT_TIMEOUT)
-    return connect(parameters)
+    raw = connect(parameters)
+    if _is_ours(connection):
+        # Before Django sets its session up, which is a wait too.
+        link_of(connection, raw)
+    return raw

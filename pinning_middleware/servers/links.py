@@ -21,9 +21,9 @@ class Link:
         "alias",
         "deadline",
         "endpoint",
+        "has_stand_in",
         "is_altered",
         "is_pooled",
-        "is_replica",
         "is_watched",
         "server",
         "was_used",
@@ -32,7 +32,8 @@ class Link:
     def __init__(self, endpoint: Endpoint, is_replica: bool, raw: Any = None) -> None:
         self.alias = endpoint.alias
         self.endpoint = endpoint
-        self.is_replica = is_replica
+        # Whether another node may answer a read that waits here in vain.
+        self.has_stand_in = is_replica
         # The server at its other end, None: not asked yet.
         self.server: Server | None = None
         # The site has changed its session, so that another one is not the same.

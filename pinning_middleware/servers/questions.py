@@ -71,16 +71,17 @@ def endpoint_of(connection: BaseDatabaseWrapper) -> Endpoint:
     return registry.endpoint(connection.alias, conf.primary_of.get(connection.alias, ""))
 
 
-def link_of(connection: BaseDatabaseWrapper) -> Link:
-    """Return what is known of the connection that is open now."""
-    raw = connection.connection
+def link_of(connection: BaseDatabaseWrapper, raw: Any = None) -> Link:
+    """Return what is known of the connection that is open now, or of the one just made."""
+    raw = connection.connection if raw is None else raw
     kept = connection.__dict__.get("_pinning_link")
     if kept is not None and kept[0] is raw and kept[1].endpoint.is_known:
         return kept[1]  # type: ignore[no-any-return]
     link = _links.get(raw)
     if link is None or not link.endpoint.is_known:
         endpoint = endpoint_of(connection)
-        fresh = Link(endpoint, endpoint.alias != endpoint.pool, raw)
+        is_ours = "_pinning_private" in connection.__dict__
+        fresh = Link(endpoint, is_ours or endpoint.alias != endpoint.pool, raw)
         if link is not None:
             fresh.is_altered, fresh.was_used = link.is_altered, link.was_used
         listen_to(raw, fresh)

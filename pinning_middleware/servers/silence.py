@@ -75,7 +75,7 @@ def _watch(generator: Generator[Any, Any, Any], raw: Any, link: Link) -> Generat
                 if link.deadline:
                     if now >= link.deadline:
                         raise Silent(f"{link.alias} did not answer within {DEADLINE} s")
-                elif link.is_replica:
+                elif link.has_stand_in:
                     if link.endpoint.out == "silent" or (
                         link.server and link.server.out == "silent"
                     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from django.utils.cache import patch_vary_headers
@@ -24,6 +25,9 @@ __all__ = ["CookieStore", "HeaderStore", "TokenStore", "keep_private"]
 # What lets caches between here and the client keep a response: parts of a header, and headers.
 _SHARED = ("public", "private", "s-maxage")
 _SHARED_HEADERS = ("CDN-Cache-Control", "Surrogate-Control")
+
+
+_NO_PINS: Pins = MappingProxyType({})
 
 
 class TokenStore(BaseStore):
@@ -63,7 +67,8 @@ class CookieStore(TokenStore):
     """
 
     def load(self, request: HttpRequest) -> Pins:
-        return super().load(request) if request.COOKIES else {}
+        # Every request comes by here, and most bring no pin.
+        return super().load(request) if request.COOKIES else _NO_PINS
 
     def read(self, request: HttpRequest) -> list[str]:
         cookies = request.COOKIES
@@ -132,16 +137,17 @@ class HeaderStore(TokenStore):
 def keep_private(response: HttpResponseBase, vary: str) -> None:
     """Tell caches between here and the client that this response is the client's own."""
     headers = response.headers
-    if "Vary" in headers:
+    present = {name.lower() for name in headers}
+    if "vary" in present:
         patch_vary_headers(response, (vary,))
     else:
         headers["Vary"] = vary
-    if (known := headers.get("Cache-Control")) is None:
-        headers["Cache-Control"] = "private"
-    else:
-        parts = [part.strip() for part in known.split(",") if part.strip()]
+    if "cache-control" in present:
+        parts = [part.strip() for part in headers["Cache-Control"].split(",") if part.strip()]
         kept = [part for part in parts if part.partition("=")[0].lower() not in _SHARED]
         headers["Cache-Control"] = ", ".join([*kept, "private"])
+    else:
+        headers["Cache-Control"] = "private"
     for name in _SHARED_HEADERS:
-        if name in headers:
+        if name.lower() in present:
             del headers[name]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from django.db import connections
 from django.http import HttpRequest
 
-Kind = Literal["read", "write", "position", "other"]
+Kind = Literal["read", "write", "other"]
 
 WRITES = ("INSERT", "UPDATE", "DELETE", "MERGE")
 KEPT = 200
@@ -32,8 +32,6 @@ class Query:
     @property
     def kind(self) -> Kind:
         """What to call it on the page."""
-        if "pg_current_wal" in self.sql or "pg_last_wal" in self.sql:
-            return "position"
         word = self.sql.lstrip("( \n").split(" ", 1)[0].upper()
         if word == "SELECT":
             return "read"
@@ -42,8 +40,6 @@ class Query:
     @property
     def short(self) -> str:
         """The statement without what everybody can guess."""
-        if self.kind == "position":
-            return "How far has it replayed?" if "replay" in self.sql else "How far is the log?"
         text = re.sub(r"^SELECT .*? FROM ", "SELECT … FROM ", self.sql.replace('"', ""))
         text = re.sub(r" (?:INNER|LEFT OUTER) JOIN (\w+) ON \([^()]*\)", r" + \1", text)
         text = re.sub(r"\((?:[a-z_]+, )+[a-z_]+\) VALUES \(.*\)", "…", text)
@@ -68,7 +64,8 @@ class Recording:
             return run(sql, params, many, context)
         finally:
             taken = (time.perf_counter() - started) * 1000
-            self.queries.append(Query(context["connection"].alias, str(sql), taken))
+            # A cursor tells where it was served, which may be elsewhere than it was meant to be.
+            self.queries.append(Query(context["cursor"].db.alias, str(sql), taken))
 
     def watch_all(self) -> ExitStack:
         """Note what this thread's connections run, until the block ends."""
