@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import pytest
@@ -90,3 +91,39 @@ def test_a_pin_lives_until_its_end() -> None:
 def test_a_position_does_not_free_what_is_held(now: float, waits_for: Any) -> None:
     assert Pin(100.0, 50.0, {"1": 9}).waits_for(now) == waits_for
     assert Pin(100.0).waits_for(now) is None
+
+
+# Merging, as a property
+
+
+def holds(pin: Pin, now: float, replayed: dict[str, int]) -> bool:
+    """Return whether a replica that has this must not serve yet."""
+    if now >= pin.until:
+        return False
+    if now < pin.held_until:
+        return True
+    return any(replayed.get(log, -1) < point for log, point in (pin.position or {}).items())
+
+
+def test_a_merge_never_shortens_a_promise() -> None:
+    drawn = random.Random(7)
+
+    def draw() -> Pin:
+        logs = drawn.sample(["a-1", "a-2", "b-1"], drawn.randrange(3))
+        position = {log: drawn.randrange(4) for log in logs} or None
+        return Pin(drawn.randrange(1, 6), drawn.randrange(4) if position else 0.0, position)
+
+    for _ in range(3000):
+        one, other = draw(), draw()
+        merged = one.merge(other)
+        for now in range(7):
+            for a in range(-1, 4):
+                for b in range(-1, 4):
+                    replayed = {"a-1": a, "a-2": b, "b-1": drawn.randrange(-1, 4)}
+                    if holds(one, now, replayed) or holds(other, now, replayed):
+                        assert holds(merged, now, replayed), (one, other, now, replayed)
+
+
+def test_without_a_position_a_pin_is_held_until_its_end() -> None:
+    assert Pin(10.0).held_until == 10.0
+    assert Pin(10.0).merge(Pin(9.0, 0.0, {"1": 5})).held_until == 10.0

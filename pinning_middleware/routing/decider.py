@@ -89,7 +89,7 @@ class Pool(Nodes):
             seat = self._thread.seat = _Seat(connections[self.primary])
         if seat.scope is not scope or scope is None:
             scope = scope or current_scope()
-            seat.scope, seat.facts = scope, scope[self.key]
+            seat.scope, seat.facts = scope, self.facts_of(scope)
         connection, facts = seat.connection, seat.facts
         if open_blocks() is not None:
             return self._told(self.decide(model, connection), facts)
@@ -118,7 +118,7 @@ class Pool(Nodes):
 
     def _decide(self, connection: BaseDatabaseWrapper) -> Route:
         scope = entered_scope() or current_scope()
-        facts = scope[self.key]
+        facts = self.facts_of(scope)
         block = open_blocks()
         if block is not None and (chosen := override(block, self.primary)) is not None:
             return self._in_block(chosen, facts)
@@ -131,6 +131,16 @@ class Pool(Nodes):
         if facts.answer is not None and block is None:
             return facts.answer, facts.reason
         return self._settle(scope, facts, lifts(block, self.primary))
+
+    def facts_of(self, scope: Scope) -> Facts:
+        """Return what a scope knows of this pool; what it was answered before is this pool's."""
+        facts = scope[self.key]
+        if facts.pool is not self:
+            if facts.pool is not None:
+                # The settings were changed inside the scope.
+                facts.answer = facts.replica = None
+            facts.pool = self
+        return facts
 
     def _in_transaction(self, connection: BaseDatabaseWrapper, scope: Scope | None) -> bool:
         """Return whether the open transaction is one that the code itself asked for."""

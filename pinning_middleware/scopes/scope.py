@@ -60,6 +60,8 @@ class Facts:
     seen: Pin | None = None
     # The scope's own writes, the latest of each connection.
     writes: Mapping[int, Write] = MappingProxyType({})
+    # Whose answers these are.
+    pool: object = None
     # The replica that the scope reads from, and since when (monotonic clock).
     replica: str | None = None
     turned = 0.0

@@ -259,7 +259,7 @@ def has_what_is_written(pg: PostgreSQL, alias: str) -> bool:
     """Write, and have it asked for; a role without rights is told at the second write."""
     token = write()
     pg.wait_for()
-    return is_known_to_have(alias, token)
+    return eventually(lambda: is_known_to_have(alias, token), 0.5)
 
 
 def is_known_to_have(alias: str, token: str) -> bool:
