@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -12,13 +13,13 @@ from asgiref.sync import iscoroutinefunction
 
 from .scopes.blocks import Kind, close, open_block
 
-__all__ = ["Block"]
+__all__ = ["Block", "aparts_inside", "parts_inside"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Block:
+class Block(AbstractContextManager[None]):
     """
     A ``with`` block and a decorator, of functions, coroutine functions and generators of both.
 
@@ -135,8 +136,8 @@ class Block:
     def _lazily(self, result: Any) -> Any:
         if getattr(result, "streaming", False):
             if getattr(result, "file_to_stream", None) is None:
-                follow = self._aparts if result.is_async else self._parts
-                result.streaming_content = follow(result.streaming_content)
+                follow = aparts_inside if result.is_async else parts_inside
+                result.streaming_content = follow(self, result.streaming_content)
         elif getattr(result, "is_rendered", True) is False:
             render = result.render
 
@@ -149,29 +150,37 @@ class Block:
             result.render = render_inside
         return result
 
-    def _parts(self, content: Iterator[bytes]) -> Iterator[bytes]:
-        over = object()
-        try:
-            while True:
-                with self:
-                    part: Any = next(content, over)
-                if part is over:
-                    return
-                yield part
-        finally:
-            with self:
-                getattr(content, "close", bool)()
 
-    async def _aparts(self, content: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        over = object()
-        try:
-            while True:
-                with self:
-                    part: Any = await anext(content, over)
-                if part is over:
-                    return
-                yield part
-        finally:
-            with self:
-                if hasattr(content, "aclose"):
-                    await content.aclose()
+def parts_inside(
+    block: AbstractContextManager[object], content: Iterator[bytes]
+) -> Iterator[bytes]:
+    """Make each part of a streaming body inside a block, and end the body there too."""
+    over = object()
+    try:
+        while True:
+            with block:
+                part: Any = next(content, over)
+            if part is over:
+                return
+            yield part
+    finally:
+        with block:
+            getattr(content, "close", bool)()
+
+
+async def aparts_inside(
+    block: AbstractContextManager[object], content: AsyncIterator[bytes]
+) -> AsyncIterator[bytes]:
+    """Do what ``parts_inside`` does, for an async body."""
+    over = object()
+    try:
+        while True:
+            with block:
+                part: Any = await anext(content, over)
+            if part is over:
+                return
+            yield part
+    finally:
+        with block:
+            if hasattr(content, "aclose"):
+                await content.aclose()

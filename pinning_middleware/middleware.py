@@ -6,10 +6,12 @@ import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction, sync_to_async
 
+from .blocks import aparts_inside, parts_inside
 from .conf import conf
 from .routing.leaving import (
     akeep_keys,
@@ -205,7 +207,7 @@ def _follow(scope: Scope, request: HttpRequest, response: Any) -> None:
     response.streaming_content = follow(scope, request, response.streaming_content)
 
 
-class _Inside:
+class _Inside(AbstractContextManager[None]):
     """
     The request's own scope and blocks, for the making of a part of its body: the server's context,
     between two parts, is not the request's.
@@ -226,17 +228,10 @@ class _Inside:
 
 
 def _body(scope: Scope, request: HttpRequest, content: Iterator[bytes]) -> Iterator[bytes]:
-    before, inside, over = count_changes(scope), _Inside(scope), object()
+    before = count_changes(scope)
     try:
-        while True:
-            with inside:
-                part: Any = next(content, over)
-            if part is over:
-                return
-            yield part
+        yield from parts_inside(_Inside(scope), content)
     finally:
-        with inside:
-            getattr(content, "close", bool)()
         if count_changes(scope) != before:
             _save(scope, request, None)
         scope.end(request)
@@ -245,18 +240,13 @@ def _body(scope: Scope, request: HttpRequest, content: Iterator[bytes]) -> Itera
 async def _abody(
     scope: Scope, request: HttpRequest, content: AsyncIterator[bytes]
 ) -> AsyncIterator[bytes]:
-    before, inside, over = count_changes(scope), _Inside(scope), object()
+    before = count_changes(scope)
+    parts: Any = aparts_inside(_Inside(scope), content)
     try:
-        while True:
-            with inside:
-                part: Any = await anext(content, over)
-            if part is over:
-                return
+        async for part in parts:
             yield part
     finally:
-        with inside:
-            if hasattr(content, "aclose"):
-                await content.aclose()
+        await parts.aclose()
         if count_changes(scope) != before:
             await asyncio.shield(_asave(scope, request, None))
         scope.end(request)

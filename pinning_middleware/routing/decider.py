@@ -297,7 +297,8 @@ class Pool(Nodes):
             seen = self.look_at(connection)
             if seen is not None and seen.server.out not in ("", "lag"):
                 return seen.server.out
-        if scope is None or self.is_headless:
+        if scope is None or self.is_headless or connection.alias not in conf.guarded:
+            # Of the older interface's replicas `using` has the last word.
             return ""
         facts = scope.get(self.key)
         if facts is None:

@@ -59,8 +59,8 @@ def open_cursor(
     ):
         return cursor(name)
     scope = entered_scope()
-    endpoint = endpoint_of(connection)
     is_replica = alias != pool.primary
+    endpoint = pool.endpoints[alias] if is_replica else pool.endpoint
 
     def elsewhere(why: object) -> Any:
         def attempt(other: BaseDatabaseWrapper) -> Any:

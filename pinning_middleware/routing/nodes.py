@@ -18,7 +18,7 @@ from pinning_middleware.conf import PoolSpec, conf
 from pinning_middleware.pins import Position
 from pinning_middleware.servers import prober
 from pinning_middleware.servers.positions import family_of
-from pinning_middleware.servers.questions import FAILURES, Seen, link_of, look
+from pinning_middleware.servers.questions import FAILURES, Seen, link_of, look, may_ask
 from pinning_middleware.servers.server import Endpoint, Server, registry
 
 from .mirrors import Mirrors
@@ -76,6 +76,9 @@ class Nodes:
         if endpoint.balances or endpoint.out:
             return False
         connection = connections[alias]
+        if connection.in_atomic_block:
+            # Its rows stay as they were when that began.
+            return False
         servers: Iterable[Server]
         if connection.connection is not None:
             server = link_of(connection).server
@@ -166,7 +169,8 @@ class Nodes:
         """Return whether this is a server of our primary's kind that goes its own way."""
         primary = self.endpoint.server
         if primary is None:
-            prober.sample(self.primary, (), self.judge)
+            # Whoever is to tell has to be met first, and this one looked at again then.
+            prober.sample(self.primary, self.replicas, self.judge)
             written = registry.written(server.system) or {}
             return not written or server.position.keys() != written.keys()
         return primary is not server and primary.system == server.system
@@ -202,7 +206,8 @@ class Nodes:
         if not self.tells_positions:
             return None
         self.sample()
-        if all(self.lag(alias) is None for alias in order):
+        is_news = all(self.lag(alias) is None for alias in order)
+        if is_news and may_ask(connections[self.primary]):
             prober.wait_for(
                 order,
                 self.primary,

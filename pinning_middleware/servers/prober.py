@@ -10,6 +10,7 @@ whose retry is overdue is simply tried.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import logging
 import os
@@ -24,6 +25,8 @@ from django.db.utils import load_backend
 
 from pinning_middleware.conf import conf, on_change
 
+from .connecting import bound
+from .positions import family_of
 from .questions import look
 from .server import HURRY, Endpoint, Server, registry
 
@@ -58,9 +61,11 @@ class Watcher:
         self._busy_until = time.monotonic() + IDLE
         self._connections: dict[str, BaseDatabaseWrapper] = {}
         self.is_over = False
-        self.thread = threading.Thread(
-            target=self._run, name=f"pinning-watcher-{alias}", daemon=True
-        )
+        self.has_ended = threading.Event()
+
+    def start(self) -> None:
+        # Not by `Thread.start`, which waits until the thread runs: under uWSGI it may never do.
+        _thread.start_new_thread(self._run, ())
 
     # What others ask of it, from their threads
 
@@ -87,6 +92,7 @@ class Watcher:
     # Its own thread
 
     def _run(self) -> None:
+        threading.current_thread().name = f"pinning-watcher-{self.alias}"
         pause = FIRST_PAUSE
         try:
             while (due := self._wait_until_due(pause)) is not None:
@@ -100,6 +106,7 @@ class Watcher:
         finally:
             self.end()
             self._disconnect()
+            self.has_ended.set()
 
     def _wait_until_due(self, pause: float) -> str | None:
         """Return what to do next, when it is time; ``None``: nothing any more."""
@@ -153,8 +160,6 @@ class Watcher:
             server.lag = None if not samples else 0.0
             return
         newest = samples[0][0]
-        from .positions import family_of
-
         family = family_of(connections[self.primary])
         for at, position in samples:
             # Of one that hides its timeline, its word will do for this.
@@ -220,8 +225,6 @@ def private(alias: str) -> BaseDatabaseWrapper:
     connection = backend.DatabaseWrapper({**settings, "OPTIONS": options}, alias)
     connection.inc_thread_sharing()
     connection.__dict__["_pinning_private"] = True
-    from .connecting import bound
-
     bound(connection)
     return connection  # type: ignore[no-any-return]
 
@@ -239,7 +242,7 @@ def _watcher(alias: str, primary: str, judge: Judge) -> Watcher:
             watcher = _watchers.get(alias)
             if watcher is None or watcher.is_over:
                 watcher = _watchers[alias] = Watcher(alias, primary, judge)
-                watcher.thread.start()
+                watcher.start()
     return watcher
 
 
@@ -292,8 +295,7 @@ def stop() -> None:
     for watcher in ended:
         watcher.end()
     for watcher in ended:
-        if watcher.thread is not threading.current_thread():
-            watcher.thread.join(2)
+        watcher.has_ended.wait(2)
 
 
 def _forget_after_fork() -> None:

@@ -157,15 +157,34 @@ def _asker(connection: BaseDatabaseWrapper, link: Link) -> Ask:
         guard = begin(raw, link)
         try:
             with connection.wrap_database_errors:
-                cursor = raw.cursor()
-                cursor.execute(sql)
-                row = cursor.fetchone()
-                cursor.close()
+                return fetch(raw, sql)
         finally:
             end(link, guard)
-        return tuple(row or ())
 
+    fetch = _by_protocol if hasattr(raw, "pgconn") else _by_cursor
     return ask
+
+
+def _by_cursor(raw: Any, sql: str) -> Row:
+    cursor = raw.cursor()
+    try:
+        cursor.execute(sql)
+        return tuple(cursor.fetchone() or ())
+    finally:
+        cursor.close()
+
+
+def _by_protocol(raw: Any, sql: str) -> Row:
+    """Ask over psycopg 3 without a cursor, which takes half of the time; values are text."""
+    from psycopg import errors, generators, pq
+
+    with raw.lock:
+        raw.pgconn.send_query(sql.encode())
+        result = raw.wait(generators.execute(raw.pgconn))[-1]
+    if result.status != pq.ExecStatus.TUPLES_OK:
+        raise errors.error_from_result(result)
+    values = (result.get_value(0, column) for column in range(result.nfields))
+    return tuple([None if value is None else value.decode() for value in values])
 
 
 def _identify(

@@ -25,6 +25,8 @@ logger = logging.getLogger("pinning_middleware.servers")
 
 # Seconds for which an endpoint is taken to lead to a server that nobody has met there since.
 CURRENT_FOR = 60.0
+# How many servers are remembered behind one alias.
+MOST_SERVERS = 64
 # Seconds between two tries while nobody else could serve.
 HURRY = 0.25
 # How many answers of a primary are kept to date what replicas say.
@@ -270,6 +272,10 @@ class Servers:
                     del endpoint.servers[other]
                     self._known.pop(other.identity, None)
             endpoint.servers[server] = time.monotonic()
+            if len(endpoint.servers) > MOST_SERVERS:
+                oldest = min(endpoint.servers, key=endpoint.servers.__getitem__)
+                del endpoint.servers[oldest]
+                self._known.pop(oldest.identity, None)
         return server
 
     def take_in(self, server: Server, report: Report, asked: float) -> None:
@@ -331,7 +337,8 @@ class Servers:
             is_news, endpoint.out = endpoint.out != reason, reason
             if reason:
                 endpoint.error = str(error) or endpoint.error
-                self.retry(endpoint, retry_in)
+                if is_news or retry_in:
+                    self.retry(endpoint, retry_in)
             if is_news:
                 endpoint.since = time.time()
         if not is_news:

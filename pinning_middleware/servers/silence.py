@@ -13,6 +13,7 @@ the socket down, and a read by the driver's own option (``read_timeout`` of mysq
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import heapq
 import itertools
@@ -219,7 +220,7 @@ class _Watchdog:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._guards: list[tuple[float, int, _Guard]] = []
-        self._thread: threading.Thread | None = None
+        self._is_running = False
 
     def guard(self, raw: Any, until: float) -> _Guard | None:
         fileno = getattr(raw, "fileno", None)
@@ -228,18 +229,16 @@ class _Watchdog:
         guard = _Guard(fileno())
         with self._changed:
             heapq.heappush(self._guards, (until, next(self._order), guard))
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(
-                    target=self._run, name="pinning-watchdog", daemon=True
-                )
-                self._thread.start()
+            if not self._is_running:
+                self._is_running = True
+                _thread.start_new_thread(self._run, ())
         return guard
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 if not self._guards:
-                    self._thread = None
+                    self._is_running = False
                     return
                 until, _, guard = self._guards[0]
                 left = until - time.monotonic()

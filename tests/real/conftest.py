@@ -135,6 +135,9 @@ class PostgreSQL:
         target = end_of_log(self["pg"].execute(INSERTED)[0][0])
         for alias in aliases or ("pg1", "pg2"):
             node = self[alias]
+            if not eventually(lambda node=node: node.execute(REPLAYED)[0][0] >= target, 1):
+                # The last record may be one that nobody flushes: a read has tidied up a page.
+                self["pg"].execute("SELECT pg_logical_emit_message(true, '', 'flush')")
             assert eventually(lambda node=node: node.execute(REPLAYED)[0][0] >= target)
 
     def mend(self) -> None:
@@ -354,6 +357,36 @@ def queries() -> Iterator[Queries]:
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
+
+
+class Asked(logging.Handler):
+    """The questions of the package, of all threads: the alias, and the thread's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.all.append((str(record.args[0]), str(record.threadName)))  # type: ignore[index]
+
+    @property
+    def by_requests(self) -> list[str]:
+        return [alias for alias, thread in tuple(self.all) if not thread.startswith("pinning-")]
+
+    @property
+    def by_watchers(self) -> list[str]:
+        return [alias for alias, thread in tuple(self.all) if thread.startswith("pinning-")]
+
+
+@pytest.fixture
+def asked() -> Iterator[Asked]:
+    log, handler = logging.getLogger("pinning_middleware.questions"), Asked()
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    yield handler
+    log.removeHandler(handler)
+    log.setLevel(before)
 
 
 class Heard(list[tuple[str, dict[str, Any]]]):

@@ -74,9 +74,7 @@ def test_a_replica_that_has_it_serves_the_script(
     assert [script() for _ in range(3)] == ["pg2"] * 3
 
 
-def test_the_token_stays_when_all_have_it(
-    pg: PostgreSQL, new_script: Callable[[], Script]
-) -> None:
+def test_the_token_stays_when_all_have_it(pg: PostgreSQL, new_script: Callable[[], Script]) -> None:
     pg.pause()
     script = new_script()
     script(write)

@@ -185,31 +185,6 @@ def test_atomic_requests(my: Servers, do: Callable[..., str]) -> None:
 # Waiting
 
 
-@override_settings(PINNING_WAIT=30)
-def test_a_replica_waits_by_itself(my: Servers, heard: Heard) -> None:
-    my.pause()
-    token = write()
-    waiting = (
-        "SELECT count(*) FROM information_schema.processlist WHERE info LIKE '%MASTER_GTID_WAIT(%'"
-        " AND id != connection_id()"
-    )
-
-    def resume() -> None:
-        eventually(lambda: any(my[alias].execute(waiting)[0][0] for alias in REPLICAS))
-        my.resume()
-
-    thread = threading.Thread(target=resume)
-    thread.start()
-    with queries() as asked, stranger(token):
-        served, found = read()
-    thread.join()
-    assert served in REPLICAS
-    assert found == ["new"]
-    assert sum("MASTER_GTID_WAIT" in sql for sql in asked.added) == 1
-    (waited,) = heard.of("replica_waited")
-    assert waited["reached"]
-
-
 @override_settings(PINNING_WAIT=0.05)
 def test_waiting_in_vain(my: Servers, heard: Heard) -> None:
     my.pause()
@@ -520,15 +495,6 @@ def test_an_idle_primary_is_no_lag(my: Servers) -> None:
     my.pause()
     with use_replica(max_lag=0.05):
         assert eventually(lambda: server() in REPLICAS)
-
-
-def test_an_alias_that_is_the_primary_is_simply_the_primary(my: Servers, heard: Heard) -> None:
-    connections["my1"].close()
-    connections.settings["my1"].update(HOST="127.0.0.2", PORT=connections.settings["my"]["PORT"])
-    my.pause("my2")
-    token = write("two")
-    assert [titles(token) for _ in range(4)] == [["two"]] * 4
-    assert heard.of("replica_left_out") == []
 
 
 def test_connecting_is_bounded(my: Servers) -> None:

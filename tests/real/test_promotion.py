@@ -130,7 +130,8 @@ def test_a_promoted_replica_is_noticed_and_left_out(promoted: str) -> None:
     assert {server_for(None) for _ in range(3)} <= {"pg1", "pg2"}
     assert {server_for(None) for _ in range(6)} == {"pg2"}
     assert pool().out == {"pg1"}
-    assert endpoint("pg1").out == "role"
+    # A plain role's watcher may have met it while it was down.
+    assert endpoint("pg1").out in ("role", "connect")
 
 
 def test_neither_the_promoted_nor_its_follower_has_the_lost_commit(promoted: str) -> None:

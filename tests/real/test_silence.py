@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple, Self
@@ -19,6 +17,7 @@ from pinning_middleware.servers import silence
 from tests.app.models import Book
 
 from .conftest import (
+    Asked,
     Heard,
     PostgreSQL,
     as_layout,
@@ -111,36 +110,6 @@ class Visitors:
         finally:
             with suppress(Error):
                 connections.close_all()
-
-
-class Asked(logging.Handler):
-    """The questions of the package, of all threads: the alias, and the thread's name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.all: list[tuple[str, str]] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.all.append((str(record.args[0]), str(record.threadName)))  # type: ignore[index]
-
-    @property
-    def by_requests(self) -> list[str]:
-        return [alias for alias, thread in tuple(self.all) if not thread.startswith("pinning-")]
-
-    @property
-    def by_watchers(self) -> list[str]:
-        return [alias for alias, thread in tuple(self.all) if thread.startswith("pinning-")]
-
-
-@pytest.fixture
-def asked() -> Iterator[Asked]:
-    log, handler = logging.getLogger("pinning_middleware.questions"), Asked()
-    before = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.DEBUG)
-    yield handler
-    log.removeHandler(handler)
-    log.setLevel(before)
 
 
 @pytest.fixture

@@ -84,6 +84,11 @@ def end_of_record(lsn: int) -> int:
     return lsn - lsn % PAGE if lsn % PAGE in (HEADER, SEGMENT_HEADER) else lsn
 
 
+def _is_true(value: Any) -> bool:
+    # What was asked without a cursor is text.
+    return value is True or value == "t"
+
+
 class PostgreSQL(Family):
     # Conflict with recovery; shutdown, crash, starting up; a lost connection; no room for one.
     lost_errors: ClassVar[frozenset[Any]] = frozenset({"57P01", "57P02", "57P03", "57P05"})
@@ -101,17 +106,17 @@ class PostgreSQL(Family):
         wanted = IDENTITY if way is None else f"{IDENTITY}, {REPORTS[way]}"
         started, address, port, pid, sees_all, *row = ask(f"SELECT {wanted}")
         # Over a Unix socket a server has no address but the socket's.
-        identity = Identity(started, address or driver[0], port or driver[1])
-        return Who(identity, pid, not sees_all), tuple(row)
+        identity = Identity(started, address or driver[0], int(port or driver[1]))
+        return Who(identity, int(pid), not _is_true(sees_all)), tuple(row)
 
     def system(self, ask: Ask, identity: Identity) -> str:
-        return f"{ask(SYSTEM)[0]:x}"
+        return f"{int(ask(SYSTEM)[0]):x}"
 
     def report(self, ask: Ask, server: Server, way: int) -> Row:
         return ask(f"SELECT {REPORTS[way]}")
 
     def read(self, row: Row, server: Server, way: int) -> Report:
-        in_recovery, point, timeline = row
+        in_recovery, point, timeline = _is_true(row[0]), row[1], row[2]
         if point is None:
             raise CannotTell("it replays no log")
         system = server.system
