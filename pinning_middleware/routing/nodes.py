@@ -32,7 +32,7 @@ logger = logging.getLogger("pinning_middleware")
 # Seconds: how long a first `max_lag` waits for an answer; by how much a retry may be late before a
 # request tries itself.
 FIRST_LAG: Final = 0.25
-OVERDUE: Final = 2.0
+OVERDUE: Final = 5.0
 
 
 class Nodes:
@@ -177,7 +177,8 @@ class Nodes:
 
     def wait_for(self, wanted: Position, seconds: float) -> str | None:
         """Wait until a replica has a position, at most so many seconds; return its alias."""
-        order = self.rotation.order()
+        # Where a transaction is open rows stay as they are, whatever is replayed meanwhile.
+        order = tuple(a for a in self.rotation.order() if not connections[a].in_atomic_block)
 
         def over() -> str | None:
             return next((alias for alias in order if self._known_has(alias, wanted)), None)
@@ -266,7 +267,8 @@ class Nodes:
         now = time.monotonic()
         for name in self.out:
             endpoint = self.endpoints[name]
-            if endpoint.retry_at + OVERDUE < now and self.rotation.weights[name]:
+            is_overdue = endpoint.retry_at + OVERDUE < now
+            if is_overdue and endpoint.out in ("connect", "silent") and self.rotation.weights[name]:
                 # Nobody looks after it: threads do not run here. Let a read try it.
                 endpoint.suspect = True
                 registry.succeed(endpoint)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -249,7 +250,7 @@ def take_out(alias: str, seconds: float = 1000) -> None:
 
 def look_again(alias: str) -> None:
     """Let an alias that is out be looked at now."""
-    registry.endpoint(alias, OnServers.primary).retry_at = 0.0
+    registry.endpoint(alias, OnServers.primary).retry_at = time.monotonic()
     prober.tend(alias, OnServers.primary, pool().judge)
 
 

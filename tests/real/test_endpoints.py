@@ -12,6 +12,7 @@ from django.db import close_old_connections
 from tests.app.models import Book
 
 from .conftest import (
+    Heard,
     PostgreSQL,
     as_layout,
     endpoint,
@@ -212,7 +213,9 @@ def test_a_pooler_of_one_server_tells_positions(
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_an_endpoint_of_readers_without_any_reader_left(pg: PostgreSQL, known: bool) -> None:
+def test_an_endpoint_of_readers_without_any_reader_left(
+    pg: PostgreSQL, heard: Heard, known: bool
+) -> None:
     """It leads to the primary then, which stays in and has every write."""
     with (
         Forwarder(pg["pg"] if not known else pg["pg1"]) as address,
@@ -230,6 +233,7 @@ def test_an_endpoint_of_readers_without_any_reader_left(pg: PostgreSQL, known: b
                 assert f"{number}" in list(Book.objects.values_list("title", flat=True))
         assert endpoint("readers").out == ""
         assert pool().out == frozenset()
+    assert heard.of("replica_left_out") == []
 
 
 # What a new connection costs

@@ -310,7 +310,7 @@ def test_a_logical_replica_stays_in_and_the_window_serves(
 # Promotion
 
 
-@pytest.mark.parametrize("primary", ["known", "frozen", "unknown"])
+@pytest.mark.parametrize("primary", ["frozen", "unknown"])
 def test_a_promoted_replica_is_noticed_on_an_open_connection(
     own_pg: PostgreSQL, asked: Asked, heard: Heard, primary: str
 ) -> None:
