@@ -3,7 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-NAMES = ("decisions", "memory", "latency", "clients", "faults")
+NAMES = ("decisions", "overhead", "memory", "latency", "clients", "faults")
 
 
 def main() -> int:

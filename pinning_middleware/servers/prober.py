@@ -136,7 +136,9 @@ class Watcher:
             times.append(self._looked + SAMPLE_EVERY)
         endpoint = registry.endpoint(self.alias, self.primary)
         if endpoint.out:
-            times.append(endpoint.retry_at)
+            is_needed = _nobody_else_serves(endpoint)
+            soon = self._looked + HURRY
+            times.append(min(endpoint.retry_at, soon) if is_needed else endpoint.retry_at)
             self._busy_until = now + IDLE
         return min(times) if times else None
 
@@ -209,12 +211,14 @@ class Watcher:
 
 def _pause_of(endpoint: Endpoint) -> float:
     """Return for how many seconds an endpoint that is out is left alone."""
-    if endpoint.out in ("behind", "lag"):
+    if endpoint.out in ("behind", "lag") or endpoint.alias == endpoint.pool:
         return SAMPLE_EVERY
-    mates = [registry.endpoint(alias) for alias in conf.replicas.get(endpoint.pool, ())]
-    if mates and all(mate.out for mate in mates):
-        return HURRY
-    return SAMPLE_EVERY if endpoint.alias == endpoint.pool else conf.retry_after
+    return conf.retry_after
+
+
+def _nobody_else_serves(endpoint: Endpoint) -> bool:
+    """Return whether every replica of a pool is out, so that the primary has the reads of all."""
+    return all(mate.out for mate in registry.replicas_of(endpoint.pool))
 
 
 def private(alias: str) -> BaseDatabaseWrapper:
@@ -249,6 +253,11 @@ def _watcher(alias: str, primary: str, judge: Judge) -> Watcher:
 def tend(alias: str, primary: str, judge: Judge) -> None:
     """Look at an alias that is out until it serves again."""
     _watcher(alias, primary, judge).need()
+    # Who waits for a retry far away may be the only one left by now.
+    for other in tuple(_watchers.values()):
+        if other.primary == primary and other.alias != alias:
+            with other.changed:
+                other.changed.notify_all()
 
 
 def sample(primary: str, aliases: tuple[str, ...], judge: Judge) -> None:

@@ -243,6 +243,11 @@ class Servers:
                 found = self._endpoints.setdefault(alias, Endpoint(alias, pool or alias))
         return found
 
+    def replicas_of(self, pool: str) -> list[Endpoint]:
+        """Return what the aliases of a pool's replicas lead to."""
+        known = tuple(self._endpoints.values())
+        return [each for each in known if each.pool == pool != each.alias]
+
     def clear(self) -> None:
         """Forget everything: the settings were changed."""
         with self._lock:
