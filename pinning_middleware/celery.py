@@ -106,8 +106,9 @@ def _begin(task: Any, **kwargs: Any) -> None:
     token = getattr(request, HEADER, None)
     scope = Scope.of(tokens.accept(token) if token else {})
     policy = getattr(task, "pinning", "sticky")
-    scope.from_primary = policy not in ("sticky", "wait")
-    if policy == "wait":
+    if policy not in ("sticky", "wait"):
+        scope.read_primary()
+    elif policy == "wait":
         scope.wait = getattr(task, "pinning_wait", LONGEST_WAIT)
     # An eager task is part of who called it; a worker serves strangers by turns.
     block = PinningScope(scope=scope, isolated=not request.is_eager)

@@ -7,12 +7,12 @@ import functools
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction, sync_to_async
 
 from .blocks import aparts_inside, parts_inside
-from .conf import conf
+from .conf import conf, on_change
 from .routing.leaving import (
     akeep_keys,
     asks_database,
@@ -52,12 +52,13 @@ class PinningMiddleware:
     def __call__(self, request: HttpRequest) -> Any:
         if self._is_async:
             return self.__acall__(request)
-        if not conf.enabled:
+        plan = _plan or _make_plan()
+        if not plan.is_enabled:
             return self.get_response(request)
         outer, response = entered_scope(), None
-        scope = _begin(request, outer)
+        scope = _begin(plan, request, outer)
         try:
-            for store in conf.stores_at_start:
+            for store in plan.at_start:
                 _load(scope, store, request)
             response = self.get_response(request)
             return response
@@ -70,12 +71,13 @@ class PinningMiddleware:
                 enter(outer)
 
     async def __acall__(self, request: HttpRequest) -> HttpResponseBase:
-        if not conf.enabled:
+        plan = _plan or _make_plan()
+        if not plan.is_enabled:
             return await self.get_response(request)  # type: ignore[no-any-return]
         outer, response = entered_scope(), None
-        scope = _begin(request, outer)
+        scope = _begin(plan, request, outer)
         try:
-            for store in conf.stores_at_start:
+            for store in plan.at_start:
                 await _aload(scope, store, request)
             response = await self.get_response(request)
             return response  # type: ignore[no-any-return]
@@ -99,13 +101,36 @@ class PinningMiddleware:
                 await _aload(scope, store, request)
 
 
-def _begin(request: HttpRequest, outer: Scope | None) -> Scope:
+class _Plan(NamedTuple):
+    """The settings that every request needs: a field of this costs less than one of ``conf``."""
+
+    is_enabled: bool
+    methods: frozenset[str]
+    at_start: tuple[BaseStore, ...]
+
+
+_plan: _Plan | None = None
+
+
+def _make_plan() -> _Plan:
+    global _plan
+    _plan = _Plan(conf.enabled, conf.primary_methods, conf.stores_at_start)
+    return _plan
+
+
+@on_change
+def _forget_plan() -> None:
+    global _plan
+    _plan = None
+
+
+def _begin(plan: _Plan, request: HttpRequest, outer: Scope | None) -> Scope:
     scope = Scope()
     # What its server's thread, or a test, did outside of all requests is not its own.
     if outer is not None and not outer.is_lasting:
         scope.outer = outer
-    if request.method in conf.primary_methods:
-        scope.from_primary = True
+    if request.method in plan.methods:
+        scope.read_primary()
     enter(scope)
     return scope
 
@@ -116,7 +141,9 @@ def _end(scope: Scope, request: HttpRequest, response: Any) -> None:
     if response is not None and response.streaming:
         _follow(scope, request, response)
     else:
-        scope.end(request)
+        scope.ended = request
+        if scope.from_primary:
+            scope.end(request)
 
 
 def _on_view(request: HttpRequest) -> Scope | None:

@@ -80,9 +80,7 @@ def offload_this_request() -> None:
     From here on, read as if the view were decorated with ``offload``: from replicas where pins,
     transactions and locks allow it, whatever the method and ``PINNING_OFFLOAD`` say.
     """
-    scope = current_scope()
-    scope.lifted = True
-    scope.forget_answers()
+    current_scope().lift()
 
 
 def pin_keys(*keys: str, using: str | None = None) -> None:

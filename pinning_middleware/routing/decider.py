@@ -68,6 +68,13 @@ class Pool(Nodes):
         self._may_not_keep = self.minds_models or conf.primary_down == "stale"
         self._offloads_all = conf.offload is True
         self._by_query = conf.spread_by_query
+        # Whether the settings leave rule 7 as it is.
+        self._is_plain = (
+            self._offloads_all
+            and not self._by_query
+            and not self._may_not_keep
+            and not self.is_monotonic
+        )
         self._thread = threading.local()
         if self.minds_models:
             self.db_for_read = self._db_for_model  # type: ignore[method-assign]
@@ -89,7 +96,7 @@ class Pool(Nodes):
             seat = self._thread.seat = _Seat(connections[self.primary])
         if seat.scope is not scope or scope is None:
             scope = scope or current_scope()
-            seat.scope, seat.facts = scope, self.facts_of(scope)
+            seat.scope, seat.facts = scope, scope[self.key]
         connection, facts = seat.connection, seat.facts
         if open_blocks() is not None:
             return self._told(self.decide(model, connection), facts)
@@ -99,7 +106,16 @@ class Pool(Nodes):
             and self._in_transaction(connection, scope)
         ):
             return self.primary
-        return facts.answer or self._told(self._settle(scope, facts), facts)
+        answer: str | None = facts.answer
+        if answer is not None:
+            return answer
+        if self._is_plain and facts.is_plain and scope.is_plain:
+            # Rule 7, for what most requests are: nothing speaks against a replica.
+            alias = self._replica(facts)
+            if alias is not None:
+                facts.answer = alias
+                return alias
+        return self._told(self._settle(scope, facts), facts)
 
     def _db_for_model(self, model: Any = None, **hints: Any) -> str | None:
         """Do what ``db_for_read`` does, where what is remembered depends on the model."""
@@ -118,7 +134,7 @@ class Pool(Nodes):
 
     def _decide(self, connection: BaseDatabaseWrapper) -> Route:
         scope = entered_scope() or current_scope()
-        facts = self.facts_of(scope)
+        facts = scope[self.key]
         block = open_blocks()
         if block is not None and (chosen := override(block, self.primary)) is not None:
             return self._in_block(chosen, facts)
@@ -131,16 +147,6 @@ class Pool(Nodes):
         if facts.answer is not None and block is None:
             return facts.answer, facts.reason
         return self._settle(scope, facts, lifts(block, self.primary))
-
-    def facts_of(self, scope: Scope) -> Facts:
-        """Return what a scope knows of this pool; what it was answered before is this pool's."""
-        facts = scope[self.key]
-        if facts.pool is not self:
-            if facts.pool is not None:
-                # The settings were changed inside the scope.
-                facts.answer = facts.replica = None
-            facts.pool = self
-        return facts
 
     def _in_transaction(self, connection: BaseDatabaseWrapper, scope: Scope | None) -> bool:
         """Return whether the open transaction is one that the code itself asked for."""

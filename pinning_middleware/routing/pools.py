@@ -11,6 +11,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
 from pinning_middleware.conf import PoolSpec, conf, on_change
+from pinning_middleware.scopes.scope import entered_scope
 from pinning_middleware.servers import prober
 
 from .decider import Pool, PrimaryOnly
@@ -83,6 +84,10 @@ def pools() -> Pools:
 def _forget() -> None:
     global _pools
     _pools = None
+    # What was answered inside this scope was by the settings before.
+    if (scope := entered_scope()) is not None:
+        for facts in scope.values():
+            facts.answer = facts.replica = None
 
 
 def _begin_anew_after_fork() -> None:

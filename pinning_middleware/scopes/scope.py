@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from pinning_middleware.pins import SEEN, Pin, Pins, Position, merge_pins, merge_positions
+from pinning_middleware.reasons import TURN
 
 __all__ = ["Facts", "Scope", "Write", "current_scope", "enter", "entered_scope"]
 
@@ -60,14 +61,14 @@ class Facts:
     seen: Pin | None = None
     # The scope's own writes, the latest of each connection.
     writes: Mapping[int, Write] = MappingProxyType({})
-    # Whose answers these are.
-    pool: object = None
+    # Whether nothing speaks against a replica, so that a decision need not look at what follows.
+    is_plain = True
     # The replica that the scope reads from, and since when (monotonic clock).
     replica: str | None = None
     turned = 0.0
     # The alias that serves until something changes, so that most reads decide nothing; and why.
     answer: str | None = None
-    reason = ""
+    reason: str = TURN
     # The fallback that was said last.
     said = ""
     # When replicas were asked in vain for the carried pin (monotonic clock, 0.0: never).
@@ -105,7 +106,7 @@ class Facts:
         """Note that a write begins; ``end()`` of what is returned says that it is over."""
         write = self._own_writes()[id(connection)] = Write(connection)
         self.changes += 1
-        self.answer = None
+        self._has_news()
         return write
 
     def _own_writes(self) -> dict[int, Write]:
@@ -115,7 +116,10 @@ class Facts:
 
     def note_lock(self) -> None:
         self.is_locked = True
-        self.answer = None
+        self._has_news()
+
+    def _has_news(self) -> None:
+        self.is_plain, self.answer = False, None
 
     def pin(self, seconds: float | None) -> None:
         """
@@ -130,7 +134,7 @@ class Facts:
         else:
             self.is_locked = True
         self.changes += 1
-        self.answer = None
+        self._has_news()
 
     def unpin(self) -> None:
         if self.is_pinned or self.carried is not None or self.seen is not None:
@@ -151,6 +155,7 @@ class Facts:
         if outer.writes:
             self._own_writes().update(outer.writes)
         self.by_hand, self.held, self.is_locked = outer.by_hand, outer.held, outer.is_locked
+        self.is_plain = outer.is_plain
         self.carry(outer.carried, outer.seen)
 
     def take_over(self, other: Facts) -> None:
@@ -162,7 +167,7 @@ class Facts:
         self.changes += other.changes
         if other.carried is not None:
             self.carry(other.carried, other.seen)
-        self.answer = None
+        self._has_news()
 
     def carry(self, pin: Pin | None, seen: Pin | None) -> None:
         """Take on pins of earlier scopes, beside those that are already carried."""
@@ -170,8 +175,9 @@ class Facts:
             self.carried = pin if self.carried is None else self.carried.merge(pin)
         if seen is not None:
             self.seen = seen if self.seen is None else self.seen.merge(seen)
-        self.answer = None
-        self.looked = 0.0
+        if pin is not None or seen is not None:
+            self._has_news()
+            self.looked = 0.0
 
     def wanted(self, now: float) -> tuple[bool, Position | None]:
         """
@@ -216,6 +222,8 @@ class Scope(dict[str, Facts]):
     # What differs from these defaults is set; most requests set nothing but their end.
     __slots__ = ("__dict__",)
 
+    # Whether its reads may go to replicas, as far as its pools have nothing against that.
+    is_plain = True
     # The pins that it came with.
     carried: Pins = _NONE
     # Whether its method is one that reads from the primary.
@@ -275,6 +283,15 @@ class Scope(dict[str, Facts]):
                 if facts.changes:
                     self.outer[key].take_over(facts)
 
+    def read_primary(self) -> None:
+        """Read from the primary, as a request of a method that most likely writes."""
+        self.from_primary, self.is_plain = True, False
+
+    def lift(self) -> None:
+        """From here on, read as if everything were decorated with ``offload``."""
+        self.lifted, self.is_plain = True, False
+        self.forget_answers()
+
     def end(self, request: Any) -> None:
         """Let what outlives a request be no part of its method."""
         self.ended = request
@@ -307,6 +324,6 @@ def current_scope() -> Scope:
     scope = _scope.get()
     if scope is None:
         scope = Scope()
-        scope.is_lasting = True
+        scope.is_lasting, scope.is_plain = True, False
         _scope.set(scope)
     return scope
