@@ -13,9 +13,21 @@ from typing import Any
 
 from django.db.models import Model
 
-from pinning_middleware.conf import conf
+from pinning_middleware.conf import conf, on_change
 
 __all__ = ["install"]
+
+
+class _Homes(dict[str, str]):
+    """The alias of an instance by the alias that it was read from."""
+
+    def __missing__(self, alias: str) -> str:
+        home = self[alias] = conf.guarded.get(alias, alias)
+        return home
+
+
+homes = _Homes()
+on_change(homes.clear)
 
 
 def install() -> None:
@@ -26,7 +38,7 @@ def install() -> None:
 
     # Called for every row, so that nothing but a look-up may be in the way.
     def from_db(cls: type[Model], db: str, field_names: Any, values: Any) -> Model:
-        instance: Model = original(cls, conf.guarded.get(db, db), field_names, values)
+        instance: Model = original(cls, homes[db], field_names, values)
         return instance
 
     from_db._pinning = True  # type: ignore[attr-defined]
