@@ -47,6 +47,22 @@ DEFAULTS: dict[str, Any] = {
     "PINNING_ENABLED": True,
 }
 
+# What django-multidb-router calls them. Read only where a site names `contrib.multidb` in its
+# settings, and ours is not set.
+OLDER: dict[str, tuple[str, ...]] = {
+    "PINNING_REPLICAS": ("REPLICA_DATABASES", "SLAVE_DATABASES"),
+    "PINNING_SECONDS": ("MULTIDB_PINNING_SECONDS",),
+    "PINNING_COOKIE_NAME": ("MULTIDB_PINNING_COOKIE",),
+    "PINNING_COOKIE_SECURE": ("MULTIDB_PINNING_COOKIE_SECURE",),
+    "PINNING_COOKIE_SAMESITE": ("MULTIDB_PINNING_COOKIE_SAMESITE",),
+    "PINNING_COOKIE_HTTPONLY": ("MULTIDB_PINNING_COOKIE_HTTPONLY",),
+}
+# Where its defaults differ: processes of before and after a deployment share one cookie.
+OLDER_DEFAULTS: dict[str, Any] = {
+    "PINNING_COOKIE_NAME": "multidb_pin_writes",
+    "PINNING_COOKIE_HTTPONLY": False,
+}
+
 
 class PoolSpec(NamedTuple):
     """A pool as the settings describe it. Its key in a scope begins with the primary's alias."""
@@ -94,7 +110,19 @@ class Conf:
     """
 
     def _get(self, name: str) -> Any:
+        if name in OLDER and self.reads_older and not hasattr(settings, name):
+            for older in OLDER[name]:
+                if hasattr(settings, older):
+                    return getattr(settings, older)
+            return OLDER_DEFAULTS.get(name, DEFAULTS[name])
         return getattr(settings, name, DEFAULTS[name])
+
+    @cached_property
+    def reads_older(self) -> bool:
+        """Whether the site came from django-multidb-router, and names what stands in for it."""
+        paths = [*settings.DATABASE_ROUTERS, *settings.MIDDLEWARE]
+        within = f"{__package__}.contrib.multidb."
+        return any(isinstance(path, str) and path.startswith(within) for path in paths)
 
     def _cookie(self, attribute: str) -> Any:
         own = self._get(f"PINNING_COOKIE_{attribute}")
@@ -274,12 +302,16 @@ def on_change(listener: Callable[[], None]) -> Callable[[], None]:
 
 
 def _forget(*, setting: str, **kwargs: Any) -> None:
-    if setting.startswith(("PINNING_", "SESSION_COOKIE_")) or setting in _RELATED:
+    if setting.startswith(_PREFIXES) or setting in _RELATED:
         conf.__dict__.clear()
         for listener in _listeners:
             listener()
 
 
-_RELATED: Sequence[str] = ("SLAVE_DATABASES", "DATABASES", "CACHES", "DATABASE_ROUTERS")
+_PREFIXES = ("PINNING_", "SESSION_COOKIE_", "MULTIDB_PINNING_")
+_RELATED: Sequence[str] = (
+    *("REPLICA_DATABASES", "SLAVE_DATABASES"),
+    *("DATABASES", "CACHES", "DATABASE_ROUTERS", "MIDDLEWARE"),
+)
 
 setting_changed.connect(_forget, dispatch_uid="pinning_middleware.conf")

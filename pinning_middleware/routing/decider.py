@@ -62,10 +62,11 @@ class Pool(Nodes):
 
     def __init__(self, spec: PoolSpec) -> None:
         super().__init__(spec)
-        # Whether a decision depends on the model, so that it can't be remembered for a scope.
+        # Whether a decision depends on the model; and of which it is known how.
         self.minds_models = bool(conf.primary_models)
-        # Nor where somebody may stand in for the primary at any time.
-        self._may_not_keep = self.minds_models or conf.primary_down == "stale"
+        self._verdicts: dict[Any, bool] = {}
+        # An answer is not kept where somebody may stand in for the primary at any time.
+        self._may_not_keep = conf.primary_down == "stale"
         self._offloads_all = conf.offload is True
         self._by_query = conf.spread_by_query
         # Whether the settings leave rule 7 as it is.
@@ -118,7 +119,12 @@ class Pool(Nodes):
         return self._told(self._settle(scope, facts), facts)
 
     def _db_for_model(self, model: Any = None, **hints: Any) -> str | None:
-        """Do what ``db_for_read`` does, where what is remembered depends on the model."""
+        """Do what ``db_for_read`` does, where some models are read from the primary."""
+        is_of_primary = self._verdicts.get(model)
+        if is_of_primary is None:
+            is_of_primary = self._verdicts[model] = _is_of_primary(model)
+        if not is_of_primary:
+            return Pool.db_for_read(self, model, **hints)
         if hints and (instance := hints.get("instance")) and instance._state.db not in self:
             return None
         return self._told(self.decide(model), current_scope()[self.key])
