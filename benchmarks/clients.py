@@ -1,30 +1,28 @@
-"""Twelve clients while one replica at a time is paused for 0.2 to 1.5 s."""
+"""
+Twelve clients while one replica at a time is paused for 0.2 to 1.5 s.
+
+    python -m benchmarks clients [--asgi] [--pool] [--age 0] [--role plain|monitor]
+"""
 
 from __future__ import annotations
 
 import os
-import random
-import threading
 
-from .fleet import STRATEGIES, meanwhile, run, site
+from .fleet import OURS, STRATEGIES, Sight, Variant, lag, meanwhile, run, site, variant
 
-OURS = int(os.environ.get("READS", "100000"))
-OTHERS = OURS // 10
+READS = int(os.environ.get("READS", "100000"))
 
 
 def main() -> None:
-    with site() as cluster:
-
-        def lag(over: threading.Event) -> None:
-            while not over.is_set():
-                node = random.choice(cluster.replicas)
-                node.pause()
-                over.wait(random.uniform(0.2, 1.5))
-                node.resume()
-
-        for strategy in STRATEGIES:
-            with meanwhile(lag):
-                tally = run(strategy, OURS if strategy == "pinning_middleware" else OTHERS)
+    how = variant()
+    # The others know none of these differences.
+    strategies = [OURS] if how != Variant() else list(STRATEGIES)
+    print(how)
+    with site(how) as cluster:
+        for strategy in strategies:
+            reads = READS if strategy == OURS else READS // 10
+            with Sight(cluster) as sight, meanwhile(lag(cluster)):
+                tally = run(strategy, reads, cluster, sight, how.asgi)
             print(f"{strategy:28}", tally.line(cluster), flush=True)
             cluster.wait_caught_up()
 

@@ -1,10 +1,15 @@
-"""A routing decision and a request, beside django-multidb-router 0.11. No database is asked."""
+"""
+A routing decision and a request, beside django-multidb-router 0.11; and decisions that more
+settings have a say in, beside a plain one. No database is asked.
+"""
 
 from __future__ import annotations
 
 import os
+import timeit
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import django
@@ -15,13 +20,13 @@ django.setup()
 from django.db import router  # noqa: E402
 from django.db.utils import ConnectionRouter  # noqa: E402
 from django.http import HttpRequest, HttpResponse  # noqa: E402
-from django.test import RequestFactory  # noqa: E402
+from django.test import RequestFactory, override_settings  # noqa: E402
 
-from pinning_middleware import pin_this_request  # noqa: E402
+from pinning_middleware import offload, pin_this_request  # noqa: E402
 from pinning_middleware.middleware import PinningMiddleware  # noqa: E402
 from pinning_middleware.scopes.scope import Scope, enter  # noqa: E402
 
-from .measure import compare  # noqa: E402
+from .measure import ROUNDS, compare, ratio  # noqa: E402
 from .models import Entry  # noqa: E402
 
 warnings.simplefilter("ignore")
@@ -38,6 +43,40 @@ def requests(
     return lambda: handler(request)
 
 
+SETTINGS: Mapping[str, Mapping[str, object]] = {
+    "  PINNING_PRIMARY_MODELS:": {"PINNING_PRIMARY_MODELS": ["auth", "shop.Order"]},
+    "  PINNING_OFFLOAD, offload():": {"PINNING_OFFLOAD": False},
+    "  PINNING_OFFLOAD, a function:": {"PINNING_OFFLOAD": "benchmarks.decisions.all_of_them"},
+}
+
+
+def all_of_them(request: HttpRequest) -> bool:
+    return True
+
+
+def among(chosen: Mapping[str, object]) -> str:
+    """Compare decisions under these settings with plain ones, each in a scope of its own."""
+
+    def timed() -> float:
+        scope = Scope()
+        scope.ask_offload = lambda: all_of_them(HttpRequest())
+        enter(scope)
+        try:
+            return timeit.timeit(lambda: router.db_for_read(Entry), number=TIMES) / TIMES
+        finally:
+            enter(None)
+
+    pairs = []
+    for _ in range(ROUNDS):
+        plain = timed()
+        lifts = chosen.get("PINNING_OFFLOAD") is False
+        with override_settings(**chosen), offload() if lifts else nullcontext():
+            # What follows a change of settings is not of a decision.
+            timed()
+            pairs.append((timed(), plain))
+    return ratio(pairs)
+
+
 def main() -> None:
     their_router = ConnectionRouter([PinningReplicaRouter()])
     ours, theirs = PinningMiddleware, PinningRouterMiddleware
@@ -46,9 +85,11 @@ def main() -> None:
     unpin_this_thread()
     print(
         "a decision inside a request:  ",
-        compare(lambda: router.db_for_read(Entry), lambda: their_router.db_for_read(Entry), 5000),
+        compare(lambda: router.db_for_read(Entry), lambda: their_router.db_for_read(Entry), TIMES),
     )
     enter(None)
+    for name, chosen in SETTINGS.items():
+        print(f"{name:30}", among(chosen))
 
     def plain(request: HttpRequest) -> HttpResponse:
         return RESPONSE
@@ -85,6 +126,7 @@ def main() -> None:
 
 
 RESPONSE = HttpResponse()
+TIMES = 5000
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,8 @@
 """
 Twelve clients while a replica at a time is killed for two seconds, and all backends of one are
 terminated every 0.7 s. The other replica is up and caught up.
+
+    python -m benchmarks faults [--asgi] [--pool] [--age 0] [--role plain|monitor]
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import threading
 
 from psycopg import Error
 
-from .fleet import meanwhile, run, site
+from .fleet import OURS, Sight, meanwhile, run, site, variant
 
 READS = int(os.environ.get("READS", "20000"))
 TERMINATE = """
@@ -24,13 +26,16 @@ WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()
 
 def main() -> None:
     logging.getLogger("pinning_middleware").addHandler(logging.NullHandler())
-    with site() as cluster:
+    how = variant()
+    print(how)
+    with site(how) as cluster, Sight(cluster) as sight:
 
         def kill(over: threading.Event) -> None:
             for node in itertools.cycle(cluster.replicas):
-                node.stop("immediate")
-                over.wait(2)
-                node.start()
+                with sight.without(node):
+                    node.stop("immediate")
+                    over.wait(2)
+                    node.start()
                 if over.wait(2):
                     return
 
@@ -43,7 +48,7 @@ def main() -> None:
                     continue  # it is the one that was killed
 
         with meanwhile(kill, terminate):
-            tally = run("pinning_middleware", READS)
+            tally = run(OURS, READS, cluster, sight, how.asgi)
         print(tally.line(cluster))
 
 

@@ -2,63 +2,295 @@
 
 from __future__ import annotations
 
+import argparse
+import http.client
+import json
 import os
+import random
+import sys
 import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from http.cookies import SimpleCookie
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import django
+import psycopg
 
-from sample_site.cluster import Cluster
+from sample_site.cluster import Cluster, Node
+from sample_site.wal import INSERTED, REPLAYED, end_of_log
 
 CLIENTS = 12
 READS_A_WRITE = 6
 THINKS = 0.02
 
-# Settings of what is compared. The last is ours.
+# Settings of what is compared. The last is ours; to the others a replica is none of our concern,
+# else a read of one would be moved to the primary after a write.
 STRATEGIES: Mapping[str, Mapping[str, Any]] = {
-    "every read on the primary": {"DATABASE_ROUTERS": [], "MIDDLEWARE": []},
-    "round robin, no pins": {"DATABASE_ROUTERS": ["multidb.ReplicaRouter"], "MIDDLEWARE": []},
+    "every read on the primary": {
+        "DATABASE_ROUTERS": [],
+        "MIDDLEWARE": [],
+        "PINNING_REPLICAS": [],
+    },
+    "round robin, no pins": {
+        "DATABASE_ROUTERS": ["multidb.ReplicaRouter"],
+        "MIDDLEWARE": [],
+        "PINNING_REPLICAS": [],
+    },
     "django-multidb-router, 1 s": {
         "DATABASE_ROUTERS": ["multidb.PinningReplicaRouter"],
         "MIDDLEWARE": ["multidb.middleware.PinningRouterMiddleware"],
         "MULTIDB_PINNING_SECONDS": 1,
+        "PINNING_REPLICAS": [],
     },
     "django-multidb-router, 15 s": {
         "DATABASE_ROUTERS": ["multidb.PinningReplicaRouter"],
         "MIDDLEWARE": ["multidb.middleware.PinningRouterMiddleware"],
         "MULTIDB_PINNING_SECONDS": 15,
+        "PINNING_REPLICAS": [],
     },
     "pinning_middleware": {},
 }
+OURS: Final = "pinning_middleware"
+
+# The roles that a site may have at its servers.
+SUPERUSER, MONITOR, PLAIN = "superuser", "monitor", "plain"
+ROLES: Final = {SUPERUSER: "postgres", MONITOR: "site_monitor", PLAIN: "site_plain"}
+
+
+class Variant(NamedTuple):
+    """How the site is run, by the command line."""
+
+    asgi: bool = False
+    pool: bool = False
+    age: int | None = None
+    role: str = SUPERUSER
+
+    def __str__(self) -> str:
+        pool = "Django's pool" if self.pool else f"CONN_MAX_AGE = {self.age}"
+        return f"{'ASGI' if self.asgi else 'WSGI'}, {pool}, {self.role}"
+
+
+def variant() -> Variant:
+    """Return what the command line asks for."""
+    parser = argparse.ArgumentParser(prog=sys.argv[0])
+    parser.add_argument("--asgi", action="store_true", help="async views, under uvicorn")
+    parser.add_argument("--pool", action="store_true", help="Django's pool of connections")
+    parser.add_argument("--age", type=int, default=None, help="CONN_MAX_AGE; None by default")
+    parser.add_argument("--role", choices=ROLES, default=SUPERUSER)
+    return Variant(**vars(parser.parse_args()))
+
+
+def entry(host: str, port: int | str, how: Variant = Variant(), **options: Any) -> dict[str, Any]:  # noqa: B008
+    """Return an entry of Django's DATABASES."""
+    pool = {"pool": {"min_size": 0, "max_size": 2 * CLIENTS}} if how.pool else {}
+    return {
+        "ENGINE": "django.db.backends.postgresql",
+        "NAME": "site",
+        "USER": ROLES[how.role],
+        "PASSWORD": "",
+        "HOST": host,
+        "PORT": str(port),
+        "CONN_MAX_AGE": 0 if how.pool else how.age,
+        "OPTIONS": {**options, **pool},
+    }
 
 
 @contextmanager
-def site() -> Iterator[Cluster]:
-    """Run the benchmarks' site on a cluster of its own."""
+def site(
+    how: Variant = Variant(),  # noqa: B008
+    more: Mapping[str, Mapping[str, Any]] | Callable[[Cluster], Mapping[str, Any]] | None = None,
+) -> Iterator[Cluster]:
+    """
+    Run the benchmarks' site on a cluster of its own. ``more`` are entries of DATABASES beside the
+    primary and two replicas.
+    """
     with (
         tempfile.TemporaryDirectory(prefix="pinning-benchmark-") as folder,
         Cluster(Path(folder), keep=False) as cluster,
     ):
         cluster.create_database("site")
-        for name, node in (
-            ("DATABASE", "primary"),
-            ("REPLICA1", "replica1"),
-            ("REPLICA2", "replica2"),
-        ):
-            os.environ[f"{name}_URL"] = cluster.url(node, "site")
+        _make_roles(cluster.primary, ROLES[how.role])
+        databases: dict[str, Any] = {
+            "default" if node is cluster.primary else name: entry(node.host, node.port, how)
+            for name, node in cluster.nodes.items()
+        }
+        databases.update(more(cluster) if callable(more) else more or {})
+        os.environ["BENCHMARK_DATABASES"] = json.dumps(databases)
         os.environ["DJANGO_SETTINGS_MODULE"] = "benchmarks.settings"
         django.setup()
         from django.core.management import call_command
+        from django.db import connections
+
+        from .models import Entry
 
         call_command("migrate", run_syncdb=True, verbosity=0)
+        Entry.objects.create(client="first", number=1)
         cluster.wait_caught_up()
-        yield cluster
+        try:
+            yield cluster
+        finally:
+            connections.close_all()
+            if how.pool:
+                for alias in databases:
+                    connections[alias].close_pool()  # type: ignore[attr-defined]
+
+
+def _make_roles(primary: Node, owner: str) -> None:
+    for role, name in ROLES.items():
+        if role != SUPERUSER:
+            primary.execute(f"CREATE ROLE {name} LOGIN")
+    primary.execute(f"GRANT pg_monitor TO {ROLES[MONITOR]}")
+    primary.execute(f"ALTER DATABASE site OWNER TO {owner}")
+
+
+# Who could serve
+
+
+class Sight:
+    """
+    What each replica has replayed, as a connection beside the site's sees it every few
+    milliseconds. That only grows while a server runs, so a read that begins later could have been
+    served there. It is a lower bound, so no read is counted that nobody could serve.
+    """
+
+    EVERY: Final = 0.003
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.primary = cluster.primary.port
+        self._replayed: dict[int, int] = {}
+        self._down: Counter[int] = Counter()
+        self._over = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._watch, args=(node,)) for node in cluster.replicas
+        ]
+
+    def __enter__(self) -> Sight:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def have(self, position: int) -> set[int]:
+        """Return the ports of the replicas that are known to have replayed that."""
+        return {port for port, replayed in self._replayed.items() if replayed >= position}
+
+    @contextmanager
+    def without(self, node: Node) -> Iterator[None]:
+        """Count on a replica no more that is to be down for a while."""
+        self._down[node.port] += 1
+        self._replayed.pop(node.port, None)
+        try:
+            yield
+        finally:
+            self._down[node.port] -= 1
+
+    def _watch(self, node: Node) -> None:
+        while not self._over.is_set():
+            with (
+                suppress(psycopg.Error),
+                psycopg.connect(node.conninfo(), autocommit=True) as connection,
+            ):
+                while not self._over.wait(self.EVERY):
+                    ((replayed,),) = connection.execute(REPLAYED).fetchall()
+                    if not self._down[node.port]:
+                        self._replayed[node.port] = replayed
+            self._over.wait(self.EVERY)
+
+
+# Who asks
+
+
+class Answer(NamedTuple):
+    status: int
+    text: str
+    cookies: SimpleCookie
+
+
+# Sends a request: its method, path, body and header `Cookie`.
+Send = Callable[[str, str, str, str], Answer]
+
+
+@contextmanager
+def served(asgi: bool = False) -> Iterator[Callable[[], Send]]:
+    """Run the site by its WSGI handler, or under uvicorn; yield what makes a client's sender."""
+    if not asgi:
+        from django.core.handlers.wsgi import WSGIHandler
+
+        yield partial(partial, _by_wsgi, WSGIHandler())
+        return
+    import uvicorn
+    from django.core.asgi import get_asgi_application
+
+    config = uvicorn.Config(
+        get_asgi_application(), port=0, lifespan="off", log_level="error", access_log=False
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield lambda: partial(_by_http, http.client.HTTPConnection("127.0.0.1", port))
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def _by_wsgi(handler: Any, method: str, path: str, body: str, cookie: str) -> Answer:
+    from django.test import RequestFactory
+
+    headers = {"Cookie": cookie} if cookie else None
+    request = RequestFactory().generic(method, path, body, "text/plain", headers=headers)
+    response = handler(request.environ, lambda status, headers: None)
+    try:
+        return Answer(response.status_code, response.content.decode(), response.cookies)
+    finally:
+        response.close()
+
+
+def _by_http(
+    connection: http.client.HTTPConnection, method: str, path: str, body: str, cookie: str
+) -> Answer:
+    connection.request(method, f"/async{path}", body, {"Cookie": cookie} if cookie else {})
+    response = connection.getresponse()
+    text, cookies = response.read().decode(), SimpleCookie()
+    for header in response.msg.get_all("Set-Cookie", ()):
+        cookies.load(header)
+    return Answer(response.status, text, cookies)
+
+
+class Browser:
+    """A client with cookies."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._cookies: dict[str, tuple[str, float]] = {}
+
+    def request(self, method: str, path: str, body: str = "") -> Answer | None:
+        """Return what was answered, ``None`` for an error of the site."""
+        now = time.monotonic()
+        self._cookies = {name: kept for name, kept in self._cookies.items() if kept[1] > now}
+        cookie = "; ".join(f"{name}={value}" for name, (value, _) in self._cookies.items())
+        answer = self._send(method, path, body, cookie)
+        if answer.status >= 500:
+            return None
+        for name, morsel in answer.cookies.items():
+            self._cookies[name] = morsel.value, time.monotonic() + int(morsel["max-age"] or 0)
+        return answer
+
+
+# What they see
 
 
 class Tally:
@@ -66,6 +298,8 @@ class Tally:
 
     def __init__(self) -> None:
         self.reads = self.stale = self.failed = 0
+        # Of the reads that a replica could serve: how many there were, and went to one.
+        self.possible = self.taken = 0
         self.served: Counter[int] = Counter()
         self.seconds: dict[str, list[float]] = {"write": [], "read": []}
 
@@ -73,6 +307,8 @@ class Tally:
         self.reads += other.reads
         self.stale += other.stale
         self.failed += other.failed
+        self.possible += other.possible
+        self.taken += other.taken
         self.served += other.served
         for kind, seconds in other.seconds.items():
             self.seconds[kind] += seconds
@@ -83,78 +319,80 @@ class Tally:
         )
         return (
             f"{self.reads:7,} reads: {self.stale:6,} stale ({self.stale / self.reads:6.2%}), "
-            f"{on_replicas / self.reads:6.1%} on replicas, {self.failed} requests failed"
+            f"{on_replicas / self.reads:6.1%} on replicas, of the {self.possible:,} that one could "
+            f"serve {self.taken / max(self.possible, 1):7.2%}; {self.failed} requests failed"
         )
 
 
-def run(strategy: str, reads: int) -> Tally:
+def run(
+    strategy: str, reads: int, cluster: Cluster, sight: Sight | None = None, asgi: bool = False
+) -> Tally:
     """Let all clients work at once until they have read so often, and return what they saw."""
     from django.test import override_settings
 
     total, lock = Tally(), threading.Lock()
 
-    def work(number: int) -> None:
+    def work(number: int, make: Callable[[], Send], watching: Sight) -> None:
         from django.db import connections
 
-        mine = _work(f"{strategy}-{number}".replace(" ", "-"), reads // CLIENTS)
+        name = f"{strategy}-{number}".replace(" ", "-")
+        with psycopg.connect(cluster.primary.conninfo(), autocommit=True) as beside:
+            mine = _work(name, reads // CLIENTS, Browser(make()), beside, watching)
         connections.close_all()
         with lock:
             total.add(mine)
 
-    with override_settings(ALLOWED_HOSTS=["*"], **STRATEGIES[strategy]):
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(CLIENTS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    with override_settings(**STRATEGIES[strategy]), served(asgi) as make:
+        if sight is None:
+            with Sight(cluster) as own:
+                _together(partial(work, make=make, watching=own))
+        else:
+            _together(partial(work, make=make, watching=sight))
     return total
 
 
-def _work(name: str, reads: int) -> Tally:
-    browser, tally, number = _browser(), Tally(), 0
+def _together(work: Callable[[int], None]) -> None:
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _work(
+    name: str, reads: int, browser: Browser, beside: psycopg.Connection, sight: Sight
+) -> Tally:
+    tally, number, position = Tally(), 0, 0
+
+    def timed(kind: str, *request: str) -> Answer | None:
+        began = time.monotonic()
+        answer = browser.request(*request)
+        tally.seconds[kind].append(time.monotonic() - began)
+        return answer
+
     while tally.reads < reads:
         number += 1
-        tally.failed += not browser(
-            tally,
-            "write",
-            lambda client, n=number: client.post(f"/{name}/", str(n), content_type="text/plain"),
-        )
+        tally.failed += timed("write", "POST", f"/{name}/", str(number)) is None
+        # All that this client wrote is before this.
+        ((inserted,),) = beside.execute(INSERTED).fetchall()
+        position = end_of_log(inserted)
         for _ in range(READS_A_WRITE):
             time.sleep(THINKS)
-            response = browser(tally, "read", lambda client: client.get(f"/{name}/"))
+            before = sight.have(position)
+            answer = timed("read", "GET", f"/{name}/")
             tally.reads += 1
-            if response is None:
+            if answer is None:
                 tally.failed += 1
                 continue
-            seen, port = map(int, response.content.split())
+            seen, port = map(int, answer.text.split())
             tally.stale += seen < number
             tally.served[port] += 1
+            # One that went away meanwhile could not.
+            if before & sight.have(position):
+                tally.possible += 1
+                # No row was seen on a replica, too.
+                tally.taken += port != sight.primary
     return tally
-
-
-def _browser() -> Callable[..., Any]:
-    from django.test import Client
-
-    client = Client()
-    ends: dict[str, float] = {}
-
-    def request(tally: Tally, kind: str, send: Callable[[Client], Any]) -> Any:
-        # Django's client keeps cookies for ever; browsers do not.
-        now = time.monotonic()
-        for name in [name for name, end in ends.items() if end <= now]:
-            client.cookies.pop(name, None)
-            del ends[name]
-        try:
-            response = send(client)
-        except Exception as error:
-            print(f"failed: {type(error).__name__}: {error}")
-            return None
-        tally.seconds[kind].append(time.monotonic() - now)
-        for name, morsel in response.cookies.items():
-            ends[name] = time.monotonic() + int(morsel["max-age"] or 0)
-        return response
-
-    return request
 
 
 @contextmanager
@@ -170,3 +408,16 @@ def meanwhile(*troubles: Callable[[threading.Event], None]) -> Iterator[None]:
         over.set()
         for thread in threads:
             thread.join()
+
+
+def lag(cluster: Cluster) -> Callable[[threading.Event], None]:
+    """Return the trouble that one replica at a time is paused for 0.2 to 1.5 s."""
+
+    def trouble(over: threading.Event) -> None:
+        while not over.is_set():
+            node = random.choice(cluster.replicas)
+            node.pause()
+            over.wait(random.uniform(0.2, 1.5))
+            node.resume()
+
+    return trouble

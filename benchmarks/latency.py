@@ -19,10 +19,10 @@ def describe(seconds: list[float]) -> str:
 def main() -> None:
     names = ("django-multidb-router, 15 s", "pinning_middleware")
     totals = {name: Tally() for name in names}
-    with site():
+    with site() as cluster:
         for _ in range(ROUNDS):
             for name in names:
-                totals[name].add(run(name, READS // ROUNDS))
+                totals[name].add(run(name, READS // ROUNDS, cluster))
     for kind in ("write", "read"):
         for name in names:
             print(f"{kind:5}  {name:28}", describe(totals[name].seconds[kind]))

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import statistics
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 ROUNDS = 60
 
 
-def compare(ours: Callable[[], object], theirs: Callable[[], object], times: int) -> str:
+def compare(
+    ours: Callable[[], object], theirs: Callable[[], object], times: int, rounds: int = ROUNDS
+) -> str:
     """Return both times and the median of their ratios, over rounds that take turns."""
-    pairs = [
-        (timeit.timeit(ours, number=times) / times, timeit.timeit(theirs, number=times) / times)
-        for _ in range(ROUNDS)
-    ]
-    mine, other = (statistics.median(times) * 1e9 for times in zip(*pairs, strict=True))
-    ratio = statistics.median(one / two for one, two in pairs)
-    return f"{mine:8.0f} ns  beside {other:8.0f} ns: {ratio:.2f} times"
+    return ratio(
+        [
+            (timeit.timeit(ours, number=times) / times, timeit.timeit(theirs, number=times) / times)
+            for _ in range(rounds)
+        ]
+    )
+
+
+def ratio(pairs: Sequence[tuple[float, float]]) -> str:
+    """Say what pairs of seconds have in common, each measured in one round."""
+    mine, other = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+    middle = statistics.median(one / two for one, two in pairs)
+    return f"{_said(mine)}  beside {_said(other)}: {middle:.2f} times"
+
+
+def _said(seconds: float) -> str:
+    return f"{seconds * 1e6:8.1f} µs" if seconds > 1e-5 else f"{seconds * 1e9:8.0f} ns"

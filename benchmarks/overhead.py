@@ -1,101 +1,195 @@
-"""What a request costs with the package, beside the same request without it, on a real cluster."""
+"""
+What a request costs with the package, beside the same request of a site without it, on a real
+cluster. Both are processes of their own, since the package is on the way of every connection, and
+take turns. A third one, without the package too, reads the replicas by turns, as we do, and shows
+what that alone changes, and what the machine's noise does.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import os
-import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import IO, Any, Final
 
-from .fleet import site
+import psycopg
 
-PASSES = int(os.environ.get("PASSES", "400"))
+from .measure import ratio
+
+ROUNDS = int(os.environ.get("ROUNDS", "150"))
+# Requests of one kind before the next process has its turn; the fastest of them counts.
+BLOCK = 12
+KINDS = {
+    "unpinned read": 1.05,
+    "write": 1.25,
+    "first pinned read": 1.25,
+    "later pinned reads": 1.08,
+}
+PACKAGE, PLAIN, TURNS = "package", "plain", "turns"
+INSERTED: Final = "SELECT pg_current_wal_insert_lsn()::text"
+REPLAYED: Final = "SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn"
 
 
-class ByTurns:
-    """Reads replicas by turns and writes the primary, and does nothing else."""
-
-    turns = itertools.cycle(["replica1", "replica2"])
+class PlainRouter:
+    """Reads one replica and writes the primary, and does nothing else."""
 
     def db_for_read(self, model: Any, **hints: Any) -> str:
-        return next(self.turns)
+        return "replica1"
 
     def db_for_write(self, model: Any, **hints: Any) -> str:
         return "default"
 
 
-def main() -> None:
-    with site() as cluster:
-        from django.http import HttpRequest, HttpResponse
+class TurnsRouter(PlainRouter):
+    turns = itertools.cycle(["replica1", "replica2"])
+
+    def db_for_read(self, model: Any, **hints: Any) -> str:
+        return next(self.turns)
+
+
+# The process that is measured
+
+
+class Site:
+    """A site in this process; it is asked for a kind and says what requests of it took."""
+
+    def __init__(self, name: str) -> None:
+        import django
+
+        from . import settings
+
+        if name != PACKAGE:
+            settings.INSTALLED_APPS = ["benchmarks"]
+            settings.MIDDLEWARE = []
+            settings.DATABASE_ROUTERS = [f"benchmarks.overhead.{name.title()}Router"]
+        os.environ["DJANGO_SETTINGS_MODULE"] = "benchmarks.settings"
+        django.setup()
+        from django.core.handlers.wsgi import WSGIHandler
+        from django.db import connections
         from django.test import RequestFactory
 
-        from pinning_middleware import tokens
-        from pinning_middleware.middleware import PinningMiddleware
-        from pinning_middleware.scopes.scope import enter
+        self._handler: Any = WSGIHandler()
+        self._factory = RequestFactory()
+        self._numbers = itertools.count()
+        self._name = f"{name}-{os.getpid()}"
+        self._token = ""
+        self._beside = [self._connect(connections.settings[alias]) for alias in connections]
 
-        from .models import Entry
+    def block(self, kind: str) -> list[float]:
+        """Return the seconds of some requests."""
+        if kind == "later pinned reads":
+            self._pin()
+            for _ in range(2):
+                self._request("GET")
+        seconds = []
+        for _ in range(BLOCK):
+            if kind == "unpinned read":
+                self._token = ""
+            elif kind == "first pinned read":
+                self._pin()
+            seconds.append(self._request("POST" if kind == "write" else "GET"))
+        return seconds
 
-        def read(request: HttpRequest) -> HttpResponse:
-            return HttpResponse(str(Entry.objects.filter(pk=1).count()))
+    def _pin(self) -> None:
+        """Write, and wait until all replicas have it."""
+        self._request("POST")
+        primary, *replicas = self._beside
+        ((position,),) = primary.execute(INSERTED).fetchall()
+        for replica in replicas:
+            while not replica.execute(REPLAYED, (position,)).fetchall()[0][0]:
+                time.sleep(0.0001)
 
-        def write(request: HttpRequest) -> HttpResponse:
-            Entry.objects.create(client=str(next(numbers)), number=1)
-            return HttpResponse()
+    def _request(self, method: str) -> float:
+        path = f"/one/?{self._name}-{next(self._numbers)}"
+        headers = {"Cookie": f"pinning={self._token}"} if self._token else None
+        environ = self._factory.generic(method, path, headers=headers).environ
+        began = time.perf_counter()
+        response = self._handler(environ, lambda status, headers: None)
+        response.close()
+        seconds = time.perf_counter() - began
+        assert response.status_code < 300
+        if "pinning" in response.cookies:
+            self._token = response.cookies["pinning"].value
+        return seconds
 
-        factory, numbers = RequestFactory(), itertools.count()
+    def _connect(self, entry: dict[str, Any]) -> psycopg.Connection:
+        conninfo = psycopg.conninfo.make_conninfo(
+            host=entry["HOST"], port=entry["PORT"], user=entry["USER"], dbname=entry["NAME"]
+        )
+        return psycopg.connect(conninfo, autocommit=True)
 
-        def new(method: str, cookie: str = "") -> Any:
-            request = getattr(factory, method)("/")
-            if cookie:
-                request.COOKIES["pinning"] = cookie
-            return request
 
-        from django.db import router as chosen
-        from django.db.utils import ConnectionRouter
+def serve(name: str) -> None:
+    measured = Site(name)
+    for line in sys.stdin:
+        print(json.dumps(measured.block(line.strip())), flush=True)
 
-        ours, fixed = ConnectionRouter(), ConnectionRouter([ByTurns()])
 
-        def timed(handler: Callable[[Any], Any], routers: ConnectionRouter, request: Any) -> float:
-            chosen.__dict__["routers"] = routers.routers
-            enter(None)
-            started = time.perf_counter()
-            handler(request)
-            return time.perf_counter() - started
+# The process that compares
 
-        def compare(name: str, view: Any, method: str, cookies: Callable[[], str]) -> None:
-            pinning, pairs = PinningMiddleware(view), []
-            for number in range(PASSES + 20):
-                cookie = cookies()
-                theirs = timed(view, fixed, new(method, cookie))
-                mine = timed(pinning, ours, new(method, cookie))
-                if number >= 20:
-                    pairs.append((mine, theirs))
-            mine, theirs = (statistics.median(one) for one in zip(*pairs, strict=True))
-            ratio = statistics.median(a / b for a, b in pairs)
-            print(
-                f"{name:20} {mine * 1e6:7.0f} µs  beside {theirs * 1e6:7.0f} µs: {ratio:.2f} times",
-                flush=True,
-            )
 
-        def token() -> str:
-            response = PinningMiddleware(write)(new("get"))
-            cluster.wait_caught_up()
-            return str(response.cookies["pinning"].value)
+@contextlib.contextmanager
+def process(name: str) -> Iterator[Callable[[str], list[float]]]:
+    """A site in a process of its own; yield what has it measure a block of requests."""
+    command = [sys.executable, "-m", "benchmarks.overhead", name]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as started:
 
-        kept = ""
+        def ask(kind: str) -> list[float]:
+            asked, answers = _pipes(started)
+            print(kind, file=asked, flush=True)
+            seconds: list[float] = json.loads(answers.readline())
+            return seconds
 
-        def same() -> str:
-            nonlocal kept
-            kept = kept or token()
-            return kept
+        yield ask
+        _pipes(started)[0].close()
 
-        compare("unpinned read", read, "get", lambda: "")
-        compare("write", write, "post", lambda: "")
-        compare("first pinned read", read, "get", token)
-        compare("later pinned reads", read, "get", same)
-        assert not tokens.rejected
+
+def _pipes(started: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
+    assert started.stdin is not None
+    assert started.stdout is not None
+    return started.stdin, started.stdout
+
+
+def compare(rounds: int) -> None:
+    """Let the three take turns, each time in another order, and print what they took."""
+    with contextlib.ExitStack() as stack:
+        sites = {name: stack.enter_context(process(name)) for name in (PACKAGE, PLAIN, TURNS)}
+        orders = itertools.cycle(itertools.permutations(sites))
+        took: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+        for number in range(rounds + 5):
+            for kind in KINDS:
+                found = {name: min(sites[name](kind)) for name in next(orders)}
+                # The first ones connect, and warm up.
+                if number >= 5:
+                    took[kind].append(found)
+    for kind, wanted in KINDS.items():
+        pairs = [(found[PACKAGE], found[PLAIN]) for found in took[kind]]
+        print(f"{kind:20}", ratio(pairs), f"(at most {wanted:.2f} wanted)", flush=True)
+        pairs = [(found[TURNS], found[PLAIN]) for found in took[kind]]
+        print(f"{'  by turns, without':20}", ratio(pairs), flush=True)
+
+
+def main() -> None:
+    if sys.argv[1:]:
+        serve(sys.argv[1])
+        return
+    from .fleet import site
+
+    with site():
+        databases = json.loads(os.environ["BENCHMARK_DATABASES"])
+        for age, rounds in ((None, ROUNDS), (0, ROUNDS // 5)):
+            for entry in databases.values():
+                entry["CONN_MAX_AGE"] = age
+            os.environ["BENCHMARK_DATABASES"] = json.dumps(databases)
+            print(f"CONN_MAX_AGE = {age}")
+            compare(rounds)
 
 
 if __name__ == "__main__":

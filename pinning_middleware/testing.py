@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from asgiref.sync import async_to_sync
 from django.http import HttpRequest, HttpResponse
-from django.test import RequestFactory
+from django.test import RequestFactory, override_settings
 
-from .pins import Pin, Pins, merge_pins
+from .pins import SEEN, Pin, Pins, merge_pins
 from .stores import BaseStore
 
 __all__ = ["StoreContract"]
@@ -84,6 +84,14 @@ class StoreContract:
         assert_same(self.load(request), pins)
         assert_same(self.load(self.next_request(request, HttpResponse())), pins)
 
+    def test_what_has_been_seen_comes_back_beside_what_was_written(self) -> None:
+        """So it is saved under ``monotonic-reads``."""
+        old, seen = _pins(), {SEEN + "default": Pin(time.time() + 15, 0.0, {"1": 2**61})}
+        with override_settings(PINNING_GUARANTEE="monotonic-reads"):
+            request = self.after(old)
+            following = self.save(request, {**self.load(request), **seen})
+            assert_same(self.load(following), {**old, **seen})
+
     def test_pins_come_back_in_async_code(self) -> None:
         pins = _pins()
 
@@ -120,6 +128,15 @@ class StoreContract:
         self.save(second, new)
         assert_same(self.load(self.new_request()), merge_pins(old, new))
 
+    def test_what_a_request_did_not_come_with_is_not_forgotten(self) -> None:
+        if not self.shared:
+            return
+        older, pins = self.new_request(), _pins()
+        self.load(older)
+        self.save(self.new_request(), pins)
+        self.save(older, {})
+        assert_same(self.load(self.new_request()), pins)
+
     def test_no_pins_forget_those_that_were_kept(self) -> None:
         request = self.after(_pins())
         self.load(request)
@@ -150,7 +167,7 @@ def assert_same(found: Pins, expected: Pins) -> None:
     for alias, pin in expected.items():
         assert found[alias].position == pin.position
         assert abs(found[alias].until - pin.until) < _ROUNDING
-        assert abs(found[alias].held - pin.held) < _ROUNDING
+        assert abs(found[alias].held_until - pin.held_until) < _ROUNDING
 
 
 def _pins() -> dict[str, Pin]:

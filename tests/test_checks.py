@@ -11,6 +11,7 @@ from django.test import override_settings
 
 import pinning_middleware
 from pinning_middleware.conf import DEFAULTS
+from pinning_middleware.stores import CookieStore
 from tests.conftest import MIDDLEWARE, ROUTER
 
 E, W = "pinning_middleware.E", "pinning_middleware.W"
@@ -217,6 +218,28 @@ class ByHand:
         return "replica2"
 
 
+class ByParts:
+    """One that names a primary for the first model, and a replica for a later one."""
+
+    def db_for_read(self, model: Any, **hints: Any) -> str | None:
+        return {"author": "users", "book": "replica2"}.get(model._meta.model_name)
+
+
+class OwnCookies(CookieStore):
+    """A site's own."""
+
+
+def memcached(backend: str, **options: Any) -> dict[str, Any]:
+    entry = {
+        "BACKEND": f"django.core.cache.backends.memcached.{backend}",
+        "LOCATION": "127.0.0.1:1",
+        "OPTIONS": options,
+    }
+    return {"PINNING_STORES": STORES, "CACHES": {"default": entry}}
+
+
+BOUNDED = {"connect_timeout": 500, "receive_timeout": 500_000}
+
 FITS: list[tuple[str, dict[str, Any]]] = [
     ("W004", {"PINNING_STORES": []}),
     ("W005", {"PINNING_REPLICAS": {"default": {"replica1": 0}}}),
@@ -240,13 +263,29 @@ FITS: list[tuple[str, dict[str, Any]]] = [
             "CACHES": {"default": {"BACKEND": MEMCACHED, "LOCATION": "127.0.0.1:1"}},
         },
     ),
+    ("W009", memcached("PyMemcacheCache", connect_timeout=0.5)),
+    ("W009", memcached("PyMemcacheCache", timeout=None, connect_timeout=0.5)),
+    ("W009", memcached("PyLibMCCache")),
+    ("W009", memcached("PyLibMCCache", behaviors={"ketama": True})),
+    (
+        "W006",
+        {
+            "PINNING_COOKIE_SAMESITE": "None",
+            "PINNING_STORES": ["tests.test_checks.OwnCookies"],
+        },
+    ),
     ("W011", {"DATABASE_ROUTERS": [ROUTER, "tests.test_checks.ByHand"]}),
+    ("W011", {"DATABASE_ROUTERS": [ROUTER, "tests.test_checks.ByParts"]}),
     ("W012", {"PINNING_IGNORED_TABLES": ["django_session"]}),
     ("W012", {"PINNING_IGNORED_TABLES": ["auth_user"]}),
     ("E019", {"PINNING_COOKIE_NAME": "sessionid"}),
     ("E019", {"PINNING_COOKIE_NAME": "csrftoken"}),
+    ("E019", {"PINNING_COOKIE_NAME": "messages"}),
+    ("E019", {"SESSION_COOKIE_NAME": "pinning-seen"}),
     ("E020", {"PINNING_HEADER_NAME": "Set-Cookie"}),
     ("E020", {"PINNING_HEADER_NAME": "cache-control"}),
+    ("E020", {"PINNING_HEADER_NAME": "Content-Encoding"}),
+    ("E020", {"PINNING_HEADER_NAME": "User-Agent"}),
 ]
 
 
@@ -270,22 +309,20 @@ def test_a_transaction_for_each_request_on_a_replica(monkeypatch: pytest.MonkeyP
     [
         {"PINNING_COOKIE_SAMESITE": "None", "PINNING_COOKIE_SECURE": True},
         {"PINNING_COOKIE_NAME": "__Host-pinning", "PINNING_COOKIE_SECURE": True},
-        {
-            "PINNING_STORES": STORES,
-            "CACHES": {
-                "default": {
-                    "BACKEND": MEMCACHED,
-                    "LOCATION": "127.0.0.1:1",
-                    "OPTIONS": {"timeout": 0.5},
-                }
-            },
-        },
+        memcached("PyMemcacheCache", timeout=0.5, connect_timeout=0.5),
+        memcached("PyLibMCCache", behaviors=BOUNDED),
         {"DATABASE_ROUTERS": [ROUTER, "tests.app.routers.UsersRouter"]},
     ],
 )
 def test_what_fits_is_no_warning(values: dict[str, Any]) -> None:
     with override_settings(**values):
         assert found() == []
+
+
+def test_no_hint_leads_into_a_warning() -> None:
+    with override_settings(PINNING_IGNORED_TABLES="django_session"):
+        (message,) = [message for message in found() if message.is_serious()]
+    assert "django_session" not in message.hint
 
 
 def test_ids_are_unique() -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from django.http import HttpResponse
 from django.test import RequestFactory
+from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware.pins import Pin, Pins
-from pinning_middleware.stores import CookieStore
+from pinning_middleware.stores import CacheStore, CookieStore
+from pinning_middleware.stores.base import remember
 from tests.app.models import Book
 from tests.conftest import Visit
 
@@ -69,6 +71,33 @@ def test_what_was_seen_never_overwrites_a_write(settings: Any) -> None:
     jar.take(reading, {**CookieStore().load(reading), "~default": seen})
     assert jar.pins == {"default": newer, "~default": seen}
     assert set(jar.cookies) == {"pinning", "pinning-seen"}
+
+
+def test_a_read_during_which_the_pin_ends_takes_no_newer_write_away(
+    settings: Any, clock: FrozenDateTimeFactory
+) -> None:
+    settings.PINNING_GUARANTEE = "monotonic-reads"
+    jar = Jar()
+    jar.take(jar.send(), {"default": pin(1)})
+    clock.tick(14)
+    reading, writing = jar.send(), jar.send()
+    clock.tick(2)
+    newer, seen = pin(2), pin(1)
+    jar.take(writing, {"default": newer})
+    jar.take(reading, {"~default": seen})
+    assert jar.pins == {"default": newer, "~default": seen}
+
+
+def test_what_another_store_brought_is_no_write_of_this_request(settings: Any) -> None:
+    """A read of a user whose other device wrote: it has that from the cache."""
+    settings.PINNING_GUARANTEE = "monotonic-reads"
+    jar = Jar()
+    reading, writing = jar.send(), jar.send()
+    elsewhere, newer, seen = pin(1), pin(2), pin(1)
+    remember(reading, CacheStore(), {"default": elsewhere})
+    jar.take(writing, {"default": newer})
+    jar.take(reading, {"default": elsewhere, "~default": seen})
+    assert jar.pins == {"default": newer, "~default": seen}
 
 
 def test_the_race_that_is_left() -> None:

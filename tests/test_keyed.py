@@ -130,6 +130,16 @@ def test_a_pin_without_a_position_holds_the_position_back(cache: BaseCache) -> N
     assert keyed.fetch("key", ["a"]) == about({"default": Pin(told.until, held.until, {"1": 7})})
 
 
+def test_a_pin_of_the_window_alone_is_held_by_it_as_well(
+    cache: BaseCache, fetch: Callable[..., Pins], keep: Callable[..., None]
+) -> None:
+    """As a token carries it that had no room for its positions."""
+    alone, told = Pin(round(time.time() + 9, 3)), pin(5, 7)
+    keep(["a"], {"default": alone})
+    keep(["a"], {"default": told})
+    assert fetch("a")["default"].waits_for(time.time()) is None
+
+
 def test_after_a_promotion_the_older_log_ends_with_its_window(
     cache: BaseCache, fetch: Callable[..., Pins], clock: FrozenDateTimeFactory
 ) -> None:
@@ -192,6 +202,16 @@ def test_a_newer_pin_is_not_forgotten_by_an_older_request(
     keep(["a"], newer)
     keep(["a"], {}, seen)
     assert fetch("a") == about(newer)
+
+
+def test_a_newer_pin_of_one_pool_keeps_no_other_one(
+    cache: BaseCache, fetch: Callable[..., Pins], keep: Callable[..., None]
+) -> None:
+    keep(["a"], {"default": pin(5, 1), "users": pin(5, 1)})
+    seen = fetch("a")
+    keep(["a"], {"default": pin(6, 2)})
+    keep(["a"], {}, seen)
+    assert set(fetch("a")) == {"default"}
 
 
 def test_a_longer_window_alone_is_a_newer_pin(
@@ -390,6 +410,80 @@ def test_any_other_cache_that_is_slow_is_left_alone(
         monkeypatch.undo()
     (line,) = lines(caplog)
     assert "longer than 0.5 s" in line
+
+
+def test_memcached_that_is_down_is_left_alone(
+    fetch: Callable[..., Pins], keep: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its client says so once by the system's error, and then by one of its own."""
+    pytest.importorskip("pymemcache")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    entry = {
+        "BACKEND": "django.core.cache.backends.memcached.PyMemcacheCache",
+        "LOCATION": address,
+        "OPTIONS": {"timeout": 0.5, "connect_timeout": 0.5, "retry_attempts": 0},
+    }
+    with pins_in(entry, PINNING_RETRY_AFTER=0):
+        for _ in range(3):
+            keep(["a"], {"default": pin(5, 1)})
+            assert fetch("a") == {}
+    assert all("left alone" in line for line in lines(caplog))
+
+
+def test_a_server_that_became_a_replica_is_left_alone(
+    fetch: Callable[..., Pins], keep: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """So it is after a failover that the site's address has not followed yet."""
+    with running() as server, pins_in(redis_cache(server.connection_url), PINNING_RETRY_AFTER=30):
+        keep(["a"], {"default": pin(5, 1)})
+        keyed._redis(caches["pins"]).execute_command("REPLICAOF", "127.0.0.1", "1")
+        for _ in range(3):
+            keep(["a"], {"default": pin(5, 1)})
+        assert fetch("a") == {}
+    (line,) = lines(caplog)
+    assert "left alone" in line
+
+
+def test_a_fault_that_is_no_outage_leaves_the_cache_in_use(
+    cache: BaseCache, fetch: Callable[..., Pins], keep: Callable[..., None]
+) -> None:
+    keep(["b"], {"default": pin(5, 1)})
+    cache.set(keyed._names("key", ["a"])[0], "nonsense")
+    fetch("a")
+    assert set(fetch("b")) == {"default"}
+
+
+def test_a_users_key_is_no_things_key(cache: BaseCache) -> None:
+    keyed.keep("user", ["7"], {"default": pin(5, 1)})
+    assert keyed.fetch("key", ["7"]) == keyed.fetch("task", ["7"]) == {}
+    assert set(keyed.fetch("user", ["7"])) == {"default"}
+
+
+@pytest.mark.parametrize(
+    ("key", "error", "says"),
+    [
+        (42, TypeError, r"str\(42\)"),
+        (None, TypeError, "text"),
+        (b"a", TypeError, "text"),
+        ("", ValueError, "empty"),
+        ("order:\ud800", ValueError, "UTF-8"),
+    ],
+)
+def test_what_is_no_key_is_said_and_costs_nobody_the_cache(
+    cache: BaseCache,
+    fetch: Callable[..., Pins],
+    keep: Callable[..., None],
+    key: Any,
+    error: type[Exception],
+    says: str,
+) -> None:
+    keep(["a"], {"default": pin(5, 1)})
+    with pytest.raises(error, match=says):
+        fetch(key)
+    with pytest.raises(error, match=says):
+        keep([key], {"default": pin(5, 1)})
+    assert set(fetch("a")) == {"default"}
 
 
 def test_what_somebody_else_put_there_is_no_error(

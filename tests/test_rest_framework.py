@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from django.contrib.auth.models import User
+from django.core.cache import caches
 from django.test import Client, override_settings
 from django.urls import path
 from rest_framework.authentication import BaseAuthentication
@@ -13,9 +14,11 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from pinning_middleware.contrib.rest_framework import pinned
-from pinning_middleware.scopes.scope import enter
+from pinning_middleware.scopes.scope import enter, entered_scope
 from tests.app.models import Book
+from tests.caches import calls
 from tests.conftest import is_replica, where
+from tests.valkey import pins_in
 
 pytestmark = [
     pytest.mark.django_db(transaction=True, databases="__all__"),
@@ -51,7 +54,9 @@ urlpatterns = [path("plain/", View.as_view()), path("pinned/", PinnedView.as_vie
 
 @pytest.fixture(autouse=True)
 def cached() -> Any:
-    with override_settings(PINNING_STORES=["pinning_middleware.stores.CacheStore"]):
+    counting = {"BACKEND": "tests.caches.CountingCache", "LOCATION": "pins"}
+    with pins_in(counting, PINNING_STORES=["pinning_middleware.stores.CacheStore"]):
+        caches["pins"].clear()
         yield
 
 
@@ -72,6 +77,15 @@ def test_without_it_they_are_saved_and_not_found() -> None:
     ask("plain", "7", "post")
     assert is_replica(ask("plain", "7"))
     assert ask("pinned", "7") == "default"
+
+
+def test_the_kill_switch_is_heeded() -> None:
+    ask("pinned", "7", "post")
+    with override_settings(PINNING_ENABLED=False):
+        calls.clear()
+        assert ask("pinned", "7") == "default"
+        assert not calls
+        assert entered_scope() is None or not entered_scope().carried  # type: ignore[union-attr]
 
 
 def test_a_class_keeps_its_name() -> None:

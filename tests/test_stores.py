@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,7 @@ from django.contrib.auth import alogin, login
 from django.contrib.auth.models import User
 from django.contrib.sessions.backends.cache import SessionStore as CacheSession
 from django.core.handlers.base import BaseHandler
+from django.core.management import call_command
 from django.db import connections, transaction
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.test import AsyncRequestFactory, RequestFactory, TestCase, override_settings
@@ -25,6 +27,7 @@ from pinning_middleware import (
     carry_keys,
     is_pinned,
     pin_keys,
+    pin_this_request,
     pinning_scope,
     tokens,
     unpin_this_request,
@@ -271,6 +274,53 @@ def test_what_the_view_says_of_caching_stays(client: Token) -> None:
     assert said == {"private", "max-age=60"}
 
 
+def test_what_lets_shared_caches_keep_it_goes(visit: Visit) -> None:
+    def act(request: HttpRequest) -> HttpResponse:
+        if request.method == "POST":
+            write()
+        return HttpResponse(
+            headers={
+                "Cache-Control": "Public, max-age=60, S-MaxAge=600",
+                "CDN-Cache-Control": "max-age=600",
+                "Cloudflare-CDN-Cache-Control": "max-age=600",
+                "Surrogate-Control": "max-age=600",
+                "X-Accel-Expires": "600",
+            }
+        )
+
+    read = send(visit, act)
+    assert read.headers["X-Accel-Expires"] == "600"
+    assert "S-MaxAge=600" in read.headers["Cache-Control"]
+    assert "Vary" not in read.headers
+    written = send(visit, act, "post")
+    said = set(re.split(", ?", written.headers["Cache-Control"]))
+    assert said == {"private", "max-age=60"}
+    assert written.headers["Vary"] == "Cookie"
+    assert not [name for name in written.headers if "CDN" in name or name.startswith(("S", "X-A"))]
+
+
+def test_unpinning_ends_the_cookie_and_an_empty_one_is_no_forgery(visit: Visit) -> None:
+    before = tokens.rejected.total()
+    visit(write)
+    visit(lambda request: unpin_this_request())
+    assert visit.response.cookies["pinning"].value == ""
+    assert visit.response.headers["Vary"] == "Cookie"
+    assert is_replica(visit())
+    visit(lambda request: unpin_this_request())
+    assert not visit.response.cookies
+    assert tokens.rejected.total() == before
+
+
+def test_unpinning_one_pool_leaves_the_other_in_a_new_cookie(visit: Visit) -> None:
+    with override_settings(
+        PINNING_REPLICAS={"default": ["replica1", "replica2"], "users": ["users_replica"]}
+    ):
+        visit(lambda request: pin_this_request())
+        visit(lambda request: unpin_this_request("users"))
+        assert set(tokens.loads(visit.response.cookies["pinning"].value)) == {"default"}
+        assert visit() == "default"
+
+
 def test_an_unpinned_client_gets_an_empty_header(client: Token) -> None:
     client(write)
     client(lambda request: unpin_this_request())
@@ -441,14 +491,10 @@ def test_parallel_requests_of_one_user(
 
 
 def _far() -> float:
-    import time
-
     return time.time() + 1000
 
 
 def _write_far(request: Any) -> None:
-    from pinning_middleware import pin_this_request
-
     pin_this_request(seconds=1000)
 
 
@@ -516,6 +562,43 @@ def test_a_user_without_a_session(by_user: None, visit: Visit, ada: User) -> Non
 
         visit(act)
         assert set(keyed.fetch("user", [str(ada.pk)])) == {"default"}
+
+
+def test_who_is_known_by_a_token_goes_before_the_session(
+    by_user: None, visit: Visit, ada: User
+) -> None:
+    grace = User.objects.create_user("grace")
+    visit.browser.client.force_login(ada)
+
+    def act(request: Any) -> str:
+        request.user = grace
+        return write()
+
+    visit(act)
+    assert set(keyed.fetch("user", [str(grace.pk)])) == {"default"}
+    assert keyed.fetch("user", [str(ada.pk)]) == {}
+
+
+def test_pins_in_a_table_of_the_database(visit: Visit, phone: Visit, ada: User) -> None:
+    """No replica has the table, and who only keeps or looks up pins does not write."""
+    table = {"BACKEND": "django.core.cache.backends.db.DatabaseCache", "LOCATION": "pins"}
+    with pins_in(table, PINNING_STORES=[CACHE], SESSION_ENGINE=SESSIONS):
+        call_command("createcachetable", verbosity=0)
+        try:
+            visit.browser.client.force_login(ada)
+            phone.browser.client.force_login(ada)
+            assert is_replica(phone())
+            visit(write)
+            assert phone() == "default"
+            with pinning_scope(isolated=True) as scope:
+                carry_keys("order:42")
+                keyed.keep("key", ["order:42"], {"default": Pin(time.time() + 9)})
+                assert is_replica(where())
+            assert scope.pins == {}
+            assert set(keyed.fetch("key", ["order:42"])) == {"default"}
+        finally:
+            with connections["default"].cursor() as cursor:
+                cursor.execute("DROP TABLE pins")
 
 
 def test_a_streaming_body_that_writes_pins_the_user(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -10,7 +10,7 @@ from django.apps import apps
 from django.conf import settings
 from django.core import checks
 from django.core.checks import CheckMessage, register
-from django.db import DEFAULT_DB_ALIAS, router
+from django.db import router
 from django.utils.module_loading import import_string
 
 from pinning_middleware.conf import conf, parse_replicas
@@ -26,15 +26,18 @@ COOKIE_STORE = "pinning_middleware.stores.CookieStore"
 # Headers that mean something else to clients, servers or caches.
 OTHERS_HEADERS = frozenset(
     {
-        *("accept", "authorization", "cache-control", "connection", "content-length"),
-        *("content-type", "cookie", "date", "etag", "expires", "host", "location", "origin"),
-        *("server", "set-cookie", "transfer-encoding", "vary", "www-authenticate"),
+        *("accept", "age", "allow", "authorization", "cache-control", "connection"),
+        *("content-encoding", "content-length", "content-type", "cookie", "date", "etag"),
+        *("expires", "forwarded", "host", "if-match", "if-none-match", "keep-alive"),
+        *("last-modified", "link", "location", "origin", "pragma", "range", "referer"),
+        *("retry-after", "server", "set-cookie", "te", "trailer", "transfer-encoding"),
+        *("upgrade", "user-agent", "vary", "via", "www-authenticate", "x-csrftoken"),
     }
 )
-# Of memcached's clients: what bounds how long they wait.
+# Of memcached's clients: what bounds how long they wait for a connection, and for an answer.
 TIMEOUTS = {
-    "django.core.cache.backends.memcached.PyMemcacheCache": ("timeout", "connect_timeout"),
-    "django.core.cache.backends.memcached.PyLibMCCache": ("behaviors",),
+    "PyMemcacheCache": ("connect_timeout", "timeout"),
+    "PyLibMCCache": ("connect_timeout", "receive_timeout"),
 }
 
 
@@ -58,6 +61,11 @@ def _replicas() -> dict[str, str]:
 def _stores() -> list[str]:
     paths = _get("PINNING_STORES", [COOKIE_STORE])
     return list(paths) if isinstance(paths, (list, tuple)) else []
+
+
+def _has_store(path: str) -> bool:
+    """Return whether this store is in use, or one that is derived from it."""
+    return any(_is_instance(own, path) for own in _stores())
 
 
 @register(TAG)
@@ -126,7 +134,7 @@ def check_weights(**kwargs: Any) -> list[CheckMessage]:
 
 @register(TAG)
 def check_cookie_fits(**kwargs: Any) -> list[CheckMessage]:
-    if COOKIE_STORE not in _stores():
+    if not _has_store(COOKIE_STORE):
         return []
     cookie, name = conf.cookie, conf.cookie_name
     found: list[CheckMessage] = []
@@ -138,15 +146,17 @@ def check_cookie_fits(**kwargs: Any) -> list[CheckMessage]:
                 "Set PINNING_COOKIE_SECURE = True (or SESSION_COOKIE_SECURE).",
             )
         )
-    others = ("SESSION_COOKIE_NAME", "CSRF_COOKIE_NAME", "LANGUAGE_COOKIE_NAME")
+    names = ("SESSION_COOKIE_NAME", "CSRF_COOKIE_NAME", "LANGUAGE_COOKIE_NAME")
+    others = {_get(other): other for other in names} | {"messages": "the cookie of messages"}
     found += [
         checks.Error(
-            f"PINNING_COOKIE_NAME is {name!r}, and so is {other}.",
-            hint="Give it a name of its own; the default is 'pinning'.",
+            f"PINNING_COOKIE_NAME is {name!r}, and {other} is {own!r} as well.",
+            hint="Give it a name of its own; the default is 'pinning'. What a client has seen is "
+            f"in a second one, {conf.seen_cookie_name!r}.",
             id="pinning_middleware.E019",
         )
-        for other in others
-        if name == _get(other)
+        for own in (name, conf.seen_cookie_name)
+        if (other := others.get(own)) is not None
     ]
     host = name.startswith("__Host-") and (cookie["domain"] or cookie["path"] != "/")
     if host or (name.startswith(("__Host-", "__Secure-")) and not cookie["secure"]):
@@ -177,11 +187,12 @@ def check_header_name(**kwargs: Any) -> list[CheckMessage]:
 @register(TAG)
 def check_cache_fits(**kwargs: Any) -> list[CheckMessage]:
     alias = _get("PINNING_CACHE", "default")
-    if CACHE_STORE not in _stores() or alias not in settings.CACHES:
+    if not _has_store(CACHE_STORE) or alias not in settings.CACHES:
         return []
     entry = settings.CACHES[alias]
     backend = entry.get("BACKEND", "")
-    if backend.rpartition(".")[2] in ("LocMemCache", "DummyCache"):
+    kind = backend.rpartition(".")[2]
+    if kind in ("LocMemCache", "DummyCache"):
         return [
             _warning(
                 8,
@@ -190,16 +201,25 @@ def check_cache_fits(**kwargs: Any) -> list[CheckMessage]:
             )
         ]
     options = entry.get("OPTIONS", {})
-    if backend in TIMEOUTS and not any(name in options for name in TIMEOUTS[backend]):
-        return [
-            _warning(
-                9,
-                f"CacheStore is on {backend} without a timeout: a server that says nothing "
-                "would hold up requests.",
-                f"Set {TIMEOUTS[backend][0]!r} in its OPTIONS, to half a second say.",
-            )
-        ]
-    return []
+    if kind == "PyLibMCCache":
+        options = options.get("behaviors", {})
+    missing = [name for name in TIMEOUTS.get(kind, ()) if not options.get(name)]
+    if not missing:
+        return []
+    hint = f"Set {' and '.join(map(repr, missing))} in its OPTIONS, to half a second say."
+    if kind == "PyLibMCCache":
+        hint = (
+            f"Set {' and '.join(map(repr, missing))} in its OPTIONS, under 'behaviors': the first "
+            "is in milliseconds (500), the other in microseconds (500_000)."
+        )
+    return [
+        _warning(
+            9,
+            f"CacheStore is on {backend} without {' and '.join(missing)}: a server that says "
+            "nothing would hold up requests.",
+            hint,
+        )
+    ]
 
 
 @register(TAG)
@@ -227,13 +247,12 @@ def check_other_routers(**kwargs: Any) -> list[CheckMessage]:
             "A router after PinningRouter says which primary a model belongs to; reads are spread "
             "over its replicas by PinningRouter.",
         )
-        for other, says, label, alias in _answers()
-        if alias in replicas
+        for other, says, label, alias in _answers(replicas)
     ]
 
 
-def _answers() -> Iterator[tuple[Any, str, str, str]]:
-    """Return what the routers beside ours answer for a model, each of them once."""
+def _answers(replicas: Container[str]) -> Iterator[tuple[Any, str, str, str]]:
+    """Return the first replica that each router beside ours answers with, and for which model."""
     for other in router.routers:
         if _is_instance(other, ROUTER):
             continue
@@ -247,7 +266,7 @@ def _answers() -> Iterator[tuple[Any, str, str, str]]:
                 except Exception:
                     # One that wants more than this says nothing here.
                     continue
-                if alias and alias != DEFAULT_DB_ALIAS:
+                if alias in replicas:
                     yield other, says, model._meta.label, str(alias)
                     break
 
@@ -259,7 +278,7 @@ def check_ignored_tables_fit(**kwargs: Any) -> list[CheckMessage]:
         return []
     read_back = {"django_session"}
     with suppress(LookupError, ValueError):
-        read_back.add(apps.get_model(settings.AUTH_USER_MODEL)._meta.db_table)
+        read_back.add(apps.get_model(settings.AUTH_USER_MODEL)._meta.db_table.lower())
     return [
         _warning(
             12,

@@ -275,7 +275,7 @@ def check_ignored_tables(**kwargs: Any) -> list[CheckMessage]:
         ("PINNING_IGNORED_TABLES",),
         _is_texts,
         "must be a list of names of tables",
-        'For example ("django_session",).',
+        'For example ("shop_hits",), whose rows no user reads back.',
     )
 
 

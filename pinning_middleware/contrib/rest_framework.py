@@ -19,7 +19,7 @@ import logging
 from typing import Any, TypeVar
 
 from pinning_middleware.conf import conf
-from pinning_middleware.scopes.scope import current_scope
+from pinning_middleware.scopes.scope import entered_scope
 
 __all__ = ["load_pins", "pinned"]
 
@@ -48,8 +48,11 @@ def load_pins(request: Any, user: Any) -> None:
     # What Django REST framework does itself a moment later.
     plain = getattr(request, "_request", request)
     plain.user = user
+    scope = entered_scope()
+    if scope is None or not conf.enabled:
+        return
     for store in conf.stores_at_view:
         try:
-            current_scope().carry(store.load(plain))
+            scope.carry(store.load(plain))
         except Exception:
             logger.exception("%s could not load the pins.", type(store).__name__)

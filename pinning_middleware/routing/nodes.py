@@ -32,6 +32,8 @@ logger = logging.getLogger("pinning_middleware")
 # Seconds: how long a first `max_lag` waits for an answer; by how much a retry may be late before a
 # request tries itself.
 FIRST_LAG: Final = 0.25
+# How often a connection is made anew for the sake of another server of its endpoint.
+MOST_TRIES: Final = 6
 OVERDUE: Final = 5.0
 
 
@@ -123,16 +125,25 @@ class Nodes:
             # Its own answer would name no timeline.
             prober.date(alias, self.primary, self.judge)
             return False
-        try:
-            seen = self.look_at(connection)
-        except FAILURES:
-            return False
-        if seen is None:
-            return False
-        has = not endpoint.balances and self._reached(seen.server, wanted)
-        if not has and seen.server.hidden:
-            prober.date(alias, self.primary, self.judge)
-        return has
+        met: set[Server] = set()
+        for _ in range(MOST_TRIES):
+            try:
+                seen = self.look_at(connection)
+            except FAILURES:
+                return False
+            if seen is None or endpoint.balances:
+                return False
+            if self._reached(seen.server, wanted):
+                return True
+            if seen.server.hidden:
+                prober.date(alias, self.primary, self.judge)
+            met.add(seen.server)
+            others = [each for each in endpoint.current if each not in met and not each.out]
+            if not others or link_of(connection).is_altered:
+                return False
+            # Another connection of this alias may lead to one of them.
+            connection.close()
+        return False
 
     def look_at(self, connection: BaseDatabaseWrapper) -> Seen | None:
         """Ask the server of a connection, and judge it. Raises what ``look`` raises."""

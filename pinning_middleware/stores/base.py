@@ -7,11 +7,12 @@ keeps those that what follows has to honour.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, ClassVar
 
 from asgiref.sync import sync_to_async
 
-from pinning_middleware.pins import Pins
+from pinning_middleware.pins import Pin, Pins, live, merge_pins
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
@@ -63,7 +64,11 @@ def remember(request: HttpRequest, store: BaseStore, pins: Pins) -> Pins:
     return pins
 
 
-def loaded(request: HttpRequest, store: BaseStore) -> Pins:
-    """Return what a store found for a request."""
-    found: Pins = request.__dict__.get("_pinning_loaded", {}).get(type(store), {})
-    return found
+def loaded(request: HttpRequest, store: BaseStore | None = None) -> dict[str, Pin]:
+    """
+    Return what a store found for a request, or what all found together, without those pins that
+    have ended by themselves since.
+    """
+    by_store: dict[type, Pins] = request.__dict__.get("_pinning_loaded", {})
+    found = merge_pins(*by_store.values()) if store is None else by_store.get(type(store), {})
+    return live(found, time.time()) if found else {}

@@ -237,9 +237,10 @@ def _redis(cache: BaseCache) -> Any:
 
 
 def _keep_on_redis(client: Any, name: str, pins: Pins, gone: Pins) -> None:
-    fresh = {alias: pin for alias, pin in gone.items() if alias not in pins}
-    if fresh:
-        client.eval(_FORGET, 1, name, *_fields(fresh))
+    for alias, pin in gone.items():
+        # One by one: a newer pin of one pool says nothing of another's.
+        if alias not in pins:
+            client.eval(_FORGET, 1, name, *_fields({alias: pin}))
     if pins:
         client.eval(_MERGE, 1, name, _timeout(pins) * 1000, *_fields(pins))
 
@@ -247,7 +248,7 @@ def _keep_on_redis(client: Any, name: str, pins: Pins, gone: Pins) -> None:
 def _fields(pins: Pins) -> Iterator[str]:
     for alias, pin in pins.items():
         yield from (f"{alias}|until", str(round(pin.until * 1000)))
-        yield from (f"{alias}|held", str(round(pin.held * 1000)))
+        yield from (f"{alias}|held", str(round(pin.held_until * 1000)))
         for log, point in (pin.position or {}).items():
             yield from (f"{alias}|at|{log}", str(point))
             yield from (f"{alias}|to|{log}", str(round(pin.until * 1000)))
@@ -275,11 +276,13 @@ def _pin_of(known: Mapping[str, int]) -> Pin:
 # Outages
 
 
-# The base classes of what clients raise where their server can't be reached or does not answer.
+# The base classes of what clients raise where their server can't be reached, does not answer, or
+# is not the one that takes writes any more.
 _OUTAGES = {
-    "redis.exceptions": ("ConnectionError", "TimeoutError"),
-    "valkey.exceptions": ("ConnectionError", "TimeoutError"),
-    "pymemcache.exceptions": ("MemcacheServerError", "MemcacheUnexpectedCloseError"),
+    "redis.exceptions": ("ConnectionError", "TimeoutError", "ReadOnlyError"),
+    "valkey.exceptions": ("ConnectionError", "TimeoutError", "ReadOnlyError"),
+    # All servers being down is said by the base class itself.
+    "pymemcache.exceptions": ("MemcacheError",),
     "pylibmc": ("Error",),
     "django_redis.exceptions": ("ConnectionInterrupted",),
 }
@@ -390,22 +393,25 @@ def user_key(request: HttpRequest) -> str | None:
     The session knows the id, so the user is not asked of the database; a visitor without a
     session costs nothing.
     """
-    session = getattr(request, "session", None)
-    if session is not None and session.session_key and (known := session.get(SESSION_KEY)):
-        return str(known)
-    return _other_user(request)
+    if (known := _known_user(request)) is None and _has_session(request):
+        known = request.session.get(SESSION_KEY)
+    return None if known is None else str(known)
 
 
 async def auser_key(request: HttpRequest) -> str | None:
     """Return ``user_key(request)``, in async code."""
+    if (known := _known_user(request)) is None and _has_session(request):
+        known = await request.session.aget(SESSION_KEY)
+    return None if known is None else str(known)
+
+
+def _has_session(request: HttpRequest) -> bool:
     session = getattr(request, "session", None)
-    if session is not None and session.session_key and (known := await session.aget(SESSION_KEY)):
-        return str(known)
-    return _other_user(request)
+    return session is not None and bool(session.session_key)
 
 
-def _other_user(request: HttpRequest) -> str | None:
-    """Return the id of a user who is there without a session, by a token say."""
+def _known_user(request: HttpRequest) -> str | None:
+    """Return the id of the user whom somebody has asked for, or has found by a token say."""
     user = getattr(request, "user", None)
     # A lazy user that nobody has asked for comes from the session.
     if user is None or getattr(user, "_wrapped", None) is empty or not user.is_authenticated:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from functools import lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from django.utils.cache import patch_vary_headers
 from django.utils.http import http_date
 
 from pinning_middleware import tokens
 from pinning_middleware.conf import conf
-from pinning_middleware.pins import SEEN, Pins, merge_pins
+from pinning_middleware.pins import SEEN, Pins, live, merge_pins
 
 from .base import BaseStore, loaded, remember
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CookieStore", "HeaderStore", "TokenStore", "keep_private"]
 
-# What lets caches between here and the client keep a response: parts of a header, and headers.
+# What lets caches between here and the client keep a response: parts of a header, and what headers
+# end with that go before it (Cloudflare-CDN-Cache-Control, say; nginx has X-Accel-Expires).
 _SHARED = ("public", "private", "s-maxage")
-_SHARED_HEADERS = ("CDN-Cache-Control", "Surrogate-Control")
-
+_SHARED_HEADERS = ("cdn-cache-control", "surrogate-control", "edge-control", "x-accel-expires")
 
 _NO_PINS: Pins = MappingProxyType({})
 
@@ -77,7 +77,8 @@ class CookieStore(TokenStore):
         return [token for name in names if (token := cookies.get(name))]
 
     def write(self, request: HttpRequest, response: HttpResponseBase, pins: Pins) -> None:
-        before = loaded(request, self)
+        # What any store brought is no news; what ended meanwhile was not ended by this request.
+        before, pins = loaded(request), live(pins, time.time())
         is_set = _put(request, response, conf.cookie_name, _own(before), _own(pins))
         if conf.monotonic_reads:
             name = conf.seen_cookie_name
@@ -90,18 +91,25 @@ def _put(
     request: HttpRequest, response: HttpResponseBase, name: str, before: Pins, pins: Pins
 ) -> bool:
     """Set or end a cookie where that changes something; return whether it did."""
-    if pins == before and (pins or not request.COOKIES.get(name)):
+    if _content(pins) == _content(before):
         return False
     if not pins:
+        if not request.COOKIES.get(name):
+            return False
         kept = {part: conf.cookie[part] for part in ("path", "domain", "samesite")}
         response.delete_cookie(name, **kept)
         return True
     # Browsers count whole seconds; the server's own end is in the token.
     now = time.time()
-    age = int(max(max([pin.until for pin in pins.values()]) - now, 0.0)) + 1
+    age = int(max([pin.until for pin in pins.values()]) - now) + 1
     expires = _http_date(int(now) + age)
     response.set_cookie(name, tokens.dumps(pins), age, expires, **conf.cookie)
     return True
+
+
+def _content(pins: Pins) -> dict[str, Any]:
+    # A pin that was merged with itself may say the same in another way.
+    return {alias: (p.until, p.held_until, p.position or None) for alias, p in pins.items()}
 
 
 def _own(pins: Pins) -> Pins:
@@ -148,6 +156,6 @@ def keep_private(response: HttpResponseBase, vary: str) -> None:
         headers["Cache-Control"] = ", ".join([*kept, "private"])
     else:
         headers["Cache-Control"] = "private"
-    for name in _SHARED_HEADERS:
-        if name.lower() in present:
-            del headers[name]
+    for known in present:
+        if known.endswith(_SHARED_HEADERS):
+            del headers[known]
