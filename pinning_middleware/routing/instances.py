@@ -37,8 +37,8 @@ def install() -> None:
         return
 
     # Called for every row, so that nothing but a look-up may be in the way.
-    def from_db(cls: type[Model], db: str, field_names: Any, values: Any) -> Model:
-        instance: Model = original(cls, homes[db], field_names, values)
+    def from_db(cls: type[Model], db: str, *args: Any, **kwargs: Any) -> Model:
+        instance: Model = original(cls, homes[db], *args, **kwargs)
         return instance
 
     from_db._pinning = True  # type: ignore[attr-defined]
