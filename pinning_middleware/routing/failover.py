@@ -31,7 +31,7 @@ from pinning_middleware.servers.server import registry
 from pinning_middleware.servers.silence import Silent
 from pinning_middleware.signals import primary_fallback, read_rerun
 from pinning_middleware.writes.sql import Kind
-from pinning_middleware.writes.watch import alias_of, examine
+from pinning_middleware.writes.watch import alias_of, examine, watch
 
 from .decider import Pool
 from .pools import pools
@@ -324,8 +324,10 @@ def _tell(pool: Pool, scope: Scope | None, failed: str, alias: str, why: object)
 
 
 def _watch(*, connection: BaseDatabaseWrapper, **kwargs: Any) -> None:
-    if rerun not in connection.execute_wrappers:
-        connection.execute_wrappers.insert(0, rerun)
+    wrappers = connection.execute_wrappers
+    if rerun not in wrappers:
+        # Behind the guard, which sees what is tried before all others do.
+        wrappers.insert(wrappers.index(watch) + 1 if watch in wrappers else 0, rerun)
     if family_of(connection) is not None and connection.alias in pools().aliases:
         link_of(connection)
 

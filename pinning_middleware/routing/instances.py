@@ -9,9 +9,12 @@ pickled outlives a change of replicas.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+from django.apps import apps
 from django.db.models import Model
+from django.db.models.signals import class_prepared
 
 from pinning_middleware.conf import conf, on_change
 
@@ -32,15 +35,30 @@ on_change(homes.clear)
 
 def install() -> None:
     """Give instances their pool's alias from now on. Calling it again changes nothing."""
-    original = Model.from_db.__func__  # type: ignore[attr-defined]
-    if getattr(original, "_pinning", False):
+    _adopt(Model)
+    class_prepared.connect(_on_class, dispatch_uid="pinning_middleware.instances")
+    for model in apps.get_models(include_auto_created=True):
+        _on_class(model)
+
+
+def _on_class(sender: type[Any], **kwargs: Any) -> None:
+    # A model may make its instances itself, or have that from a base.
+    for base in sender.__mro__:
+        if "from_db" in base.__dict__:
+            _adopt(base)
+
+
+def _adopt(owner: type[Any]) -> None:
+    own = owner.__dict__["from_db"]
+    original = getattr(own, "__func__", None)
+    if original is None or getattr(original, "_pinning", False):
         return
 
     # Called for every row, so that nothing but a look-up may be in the way.
+    @functools.wraps(original)
     def from_db(cls: type[Model], db: str, *args: Any, **kwargs: Any) -> Model:
         instance: Model = original(cls, homes[db], *args, **kwargs)
         return instance
 
     from_db._pinning = True  # type: ignore[attr-defined]
-    from_db.__doc__ = original.__doc__
-    Model.from_db = classmethod(from_db)  # type: ignore[assignment]
+    owner.from_db = classmethod(from_db)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 from django.contrib.contenttypes.fields import GenericForeignKey, GenericRelation
 from django.contrib.contenttypes.models import ContentType
 from django.db import models
@@ -39,6 +41,20 @@ class Book(models.Model):
 
     def __str__(self) -> str:
         return self.title
+
+
+class OwnBook(Book):
+    """Makes its instances itself, as Django's documentation shows it."""
+
+    class Meta:
+        proxy = True
+
+    @classmethod
+    def from_db(cls, db: Any, field_names: Any, values: Any, **kwargs: Any) -> OwnBook:
+        instance = cls(*values)
+        instance._state.adding = False
+        instance._state.db = db
+        return instance
 
 
 class Account(models.Model):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
+from django.db import connections
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.template import engines
 from django.template.response import SimpleTemplateResponse
@@ -25,8 +26,10 @@ from pinning_middleware import (
     use_primary,
     use_replica,
 )
+from pinning_middleware.routing.failover import rerun
 from pinning_middleware.scopes.blocks import open_blocks
-from tests.app.models import Author, Book
+from pinning_middleware.writes.watch import watch
+from tests.app.models import Author, Book, OwnBook
 from tests.conftest import Visit, is_replica, where
 
 pytestmark = pytest.mark.django_db(transaction=True, databases="__all__")
@@ -309,6 +312,21 @@ def test_instances_belong_to_their_pool(visit: Visit, named: Any) -> None:
     assert database == "default"
     assert title.startswith("changed replica")
     assert author is not None
+
+
+def test_models_that_make_their_instances_themselves(named: Any) -> None:
+    named()
+    with pinning_scope(isolated=True):
+        book = OwnBook.objects.get()
+        assert str(book).startswith("replica")
+        assert book._state.db == "default"
+
+
+def test_the_guard_is_outermost() -> None:
+    """Whether the connection was there before the app was ready or not."""
+    for alias in ("default", "replica1", "users"):
+        connections[alias].ensure_connection()
+        assert connections[alias].execute_wrappers[:2] == [watch, rerun]
 
 
 def test_pickled_instances_outlive_a_change_of_replicas(named: Any) -> None:
