@@ -293,7 +293,9 @@ FITS: list[tuple[str, dict[str, Any]]] = [
 def test_what_does_not_fit_is_said_with_a_hint(number: str, values: dict[str, Any]) -> None:
     with override_settings(**values):
         messages = found()
-    assert {message.id for message in messages} == {f"pinning_middleware.{number}"}
+    # A router of one's own is said twice: what it answers, and what to write instead.
+    said = {message.id for message in messages} - {f"{W}203"}
+    assert said == {f"pinning_middleware.{number}"}
     assert all(message.hint for message in messages)
 
 

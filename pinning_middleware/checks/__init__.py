@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
-from . import site, values
+from django.core.checks import register
 
-__all__ = ["site", "values"]
+from . import coming_from, site, values
+
+__all__ = ["coming_from", "site", "values"]
+
+register(coming_from.check_leftovers, values.TAG)
