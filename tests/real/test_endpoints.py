@@ -74,7 +74,8 @@ def test_own_writes_are_never_missed(pg: PostgreSQL, way: str, conn_max_age: int
         seen = [one for several in in_threads(visit, THREADS) for one in several]
     assert len(seen) == THREADS * ROUNDS * 3
     assert all(found for found, _ in seen)
-    assert {by for _, by in seen} == {pg["pg"].port, pg["pg2"].port}
+    # A connection that leads to the one that stands still is made anew, or the primary serves.
+    assert {pg["pg2"].port} <= {by for _, by in seen} <= {pg["pg"].port, pg["pg2"].port}
 
 
 def test_what_counts_is_the_server_of_the_connection_at_hand(pg: PostgreSQL) -> None:
@@ -90,12 +91,13 @@ def test_what_counts_is_the_server_of_the_connection_at_hand(pg: PostgreSQL) -> 
         assert port_for(token) == pg["pg"].port
         address.point_to(second, cut=False)
         assert in_thread(lambda: port_for(token)) == second.port
-        # The other thread's server is known to have it, this one's not to.
+        # The other thread's server is known to have it, this one's not to: a read without a pin
+        # stays on it, one with a pin is served by another connection's server.
+        assert port_for(None) == first.port
         for _ in range(3):
             assert titles(token) == ["one"]
-            assert port_for(token) == pg["pg"].port
+            assert port_for(token) == second.port
             assert in_thread(lambda: port_for(token)) == second.port
-        assert port_for(None) == first.port
 
 
 @pytest.mark.parametrize("conn_max_age", [0, None])
