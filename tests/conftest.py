@@ -17,11 +17,11 @@ from django.db.models import Model
 from django.test import AsyncClient, Client, TransactionTestCase
 from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
-from pinning_middleware.stores import cache as keyed
 
 from pinning_middleware.scopes.blocks import enter_blocks, open_blocks
 from pinning_middleware.scopes.scope import enter, entered_scope
 from pinning_middleware.servers import prober
+from pinning_middleware.stores import cache as keyed
 from tests.app import views
 from tests.settings import FOLDER
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from django.core.signing import Signer
 from django.test import override_settings
-from pinning_middleware.stores import CookieStore
 
 from pinning_middleware import tokens
 from pinning_middleware.exceptions import InvalidToken
 from pinning_middleware.pins import Pin
 from pinning_middleware.signals import token_rejected
+from pinning_middleware.stores import CookieStore
 from tests.conftest import Visit, is_replica
 
 SALT = "pinning_middleware.token"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from django.http import HttpRequest
-from pinning_middleware.stores import BaseStore
 
 from pinning_middleware.pins import Pins
+from pinning_middleware.stores import BaseStore
 
 # What the recording store was asked to keep: the response and the pins.
 kept: list[tuple[Any, Pins]] = []
