@@ -43,8 +43,8 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest $(TESTS)
 
 lint: $(VENV)/.test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/ruff format --check --no-cache .
 	$(BIN)/mypy
 
 format: $(VENV)/.test
