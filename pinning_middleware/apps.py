@@ -20,14 +20,14 @@ class PinningConfig(AppConfig):
 
     def ready(self) -> None:
         from . import checks  # noqa: F401
-        from .routing import failover, instances
+        from .routing import failover, instances, statements
         from .scopes import view_transactions
         from .stores import cache
         from .writes import generic, watch
 
-        # The guard last, so that it is outermost and sees what is tried before all others do.
         failover.install()
         watch.install()
+        statements.install()
         generic.install()
         instances.install()
         view_transactions.install()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import Counter
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from django.core.signals import setting_changed
 from django.core.signing import BadSignature, Signer, b64_decode, b64_encode
 
+from .counters import rejected
 from .exceptions import InvalidToken
 from .pins import Pin, Pins, live, pack, unpack
 from .signals import token_rejected
@@ -21,13 +21,11 @@ __all__ = ["MAX_LENGTH", "accept", "dumps", "loads", "rejected"]
 
 logger = logging.getLogger("pinning_middleware")
 
-# How often this process ignored a token, by reason.
-rejected: Counter[str] = Counter()
-
 # Less than a browser lets a cookie have, its name and attributes included.
 MAX_LENGTH = 3072
-# So many tokens that were verified need not be verified again.
+# So many tokens that were made or verified here need not be verified again; the oldest go first.
 REMEMBERED = 1024
+_known: dict[str, Pins] = {}
 
 
 # What `Signer.sign_object` does, with an encoder that is made once.
@@ -47,8 +45,11 @@ def dumps(pins: Pins) -> str:
     ``ValueError`` where there is no room for the pins either.
     """
     for known in (pins, {alias: Pin(pin.until) for alias, pin in pins.items()}):
-        token = _signer().sign(b64_encode(_encode(pack(known)).encode()).decode())
+        packed = pack(known)
+        token = _signer().sign(b64_encode(_encode(packed).encode()).decode())
         if len(token) <= MAX_LENGTH:
+            # Most come back to the process that made them.
+            _remember(token, unpack(packed))
             return token
         logger.warning("A token of %d pools is too long: its positions are left out.", len(pins))
     raise ValueError(f"the pins of {len(pins)} pools do not fit into {MAX_LENGTH} letters")
@@ -63,18 +64,23 @@ def loads(token: str) -> Pins:
     """
     if len(token) > MAX_LENGTH:
         raise InvalidToken("oversized")
-    return _verified(token)
-
-
-@lru_cache(maxsize=REMEMBERED)
-def _verified(token: str) -> Pins:
+    pins = _known.get(token)
+    if pins is not None:
+        return pins
     try:
         found = unpack(json.loads(b64_decode(_signer().unsign(token).encode())))
-        return MappingProxyType(found)
     except BadSignature:
         raise InvalidToken("signature") from None
     except ValueError:
         raise InvalidToken("content") from None
+    return _remember(token, found)
+
+
+def _remember(token: str, pins: dict[str, Pin]) -> Pins:
+    while len(_known) >= REMEMBERED:
+        _known.pop(next(iter(_known), ""), None)
+    _known[token] = MappingProxyType(pins)
+    return _known[token]
 
 
 def accept(token: str, source: type[Any] | None = None) -> dict[str, Pin]:
@@ -94,7 +100,7 @@ def accept(token: str, source: type[Any] | None = None) -> dict[str, Pin]:
 def _forget_key(*, setting: str, **kwargs: Any) -> None:
     if setting in ("SECRET_KEY", "SECRET_KEY_FALLBACKS"):
         _signer.cache_clear()
-        _verified.cache_clear()
+        _known.clear()
 
 
 setting_changed.connect(_forget_key, dispatch_uid="pinning_middleware.tokens")

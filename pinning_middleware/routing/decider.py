@@ -18,6 +18,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware import reasons
 from pinning_middleware.conf import PoolSpec, conf
+from pinning_middleware.counters import EXPLICIT
 from pinning_middleware.pins import Pin
 from pinning_middleware.scopes.blocks import Kind, Open, lifts, open_blocks, override
 from pinning_middleware.scopes.scope import Facts, Scope, current_scope, entered_scope
@@ -59,9 +60,12 @@ class Pool(Nodes):
 
     # Whether it matters who answered a read.
     is_monotonic = False
+    # The reason for a read that nobody decided.
+    otherwise = EXPLICIT
 
     def __init__(self, spec: PoolSpec) -> None:
         super().__init__(spec)
+        self._by_transaction = self.primary, reasons.TRANSACTION
         # Whether a decision depends on the model; and of which it is known how.
         self.minds_models = bool(conf.primary_models)
         self._verdicts: dict[Any, bool] = {}
@@ -106,6 +110,7 @@ class Pool(Nodes):
             and (connection.in_atomic_block or not connection.autocommit)
             and self._in_transaction(connection, scope)
         ):
+            facts.decided = self._by_transaction
             return self.primary
         answer: str | None = facts.answer
         if answer is not None:
@@ -246,7 +251,7 @@ class Pool(Nodes):
                 facts.looked = now
             return self._primary(reasons.BEHIND)
         if self.is_mirror(alias):
-            alias = self.primary
+            facts.meant, alias = alias, self.primary
         facts.replica = alias
         return alias, reasons.POSITION
 
@@ -256,7 +261,7 @@ class Pool(Nodes):
         if alias is None or (self.out and alias in self.out):
             alias = self.turn()
             if alias is not None and self.is_mirror(alias):
-                alias = self.primary
+                facts.meant, alias = alias, self.primary
             facts.replica = alias
         return alias
 
@@ -269,6 +274,7 @@ class Pool(Nodes):
     def _told(self, route: Route, facts: Facts) -> str:
         """Say what is worth a signal, now that it is decided; once for a scope."""
         alias, reason = route
+        facts.decided = route
         if reason is reasons.TURN:
             return alias
         if facts.waited is not None:
@@ -358,12 +364,16 @@ class Pool(Nodes):
 class PrimaryOnly(Pool):
     """A pool without replicas, or of a site that switched them off."""
 
+    def __init__(self, spec: PoolSpec) -> None:
+        super().__init__(spec)
+        self.otherwise = reasons.NO_REPLICA if conf.enabled else reasons.DISABLED
+
     def db_for_read(self, model: Any = None, **hints: Any) -> str | None:
         instance = hints.get("instance")
         return self.primary if instance is None or instance._state.db in self else None
 
     def decide(self, model: Any = None, connection: BaseDatabaseWrapper | None = None) -> Route:
-        return self.primary, reasons.NO_REPLICA if conf.enabled else reasons.DISABLED
+        return self.primary, self.otherwise
 
 
 def _is_of_primary(model: type[Model] | None) -> bool:

@@ -31,13 +31,13 @@ from pinning_middleware.servers.server import registry
 from pinning_middleware.servers.silence import Silent
 from pinning_middleware.signals import primary_fallback, read_rerun
 from pinning_middleware.writes.sql import Kind
-from pinning_middleware.writes.watch import alias_of, examine, watch
+from pinning_middleware.writes.watch import alias_of
 
 from .decider import Pool
 from .pools import pools
 from .sessions import same_session
 
-__all__ = ["install", "rerun", "serve_elsewhere"]
+__all__ = ["install", "run", "serve_elsewhere"]
 
 logger = logging.getLogger("pinning_middleware")
 
@@ -50,7 +50,7 @@ def open_cursor(
 ) -> Any:
     """Do what ``connection._cursor`` does, on another node where this one is of no use."""
     alias = connection.alias
-    pool = _pool_of(alias)
+    pool = pools().moving.get(alias)
     if (
         pool is None
         or connection.in_atomic_block
@@ -65,7 +65,7 @@ def open_cursor(
     def elsewhere(why: object) -> Any:
         def attempt(other: BaseDatabaseWrapper) -> Any:
             opened = other._cursor(name)  # type: ignore[attr-defined]
-            opened.pinning_alias = alias
+            opened.pinning_alias, opened.pinning_reason = alias, _reason(why)
             return opened
 
         return serve_elsewhere(pool, connection, attempt, why)
@@ -102,16 +102,17 @@ def open_cursor(
     return opened
 
 
-def rerun(
-    execute: Callable[..., Any], sql: Any, params: Any, many: bool, context: dict[str, Any]
+def run(
+    pool: Pool,
+    kind: Kind,
+    execute: Callable[..., Any],
+    call: tuple[Any, Any, bool],
+    context: dict[str, Any],
 ) -> Any:
-    """Run a read again that failed for a reason that another node would not share."""
+    """Run a statement; a read that fails for a reason that another node would not share, there."""
     connection = context["connection"]
-    pool = _pool_of(connection.alias)
-    if pool is None:
-        return execute(sql, params, many, context)
     is_replica = connection.alias != pool.primary
-    if is_replica and (kind := examine(connection, sql)[0]) is not Kind.READ:
+    if is_replica and kind is not Kind.READ:
         cursor = context["cursor"]
         if alias_of(cursor) == pool.primary:
             # A replica stands in for the primary, but for reads only: here is its own error.
@@ -119,19 +120,19 @@ def rerun(
                 fresh = connections[pool.primary].cursor()
             cursor.cursor, cursor.db = fresh.cursor, fresh.db
         elif kind is Kind.LOCK and _may_move(connection):
-            return _again(pool, execute, (sql, params, many), context, reasons.LOCK)
+            return _again(pool, execute, call, context, reasons.LOCK)
     stale = None
     if not is_replica and conf.primary_down == "stale" and _may_move(connection):
         stale = link_of(connection)
-        stale.has_stand_in = examine(connection, sql)[0] is Kind.READ
+        stale.has_stand_in = kind is Kind.READ
     try:
-        result = execute(sql, params, many, context)
+        result = execute(*call, context)
     except FAILURES as error:
         if (
-            many
+            call[2]
+            or kind is not Kind.READ
             or not _may_move(connection)
             or link_of(connection).is_altered
-            or examine(connection, sql)[0] is not Kind.READ
         ):
             raise
         is_lost = _is_lost(connection, error)
@@ -142,14 +143,12 @@ def rerun(
             connection.close()
             endpoint_of(connection).suspect = True
         is_silent = isinstance(error, Silent)
-        return _again(pool, execute, (sql, params, many), context, error, is_lost and not is_silent)
+        return _again(pool, execute, call, context, error, is_lost and not is_silent)
     finally:
         if stale is not None:
             stale.has_stand_in = False
-    if is_replica:
+    if is_replica or pool.is_monotonic:
         _note(pool, connection.alias)
-    elif pool.is_monotonic:
-        _note(pool, pool.primary)
     return result
 
 
@@ -188,6 +187,7 @@ def _again(
         # The caller goes on to fetch from here. A write that is meant for the replica is refused,
         # wherever its cursor leads to.
         cursor.cursor, cursor.db = fresh.cursor, fresh.db
+        cursor.pinning_reason = _reason(why)
         if other.alias != failed != pool.primary:
             cursor.pinning_alias = failed
         if why == reasons.LOCK:
@@ -267,12 +267,8 @@ def _candidates(pool: Pool, failed: str, why: object, same_first: bool) -> Itera
     yield pool.primary
 
 
-def _pool_of(alias: str) -> Pool | None:
-    known = pools()
-    pool = known.by_replica.get(alias)
-    if pool is None and (conf.primary_down == "stale" or conf.monotonic_reads):
-        return known.by_primary.get(alias)
-    return pool
+def _reason(why: object) -> str:
+    return why if isinstance(why, str) and why in reasons.ALL else reasons.FAILOVER
 
 
 def _has_written(pool: Pool, scope: Scope | None) -> bool:
@@ -323,18 +319,14 @@ def _tell(pool: Pool, scope: Scope | None, failed: str, alias: str, why: object)
 # Wiring
 
 
-def _watch(*, connection: BaseDatabaseWrapper, **kwargs: Any) -> None:
-    wrappers = connection.execute_wrappers
-    if rerun not in wrappers:
-        # Behind the guard, which sees what is tried before all others do.
-        wrappers.insert(wrappers.index(watch) + 1 if watch in wrappers else 0, rerun)
+def _meet(*, connection: BaseDatabaseWrapper, **kwargs: Any) -> None:
     if family_of(connection) is not None and connection.alias in pools().aliases:
         link_of(connection)
 
 
 def install() -> None:
     """Let every connection fail over from now on. Calling it again changes nothing."""
-    connection_created.connect(_watch, dispatch_uid="pinning_middleware.failover")
+    connection_created.connect(_meet, dispatch_uid="pinning_middleware.failover")
     create = connections.create_connection
     if getattr(create, "_pinning", False):
         return

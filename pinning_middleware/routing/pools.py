@@ -39,6 +39,11 @@ class Pools:
             for pool in (self.legacy, *self.by_primary.values())
             for alias in pool.replicas
         }
+        # Whose reads may move to another node, or are to be remembered.
+        primaries = self.by_primary if conf.primary_down == "stale" or conf.monotonic_reads else {}
+        self.moving = {**primaries, **self.by_replica}
+        # Who a statement on this connection concerns.
+        self.by_connection = {DEFAULT_DB_ALIAS: self.legacy, **self.by_primary, **self.by_replica}
         self.aliases = frozenset((*self.by_alias, *self.by_replica))
         # One each where the older interface has a rotation of its own: they share their pins.
         self.all = tuple(dict.fromkeys((*self.by_primary.values(), self.legacy)))

@@ -69,6 +69,10 @@ class Facts:
     # The alias that serves until something changes, so that most reads decide nothing; and why.
     answer: str | None = None
     reason: str = TURN
+    # The last decision that was not kept, until its read has run: an alias and a reason.
+    decided: tuple[str, str] | None = None
+    # The replica that a test mirror was chosen as, where the primary answers for it.
+    meant: str | None = None
     # The fallback that was said last.
     said = ""
     # When replicas were asked in vain for the carried pin (monotonic clock, 0.0: never).

@@ -1,6 +1,6 @@
 """
-What runs on the connections: writes on a primary are noted in the scope, writes on a replica are
-refused before they are sent.
+What a statement means to its scope: writes on a primary are noted, writes on a replica are refused
+before they are sent.
 """
 
 from __future__ import annotations
@@ -11,22 +11,18 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.backends.signals import connection_created
 from django.db.backends.utils import CursorWrapper
 
 from pinning_middleware.conf import conf
 from pinning_middleware.exceptions import ReplicaWriteError
 from pinning_middleware.scopes.blocks import ignores_writes
 from pinning_middleware.scopes.scope import Scope, Write, current_scope
-from pinning_middleware.servers.positions import family_of
-from pinning_middleware.servers.questions import link_of
 from pinning_middleware.servers.server import registry
 
 from .sql import Kind, alters_session, kind_of, table_of
 
-__all__ = ["alias_of", "examine", "install", "text_of", "watch"]
+__all__ = ["alias_of", "begin", "end", "examine", "install", "noted", "text_of"]
 
 # What drivers offer beside `execute`, and Django hands through without its execute wrappers; and
 # how they call the statement.
@@ -39,23 +35,6 @@ _PAST_THE_WRAPPERS = {
 }
 _UNREADABLE = "?"
 _CACHED_LENGTH = 4096
-
-
-def watch(
-    execute: Callable[..., Any], sql: Any, params: Any, many: bool, context: dict[str, Any]
-) -> Any:
-    """Note or refuse the statement, then run it: an execute wrapper of every connection."""
-    connection = context["connection"]
-    alias = alias_of(context["cursor"])
-    if alias not in conf.watched and alias not in conf.primary_of:
-        return execute(sql, params, many, context)
-    kind, alters = examine(connection, sql)
-    if alters and family_of(connection) is not None:
-        link_of(connection).is_altered = True
-    if kind < Kind.LOCK:
-        return execute(sql, params, many, context)
-    with _noted(connection, alias, kind, sql):
-        return execute(sql, params, many, context)
 
 
 def alias_of(cursor: Any) -> str:
@@ -88,34 +67,54 @@ def text_of(connection: BaseDatabaseWrapper, sql: Any) -> str:
 
 
 @contextmanager
-def _noted(connection: BaseDatabaseWrapper, alias: str, kind: Kind, sql: Any) -> Iterator[None]:
+def noted(connection: BaseDatabaseWrapper, alias: str, kind: Kind, sql: Any) -> Iterator[None]:
     """Refuse a write on a replica; note a write or a lock on a primary, and when it ended."""
+    notes = begin(connection, alias, kind, sql)
+    try:
+        yield
+    except BaseException:
+        end(connection, notes, failed=True)
+        raise
+    end(connection, notes)
+
+
+# A scope, and what was noted in it.
+Notes = tuple[Scope, list[Write]]
+
+
+def begin(connection: BaseDatabaseWrapper, alias: str, kind: Kind, sql: Any) -> Notes | None:
+    """
+    Note that a statement of this kind is about to run; ``end`` takes what is returned.
+
+    Raises ``ReplicaWriteError`` for a write on a replica.
+    """
     specs = conf.watched.get(alias, ())
     if not specs:
         if kind is Kind.WRITE and (primary := conf.guarded.get(alias)) is not None:
             _refuse(text_of(connection, sql), alias, primary)
-        yield
-        return
+        return None
     if kind is Kind.LOCK:
         scope = current_scope()
         for spec in specs:
             scope[spec.key].note_lock()
-        yield
-        return
-    if _is_ignored(text_of(connection, sql)):
-        yield
-        return
+        return None
+    if _is_ignored(connection, sql):
+        return None
     scope = current_scope()
-    notes: list[Write] = [scope[spec.key].note_write(connection) for spec in specs]
-    try:
-        yield
-        if (endpoint := registry.endpoint(alias)).out:
-            registry.succeed(endpoint)
-    finally:
-        for note in notes:
-            note.end()
-        if scope.ended is not None:
-            _save_late(scope, connection)
+    return scope, [scope[spec.key].note_write(connection) for spec in specs]
+
+
+def end(connection: BaseDatabaseWrapper, notes: Notes | None, failed: bool = False) -> None:
+    """Note that it is over."""
+    if notes is None:
+        return
+    scope, writes = notes
+    for write in writes:
+        write.end()
+    if not failed and (endpoint := registry.endpoint(connection.alias)).out:
+        registry.succeed(endpoint)
+    if scope.ended is not None:
+        _save_late(scope, connection)
 
 
 def _save_late(scope: Scope, connection: BaseDatabaseWrapper) -> None:
@@ -134,11 +133,11 @@ def _refuse(text: str, alias: str, primary: str) -> None:
         )
 
 
-def _is_ignored(text: str) -> bool:
+def _is_ignored(connection: BaseDatabaseWrapper, sql: Any) -> bool:
     if ignores_writes():
         return True
     tables = conf.ignored_tables
-    if not tables or (table := table_of(text)) is None:
+    if not tables or (table := table_of(text_of(connection, sql))) is None:
         return False
     return table in tables or table.rpartition(".")[2] in tables
 
@@ -153,17 +152,8 @@ def _is_bookkeeping_of_test_runner(text: str) -> bool:
     return hasattr(utils._TestState, "saved_data")
 
 
-def _on_connect(*, connection: BaseDatabaseWrapper, **kwargs: Any) -> None:
-    # `connection.execute_wrapper()` is a block that appends and pops; this one stays, outermost.
-    if watch not in connection.execute_wrappers:
-        connection.execute_wrappers.insert(0, watch)
-
-
 def install() -> None:
-    """Watch every connection, those that are open already too. Again changes nothing."""
-    connection_created.connect(_on_connect, dispatch_uid="pinning_middleware.writes")
-    for connection in connections.all(initialized_only=True):
-        _on_connect(connection=connection)
+    """Watch what runs past Django's execute wrappers. Again changes nothing."""
     if getattr(CursorWrapper.callproc, "_pinning", False):
         return
     callproc = CursorWrapper.callproc
@@ -172,7 +162,7 @@ def install() -> None:
     def watched_callproc(
         self: CursorWrapper, procname: str, params: Any = None, kparams: Any = None
     ) -> Any:
-        with _noted(self.db, alias_of(self), Kind.WRITE, f"CALL {procname}"):
+        with noted(self.db, alias_of(self), Kind.WRITE, f"CALL {procname}"):
             return callproc(self, procname, params, kparams)
 
     watched_callproc._pinning = True  # type: ignore[attr-defined]
@@ -191,7 +181,7 @@ def _method(name: str, keyword: str, wrapper: CursorWrapper) -> Callable[..., An
         alias = alias_of(wrapper)
         if kind < Kind.LOCK or (alias not in conf.watched and alias not in conf.guarded):
             return method(*args, **kwargs)
-        with _noted(wrapper.db, alias, kind, sql):
+        with noted(wrapper.db, alias, kind, sql):
             return method(*args, **kwargs)
 
     return watched
