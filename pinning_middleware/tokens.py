@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from django.core.signals import setting_changed
 from django.core.signing import BadSignature, Signer, b64_decode, b64_encode
 
+from . import clock
 from .counters import rejected
 from .exceptions import InvalidToken
 from .pins import Pin, Pins, live, pack, unpack
@@ -89,7 +89,7 @@ def accept(token: str, source: type[Any] | None = None) -> dict[str, Pin]:
     is counted and said, and never an error.
     """
     try:
-        return live(loads(token), time.time())
+        return live(loads(token), clock.now())
     except InvalidToken as error:
         rejected[error.reason] += 1
         logger.info("A pinning token was ignored: %s", error.reason)

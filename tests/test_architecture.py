@@ -17,7 +17,7 @@ MODULES = {
 }
 # From the ground up: each floor may use those below it, and itself.
 FLOORS: list[tuple[str, ...]] = [
-    ("pins", "tokens", "conf", "counters", "signals", "exceptions", "reasons"),
+    ("pins", "tokens", "clock", "conf", "counters", "signals", "exceptions", "reasons"),
     ("servers",),
     ("stores",),
     ("scopes",),

@@ -10,13 +10,12 @@ end of the connection, which ``Pool.refusal`` judges when the read is about to u
 from __future__ import annotations
 
 import threading
-import time
 from typing import TYPE_CHECKING, Any, Final
 
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from pinning_middleware import reasons
+from pinning_middleware import clock, reasons
 from pinning_middleware.conf import PoolSpec, conf
 from pinning_middleware.counters import EXPLICIT
 from pinning_middleware.pins import Pin
@@ -199,7 +198,7 @@ class Pool(Nodes):
                 return self._keep(facts, route, may_keep and is_reached)
         if scope.is_lasting:
             # It has no next scope that would get the next replica.
-            now = time.monotonic()
+            now = clock.monotonic()
             if now - facts.turned >= conf.seconds:
                 facts.replica, facts.turned = None, now
         alias = self._replica(facts)
@@ -232,12 +231,12 @@ class Pool(Nodes):
 
     def _carried(self, scope: Scope, facts: Facts) -> Route | None:
         """Return who serves under the pins of earlier scopes, ``None``: they are over."""
-        is_held, wanted = facts.wanted(time.time())
+        is_held, wanted = facts.wanted(clock.now())
         if is_held or (wanted is not None and not self.tells_positions):
             return self._primary(reasons.PINNED)
         if wanted is None:
             return None
-        now = time.monotonic()
+        now = clock.monotonic()
         # One question for a request; what lasts longer asks again, but not at every read.
         ask = now - facts.looked > ASK_AGAIN or not facts.looked
         alias = facts.replica if facts.replica and self.has(facts.replica, wanted) else None
@@ -245,7 +244,7 @@ class Pool(Nodes):
         wait = conf.wait if scope.wait is None else scope.wait
         if alias is None and ask and wait and may_ask(connections[self.primary]):
             alias = self.wait_for(wanted, wait)
-            facts.waited = alias, time.monotonic() - now
+            facts.waited = alias, clock.monotonic() - now
         if alias is None:
             if ask:
                 facts.looked = now
@@ -299,7 +298,7 @@ class Pool(Nodes):
         if not conf.seconds and not scope.is_lasting:
             # No window at all: the rest of the scope.
             return True
-        now = time.time()
+        now = clock.now()
         return facts.wrote_until(conf.seconds, now) > now
 
     def refusal(self, connection: BaseDatabaseWrapper, scope: Scope | None) -> str:
@@ -328,7 +327,7 @@ class Pool(Nodes):
         block = open_blocks()
         if block is not None and override(block, self.primary) is not None:
             return ""
-        is_held, wanted = facts.wanted(time.time())
+        is_held, wanted = facts.wanted(clock.now())
         if is_held or (wanted is not None and not self.tells_positions):
             return reasons.PINNED
         if wanted is None or self.has(connection.alias, wanted):
@@ -343,7 +342,7 @@ class Pool(Nodes):
     def is_pinned(self, scope: Scope) -> bool:
         """Return whether this scope's reads belong to the primary, or to who has caught up."""
         facts = scope[self.key]
-        now = time.time()
+        now = clock.now()
         if facts.carried is not None and facts.carried.until > now:
             return True
         if self.has_written(scope, facts):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 from asgiref.sync import sync_to_async
 
-from pinning_middleware import tokens
+from pinning_middleware import clock, tokens
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import SEEN, Pin, Pins, live
 from pinning_middleware.scopes.scope import Facts, Scope, entered_scope
@@ -56,7 +54,7 @@ def left_behind(scope: Scope) -> dict[str, Pin]:
     Call it when the scope's transactions are over. It may ask each primary that the scope wrote
     to for its position.
     """
-    now = time.time()
+    now = clock.now()
     touched = _touched(scope)
     pins = live(scope.carried, now) if scope.carried else {}
     for pool, facts in touched:
@@ -83,10 +81,10 @@ def _new_pin(pool: Pool, facts: Facts) -> Pin | None:
     if facts.left is not None and facts.left[0] == changes:
         return facts.left[1]
     # A position counts only for what had ended when it was asked for.
-    asked = time.time()
+    asked = clock.now()
     is_open = any(not write.ended(asked) for write in facts.writes.values())
     position = None if is_open else pool.position_now()
-    now = time.time()
+    now = clock.now()
     until = facts.wrote_until(conf.seconds, now)
     if until <= now:
         return None
@@ -98,7 +96,7 @@ def _new_pin(pool: Pool, facts: Facts) -> Pin | None:
 
 def pin_of_now(pool: Pool) -> Pin:
     """Return a pin of all that the primary has by now; it may ask the primary where it is."""
-    until = time.time() + conf.seconds
+    until = clock.now() + conf.seconds
     position = pool.position_now()
     return Pin(until, 0.0 if position else until, position)
 

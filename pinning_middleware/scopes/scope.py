@@ -8,12 +8,12 @@ Another request has another object.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from pinning_middleware import clock
 from pinning_middleware.pins import SEEN, Pin, Pins, Position, merge_pins, merge_positions
 from pinning_middleware.reasons import TURN
 
@@ -35,7 +35,7 @@ class Write:
 
     def end(self) -> None:
         """Note that the statement is over."""
-        self._ended = time.time()
+        self._ended = clock.now()
 
     def ended(self, now: float) -> float:
         """Return when it ended, 0.0: it has not, or its transaction may still be open."""
@@ -130,7 +130,7 @@ class Facts:
         Pin by hand, for so many seconds that no position ends, or for the window. For none at all
         it is the rest of the scope, without a pin.
         """
-        now = time.time()
+        now = clock.now()
         if seconds is None:
             self.by_hand = now
         elif seconds:

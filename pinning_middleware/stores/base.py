@@ -7,11 +7,11 @@ keeps those that what follows has to honour.
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, ClassVar
 
 from asgiref.sync import sync_to_async
 
+from pinning_middleware import clock
 from pinning_middleware.pins import Pin, Pins, live, merge_pins
 
 if TYPE_CHECKING:
@@ -71,4 +71,4 @@ def loaded(request: HttpRequest, store: BaseStore | None = None) -> dict[str, Pi
     """
     by_store: dict[type, Pins] = request.__dict__.get("_pinning_loaded", {})
     found = merge_pins(*by_store.values()) if store is None else by_store.get(type(store), {})
-    return live(found, time.time()) if found else {}
+    return live(found, clock.now()) if found else {}

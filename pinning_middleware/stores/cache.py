@@ -24,6 +24,7 @@ from django.core.cache import BaseCache, caches
 from django.db import InterfaceError, OperationalError
 from django.utils.functional import empty
 
+from pinning_middleware import clock
 from pinning_middleware.conf import conf, on_change
 from pinning_middleware.pins import Pin, Pins, live, merge_pins, pack, unpack
 
@@ -101,7 +102,7 @@ def fetch(kind: Kind, keys: Sequence[str]) -> dict[str, Pin]:
             for name in names:
                 pipeline.hgetall(cache.make_key(name))
             found = merge_pins(*map(_from_fields, pipeline.execute()))
-    return live(found, time.time())
+    return live(found, clock.now())
 
 
 async def afetch(kind: Kind, keys: Sequence[str]) -> dict[str, Pin]:
@@ -116,7 +117,7 @@ async def afetch(kind: Kind, keys: Sequence[str]) -> dict[str, Pin]:
     with _bounded(), _around():
         rows = (await cache.aget_many(names)).values()
         found = merge_pins(*map(unpack, rows))
-    return live(found, time.time())
+    return live(found, clock.now())
 
 
 def keep(kind: Kind, keys: Sequence[str], pins: Pins, gone: Pins | None = None) -> None:
@@ -127,7 +128,7 @@ def keep(kind: Kind, keys: Sequence[str], pins: Pins, gone: Pins | None = None) 
     names = _names(kind, keys)
     if _bounded.is_out:
         return
-    pins = live(pins, time.time())
+    pins = live(pins, clock.now())
     with _bounded(), _around():
         cache = caches[conf.cache]
         client = _redis(cache)
@@ -148,7 +149,7 @@ async def akeep(kind: Kind, keys: Sequence[str], pins: Pins, gone: Pins | None =
     names = _names(kind, keys)
     if _bounded.is_out:
         return
-    pins = live(pins, time.time())
+    pins = live(pins, clock.now())
     with _bounded(), _around():
         for name in names:
             merged = _merged(await cache.aget(name), pins, gone or {})
@@ -165,7 +166,7 @@ def _merged(row: Any, pins: Pins, gone: Pins) -> dict[str, Pin]:
 
 def _timeout(pins: Pins) -> int:
     """Return for how long these pins are of use, in whole seconds; 0: not at all."""
-    return max((math.ceil(pin.until - time.time()) for pin in pins.values()), default=0)
+    return max((math.ceil(pin.until - clock.now()) for pin in pins.values()), default=0)
 
 
 def check_keys(keys: Iterable[object]) -> None:
@@ -263,7 +264,7 @@ def _from_fields(fields: Mapping[bytes, bytes]) -> dict[str, Pin]:
 
 
 def _pin_of(known: Mapping[str, int]) -> Pin:
-    now = time.time() * 1000
+    now = clock.now() * 1000
     # A log that nobody writes any more, after a promotion say, ends with its own window.
     position = {
         field.removeprefix("at|"): point

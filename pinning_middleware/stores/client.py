@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from django.utils.cache import patch_vary_headers
 from django.utils.http import http_date
 
-from pinning_middleware import tokens
+from pinning_middleware import clock, tokens
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import SEEN, Pins, live, merge_pins
 
@@ -78,7 +77,7 @@ class CookieStore(TokenStore):
 
     def write(self, request: HttpRequest, response: HttpResponseBase, pins: Pins) -> None:
         # What any store brought is no news; what ended meanwhile was not ended by this request.
-        before, pins = loaded(request), live(pins, time.time())
+        before, pins = loaded(request), live(pins, clock.now())
         is_set = _put(request, response, conf.cookie_name, _own(before), _own(pins))
         if conf.monotonic_reads:
             name = conf.seen_cookie_name
@@ -100,7 +99,7 @@ def _put(
         response.delete_cookie(name, **kept)
         return True
     # Browsers count whole seconds; the server's own end is in the token.
-    now = time.time()
+    now = clock.now()
     age = int(max([pin.until for pin in pins.values()]) - now) + 1
     expires = _http_date(int(now) + age)
     response.set_cookie(name, tokens.dumps(pins), age, expires, **conf.cookie)
