@@ -10,7 +10,17 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-__all__ = ["EXPLICIT", "Read", "fallbacks", "observers", "pins", "reads", "rejected", "reruns"]
+__all__ = [
+    "EXPLICIT",
+    "Read",
+    "fallbacks",
+    "observers",
+    "pins",
+    "reads",
+    "rejected",
+    "reruns",
+    "write_observers",
+]
 
 # In the place of a reason, where nobody decided: the code named the alias.
 EXPLICIT: Final = "explicit"
@@ -36,6 +46,9 @@ class Read(NamedTuple):
 
 # Called with each read, in the thread that made it. Nobody is asked where it is empty.
 observers: list[Callable[[Read], None]] = []
+
+# Called with the alias and the text of each write on a primary that counts, before it runs.
+write_observers: list[Callable[[str, str], None]] = []
 
 # By the pool's primary, the alias that answered, its server (None: not known), and the reason.
 reads: defaultdict[tuple[str, str, Any, str], int] = defaultdict(int)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction, sync_to_async
 
+from . import counters
 from .blocks import aparts_inside, parts_inside
 from .conf import conf, on_change
 from .routing.leaving import (
@@ -170,6 +171,7 @@ def _asked(offload: Callable[[HttpRequest], Any], request: HttpRequest) -> bool:
 def _load(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
     try:
         if pins := store.load(request):
+            counters.pins["carried"] += 1
             scope.carry(pins)
     except Exception:
         logger.exception(_LOST, type(store).__name__, "load")
@@ -178,6 +180,7 @@ def _load(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
 async def _aload(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
     try:
         if pins := await store.aload(request):
+            counters.pins["carried"] += 1
             scope.carry(pins)
     except Exception:
         logger.exception(_LOST, type(store).__name__, "load")
@@ -192,6 +195,7 @@ def _save(scope: Scope, request: HttpRequest, response: HttpResponseBase | None)
         logger.exception(_LOST, "The cache of keys", "save")
     if pins == scope.carried:
         return
+    counters.pins["set"] += bool(pins)
     for store in conf.stores:
         try:
             store.save(request, response, pins)
@@ -211,6 +215,7 @@ async def _asave(scope: Scope, request: HttpRequest, response: HttpResponseBase 
         logger.exception(_LOST, "The cache of keys", "save")
     if pins == scope.carried:
         return
+    counters.pins["set"] += bool(pins)
     for store in conf.stores:
         try:
             await store.asave(request, response, pins)

@@ -12,6 +12,7 @@ from django.core.signals import setting_changed
 from django.core.signing import BadSignature, Signer, b64_decode, b64_encode
 
 from . import clock
+from .counters import pins as counted
 from .counters import rejected
 from .exceptions import InvalidToken
 from .pins import Pin, Pins, live, pack, unpack
@@ -23,9 +24,10 @@ logger = logging.getLogger("pinning_middleware")
 
 # Less than a browser lets a cookie have, its name and attributes included.
 MAX_LENGTH = 3072
-# So many tokens that were made or verified here need not be verified again; the oldest go first.
+# So many tokens that were made or verified here need not be verified again, and as many before.
 REMEMBERED = 1024
 _known: dict[str, Pins] = {}
+_known_before: dict[str, Pins] = {}
 
 
 # What `Signer.sign_object` does, with an encoder that is made once.
@@ -65,6 +67,8 @@ def loads(token: str) -> Pins:
     if len(token) > MAX_LENGTH:
         raise InvalidToken("oversized")
     pins = _known.get(token)
+    if pins is None:
+        pins = _known_before.get(token)
     if pins is not None:
         return pins
     try:
@@ -77,10 +81,11 @@ def loads(token: str) -> Pins:
 
 
 def _remember(token: str, pins: dict[str, Pin]) -> Pins:
-    while len(_known) >= REMEMBERED:
-        _known.pop(next(iter(_known), ""), None)
-    _known[token] = MappingProxyType(pins)
-    return _known[token]
+    global _known, _known_before
+    if len(_known) >= REMEMBERED:
+        _known_before, _known = _known, {}
+    known = _known[token] = MappingProxyType(pins)
+    return known
 
 
 def accept(token: str, source: type[Any] | None = None) -> dict[str, Pin]:
@@ -92,6 +97,7 @@ def accept(token: str, source: type[Any] | None = None) -> dict[str, Pin]:
         return live(loads(token), clock.now())
     except InvalidToken as error:
         rejected[error.reason] += 1
+        counted["rejected"] += 1
         logger.info("A pinning token was ignored: %s", error.reason)
         token_rejected.send_robust(source, reason=error.reason)
         return {}
@@ -101,6 +107,7 @@ def _forget_key(*, setting: str, **kwargs: Any) -> None:
     if setting in ("SECRET_KEY", "SECRET_KEY_FALLBACKS"):
         _signer.cache_clear()
         _known.clear()
+        _known_before.clear()
 
 
 setting_changed.connect(_forget_key, dispatch_uid="pinning_middleware.tokens")

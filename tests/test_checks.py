@@ -10,7 +10,7 @@ from django.core.checks import run_checks
 from django.test import override_settings
 
 import pinning_middleware
-from pinning_middleware.conf import DEFAULTS
+from pinning_middleware.conf import DEFAULTS, OLDER
 from pinning_middleware.stores import CookieStore
 from tests.conftest import MIDDLEWARE, ROUTER
 
@@ -145,6 +145,83 @@ def test_a_bad_value_is_an_error_with_a_hint(name: str, value: Any, number: str)
         assert repr(value) in message.msg
         assert message.hint
         assert message.is_serious()
+
+
+@pytest.fixture
+def site_of_multidb(settings: Any) -> Any:
+    """A site that has changed nothing but the paths."""
+    del settings.PINNING_REPLICAS
+    older = "pinning_middleware.contrib.multidb"
+    settings.DATABASE_ROUTERS = [f"{older}.PinningReplicaRouter"]
+    settings.MIDDLEWARE = [f"{older}.middleware.PinningRouterMiddleware", *settings.MIDDLEWARE[1:]]
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "number"),
+    each(
+        [(older, values, n) for name, values, n in BAD for older in OLDER.get(name, ())],
+    ),
+)
+def test_a_bad_value_of_an_older_setting_is_the_same_error(
+    name: str, value: Any, number: str, site_of_multidb: Any
+) -> None:
+    """It names the setting that the site has."""
+    setattr(site_of_multidb, name, value)
+    messages = found()
+    # The older interface reads the one setting too, and knows no mapping.
+    also = {f"{E}004"} if name == "SLAVE_DATABASES" and isinstance(value, dict) else set()
+    assert {message.id for message in messages} == {f"pinning_middleware.{number}"} | also
+    for message in messages:
+        assert message.msg.startswith(name)
+        assert repr(value) in message.msg
+
+
+@pytest.mark.parametrize("name", [name for names in OLDER.values() for name in names])
+def test_an_older_setting_is_judged_only_where_it_is_read(name: str, site_of_multidb: Any) -> None:
+    setattr(site_of_multidb, name, ["typo"])
+    ours = next(ours for ours, olders in OLDER.items() if name in olders)
+    setattr(site_of_multidb, ours, DEFAULTS[ours])
+    expected = {f"{E}004"} if name == "SLAVE_DATABASES" else {f"{W}201"}
+    assert {message.id for message in found()} == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "values", "names"),
+    [
+        ("W002", {"MIDDLEWARE": []}, "REPLICA_DATABASES"),
+        ("W003", {"DATABASE_ROUTERS": []}, "REPLICA_DATABASES"),
+        ("W004", {"PINNING_STORES": []}, "PINNING_STORES"),
+        ("W005", {"REPLICA_DATABASES": {"default": {"replica1": 0}}}, "'default'"),
+        ("W006", {"MULTIDB_PINNING_COOKIE_SAMESITE": "None"}, "SameSite=None"),
+        ("E019", {"MULTIDB_PINNING_COOKIE": "sessionid"}, "MULTIDB_PINNING_COOKIE is"),
+    ],
+)
+def test_what_does_not_fit_an_older_setting_is_said(
+    number: str, values: dict[str, Any], names: str, site_of_multidb: Any
+) -> None:
+    site_of_multidb.REPLICA_DATABASES = ["replica1", "replica2"]
+    with override_settings(**values):
+        (message,) = found()
+    assert message.id == f"pinning_middleware.{number}"
+    assert names in message.msg
+
+
+def test_a_hint_names_the_setting_that_the_site_has(site_of_multidb: Any) -> None:
+    site_of_multidb.MULTIDB_PINNING_COOKIE_SAMESITE = "None"
+    site_of_multidb.MULTIDB_PINNING_COOKIE_SECURE = False
+    (message,) = found()
+    assert message.hint.startswith("Set MULTIDB_PINNING_COOKIE_SECURE = True")
+
+
+def test_replicas_of_an_older_setting_are_replicas(
+    site_of_multidb: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site_of_multidb.REPLICA_DATABASES = ["replica1", "replica2"]
+    assert found() == []
+    monkeypatch.setitem(settings.DATABASES["replica1"], "ATOMIC_REQUESTS", True)
+    site_of_multidb.DATABASE_ROUTERS += ["tests.test_checks.ByHand"]
+    assert {message.id for message in found()} == {f"{W}010", f"{W}011"}
 
 
 @pytest.mark.django_db(databases=["default"])

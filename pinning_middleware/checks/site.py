@@ -15,7 +15,7 @@ from django.utils.module_loading import import_string
 
 from pinning_middleware.conf import conf, parse_replicas
 
-from .values import TAG
+from .values import TAG, spelled, value_of
 
 __all__: list[str] = []
 
@@ -41,10 +41,6 @@ TIMEOUTS = {
 }
 
 
-def _get(name: str, default: Any = None) -> Any:
-    return getattr(settings, name, default)
-
-
 def _warning(number: int, says: str, hint: str) -> checks.Warning:
     return checks.Warning(says, hint=hint, id=f"pinning_middleware.W{number:03}")
 
@@ -52,14 +48,14 @@ def _warning(number: int, says: str, hint: str) -> checks.Warning:
 def _replicas() -> dict[str, str]:
     """Return alias of a replica → its primary's, none where the setting can't be read."""
     try:
-        pools = parse_replicas(_get("PINNING_REPLICAS", []))
+        pools = parse_replicas(value_of("PINNING_REPLICAS"))
     except ValueError:
         return {}
     return {alias: primary for primary, weights in pools.items() for alias in weights}
 
 
 def _stores() -> list[str]:
-    paths = _get("PINNING_STORES", [COOKIE_STORE])
+    paths = value_of("PINNING_STORES")
     return list(paths) if isinstance(paths, (list, tuple)) else []
 
 
@@ -70,7 +66,7 @@ def _has_store(path: str) -> bool:
 
 @register(TAG)
 def check_wiring(**kwargs: Any) -> list[CheckMessage]:
-    if not _get("PINNING_REPLICAS"):
+    if not value_of("PINNING_REPLICAS"):
         return []
     return [
         *_check_first(
@@ -87,7 +83,8 @@ def _check_first(setting: str, path: str, number: int, why: str) -> list[CheckMe
     return [
         _warning(
             number,
-            f"PINNING_REPLICAS is set, and {path} is not the first entry of {setting}.",
+            f"{spelled('PINNING_REPLICAS')} is set, and {path} is not the first entry of "
+            f"{setting}.",
             f"Put it first, {why}. If that is on purpose, silence pinning_middleware.W{number:03}.",
         )
     ]
@@ -104,7 +101,7 @@ def _is_instance(entry: Any, path: str) -> bool:
 
 @register(TAG)
 def check_that_pins_are_kept(**kwargs: Any) -> list[CheckMessage]:
-    if not _get("PINNING_REPLICAS") or _get("PINNING_STORES", [COOKIE_STORE]) not in ([], ()):
+    if not value_of("PINNING_REPLICAS") or value_of("PINNING_STORES") not in ([], ()):
         return []
     return [
         _warning(
@@ -118,7 +115,7 @@ def check_that_pins_are_kept(**kwargs: Any) -> list[CheckMessage]:
 @register(TAG)
 def check_weights(**kwargs: Any) -> list[CheckMessage]:
     try:
-        pools = parse_replicas(_get("PINNING_REPLICAS", []))
+        pools = parse_replicas(value_of("PINNING_REPLICAS"))
     except ValueError:
         return []
     return [
@@ -143,16 +140,18 @@ def check_cookie_fits(**kwargs: Any) -> list[CheckMessage]:
             _warning(
                 6,
                 "The pinning cookie has SameSite=None and is not Secure: browsers refuse it.",
-                "Set PINNING_COOKIE_SECURE = True (or SESSION_COOKIE_SECURE).",
+                f"Set {spelled('PINNING_COOKIE_SECURE')} = True (or SESSION_COOKIE_SECURE).",
             )
         )
     names = ("SESSION_COOKIE_NAME", "CSRF_COOKIE_NAME", "LANGUAGE_COOKIE_NAME")
-    others = {_get(other): other for other in names} | {"messages": "the cookie of messages"}
+    others = {getattr(settings, other): other for other in names} | {
+        "messages": "the cookie of messages"
+    }
     found += [
         checks.Error(
-            f"PINNING_COOKIE_NAME is {name!r}, and {other} is {own!r} as well.",
-            hint="Give it a name of its own; the default is 'pinning'. What a client has seen is "
-            f"in a second one, {conf.seen_cookie_name!r}.",
+            f"{spelled('PINNING_COOKIE_NAME')} is {name!r}, and {other} is {own!r} as well.",
+            hint="Give it a name of its own. What a client has seen is in a second one, "
+            f"{conf.seen_cookie_name!r}.",
             id="pinning_middleware.E019",
         )
         for own in (name, conf.seen_cookie_name)
@@ -172,7 +171,7 @@ def check_cookie_fits(**kwargs: Any) -> list[CheckMessage]:
 
 @register(TAG)
 def check_header_name(**kwargs: Any) -> list[CheckMessage]:
-    name = _get("PINNING_HEADER_NAME")
+    name = value_of("PINNING_HEADER_NAME")
     if not isinstance(name, str) or name.lower() not in OTHERS_HEADERS:
         return []
     return [
@@ -186,7 +185,7 @@ def check_header_name(**kwargs: Any) -> list[CheckMessage]:
 
 @register(TAG)
 def check_cache_fits(**kwargs: Any) -> list[CheckMessage]:
-    alias = _get("PINNING_CACHE", "default")
+    alias = value_of("PINNING_CACHE")
     if not _has_store(CACHE_STORE) or alias not in settings.CACHES:
         return []
     entry = settings.CACHES[alias]
@@ -273,7 +272,7 @@ def _answers(replicas: Container[str]) -> Iterator[tuple[Any, str, str, str]]:
 
 @register(TAG)
 def check_ignored_tables_fit(**kwargs: Any) -> list[CheckMessage]:
-    tables = _get("PINNING_IGNORED_TABLES", ())
+    tables = value_of("PINNING_IGNORED_TABLES")
     if not isinstance(tables, (list, tuple, set, frozenset)):
         return []
     read_back = {"django_session"}

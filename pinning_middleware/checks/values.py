@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from django.apps import apps
@@ -14,9 +14,9 @@ from django.core import checks
 from django.core.checks import CheckMessage, Error, register
 from django.utils.module_loading import import_string
 
-from pinning_middleware.conf import DEFAULTS, parse_replicas
+from pinning_middleware.conf import DEFAULTS, OLDER, conf, parse_replicas
 
-__all__ = ["TAG"]
+__all__ = ["TAG", "spelled", "value_of"]
 
 TAG = "pinning"
 CHOICES = {
@@ -28,20 +28,30 @@ _SAMESITE = ("lax", "strict", "none")
 _HTTP_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
 
-def _value(name: str) -> Any:
-    return getattr(settings, name, DEFAULTS.get(name))
+def spelled(name: str) -> str:
+    """Return the name by which this site sets it: ours, or one of ``OLDER`` that is read."""
+    if name in OLDER and conf.reads_older and not hasattr(settings, name):
+        return next((older for older in OLDER[name] if hasattr(settings, older)), name)
+    return name
+
+
+def value_of(name: str) -> Any:
+    """Return what the site says by that name, or by the older one that is read instead."""
+    return getattr(settings, spelled(name), DEFAULTS.get(name))
 
 
 def _error(number: int, name: str, says: str, hint: str) -> Error:
     return Error(
-        f"{name} {says}, not {_value(name)!r}.", hint=hint, id=f"pinning_middleware.E{number:03}"
+        f"{spelled(name)} {says}, not {value_of(name)!r}.",
+        hint=hint,
+        id=f"pinning_middleware.E{number:03}",
     )
 
 
 def _judge(
     number: int, names: Iterable[str], good: Callable[[Any], bool], says: str, hint: str
 ) -> list[CheckMessage]:
-    return [_error(number, name, says, hint) for name in names if not good(_value(name))]
+    return [_error(number, name, says, hint) for name in names if not good(value_of(name))]
 
 
 def _is_seconds(value: Any) -> bool:
@@ -62,11 +72,11 @@ def _is_texts(value: Any) -> bool:
 @register(TAG)
 def check_replicas(**kwargs: Any) -> list[CheckMessage]:
     try:
-        pools = parse_replicas(_value("PINNING_REPLICAS"))
+        pools = parse_replicas(value_of("PINNING_REPLICAS"))
     except ValueError as error:
         return [
             Error(
-                f"PINNING_REPLICAS: {error}, not {_value('PINNING_REPLICAS')!r}.",
+                f"{spelled('PINNING_REPLICAS')}: {error}, not {value_of('PINNING_REPLICAS')!r}.",
                 hint='For one primary: ["replica1", "replica2"]. For several: '
                 '{"default": ["replica1"], "users": {"users_replica": 2}}.',
                 id="pinning_middleware.E001",
@@ -103,6 +113,9 @@ def check_replicas(**kwargs: Any) -> list[CheckMessage]:
 def check_slave_databases(**kwargs: Any) -> list[CheckMessage]:
     value = getattr(settings, "SLAVE_DATABASES", None)
     if value is None:
+        return []
+    if spelled("PINNING_REPLICAS") == "SLAVE_DATABASES" and not isinstance(value, Mapping):
+        # Read as PINNING_REPLICAS, and judged with it.
         return []
     hint = "It is the older interface's list of replicas; use the aliases of DATABASES."
     if not _is_texts(value):
@@ -154,14 +167,14 @@ def check_choices(**kwargs: Any) -> list[CheckMessage]:
             f"The default is {DEFAULTS[name]!r}.",
         )
         for name, choices in CHOICES.items()
-        if _value(name) not in choices
+        if value_of(name) not in choices
     ]
 
 
 @register(TAG)
 def check_stores(**kwargs: Any) -> list[CheckMessage]:
     hint = f"The default is {DEFAULTS['PINNING_STORES']!r}; see “Stores” in the documentation."
-    paths = _value("PINNING_STORES")
+    paths = value_of("PINNING_STORES")
     if not isinstance(paths, (list, tuple)) or not _is_texts(paths):
         return [_error(8, "PINNING_STORES", "must be a list of dotted paths of classes", hint)]
     found: list[CheckMessage] = []
@@ -304,7 +317,7 @@ def check_offload(**kwargs: Any) -> list[CheckMessage]:
 @register(TAG)
 def check_primary_models(**kwargs: Any) -> list[CheckMessage]:
     hint = 'For example ("auth", "shop.Order"): labels of apps, or of models.'
-    labels = _value("PINNING_PRIMARY_MODELS")
+    labels = value_of("PINNING_PRIMARY_MODELS")
     if not _is_texts(labels):
         return [_error(17, "PINNING_PRIMARY_MODELS", "must be a list of labels", hint)]
     known = [config.label for config in apps.get_app_configs()]

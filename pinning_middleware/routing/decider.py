@@ -174,6 +174,8 @@ class Pool(Nodes):
             alias = self._replica(facts)
         else:
             alias = self.within(block.max_lag, facts.replica)
+            if alias is not None and self.is_mirror(alias):
+                facts.meant, alias = alias, self.primary
         return (alias, reasons.USE_REPLICA) if alias else (self.primary, reasons.NO_REPLICA)
 
     def _settle(self, scope: Scope, facts: Facts, is_lifted: bool = False) -> Route:

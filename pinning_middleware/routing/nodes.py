@@ -6,10 +6,11 @@ the rotation and who is out.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Final
+from typing import ClassVar, Final
 
 from django.db import DatabaseError, InterfaceError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -42,6 +43,10 @@ class Nodes:
 
     # Whether it is a pool of the settings, and not of the older interface alone.
     is_shared = True
+    # What tests say of replicas, whatever they really do: these have nothing that was written
+    # lately, and these can't be reached.
+    held_back: ClassVar[frozenset[str]] = frozenset()
+    cut_off: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, spec: PoolSpec) -> None:
         self.key = spec.key
@@ -58,6 +63,8 @@ class Nodes:
         self._sample_at = 0.0
         self._stand_in: tuple[float, str | None] = (0.0, None)
         registry.listeners.append(self._recount)
+        if self.cut_off or self.held_back:
+            self.count()
 
     def __contains__(self, alias: str | None) -> bool:
         """Return whether an instance of this database is of the pool; a new one may be."""
@@ -75,7 +82,7 @@ class Nodes:
         endpoint = self.endpoints.get(alias)
         if endpoint is None:
             return alias == self.primary
-        if endpoint.balances or endpoint.out:
+        if endpoint.balances or endpoint.out or alias in self.held_back:
             return False
         connection = connections[alias]
         if connection.in_atomic_block:
@@ -117,7 +124,9 @@ class Nodes:
         """Ask a replica whether it has a position, on the connection that a read would use."""
         endpoint = self.endpoints[alias]
         known = endpoint.server
-        if endpoint.balances or endpoint.out or (known is not None and known.tells is False):
+        if endpoint.balances or endpoint.out or alias in self.held_back:
+            return False
+        if known is not None and known.tells is False:
             return False
         connection = connections[alias]
         is_met = connection.connection is not None and link_of(connection).server is not None
@@ -214,7 +223,7 @@ class Nodes:
         if preferred in order:
             order = (preferred, *order)
         if any(self.is_mirror(alias) for alias in order):
-            return self.primary
+            return next((alias for alias in order if alias not in self.held_back), None)
         if not self.tells_positions:
             return None
         self.sample()
@@ -235,8 +244,10 @@ class Nodes:
     def lag(self, alias: str) -> float | None:
         """Return for how many seconds what an alias leads to has been behind, ``None``: unknown."""
         endpoint = self.endpoints[alias]
-        if endpoint.out not in ("", "lag"):
+        if endpoint.out not in ("", "lag") or alias in self.cut_off:
             return None
+        if alias in self.held_back:
+            return math.inf
         lags = [server.lag for server in endpoint.current]
         return None if not lags or None in lags else max(lag for lag in lags if lag is not None)
 
@@ -306,10 +317,17 @@ class Nodes:
             return None
         return None if seen is None or seen.report is None else seen.report.written
 
+    def count(self) -> None:
+        """Find out anew who is in the rotation."""
+        out = {e.alias for e in self.endpoints.values() if e.out} | self.cut_off
+        if self._max_lag is not None:
+            out |= self.held_back
+        self.out = frozenset(out & self.endpoints.keys())
+        self.rotation.leave_out(self.out)
+
     def _recount(self, endpoint: Endpoint) -> None:
         if endpoint.alias in self.endpoints:
-            self.out = frozenset(e.alias for e in self.endpoints.values() if e.out)
-            self.rotation.leave_out(self.out)
+            self.count()
         elif endpoint is not self.endpoint:
             return
         if endpoint.out:

@@ -55,12 +55,12 @@ def statement(
     finally:
         if notes is not None:
             end(connection, notes, failed)
-    if kind is Kind.READ:
-        _count(pool, meant, cursor, sql)
+    if kind is Kind.READ or kind is Kind.LOCK:
+        _count(pool, meant, kind, cursor, sql)
     return result
 
 
-def _count(pool: Pool, meant: str, cursor: Any, sql: Any) -> None:
+def _count(pool: Pool, meant: str, kind: Kind, cursor: Any, sql: Any) -> None:
     """Count a read that has run, by the reason of the decision that it followed."""
     connection = cursor.db
     served = connection.alias
@@ -76,6 +76,8 @@ def _count(pool: Pool, meant: str, cursor: Any, sql: Any) -> None:
             reason = decided[1]
     if served != meant or "pinning_reason" in cursor.__dict__:
         reason = cursor.__dict__.get("pinning_reason", reasons.FAILOVER)
+    elif kind is Kind.LOCK:
+        reason = reasons.LOCK
     kept = connection.__dict__.get("_pinning_link")
     server = None if kept is None else kept[1].server
     reads[pool.primary, served, server, reason] += 1

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from django.db import OperationalError
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.conf import conf
@@ -13,10 +14,13 @@ from pinning_middleware.conf import conf
 from .positions import family_of
 from .questions import link_of
 
-__all__ = ["CONNECT_TIMEOUT", "bound"]
+__all__ = ["CONNECT_TIMEOUT", "bound", "refused"]
 
 # Seconds. Drivers otherwise wait for minutes; a value in OPTIONS has its way.
 CONNECT_TIMEOUT = 2
+
+# Aliases that a test has made unreachable.
+refused: set[str] = set()
 
 
 def bound(connection: BaseDatabaseWrapper) -> None:
@@ -51,6 +55,8 @@ def _parameters(
 
 
 def _connect(connection: Any, connect: Callable[..., Any], parameters: dict[str, Any]) -> Any:
+    if connection.alias in refused:
+        raise OperationalError(f"{connection.alias} was cut off by a test")
     options = connection.settings_dict["OPTIONS"].get("pool")
     if (
         options

@@ -15,6 +15,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.utils import CursorWrapper
 
 from pinning_middleware.conf import conf
+from pinning_middleware.counters import write_observers
 from pinning_middleware.exceptions import ReplicaWriteError
 from pinning_middleware.scopes.blocks import ignores_writes
 from pinning_middleware.scopes.scope import Scope, Write, current_scope
@@ -98,6 +99,8 @@ def begin(connection: BaseDatabaseWrapper, alias: str, kind: Kind, sql: Any) -> 
         for spec in specs:
             scope[spec.key].note_lock()
         return None
+    for observe in write_observers:
+        observe(alias, text_of(connection, sql))
     if _is_ignored(connection, sql):
         return None
     scope = current_scope()

@@ -1,4 +1,4 @@
-"""The system check that sees what other packages have left."""
+"""What ``docs/coming-from.md`` says: the check that sees what is left, and the ways back."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import random
 from typing import Any
 
 import pytest
-from django.test import override_settings
+from django.http import HttpRequest, HttpResponse
+from django.test import Client, override_settings
+from django.urls import path
 
+from pinning_middleware import use_replica
 from pinning_middleware.checks.coming_from import SETTINGS, check_leftovers
 from pinning_middleware.conf import DEFAULTS
+from pinning_middleware.scopes.scope import enter
 from tests.app.middleware import SyncMiddleware
+from tests.app.models import Book
+from tests.conftest import is_replica, where
 
 OURS = "pinning_middleware.contrib."
 ROUTER = "multidb.PinningReplicaRouter"
@@ -59,6 +65,23 @@ Replicated.__module__ = "django_replicated.middleware"
 
 class Derived(Replicated):
     pass
+
+
+def visit(client: Client, method: str = "get") -> str:
+    enter(None)
+    return str(getattr(client, method)("/").content.decode())
+
+
+def index(request: HttpRequest) -> HttpResponse:
+    """Tell where this reads; write, if the method says so, where reads may be stale."""
+    with use_replica():
+        if request.method == "PUT":
+            Book.objects.create(title="new")
+        inside = where()
+    return HttpResponse(f"{inside} {where()}")
+
+
+urlpatterns = [path("", index)]
 
 
 def said(**values: Any) -> list[tuple[str, str, str]]:
@@ -142,3 +165,34 @@ def test_a_router_that_was_written_by_hand(name: str, value: str) -> None:
 def test_one_whose_replicas_are_ours_too_is_left_to_the_other_check() -> None:
     replicas = ["slave", "elsewhere"]
     assert said(DATABASE_ROUTERS=[f"{__name__}.Chance"], PINNING_REPLICAS=replicas) == []
+
+
+# What the page says of a live site
+
+
+@pytest.mark.django_db(transaction=True, databases="__all__")
+@pytest.mark.urls(__name__)
+def test_a_write_where_reads_may_be_stale_is_not_refused_and_pins() -> None:
+    client = Client()
+    inside, after = visit(client, "put").split()
+    assert is_replica(inside)
+    assert after == "default"
+    assert visit(client).split()[1] == "default"
+
+
+@pytest.mark.django_db(transaction=True, databases="__all__")
+@pytest.mark.urls(__name__)
+def test_the_two_ways_back(settings: Any) -> None:
+    client = Client()
+    settings.PINNING_ENABLED = False
+    assert visit(client, "put") == "default default"
+    assert not client.cookies
+    settings.PINNING_ENABLED = True
+    settings.PINNING_OFFLOAD = False
+    inside, outside = visit(Client()).split()
+    assert is_replica(inside)
+    assert outside == "default"
+    visit(client, "put")
+    settings.PINNING_OFFLOAD = True
+    assert visit(client).split()[1] == "default"
+    assert is_replica(visit(Client()).split()[1])

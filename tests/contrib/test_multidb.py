@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,56 +109,7 @@ def read(request: Any = None) -> str:
     return where()
 
 
-# A site moves over
-
-
-def run(databases: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Return what the visitors of the old site found, under its package or under this one."""
-    given = {
-        "DATABASES": databases,
-        "DATABASE_ROUTERS": [prefix + ROUTER],
-        "INSTALLED_APPS": ["django.contrib.contenttypes", "django.contrib.auth"],
-        "MIDDLEWARE": [prefix + MIDDLEWARE],
-        "MULTIDB_PINNING_COOKIE": "wrote",
-        "MULTIDB_PINNING_SECONDS": 5,
-        "REPLICA_DATABASES": ["replica"],
-        "SECRET_KEY": "only for tests",
-        "ALLOWED_HOSTS": ["*"],
-    }
-    if prefix:
-        given["INSTALLED_APPS"].append("pinning_middleware")
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.contrib.old_site", json.dumps(given)],
-        cwd=root,
-        env={name: value for name, value in os.environ.items() if "DJANGO" not in name},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-@pytest.mark.parametrize("prefix", ["", OURS], ids=["multidb", "ours"])
-def test_a_site_moves_over_by_its_settings(tmp_path: Path, prefix: str) -> None:
-    """The replica lags for ever. The same is asked of the older package, where that is here."""
-    if not prefix and importlib.util.find_spec("multidb") is None:
-        pytest.skip("The older package is missing: pip install django-multidb-router==0.11")
-    databases = {
-        alias: {"ENGINE": "django.db.backends.sqlite3", "NAME": str(tmp_path / alias)}
-        for alias in ("default", "replica")
-    }
-    assert run(databases, prefix) == {
-        "before": "replica:",
-        "write": "default:new",
-        "after": "default:new",
-        "other": "replica:",
-        "cookies": ["wrote"],
-        "without the cookie": "replica:",
-    }
+# Its settings
 
 
 def test_its_settings_are_read(site: Any) -> None:
@@ -211,7 +156,6 @@ def test_every_older_setting_has_one_of_ours() -> None:
 
 
 def test_the_system_checks_are_content(site: Any) -> None:
-    site.PINNING_REPLICAS = site.REPLICA_DATABASES
     assert [one for one in checks.run_checks() if one.is_serious()] == []
 
 

@@ -1,10 +1,11 @@
-"""The recipes of the documentation, each with the package that it is for."""
+"""The recipes of ``docs/recipes.md``, its own code, each with the package that it is for."""
 
 from __future__ import annotations
 
 import json
-import zlib
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import graphene
@@ -14,25 +15,24 @@ from asgiref.sync import async_to_sync
 from django.apps import apps
 from django.contrib.auth import get_user_model
 from django.db import connections
+from django.http import HttpResponse
 from django.test import AsyncClient, Client
 from django.urls import include, path
+from django.utils.module_loading import import_string
 from django.views.decorators.csrf import csrf_exempt
 from graphene_django.views import GraphQLView
-from graphql import OperationType
 from rest_framework import serializers
 from rest_framework.decorators import action
 from rest_framework.response import Response
 from rest_framework.routers import SimpleRouter
-from rest_framework.viewsets import ModelViewSet
 from strawberry.django.views import AsyncGraphQLView
 from strawberry.django.views import GraphQLView as StrawberryView
-from strawberry.extensions import SchemaExtension
-from strawberry.types.graphql import OperationType as Operation
 
-from pinning_middleware import offload, offload_this_request
 from pinning_middleware.scopes.scope import enter
 from tests.app.models import Book
-from tests.conftest import is_replica, where
+from tests.conftest import change_behind, is_replica, where
+
+from .pages import load
 
 pytestmark = [
     pytest.mark.django_db(transaction=True, databases="__all__"),
@@ -40,16 +40,16 @@ pytestmark = [
 ]
 
 
+def given(name: str, **values: Any) -> None:
+    """Put a module where the page's code expects one of the site's own."""
+    sys.modules[name] = module = ModuleType(name)
+    module.__dict__.update(values)
+
+
+given("shop.models", Book=Book)
+
+
 # GraphQL by operation: Strawberry
-
-
-class OffloadQueries(SchemaExtension):
-    """Queries come by POST; they read from replicas all the same. Mutations do as ever."""
-
-    def on_execute(self) -> Iterator[None]:
-        if self.execution_context.operation_type is Operation.QUERY:
-            offload_this_request()
-        yield
 
 
 @strawberry.type
@@ -74,20 +74,12 @@ class Mutation:
         return where()
 
 
-strawberries = strawberry.Schema(Query, Mutation, extensions=[OffloadQueries])
-async_strawberries = strawberry.Schema(AsyncQuery, extensions=[OffloadQueries])
+given("shop.types", Query=Query, Mutation=Mutation)
+by_strawberry = load("recipes.md", "Strawberry")["shop/schema"]
+async_strawberries = strawberry.Schema(AsyncQuery, extensions=[by_strawberry.OffloadQueries])
 
 
 # GraphQL by operation: Graphene
-
-
-class OffloadGrapheneQueries:
-    """An entry of GRAPHENE["MIDDLEWARE"]."""
-
-    def resolve(self, following: Any, root: Any, info: Any, **arguments: Any) -> Any:
-        if root is None and info.operation.operation is OperationType.QUERY:
-            offload_this_request()
-        return following(root, info, **arguments)
 
 
 class GrapheneQuery(graphene.ObjectType):
@@ -113,6 +105,8 @@ class GrapheneMutation(graphene.ObjectType):
 
 
 graphenes = graphene.Schema(query=GrapheneQuery, mutation=GrapheneMutation)
+by_graphene = load("recipes.md", "Graphene")["shop/settings"].GRAPHENE["MIDDLEWARE"]
+one_resolver = load("recipes.md", "One resolver")["shop/search"]
 
 
 # Django REST framework by action
@@ -124,17 +118,25 @@ class BookSerializer(serializers.ModelSerializer[Book]):
         fields = ("title",)
 
 
-class Books(ModelViewSet[Book]):
-    queryset = Book.objects.all()
-    serializer_class = BookSerializer
-    authentication_classes = ()
+given("shop.serializers", BookSerializer=BookSerializer)
+by_action: Any = load("recipes.md", "Django REST framework by action")["shop/api"]
 
-    @action(detail=False, methods=["post"])
-    @offload
-    def search(self, request: Any) -> Response:
-        """Its filters are too long for an address."""
-        found = self.get_queryset().filter(title__in=request.data["titles"])
-        return Response({"where": found.db, "found": len(found)})
+
+class Books(by_action.Books):  # type: ignore[misc]
+    """The page's, which tells where its actions read."""
+
+    authentication_classes = ()
+    where = ""
+
+    def get_queryset(self) -> Any:
+        self.where = where()
+        return super().get_queryset()
+
+    def finalize_response(self, request: Any, response: Any, *args: Any, **kwargs: Any) -> Any:
+        response.headers["X-Reads"] = self.where
+        if self.action == "search":
+            response.data["where"] = self.where
+        return super().finalize_response(request, response, *args, **kwargs)
 
     @action(detail=False, methods=["post"])
     def count(self, request: Any) -> Response:
@@ -145,43 +147,31 @@ router = SimpleRouter()
 router.register("books", Books)
 
 
-# A percentage
+# A function of the request
 
 
-PERCENT = 30
+by_percentage: Any = load("recipes.md", "A percentage of the users")
+by_flag: Any = load("recipes.md", "A flag of django-waffle")
 
 
-def some_users(request: Any) -> bool:
-    """PINNING_OFFLOAD: the same users, as the percentage grows, and nobody who is not logged in."""
-    if not request.user.is_authenticated:
-        return False
-    return zlib.crc32(f"replicas:{request.user.pk}".encode()) % 100 < PERCENT
-
-
-# A flag of django-waffle
-
-
-def flagged(request: Any) -> bool:
-    """PINNING_OFFLOAD: whom the flag is on for."""
-    from waffle import flag_is_active
-
-    return bool(flag_is_active(request, "replicas"))
-
-
-def look(request: Any) -> Any:
-    from django.http import HttpResponse
-
+def look(request: Any) -> HttpResponse:
     return HttpResponse(where())
 
 
+def graphql(schema: Any, middleware: Any = None) -> Any:
+    return csrf_exempt(GraphQLView.as_view(schema=schema, middleware=middleware))
+
+
 urlpatterns = [
-    path("strawberry/", csrf_exempt(StrawberryView.as_view(schema=strawberries))),
+    path("strawberry/", csrf_exempt(StrawberryView.as_view(schema=by_strawberry.schema))),
     path("async/", csrf_exempt(AsyncGraphQLView.as_view(schema=async_strawberries))),
-    path("bare/", csrf_exempt(GraphQLView.as_view(schema=graphenes))),
+    path("bare/", graphql(graphenes)),
+    path("graphene/", graphql(graphenes, [import_string(entry) for entry in by_graphene])),
     path(
-        "graphene/",
-        csrf_exempt(GraphQLView.as_view(schema=graphenes, middleware=[OffloadGrapheneQueries()])),
+        "one/strawberry/",
+        csrf_exempt(StrawberryView.as_view(schema=strawberry.Schema(one_resolver.Query))),
     ),
+    path("one/graphene/", graphql(graphene.Schema(query=one_resolver.GrapheneQuery))),
     path("", include(router.urls)),
     path("look/", look),
 ]
@@ -231,6 +221,19 @@ def test_graphql_by_operation_in_async_code() -> None:
     assert is_replica(response.json()["data"]["where"])
 
 
+@pytest.mark.parametrize("name", ADD)
+def test_graphql_by_resolver(name: str, replicate: Any) -> None:
+    """The book is on the primary only, put there by nobody that we know of."""
+    replicate()
+    change_behind("default", "INSERT INTO app_book (title, author_id) VALUES ('x', NULL)")
+    client = Client()
+    found = [post(client, f"/one/{name}/", query='{ found(title: "x") }') for _ in range(2)]
+    assert found == [{"data": {"found": 0}}] * 2
+    post(client, "/books/", title="y")
+    found = [post(client, f"/one/{name}/", query='{ found(title: "x") }')]
+    assert found == [{"data": {"found": 1}}]
+
+
 def test_an_action_of_a_viewset() -> None:
     client = Client()
     assert is_replica(post(client, "/books/search/", titles=["x"])["where"])
@@ -238,6 +241,15 @@ def test_an_action_of_a_viewset() -> None:
     post(client, "/books/", title="x")
     assert post(client, "/books/search/", titles=["x"]) == {"where": "default", "found": 1}
     assert is_replica(post(Client(), "/books/search/", titles=["x"])["where"])
+
+
+def test_an_action_that_a_viewset_has_from_its_class(settings: Any) -> None:
+    settings.PINNING_OFFLOAD = False
+    client = Client()
+    assert is_replica(client.get("/books/").headers["X-Reads"])
+    assert get(client) == "default"
+    post(client, "/books/", title="x")
+    assert client.get("/books/").json() == [{"title": "x"}]
 
 
 @pytest.fixture
@@ -248,10 +260,10 @@ def users() -> list[Any]:
 def test_a_percentage_of_users(
     settings: Any, users: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings.PINNING_OFFLOAD = f"{__name__}.some_users"
+    settings.PINNING_OFFLOAD = by_percentage["shop/settings"].PINNING_OFFLOAD
     chosen: list[set[int]] = []
     for percent in (0, 30, 60, 100):
-        monkeypatch.setitem(globals(), "PERCENT", percent)
+        monkeypatch.setattr(by_percentage["shop/replicas"], "PERCENT", percent)
         chosen.append({user.pk for user in users if is_replica(get(logged_in(user)))})
     none, few, many, everybody = chosen
     assert none == set()
@@ -285,7 +297,7 @@ def waffle(settings: Any) -> Iterator[Any]:
 
 
 def test_a_flag_of_waffle(settings: Any, users: list[Any], waffle: Any) -> None:
-    settings.PINNING_OFFLOAD = f"{__name__}.flagged"
+    settings.PINNING_OFFLOAD = by_flag["shop/settings"].PINNING_OFFLOAD
     tester, other = map(logged_in, users[:2])
     flag = waffle.objects.create(name="replicas")
     flag.users.add(users[0])

@@ -10,8 +10,8 @@ from asgiref.sync import async_to_sync
 from django.http import HttpRequest, HttpResponse
 from django.test import RequestFactory, override_settings
 
-from .pins import SEEN, Pin, Pins, merge_pins
-from .stores import BaseStore
+from pinning_middleware.pins import SEEN, Pin, Pins, merge_pins
+from pinning_middleware.stores import BaseStore
 
 __all__ = ["StoreContract"]
 

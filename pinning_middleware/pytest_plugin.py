@@ -1,0 +1,90 @@
+"""
+Fixtures and a marker for pytest, found by its entry point. Nothing of the package, and nothing of
+Django, is imported before a test asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from .testing import Read, Replicas
+
+__all__ = [
+    "capture_reads",
+    "django_assert_num_reads",
+    "django_assert_reads_from",
+    "pinning_replicas",
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "pinning(lag=None, forbid_stale_reads=True): run the test while replicas lag: an alias, "
+        "several, or True for all of them; a read of them that is stale fails it.",
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    marker = item.get_closest_marker("pinning")
+    if marker is None:
+        return (yield)
+    with _marked(**marker.kwargs):
+        return (yield)
+
+
+def _marked(
+    lag: str | list[str] | tuple[str, ...] | bool | None = None, forbid_stale_reads: bool = True
+) -> ExitStack:
+    from . import testing
+
+    stack = ExitStack()
+    if lag:
+        chosen = [lag] if isinstance(lag, str) else lag
+        aliases = () if isinstance(chosen, bool) else tuple(chosen)
+        stack.callback(testing.replicas.reset)
+        testing.replicas.lag(*aliases)
+        if forbid_stale_reads:
+            stack.enter_context(testing.forbid_stale_reads())
+    return stack
+
+
+@pytest.fixture
+def capture_reads() -> Callable[[], AbstractContextManager[list[Read]]]:
+    """Return a block that yields a list of the reads inside it."""
+    from .testing import capture_reads
+
+    return capture_reads
+
+
+@pytest.fixture
+def django_assert_reads_from() -> Callable[..., AbstractContextManager[list[Read]]]:
+    """Return a block that fails where a read goes elsewhere: ``(where, reason=None)``."""
+    from .testing import assert_reads_from
+
+    return assert_reads_from
+
+
+@pytest.fixture
+def django_assert_num_reads() -> Callable[..., AbstractContextManager[list[Read]]]:
+    """Return a block that fails for other numbers: ``(primary=None, replica=None)``."""
+    from .testing import assert_num_reads
+
+    return assert_num_reads
+
+
+@pytest.fixture
+def pinning_replicas() -> Iterator[Replicas]:
+    """Return the replicas, which lag and die as the test says, and have it end with the test."""
+    from .testing import replicas
+    from .testing.clock import reset_step
+
+    yield replicas
+    replicas.reset()
+    reset_step()
