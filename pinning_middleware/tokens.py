@@ -46,15 +46,21 @@ def dumps(pins: Pins) -> str:
 
     ``ValueError`` where there is no room for the pins either.
     """
-    for known in (pins, {alias: Pin(pin.until) for alias, pin in pins.items()}):
-        packed = pack(known)
-        token = _signer().sign(b64_encode(_encode(packed).encode()).decode())
-        if len(token) <= MAX_LENGTH:
-            # Most come back to the process that made them.
-            _remember(token, unpack(packed))
-            return token
+    token = _signed(pins)
+    if len(token) > MAX_LENGTH:
         logger.warning("A token of %d pools is too long: its positions are left out.", len(pins))
+        token = _signed({alias: Pin(pin.until) for alias, pin in pins.items()})
+    if len(token) <= MAX_LENGTH:
+        return token
     raise ValueError(f"the pins of {len(pins)} pools do not fit into {MAX_LENGTH} letters")
+
+
+def _signed(pins: Pins) -> str:
+    packed = pack(pins)
+    token = _signer().sign(b64_encode(_encode(packed).encode()).decode())
+    # Most come back to the process that made them.
+    _remember(token, {alias: Pin(*row) for alias, row in packed.items()})
+    return token
 
 
 def loads(token: str) -> Pins:

@@ -25,6 +25,8 @@ class Link:
         "is_altered",
         "is_pooled",
         "is_watched",
+        "prepared",
+        "repeated",
         "server",
         "was_used",
     )
@@ -42,6 +44,9 @@ class Link:
         self.was_used = False
         # A pooler stands between, which may hand out another server at any time.
         self.is_pooled = False
+        # The question that is prepared on it, and the one that would be the next time.
+        self.prepared: str | None = None
+        self.repeated = ""
         # When a question of ours has to be answered, 0.0: none is asked.
         self.deadline = 0.0
         # Whether the driver lets its waiting be watched.

@@ -34,6 +34,8 @@ logger = logging.getLogger("pinning_middleware.servers")
 asked = logging.getLogger("pinning_middleware.questions")
 
 FAILURES = (OperationalError, InterfaceError)
+# The name of the one statement that is prepared on a connection.
+_PREPARED = b"pinning_position"
 
 # Set while a question is asked of one node.
 asking: ContextVar[bool] = ContextVar("pinning_asking", default=False)
@@ -151,21 +153,21 @@ def _look(connection: BaseDatabaseWrapper, family: Family) -> Seen:
 
 def _asker(connection: BaseDatabaseWrapper, link: Link) -> Ask:
     raw = connection.connection
+    fetch = _by_protocol if hasattr(raw, "pgconn") else _by_cursor
 
     def ask(sql: str) -> tuple[Any, ...]:
         asked.debug("%s: %s", link.alias, sql)
         guard = begin(raw, link)
         try:
             with connection.wrap_database_errors:
-                return fetch(raw, sql)
+                return fetch(raw, sql, link)
         finally:
             end(link, guard)
 
-    fetch = _by_protocol if hasattr(raw, "pgconn") else _by_cursor
     return ask
 
 
-def _by_cursor(raw: Any, sql: str) -> Row:
+def _by_cursor(raw: Any, sql: str, link: Link) -> Row:
     cursor = raw.cursor()
     try:
         cursor.execute(sql)
@@ -174,15 +176,34 @@ def _by_cursor(raw: Any, sql: str) -> Row:
         cursor.close()
 
 
-def _by_protocol(raw: Any, sql: str) -> Row:
-    """Ask over psycopg 3 without a cursor, which takes half of the time; values are text."""
+def _by_protocol(raw: Any, sql: str, link: Link) -> Row:
+    """
+    Ask over psycopg 3 without a cursor, which takes half of the time; values are text. What is
+    asked a third time on a connection is prepared there.
+    """
     from psycopg import errors, generators, pq
 
+    pgconn = raw.pgconn
     with raw.lock:
-        raw.pgconn.send_query(sql.encode())
-        result = raw.wait(generators.execute(raw.pgconn))[-1]
+        if link.prepared == sql:
+            pgconn.send_query_prepared(_PREPARED, [])
+        elif link.repeated == sql and not link.is_pooled:
+            pgconn.send_prepare(_PREPARED, sql.encode())
+            is_done = raw.wait(generators.execute(pgconn))[-1].status == pq.ExecStatus.COMMAND_OK
+            # What the site itself prepared in that name is not ours: then never.
+            link.prepared, link.repeated = sql if is_done else "", ""
+            pgconn.send_query(sql.encode())
+        else:
+            link.repeated = sql if link.server is not None and link.prepared is None else ""
+            pgconn.send_query(sql.encode())
+        result = raw.wait(generators.execute(pgconn))[-1]
     if result.status != pq.ExecStatus.TUPLES_OK:
-        raise errors.error_from_result(result)
+        error = errors.error_from_result(result)
+        if link.prepared == sql and isinstance(error, errors.InvalidSqlStatementName):
+            # Somebody has reset the session (DISCARD ALL).
+            link.prepared = None
+            return _by_protocol(raw, sql, link)
+        raise error
     values = (result.get_value(0, column) for column in range(result.nfields))
     return tuple([None if value is None else value.decode() for value in values])
 

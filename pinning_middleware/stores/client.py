@@ -66,7 +66,9 @@ class CookieStore(TokenStore):
     """
 
     def load(self, request: HttpRequest) -> Pins:
-        # Every request comes by here, and most bring no pin.
+        # Every request comes by here, and most bring no pin. Who needs no cookie parses none.
+        if "HTTP_COOKIE" not in request.META and not request.__dict__.get("COOKIES"):
+            return _NO_PINS
         return super().load(request) if request.COOKIES else _NO_PINS
 
     def read(self, request: HttpRequest) -> list[str]:

@@ -16,6 +16,7 @@ from pinning_middleware.routing.nodes import Nodes
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.servers import connecting
 from pinning_middleware.servers.prober import private
+from pinning_middleware.servers.server import registry
 from pinning_middleware.writes.sql import table_of
 
 from .reads import REPLICA, here, observed, tables_of
@@ -123,12 +124,17 @@ class Replicas:
         """Let replicas that were killed be in reach again, at once."""
         chosen = self._chosen(aliases)
         connecting.refused.difference_update(chosen)
+        for alias in chosen:
+            registry.succeed(registry.endpoint(alias))
         self._pretend(Nodes.held_back, Nodes.cut_off - set(chosen))
 
     def reset(self) -> None:
         """Let no replica lag or be out of reach because of a test."""
+        known = pools().by_replica
         for alias in tuple(self._written):
-            self._tell(alias, _RESUME)
+            # The settings of the test may be gone already.
+            if alias in known:
+                self._tell(alias, _RESUME)
         self._written.clear()
         if self._note_write in counters.write_observers:
             counters.write_observers.remove(self._note_write)
@@ -147,8 +153,9 @@ class Replicas:
         if table is None:
             return
         table = table.rpartition(".")[2]
+        known = pools().by_replica
         for replica, tables in self._written.items():
-            if _pool(replica).primary == alias:
+            if replica in known and known[replica].primary == alias:
                 tables.setdefault(table, here())
 
     # Who is who
@@ -237,10 +244,11 @@ def _beside(alias: str) -> Iterator[Callable[..., Any]]:
     connection: BaseDatabaseWrapper = private(alias)
 
     def ask(sql: str, params: tuple[Any, ...] = ()) -> Any:
-        with connection.cursor() as cursor:
-            # Past the execute wrappers: it is nothing that the site does.
-            cursor.cursor.execute(sql, params)
-            row = cursor.cursor.fetchone() if cursor.cursor.description else None
+        # Past the execute wrappers: it is nothing that the site does.
+        with connection.cursor() as wrapped, connection.wrap_database_errors:
+            cursor = wrapped.cursor
+            cursor.execute(sql, params)
+            row = cursor.fetchone() if cursor.description else None
         return row[0] if row else None
 
     try:
