@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction, sync_to_async
+from django.conf import settings
+from django.core.signals import setting_changed
 
 from . import counters
 from .blocks import aparts_inside, parts_inside
@@ -67,6 +69,8 @@ class PinningMiddleware:
             try:
                 if has_changed(scope):
                     _save(scope, request, response)
+                if plan.is_debug or "_cached_user" in request.__dict__:
+                    _explain(plan, scope, request, response)
                 _end(scope, request, response)
             finally:
                 enter(outer)
@@ -87,6 +91,8 @@ class PinningMiddleware:
                 if has_changed(scope):
                     # A client that goes away takes the request with it, and not its pin.
                     await asyncio.shield(_asave(scope, request, response))
+                if plan.is_debug or not request.__dict__.keys().isdisjoint(_USERS):
+                    _explain(plan, scope, request, response)
                 _end(scope, request, response)
             finally:
                 enter(outer)
@@ -108,6 +114,7 @@ class _Plan(NamedTuple):
     is_enabled: bool
     methods: frozenset[str]
     at_start: tuple[BaseStore, ...]
+    is_debug: bool
 
 
 _plan: _Plan | None = None
@@ -115,7 +122,7 @@ _plan: _Plan | None = None
 
 def _make_plan() -> _Plan:
     global _plan
-    _plan = _Plan(conf.enabled, conf.primary_methods, conf.stores_at_start)
+    _plan = _Plan(conf.enabled, conf.primary_methods, conf.stores_at_start, settings.DEBUG)
     return _plan
 
 
@@ -123,6 +130,14 @@ def _make_plan() -> _Plan:
 def _forget_plan() -> None:
     global _plan
     _plan = None
+
+
+def _on_debug(*, setting: str, **kwargs: Any) -> None:
+    if setting == "DEBUG":
+        _forget_plan()
+
+
+setting_changed.connect(_on_debug, dispatch_uid="pinning_middleware.middleware")
 
 
 def _begin(plan: _Plan, request: HttpRequest, outer: Scope | None) -> Scope:
@@ -145,6 +160,27 @@ def _end(scope: Scope, request: HttpRequest, response: Any) -> None:
         scope.ended = request
         if scope.from_primary:
             scope.end(request)
+
+
+# Where Django keeps the user once somebody has asked for it; nobody is asked for its sake.
+_USERS = ("_cached_user", "_acached_user")
+
+
+def _explain(plan: _Plan, scope: Scope, request: HttpRequest, response: Any) -> None:
+    """Say where this request's reads went and why, to staff and where one debugs."""
+    if response is None or not (plan.is_debug or _is_staff(request)):
+        return
+    routes = dict.fromkeys(route for facts in scope.values() for route in facts.routes)
+    if routes:
+        said = ", ".join(f"{alias}: {reason}" for alias, reason in routes)
+        before = response.headers.get("Server-Timing")
+        mine = f'pinning;desc="{said}"'
+        response.headers["Server-Timing"] = f"{before}, {mine}" if before else mine
+
+
+def _is_staff(request: HttpRequest) -> bool:
+    users = (request.__dict__.get(name) for name in _USERS)
+    return any(getattr(user, "is_staff", False) and user.is_active for user in users if user)
 
 
 def _on_view(request: HttpRequest) -> Scope | None:

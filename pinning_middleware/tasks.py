@@ -19,7 +19,9 @@ task's id. What that can't do:
 
 from __future__ import annotations
 
+import functools
 from contextlib import suppress
+from contextvars import ContextVar
 from importlib import import_module
 from typing import Any
 
@@ -32,7 +34,9 @@ from .stores import cache
 
 __all__ = ["carry_pins"]
 
-_open: dict[str, PinningScope] = {}
+# By their ids, the scopes of tasks that run, each with the task that ran around it.
+_open: dict[str, tuple[PinningScope, str | None]] = {}
+_running: ContextVar[str | None] = ContextVar("pinning_task", default=None)
 
 
 def carry_pins() -> None:
@@ -41,9 +45,10 @@ def carry_pins() -> None:
     worker. ``ImproperlyConfigured`` where there is neither Django 6 nor django-tasks.
     """
     found = False
-    for module in ("django.tasks.signals", "django_tasks.signals"):
+    for package in ("django.tasks", "django_tasks"):
         with suppress(ImportError):
-            _connect(import_module(module))
+            _connect(import_module(f"{package}.signals"))
+            _close_interrupted(import_module(f"{package}.base").Task)
             found = True
     if not found:
         raise ImproperlyConfigured("Tasks are part of Django 6; before it, install django-tasks.")
@@ -67,10 +72,35 @@ def _begin(*, task_result: Any, **kwargs: Any) -> None:
     # One that runs in place is part of who called it; a worker serves strangers by turns.
     block = PinningScope(scope=scope, isolated=outer is None or outer.is_lasting)
     block.__enter__()
-    _open[task_result.id] = block
+    _open[task_result.id] = block, _running.get()
+    _running.set(task_result.id)
 
 
 def _end(*, task_result: Any, **kwargs: Any) -> None:
-    block = _open.pop(task_result.id, None)
-    if block is not None:
-        block.__exit__(None, None, None)
+    _close(task_result.id)
+
+
+def _close(task: str | None) -> None:
+    if task is None or (found := _open.pop(task, None)) is None:
+        return
+    block, outer = found
+    _running.set(outer)
+    block.__exit__(None, None, None)
+
+
+def _close_interrupted(kind: Any) -> None:
+    """Close the scope of a task that Ctrl-C ends: of that one nobody says that it has finished."""
+    call = kind.call
+    if getattr(call, "_pinning", False):
+        return
+
+    @functools.wraps(call)
+    def closing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(self, *args, **kwargs)
+        except KeyboardInterrupt:
+            _close(_running.get())
+            raise
+
+    closing._pinning = True  # type: ignore[attr-defined]
+    kind.call = closing

@@ -15,7 +15,14 @@ from pinning_middleware.stores import CookieStore
 from tests.conftest import MIDDLEWARE, ROUTER
 
 E, W = "pinning_middleware.E", "pinning_middleware.W"
-NOT_SECONDS = [-1, "15", None, True, float("nan"), float("inf"), [15], object()]
+class Anything:
+    """No value of any setting, with a name that is the same in every process."""
+
+    def __repr__(self) -> str:
+        return "Anything()"
+
+
+NOT_SECONDS = [-1, "15", None, True, float("nan"), float("inf"), [15], Anything()]
 NOT_BOOL = ["False", 0, 1, None, []]
 NOT_A_NAME = ["", "a b", "a;b", "a=b", "é", None, 5, "a\n"]
 NOT_TEXTS = ["text", [5], [""], None, {"a": 1}, 5]

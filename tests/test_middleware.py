@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
@@ -599,3 +600,54 @@ def test_a_carried_pin_makes_no_hop(monkeypatch: pytest.MonkeyPatch, do: Any) ->
         handler.load_middleware(is_async=True)
         async_to_sync(handle)()
     assert seen == ["default"]
+
+
+# Server-Timing
+
+
+class StaffVisit:
+    """What a view does that Django's authentication does at its first use."""
+
+    def __init__(self, is_staff: bool, is_active: bool = True) -> None:
+        self.is_staff, self.is_active = is_staff, is_active
+
+    def __call__(self, request: Any) -> None:
+        request._cached_user = self
+        Book.objects.count()
+        with use_primary():
+            Book.objects.count()
+
+
+def timing(visit: Visit, action: Callable[[Any], Any]) -> str | None:
+    visit(action)
+    header: str | None = visit.response.headers.get("Server-Timing")
+    return header
+
+
+def test_staff_sees_where_reads_went(visit: Visit) -> None:
+    found = timing(visit, StaffVisit(is_staff=True))
+    assert found is not None
+    assert re.fullmatch(r'pinning;desc="replica\d: turn, default: use_primary"', found)
+
+
+@pytest.mark.parametrize("user", [StaffVisit(False), StaffVisit(True, is_active=False)])
+def test_the_public_does_not(visit: Visit, user: StaffVisit) -> None:
+    assert timing(visit, user) is None
+    assert timing(visit, lambda request: Book.objects.count()) is None
+
+
+@override_settings(DEBUG=True)
+def test_everybody_does_in_debug(visit: Visit) -> None:
+    assert timing(visit, lambda request: Book.objects.count()) is not None
+    assert timing(visit, lambda request: None) is None
+
+
+@override_settings(DEBUG=True)
+def test_other_timings_stay(visit: Visit) -> None:
+    def view(request: Any) -> HttpResponse:
+        Book.objects.count()
+        return HttpResponse(headers={"Server-Timing": "db;dur=5"})
+
+    visit.browser.get(f"/{visit.kind}/{visit._do(view)}/")
+    response = visit.browser.get(f"/{visit.kind}/{visit._do(view)}/")
+    assert response.headers["Server-Timing"].startswith('db;dur=5, pinning;desc="replica')

@@ -65,6 +65,7 @@ def open_cursor(
     def elsewhere(why: object) -> Any:
         def attempt(other: BaseDatabaseWrapper) -> Any:
             opened = other._cursor(name)  # type: ignore[attr-defined]
+            opened.__class__ = _moved(type(opened), other, alias, _reason(why))
             opened.pinning_alias, opened.pinning_reason = alias, _reason(why)
             return opened
 
@@ -100,6 +101,20 @@ def open_cursor(
         opened.close()
         return open_cursor(connection, cursor, name)
     return opened
+
+
+def _moved(base: type[Any], other: BaseDatabaseWrapper, alias: str, reason: str) -> type[Any]:
+    """
+    Return the class of a cursor that was opened elsewhere. Tools that wrap cursors make another
+    one of it, with the driver's cursor and the connection that was meant: that would not fit.
+    """
+
+    class Moved(base):  # type: ignore[misc]
+        def __init__(self, cursor: Any, db: BaseDatabaseWrapper) -> None:
+            super().__init__(cursor, other)
+            self.pinning_alias, self.pinning_reason = alias, reason
+
+    return Moved
 
 
 def run(

@@ -6,7 +6,7 @@ statement does, has a write noted or refused, lets a read outlive its server, an
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -25,6 +25,8 @@ from .pools import pools
 
 __all__ = ["install", "statement"]
 
+# How many changes of route a scope remembers.
+MOST_ROUTES: Final = 16
 # Where a replica was meant, also if it is a mirror of the primary.
 _BY_REPLICA = (reasons.TURN, reasons.POSITION, reasons.USE_REPLICA)
 
@@ -78,6 +80,10 @@ def _count(pool: Pool, meant: str, kind: Kind, cursor: Any, sql: Any) -> None:
         reason = cursor.__dict__.get("pinning_reason", reasons.FAILOVER)
     elif kind is Kind.LOCK:
         reason = reasons.LOCK
+    if facts is not None and len(facts.routes) < MOST_ROUTES:
+        route = served, reason
+        if not facts.routes or facts.routes[-1] != route:
+            facts.routes = (*facts.routes, route)
     kept = connection.__dict__.get("_pinning_link")
     server = None if kept is None else kept[1].server
     reads[pool.primary, served, server, reason] += 1

@@ -73,6 +73,8 @@ class Facts:
     decided: tuple[str, str] | None = None
     # The replica that a test mirror was chosen as, where the primary answers for it.
     meant: str | None = None
+    # Where its reads went and why, as often as that changed, for those who are to be told.
+    routes: tuple[tuple[str, str], ...] = ()
     # The fallback that was said last.
     said = ""
     # When replicas were asked in vain for the carried pin (monotonic clock, 0.0: never).

@@ -186,6 +186,24 @@ def test_the_scope_ends_with_the_task(pg: PostgreSQL) -> None:
         assert entered_scope() is before
 
 
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def interrupt_inside_another() -> None:
+    task(interrupt).enqueue()
+
+
+@pytest.mark.parametrize("function", [interrupt, interrupt_inside_another])
+def test_ctrl_c_leaves_no_scope_behind(pg: PostgreSQL, function: Callable[[], None]) -> None:
+    """Nobody says that such a task has finished."""
+    before = entered_scope()
+    with pytest.raises(KeyboardInterrupt):
+        task(function).enqueue()
+    assert entered_scope() is before
+    assert carrying._open == {}
+
+
 def test_another_process_finds_the_pin_in_the_cache(pg: PostgreSQL) -> None:
     pg.pause()
     queue = Queue()
