@@ -22,6 +22,7 @@ from pinning_middleware.scopes.blocks import enter_blocks, open_blocks
 from pinning_middleware.scopes.scope import enter, entered_scope
 from pinning_middleware.servers import prober
 from pinning_middleware.stores import cache as keyed
+from pinning_middleware.testing import replicas
 from tests.app import views
 from tests.settings import FOLDER
 
@@ -90,18 +91,7 @@ def do() -> Iterator[Callable[[Callable[..., Any]], str]]:
 
 
 @pytest.fixture
-def replicate() -> Callable[..., None]:
-    """Return a function that brings what the primary has to a replica, as replication would."""
-
-    def copy(*aliases: str, source: str = "default") -> None:
-        for alias in aliases or ("replica1", "replica2"):
-            _copy(source, alias)
-
-    return copy
-
-
-@pytest.fixture
-def named(replicate: Callable[..., None]) -> Callable[..., None]:
+def named() -> Callable[..., None]:
     """
     Return a function that gives databases an author, a book of theirs and a tag with the
     database's name, all with the key 1: what is read tells where it was read.
@@ -110,7 +100,7 @@ def named(replicate: Callable[..., None]) -> Callable[..., None]:
     def fill(*aliases: str) -> None:
         for alias in aliases or ("default", "replica1", "replica2"):
             if alias != "default":
-                replicate(alias)
+                replicas.catch_up(alias)
             with closing(_open(alias)) as database, database:
                 for statement in (
                     "REPLACE INTO app_author (id, name) VALUES (1, ?)",
@@ -144,11 +134,6 @@ def change_behind(alias: str, statement: str) -> None:
     """Change a database in a way that nobody sees."""
     with closing(_open(alias)) as database, database:
         database.execute(statement)
-
-
-def _copy(source: str, target: str) -> None:
-    with closing(_open(source)) as primary, closing(_open(target)) as replica:
-        primary.backup(replica)
 
 
 def _empty(alias: str) -> None:

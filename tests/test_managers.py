@@ -18,6 +18,7 @@ from pinning_middleware import (
     use_replica,
 )
 from pinning_middleware.scopes.scope import enter
+from pinning_middleware.testing import replicas
 from tests.app.models import Slurpee
 from tests.conftest import Visit, saved
 
@@ -34,10 +35,10 @@ def alone() -> Iterator[None]:
 
 
 @pytest.fixture
-def filled(replicate: Callable[..., None]) -> None:
+def filled() -> None:
     """One row with the number 1 on `default`, and with the number 2 on `slave`."""
     Slurpee(pk=1, number=2).save()
-    replicate("slave")
+    replicas.catch_up("slave")
     models.QuerySet(Slurpee).using("default").update(number=1)
     # What filled it is no part of the test.
     enter(None)

@@ -20,6 +20,7 @@ from pinning_middleware import (
     use_replica,
 )
 from pinning_middleware.routers import PinningRouter
+from pinning_middleware.testing import replicas
 from tests.app.models import Account, Author, Book, Note, Tag
 from tests.conftest import ROUTER, Visit, change_behind, is_replica, saved, where
 
@@ -74,12 +75,12 @@ def filled(named: Callable[..., None]) -> None:
 
 
 @pytest.fixture
-def noted(replicate: Callable[..., None]) -> Book:
+def noted() -> Book:
     """A book with two notes, which the replicas have as well."""
     book = Book.objects.create(title="noted")
     book.notes.create(text="one")
     book.notes.create(text="two")
-    replicate()
+    replicas.catch_up()
     unpin_this_request()
     return book
 

@@ -35,7 +35,7 @@ from pinning_middleware import (
 from pinning_middleware.pins import Pin, Pins, pack, unpack
 from pinning_middleware.stores import BaseStore, CacheStore, CookieStore, HeaderStore
 from pinning_middleware.stores import cache as keyed
-from pinning_middleware.testing import StoreContract
+from pinning_middleware.testing import StoreContract, replicas
 from tests.app.models import Book
 from tests.caches import calls
 from tests.conftest import MIDDLEWARE, Browser, Visit, is_replica, where
@@ -512,13 +512,11 @@ def test_a_visitor_costs_no_look_up(visit: Visit) -> None:
         assert not calls
 
 
-def test_sessions_in_the_database_do_not_recurse(
-    visit: Visit, ada: User, replicate: Callable[..., None]
-) -> None:
+def test_sessions_in_the_database_do_not_recurse(visit: Visit, ada: User) -> None:
     """They are read before the pins are known, and once."""
     with pins_in({**LOCMEM, "LOCATION": "pins"}, PINNING_STORES=[CACHE]):
         visit.browser.client.force_login(ada)
-        replicate()
+        replicas.catch_up()
         visit(write)
         with (
             CaptureQueriesContext(connections["replica1"]) as one,

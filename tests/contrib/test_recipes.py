@@ -29,6 +29,7 @@ from strawberry.django.views import AsyncGraphQLView
 from strawberry.django.views import GraphQLView as StrawberryView
 
 from pinning_middleware.scopes.scope import enter
+from pinning_middleware.testing import replicas
 from tests.app.models import Book
 from tests.conftest import change_behind, is_replica, where
 
@@ -222,9 +223,9 @@ def test_graphql_by_operation_in_async_code() -> None:
 
 
 @pytest.mark.parametrize("name", ADD)
-def test_graphql_by_resolver(name: str, replicate: Any) -> None:
+def test_graphql_by_resolver(name: str) -> None:
     """The book is on the primary only, put there by nobody that we know of."""
-    replicate()
+    replicas.catch_up()
     change_behind("default", "INSERT INTO app_book (title, author_id) VALUES ('x', NULL)")
     client = Client()
     found = [post(client, f"/one/{name}/", query='{ found(title: "x") }') for _ in range(2)]
