@@ -159,6 +159,8 @@ def test_what_does_not_run_cannot_be_frozen(own: Cluster) -> None:
         pass
 
 
+# A worker of a parallel run ignores Ctrl-C, and what it starts would too.
+LISTENING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 FREEZING = """
 import os, sys
 from pathlib import Path
@@ -175,7 +177,7 @@ with Cluster(Path(sys.argv[1]), replicas=1) as cluster:
 def test_nothing_is_left_of_a_frozen_cluster_whose_process_ends(
     tmp_path: Path, number: int
 ) -> None:
-    command = [sys.executable, "-c", FREEZING, str(tmp_path / "cluster")]
+    command = [sys.executable, "-c", LISTENING + FREEZING, str(tmp_path / "cluster")]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
@@ -439,7 +441,7 @@ with haproxy(Address("127.0.0.1", 1)), pgbouncer(*[Address("127.0.0.1", 1)] * 2)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_program_outlives_the_process_that_started_it(number: int, reachable: Path) -> None:
-    command = [sys.executable, "-c", PROXYING]
+    command = [sys.executable, "-c", LISTENING + PROXYING]
     with subprocess.Popen(
         command,
         env={**os.environ, "TMPDIR": str(reachable)},
