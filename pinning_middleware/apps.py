@@ -19,7 +19,7 @@ class PinningConfig(AppConfig):
     verbose_name = "Pinning middleware"
 
     def ready(self) -> None:
-        from . import checks  # noqa: F401
+        from . import checks, stats  # noqa: F401
         from .routing import failover, instances, statements
         from .scopes import view_transactions
         from .stores import cache
@@ -31,5 +31,6 @@ class PinningConfig(AppConfig):
         generic.install()
         instances.install()
         view_transactions.install()
+        stats.install()
         # A cache that is a table of the database is no part of what a user reads and writes.
         cache.around = _on_primary

@@ -128,6 +128,11 @@ class Conf:
         own = self._get(f"PINNING_COOKIE_{attribute}")
         return getattr(settings, f"SESSION_COOKIE_{attribute}") if own is None else own
 
+    @property
+    def debug(self) -> bool:
+        # Not kept: a change of it is no reason to forget what is known of servers.
+        return bool(settings.DEBUG)
+
     @cached_property
     def enabled(self) -> bool:
         return bool(self._get("PINNING_ENABLED"))

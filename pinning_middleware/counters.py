@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = [
-    "EXPLICIT",
     "Read",
     "fallbacks",
     "observers",
@@ -21,9 +20,6 @@ __all__ = [
     "reruns",
     "write_observers",
 ]
-
-# In the place of a reason, where nobody decided: the code named the alias.
-EXPLICIT: Final = "explicit"
 
 
 class Read(NamedTuple):

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction, sync_to_async
-from django.conf import settings
 from django.core.signals import setting_changed
 
 from . import counters
@@ -24,6 +23,7 @@ from .routing.leaving import (
     keep_keys,
     left_behind,
 )
+from .saying import once_a_minute
 from .scopes.blocks import enter_blocks, open_blocks
 from .scopes.scope import Scope, enter, entered_scope
 
@@ -35,8 +35,20 @@ if TYPE_CHECKING:
 
 __all__ = ["PinningMiddleware"]
 
-logger = logging.getLogger("pinning_middleware")
-_LOST = "%s could not %s the pins; the other stores and the rest of the request go on."
+logger = logging.getLogger("pinning_middleware.pins")
+
+
+def _lost(who: str, what: str, error: Exception) -> None:
+    once_a_minute(
+        logger,
+        logging.ERROR,
+        (who, what),
+        "%s could not %s the pins; the other stores and the rest of the request go on.",
+        who,
+        what,
+        extra={"store": who, "error": str(error)},
+        exc_info=error,
+    )
 
 
 class PinningMiddleware:
@@ -122,7 +134,7 @@ _plan: _Plan | None = None
 
 def _make_plan() -> _Plan:
     global _plan
-    _plan = _Plan(conf.enabled, conf.primary_methods, conf.stores_at_start, settings.DEBUG)
+    _plan = _Plan(conf.enabled, conf.primary_methods, conf.stores_at_start, conf.debug)
     return _plan
 
 
@@ -209,8 +221,8 @@ def _load(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
         if pins := store.load(request):
             counters.pins["carried"] += 1
             scope.carry(pins)
-    except Exception:
-        logger.exception(_LOST, type(store).__name__, "load")
+    except Exception as error:
+        _lost(type(store).__name__, "load", error)
 
 
 async def _aload(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
@@ -218,8 +230,8 @@ async def _aload(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
         if pins := await store.aload(request):
             counters.pins["carried"] += 1
             scope.carry(pins)
-    except Exception:
-        logger.exception(_LOST, type(store).__name__, "load")
+    except Exception as error:
+        _lost(type(store).__name__, "load", error)
 
 
 def _save(scope: Scope, request: HttpRequest, response: HttpResponseBase | None) -> None:
@@ -227,16 +239,16 @@ def _save(scope: Scope, request: HttpRequest, response: HttpResponseBase | None)
     try:
         if scope.pinned_keys:
             keep_keys(scope)
-    except Exception:
-        logger.exception(_LOST, "The cache of keys", "save")
+    except Exception as error:
+        _lost("The cache of keys", "save", error)
     if pins == scope.carried:
         return
     counters.pins["set"] += bool(pins)
     for store in conf.stores:
         try:
             store.save(request, response, pins)
-        except Exception:
-            logger.exception(_LOST, type(store).__name__, "save")
+        except Exception as error:
+            _lost(type(store).__name__, "save", error)
 
 
 async def _asave(scope: Scope, request: HttpRequest, response: HttpResponseBase | None) -> None:
@@ -247,16 +259,16 @@ async def _asave(scope: Scope, request: HttpRequest, response: HttpResponseBase 
     try:
         if scope.pinned_keys:
             await akeep_keys(scope)
-    except Exception:
-        logger.exception(_LOST, "The cache of keys", "save")
+    except Exception as error:
+        _lost("The cache of keys", "save", error)
     if pins == scope.carried:
         return
     counters.pins["set"] += bool(pins)
     for store in conf.stores:
         try:
             await store.asave(request, response, pins)
-        except Exception:
-            logger.exception(_LOST, type(store).__name__, "save")
+        except Exception as error:
+            _lost(type(store).__name__, "save", error)
 
 
 def _save_late(scope: Scope, request: HttpRequest) -> None:

@@ -5,6 +5,7 @@ metrics and test tools hand it on unchanged.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 TURN: Final = "turn"  # a replica, by turns
@@ -44,3 +45,28 @@ ALL: Final = (
     FAILOVER,
     PRIMARY_DOWN,
 )
+
+# In the place of a reason, where nobody decided: the code named the alias.
+EXPLICIT: Final = "explicit"
+
+# What each says to people.
+MEANINGS: Final[Mapping[str, str]] = {
+    TURN: "a replica, by turns",
+    WROTE: "this request has written",
+    PINNED: "an earlier request has written, and only time ends that pin",
+    POSITION: "a replica that has replayed what an earlier request wrote",
+    BEHIND: "no replica is known to have replayed what an earlier request wrote",
+    TRANSACTION: "a transaction is open on the primary",
+    LOCK: "a locking read holds the rest of the request on the primary",
+    METHOD: "the request's method is one of PINNING_PRIMARY_METHODS",
+    BY_HAND: "pin_this_request()",
+    USE_PRIMARY: "inside use_primary",
+    USE_REPLICA: "inside use_replica",
+    NO_REPLICA: "no replica is configured, or none is usable",
+    NOT_OFFLOADED: "PINNING_OFFLOAD, or nothing, marks this for replicas",
+    MODEL: "PINNING_PRIMARY_MODELS",
+    DISABLED: "PINNING_ENABLED is false",
+    FAILOVER: "the server that was meant would not do",
+    PRIMARY_DOWN: "a replica stands in for the primary",
+    EXPLICIT: "the code named the database",
+}

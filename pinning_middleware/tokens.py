@@ -16,11 +16,12 @@ from .counters import pins as counted
 from .counters import rejected
 from .exceptions import InvalidToken
 from .pins import Pin, Pins, live, pack, unpack
+from .saying import once_a_minute
 from .signals import token_rejected
 
 __all__ = ["MAX_LENGTH", "accept", "dumps", "loads", "rejected"]
 
-logger = logging.getLogger("pinning_middleware")
+logger = logging.getLogger("pinning_middleware.pins")
 
 # Less than a browser lets a cookie have, its name and attributes included.
 MAX_LENGTH = 3072
@@ -48,7 +49,14 @@ def dumps(pins: Pins) -> str:
     """
     token = _signed(pins)
     if len(token) > MAX_LENGTH:
-        logger.warning("A token of %d pools is too long: its positions are left out.", len(pins))
+        once_a_minute(
+            logger,
+            logging.WARNING,
+            "too long",
+            "A token of %d pools is too long: its positions are left out.",
+            len(pins),
+            extra={"pools": len(pins)},
+        )
         token = _signed({alias: Pin(pin.until) for alias, pin in pins.items()})
     if len(token) <= MAX_LENGTH:
         return token
@@ -104,7 +112,14 @@ def accept(token: str, source: type[Any] | None = None) -> dict[str, Pin]:
     except InvalidToken as error:
         rejected[error.reason] += 1
         counted["rejected"] += 1
-        logger.info("A pinning token was ignored: %s", error.reason)
+        once_a_minute(
+            logger,
+            logging.INFO,
+            error.reason,
+            "A pinning token was ignored: %s",
+            error.reason,
+            extra={"reason": error.reason},
+        )
         token_rejected.send_robust(source, reason=error.reason)
         return {}
 

@@ -62,6 +62,7 @@ MIDDLEWARE = [
     "pinning_middleware.middleware.PinningMiddleware",
     "sample_site.panel.middleware.PanelMiddleware",
     "django.middleware.security.SecurityMiddleware",
+    "sample_site.policy.ContentSecurityPolicy",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
@@ -74,6 +75,8 @@ DATABASE_ROUTERS = ["pinning_middleware.routers.PinningRouter"]
 PINNING_REPLICAS = list(REPLICA_URLS)
 # Longer than the default of 15 s: time to open a second browser and look around.
 PINNING_SECONDS = int(os.environ.get("PINNING_SECONDS", "60"))
+# Far more than anybody waits for in a demonstration: it has lag measured, for the status page.
+PINNING_MAX_LAG = 3600
 PINNING_POSITIONS = os.environ.get("PINNING_POSITIONS", "1") != "0"
 PINNING_STORES = [
     "pinning_middleware.stores.CookieStore",  # a browser, signed in or not

@@ -18,6 +18,7 @@ from django.test import AsyncClient, Client, TransactionTestCase
 from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
 
+from pinning_middleware import saying
 from pinning_middleware.scopes.blocks import enter_blocks, open_blocks
 from pinning_middleware.scopes.scope import enter, entered_scope
 from pinning_middleware.servers import prober
@@ -75,6 +76,8 @@ def outside_any_scope() -> Iterator[None]:
     enter(outer)
     enter_blocks(blocks)
     prober.stop()
+    # Nor is what one has said a line that another may not say.
+    saying._said.clear()
 
 
 @pytest.fixture

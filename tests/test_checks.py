@@ -15,6 +15,8 @@ from pinning_middleware.stores import CookieStore
 from tests.conftest import MIDDLEWARE, ROUTER
 
 E, W = "pinning_middleware.E", "pinning_middleware.W"
+
+
 class Anything:
     """No value of any setting, with a name that is the same in every process."""
 

@@ -307,12 +307,8 @@ def test_a_broken_store_costs_its_own_pins_and_a_line_of_the_log(
         assert visit.response.status_code == 200
         assert visit() == "default"
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 3
-    assert [("load" in line, "save" in line) for line in said] == [
-        (True, False),
-        (False, True),
-        (True, False),
-    ]
+    # Once a minute, however many requests meet it.
+    assert [("load" in line, "save" in line) for line in said] == [(True, False), (False, True)]
     assert all(store in line for line in said)
 
 

@@ -17,7 +17,6 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware import clock, reasons
 from pinning_middleware.conf import PoolSpec, conf
-from pinning_middleware.counters import EXPLICIT
 from pinning_middleware.pins import Pin
 from pinning_middleware.scopes.blocks import Kind, Open, lifts, open_blocks, override
 from pinning_middleware.scopes.scope import Facts, Scope, current_scope, entered_scope
@@ -60,7 +59,7 @@ class Pool(Nodes):
     # Whether it matters who answered a read.
     is_monotonic = False
     # The reason for a read that nobody decided.
-    otherwise = EXPLICIT
+    otherwise = reasons.EXPLICIT
 
     def __init__(self, spec: PoolSpec) -> None:
         super().__init__(spec)

@@ -21,6 +21,7 @@ from django.db.backends.signals import connection_created
 
 from pinning_middleware import reasons
 from pinning_middleware.conf import conf
+from pinning_middleware.saying import once_a_minute
 from pinning_middleware.scopes.blocks import Kind as BlockKind
 from pinning_middleware.scopes.blocks import is_direct, open_blocks, override
 from pinning_middleware.scopes.scope import Scope, entered_scope
@@ -39,7 +40,7 @@ from .sessions import same_session
 
 __all__ = ["install", "run", "serve_elsewhere"]
 
-logger = logging.getLogger("pinning_middleware")
+logger = logging.getLogger("pinning_middleware.reads")
 
 # Reasons that only the primary answers, and that are no failure of anybody.
 _PRIMARY_ONLY = (reasons.WROTE, reasons.LOCK, reasons.PINNED)
@@ -311,12 +312,21 @@ def _tell(pool: Pool, scope: Scope | None, failed: str, alias: str, why: object)
     if why in (*_PRIMARY_ONLY, reasons.BEHIND):
         logger.debug("A read of %s went to %s: %s", failed, alias, why)
     else:
-        logger.warning(
+        once_a_minute(
+            logger,
+            logging.WARNING,
+            (pool.primary, failed, alias),
             "A read of %s went to %s: %s",
             failed,
             alias,
             why,
-            extra={"failed": failed, "served": alias, "pool": pool.primary},
+            extra={
+                "pool": pool.primary,
+                "failed": failed,
+                "served": alias,
+                "reason": _reason(why),
+                "error": str(why),
+            },
         )
         read_rerun.send_robust(pool.primary, failed=failed, served=alias, error=why)
         if failed == pool.primary != alias:

@@ -102,7 +102,11 @@ class Watcher:
                     self._look()
                 pause = min(pause * 2, LONGEST_PAUSE) if self._waiting else FIRST_PAUSE
         except Exception:
-            logger.exception("Nobody looks at %s any more.", self.alias)
+            logger.exception(
+                "Nobody looks at %s any more.",
+                self.alias,
+                extra={"alias": self.alias, "pool": self.primary},
+            )
         finally:
             self.end()
             self._disconnect()
@@ -195,7 +199,12 @@ class Watcher:
             seen = look(connection)
             return None if seen is None else seen.server
         except (DatabaseError, InterfaceError) as error:
-            logger.debug("%s did not answer its watcher: %s", alias, error)
+            logger.debug(
+                "%s did not answer its watcher: %s",
+                alias,
+                error,
+                extra={"alias": alias, "pool": self.primary, "error": str(error)},
+            )
             with contextlib.suppress(Exception):
                 connection.close()
         except RuntimeError as error:

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from django.apps import AppConfig
+
+
+class OpenTelemetryConfig(AppConfig):
+    name = "pinning_middleware.contrib.opentelemetry"
+    label = "pinning_opentelemetry"
+    verbose_name = "Pinning middleware: OpenTelemetry"
+
+    def ready(self) -> None:
+        try:
+            import opentelemetry.metrics
+            import opentelemetry.trace  # noqa: F401
+        except ModuleNotFoundError:
+            # One list of apps for every machine, also for those without it.
+            return
+        from .instruments import instrument
+
+        instrument()

@@ -1,0 +1,1 @@
+"""The package's commands, and how they ask every server at once."""

@@ -1,0 +1,223 @@
+"""The commands where no server can be asked how far it is; ``tests/real`` has those that can."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from typing import Any
+
+import pytest
+from django.core.management import call_command
+from django.db import connections
+from django.test import override_settings
+
+from pinning_middleware import counters
+from pinning_middleware.management import asking
+from pinning_middleware.management.commands import pinning_check, pinning_status
+from pinning_middleware.stats import DEGRADED, DOWN, ServerState
+from pinning_middleware.testing import replicas
+
+ALIASES = ["default", "replica1", "replica2"]
+pytestmark = pytest.mark.django_db(databases=ALIASES, transaction=True)
+
+
+def run(name: str, *arguments: str) -> tuple[int, str]:
+    """Run a command; its exit status and what it printed."""
+    out = io.StringIO()
+    try:
+        call_command(name, *arguments, stdout=out, no_color=True)
+    except SystemExit as ended:
+        return int(str(ended.code)), out.getvalue()
+    return 0, out.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def nothing_read_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    counters.reads.clear()
+    # Whatever terminal, or none, the tests run in.
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+PRIMARY = ServerState(
+    pool="default",
+    alias="default",
+    address="10.0.0.1:5432",
+    configured="primary",
+    role="primary",
+    state="in",
+    position="0/54A0248",
+    age=0.1,
+)
+WELL = PRIMARY._replace(
+    alias="replica1", address="10.0.0.2:5432", configured="replica", role="replica", weight=1
+)
+OUT = WELL._replace(
+    alias="replica2",
+    state="out",
+    reason="connect",
+    retry_in=9.6,
+    age=None,
+    behind_bytes=646160,
+    lag=5.1,
+    error="connection timeout\nexpired",
+)
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[ServerState]:
+    """What asking tells, however often."""
+    found = [PRIMARY, WELL, OUT]
+    monkeypatch.setattr(asking.Asker, "ask", lambda self: list(found))
+    return found
+
+
+# pinning_status
+
+
+def test_the_table(rows: list[ServerState]) -> None:
+    code, text = run("pinning_status")
+    assert code == DEGRADED
+    assert text.splitlines()[:8] == [
+        "Pool default: 1 of 2 replicas serve; more than 15 s behind is too far.",
+        "server    role     state         weight  reads  position   behind         asked",
+        "default   primary  in                 -      0  0/54A0248  -              0.1 s ago",
+        "  10.0.0.1:5432",
+        "replica1  replica  in                 1      0  0/54A0248  -              0.1 s ago",
+        "  10.0.0.2:5432",
+        "replica2  replica  out: connect       1      0  0/54A0248  646 kB, 5.1 s  -",
+        "  10.0.0.2:5432  retry in 9.6 s; connection timeout expired",
+    ]
+
+
+def test_the_table_fits_a_hundred_columns(rows: list[ServerState]) -> None:
+    gtid = ",".join(f"0-{number}-123456" for number in range(9))
+    rows[:] = [
+        row._replace(position=gtid, error="a long story " * 20, since=time.time() - 100)
+        for row in rows
+    ]
+    lines = run("pinning_status")[1].splitlines()
+    assert max(map(len, lines)) <= 100
+    assert any("  0-0-123456" in line and "…" in line for line in lines)
+    assert any(line.startswith("server ") for line in lines)
+
+
+def test_a_narrow_terminal_gets_blocks(
+    rows: list[ServerState], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    text = run("pinning_status")[1]
+    assert "replica2\n  role     replica\n  state    out: connect\n" in text
+    assert "  retry in 9.6 s\n  error    connection timeout expired\n" in text
+
+
+def test_json(rows: list[ServerState]) -> None:
+    code, text = run("pinning_status", "--json")
+    answer = json.loads(text)
+    assert (code, answer["status"]) == (DEGRADED, DEGRADED)
+    assert answer["servers"] == [row._asdict() for row in rows]
+    assert answer["pools"]["default"]["usable"] == 1
+
+
+@pytest.fixture
+def three_times(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long it sleeps, until Ctrl-C comes at the third time."""
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pinning_status.time, "sleep", sleep)
+    return pauses
+
+
+def test_watch(rows: list[ServerState], three_times: list[float]) -> None:
+    code, text = run("pinning_status", "--watch", "--json")
+    assert (code, three_times) == (DEGRADED, [2.0] * 3)
+    assert [json.loads(line)["status"] for line in text.splitlines()] == [DEGRADED] * 3
+    three_times.clear()
+    assert "\033" not in run("pinning_status", "--watch", "5")[1]
+    assert three_times == [5.0] * 3
+
+
+def test_exit_statuses(rows: list[ServerState]) -> None:
+    del rows[2]
+    assert run("pinning_status")[0] == 0
+    rows[0] = rows[0]._replace(state="out", reason="silent")
+    assert run("pinning_status")[0] == DOWN
+
+
+def test_databases_without_positions() -> None:
+    code, text = run("pinning_status", "--json")
+    assert code == 0
+    assert {row["alias"]: row["state"] for row in json.loads(text)["servers"]} == dict.fromkeys(
+        ALIASES, "in"
+    )
+
+
+def test_a_database_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(connections.settings["replica1"], "NAME", "/nowhere/at/all")
+    code, text = run("pinning_status", "--json")
+    assert code == DEGRADED
+    found = {row["alias"]: row for row in json.loads(text)["servers"]}
+    assert (found["replica1"]["state"], found["replica1"]["reason"]) == ("out", "connect")
+    assert "unable to open" in found["replica1"]["error"]
+
+
+def test_what_it_finds_is_not_said_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(connections.settings["replica1"], "NAME", "/nowhere/at/all")
+    run("pinning_status")
+    assert caplog.messages == []
+
+
+def test_without_replicas_and_switched_off() -> None:
+    with override_settings(PINNING_REPLICAS=[]):
+        assert run("pinning_status")[0] == 0
+        assert "names no replica" in run("pinning_status")[1]
+    with override_settings(PINNING_ENABLED=False):
+        assert "PINNING_ENABLED is off" in run("pinning_status")[1]
+
+
+# pinning_check
+
+
+def test_the_system_checks() -> None:
+    with override_settings(PINNING_SECONDS="soon"):
+        code, text = run("pinning_check")
+        assert code == DOWN
+        assert "PINNING_SECONDS" in text
+        found = json.loads(run("pinning_check", "--json")[1])["checks"]
+        with override_settings(SILENCED_SYSTEM_CHECKS=[check["id"] for check in found]):
+            assert run("pinning_check") == (0, "The settings are well.\n")
+
+
+def test_replicas_that_never_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinning_check, "run_checks", lambda tags: [])
+    code, text = run("pinning_check", "--live", "--timeout", "0.2")
+    assert code == DEGRADED
+    assert "replica1" in text
+    assert "primary pinned" in text
+    assert "The settings are well." in text
+    tables = connections["default"].introspection.table_names()
+    assert not any(name.startswith("pinning_check") for name in tables)
+
+
+def test_replicas_that_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinning_check, "run_checks", lambda tags: [])
+    position_now: Any = pinning_check.Pool.position_now
+
+    def as_replication_would(pool: Any) -> Any:
+        replicas.catch_up()
+        return position_now(pool)
+
+    monkeypatch.setattr(pinning_check.Pool, "position_now", as_replication_would)
+    code, text = run("pinning_check", "--live", "--json", "--timeout", "0.3")
+    assert code == 0
+    found = json.loads(text)["pools"]["default"]["replicas"]
+    assert all(each["shown_after"] is not None for each in found)
+    # Without a position only the end of the window is known.
+    assert all(each["known_after"] is None for each in found)

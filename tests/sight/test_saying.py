@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+from freezegun.api import FrozenDateTimeFactory
+
+from pinning_middleware import saying
+from pinning_middleware.saying import once_a_minute
+
+logger = logging.getLogger("pinning_middleware.sight_tests")
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saying, "_said", {})
+
+
+def say(key: object = "a", level: int = logging.WARNING) -> bool:
+    return once_a_minute(logger, level, key, "%s is out", "replica1", extra={"alias": "replica1"})
+
+
+def test_a_state_is_said_once_a_minute(
+    clock: FrozenDateTimeFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert [say() for _ in range(4)] == [True, False, False, False]
+    clock.tick(59)
+    assert not say()
+    clock.tick(2)
+    assert say()
+    first, second = caplog.records
+    assert first.getMessage() == "replica1 is out"
+    assert (first.__dict__["alias"], first.__dict__["unsaid"]) == ("replica1", 0)
+    assert second.__dict__["unsaid"] == 4
+    assert first.filename == "test_saying.py"
+
+
+def test_another_state_is_another_line() -> None:
+    assert say("a")
+    assert say("b")
+
+
+def test_what_nobody_listens_to_is_not_remembered(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR, logger.name)
+    assert not say()
+    caplog.set_level(logging.WARNING, logger.name)
+    assert say()
+
+
+def test_only_so_many_states_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saying, "MOST", 2)
+    for key in "abc":
+        say(key)
+    assert len(saying._said) == 2
+    assert say("a")
+    assert not say("c")
+
+
+def test_an_error_may_come_along(caplog: pytest.LogCaptureFixture) -> None:
+    error = OSError("gone")
+    assert once_a_minute(logger, logging.ERROR, "a", "It broke", exc_info=error)
+    assert "OSError: gone" in caplog.text

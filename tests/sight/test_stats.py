@@ -1,0 +1,241 @@
+"""What is known and counted, without a server that is asked."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter, defaultdict
+from typing import Any
+
+import pytest
+from django.test import override_settings
+
+from pinning_middleware import counters, reasons, signals, stats
+from pinning_middleware.routing.pools import pools
+from pinning_middleware.servers.server import Identity, Report, Server, registry
+from pinning_middleware.stats import DEGRADED, DOWN, WELL, ServerState
+from tests.app.models import Book
+
+
+@pytest.fixture(autouse=True)
+def counted_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Those who count hold the dictionaries themselves.
+    counters.reads.clear()
+    counters.pins.clear()
+    counters.rejected.clear()
+    monkeypatch.setattr(counters, "fallbacks", Counter())
+    monkeypatch.setattr(counters, "reruns", Counter())
+    monkeypatch.setattr(stats, "_waits", defaultdict(stats._Wait))
+    stats.recent.clear()
+
+
+@pytest.fixture(autouse=True)
+def nothing_known() -> Any:
+    with override_settings(PINNING_SECONDS=15):
+        yield
+
+
+def row(alias: str) -> ServerState:
+    (found,) = [each for each in stats.servers() if each.alias == alias]
+    return found
+
+
+def meet(alias: str, address: str = "10.0.0.1", port: int = 5432, **known: Any) -> Server:
+    """Let a server be known at an alias; how the settings' SQLite would never be."""
+    server = registry.meet(alias, Identity("today", address, port), "cluster")
+    server.told = time.monotonic()
+    for name, value in known.items():
+        setattr(server, name, value)
+    return server
+
+
+def test_before_anything_is_known() -> None:
+    pools()
+    assert [(r.pool, r.alias, r.configured, r.state) for r in stats.servers()] == [
+        ("default", "default", "primary", "unknown"),
+        ("default", "replica1", "replica", "unknown"),
+        ("default", "replica2", "replica", "unknown"),
+    ]
+    one = row("replica1")
+    assert one.address.endswith("test_replica1.sqlite3")
+    assert (one.role, one.since, one.weight, one.reads, one.error) == (None, None, 1, 0, "")
+    assert (one.position, one.behind_bytes, one.lag, one.age, one.retry_in) == (None,) * 5
+
+
+@pytest.mark.django_db(databases=["default", "replica1", "replica2"], transaction=True)
+def test_reads_are_counted_and_make_a_server_known() -> None:
+    list(Book.objects.using("replica1"))
+    Book.objects.using("default").exists()
+    assert row("replica1")[5:7] == ("in", "")
+    assert (row("replica1").reads, row("replica2").state) == (1, "unknown")
+    assert stats.get_stats()["reads"]["default"]["replica1"] == {"": {"explicit": 1}}
+
+
+def test_several_servers_behind_one_alias() -> None:
+    pools()
+    meet("replica1", "10.0.0.1", lag=0.5, is_replica=True)
+    lagging = meet("replica1", "10.0.0.2", is_replica=True)
+    registry.mark(lagging, "lag")
+    counters.reads["default", "replica1", lagging, reasons.TURN] += 3
+    first, second = [each for each in stats.servers() if each.alias == "replica1"]
+    assert (first.address, first.state, first.reason, first.lag) == ("10.0.0.1:5432", "in", "", 0.5)
+    assert (second.address, second.state, second.reason) == ("10.0.0.2:5432", "out", "lag")
+    assert (first.reads, second.reads) == (0, 3)
+    assert second.since == pytest.approx(time.time(), abs=5)
+
+
+def test_an_endpoint_that_leads_nowhere() -> None:
+    pools()
+    meet("replica1", is_replica=True)
+    registry.fail(registry.endpoint("replica1", "default"), "connect", 10, "refused")
+    out = row("replica1")
+    assert (out.state, out.reason, out.error) == ("out", "connect", "refused")
+    assert out.retry_in is not None
+    assert 9 < out.retry_in < 13
+
+
+def test_drained_unless_something_is_wrong() -> None:
+    with override_settings(PINNING_REPLICAS={"default": {"replica1": 1, "replica2": 0}}):
+        pools()
+        assert row("replica2").state == "unknown"
+        meet("replica2", is_replica=True)
+        assert row("replica2")[5:7] == ("out", "drained")
+        registry.fail(registry.endpoint("replica2", "default"), "silent", 10, "")
+        assert row("replica2").reason == "silent"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "system", "way", "position", "text"),
+    [
+        ("postgresql", "7", 0, {"7-1": 0x1_0300_0148}, "1/3000148"),
+        ("postgresql", "7", 1, {"7x-1": 744}, "744"),
+        ("mysql", "mariadb", 0, {"0-1": 8, "1-2": 3}, "0-1-8,1-2-3"),
+        ("mysql", "mysql", 0, {"3e11fa47": 5}, "3e11fa47:1-5"),
+        ("mysql", "mysql", 0, {}, None),
+    ],
+)
+def test_positions_as_the_database_writes_them(
+    vendor: str, system: str, way: int, position: dict[str, int], text: str | None
+) -> None:
+    server = Server(Identity("today", "10.0.0.1", 1), system)
+    server.way = way
+    server.saw(Report(True, position), time.monotonic())
+    assert stats.format_position(server, vendor) == text
+
+
+def test_how_far_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats, "_vendor", lambda alias: "postgresql")
+    pools()
+    primary, replica = meet("default", "10.0.0.9"), meet("replica1")
+    primary.saw(Report(False, {"c-1": 5000}, {"c-1": 5000}), time.monotonic())
+    replica.saw(Report(True, {"c-1": 4000}), time.monotonic())
+    assert row("replica1").behind_bytes == 1000
+    assert row("default").behind_bytes is None
+    assert row("replica1").role == "replica"
+    assert row("default").role == "primary"
+    replica.saw(Report(True, {"c-1": 6000}), time.monotonic())
+    assert row("replica1").behind_bytes == 0
+
+
+def test_an_address_of_version_six() -> None:
+    pools()
+    meet("replica1", "2001:db8::1")
+    assert row("replica1").address == "[2001:db8::1]:5432"
+
+
+# What is counted
+
+
+def test_signals_are_counted() -> None:
+    for _ in range(2):
+        signals.primary_fallback.send("default", served="default", reason="behind")
+    signals.read_rerun.send(
+        "default", failed="replica1", served="replica2", error=OSError("gone\nfor good")
+    )
+    signals.replica_waited.send("default", replica="replica1", seconds=0.25, reached=True)
+    signals.replica_waited.send("default", replica="replica1", seconds=0.5, reached=False)
+    signals.replica_left_out.send("default", replica="replica1", reason="connect", seconds=10)
+    signals.replica_taken_back.send("default", replica="replica1")
+    known = stats.get_stats()
+    assert known["fallbacks"] == {"default": {"behind": 2}}
+    assert known["reruns"] == {"default": {"replica1": {"replica2": 1}}}
+    assert known["waits"] == {"default": {"count": 2, "reached": 1, "seconds": 0.75}}
+    assert [event[1:] for event in stats.recent] == [
+        ("primary_fallback", "default", "", "default", "behind", 2),
+        ("read_rerun", "default", "replica1", "replica2", "gone", 1),
+        ("replica_left_out", "default", "replica1", "", "connect", 1),
+        ("replica_taken_back", "default", "replica1", "", "", 1),
+    ]
+
+
+def test_pins_and_tokens() -> None:
+    counters.pins["set"] += 2
+    counters.rejected["signature"] += 1
+    known = stats.get_stats()
+    assert known["pins"] == {"set": 2, "carried": 0, "rejected": 1}
+    assert known["rejected"] == {"signature": 1}
+
+
+def test_it_is_json() -> None:
+    pools()
+    server = meet("replica1")
+    counters.reads["default", "replica1", server, reasons.TURN] += 1
+    counters.reads["default", "replica1", None, reasons.TURN] += 2
+    assert json.loads(json.dumps(stats.get_stats()))["reads"] == {
+        "default": {"replica1": {"10.0.0.1:5432": {"turn": 1}, "": {"turn": 2}}}
+    }
+    assert json.loads(json.dumps([each._asdict() for each in stats.servers()]))
+
+
+# How well that is
+
+
+def state(configured: Any, state: Any = "in", **more: Any) -> ServerState:
+    return ServerState("default", configured, "", configured, None, state, **more)
+
+
+WELL_PRIMARY, WELL_REPLICA = state("primary"), state("replica")
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict"),
+    [
+        ([], WELL),
+        ([WELL_PRIMARY, WELL_REPLICA], WELL),
+        ([WELL_PRIMARY, WELL_REPLICA, state("replica", "out", reason="connect")], DEGRADED),
+        ([WELL_PRIMARY, WELL_REPLICA, state("replica", "out", reason="drained")], WELL),
+        ([WELL_PRIMARY, WELL_REPLICA, state("replica", "unknown")], DEGRADED),
+        ([WELL_PRIMARY, WELL_REPLICA, state("replica", lag=14.0)], WELL),
+        ([WELL_PRIMARY, WELL_REPLICA, state("replica", lag=16.0)], DEGRADED),
+        ([WELL_PRIMARY, WELL_REPLICA, state("replica", error="paused")], DEGRADED),
+        ([WELL_PRIMARY, state("replica", "out", reason="drained")], DOWN),
+        ([state("primary", "out", reason="silent"), WELL_REPLICA], DOWN),
+        ([WELL_PRIMARY._replace(role="replica"), WELL_REPLICA], DOWN),
+        ([WELL_PRIMARY], DOWN),
+    ],
+)
+def test_verdicts(rows: list[ServerState], verdict: int) -> None:
+    assert stats.verdict(rows) == verdict
+
+
+def test_the_limit_is_the_site_s_own() -> None:
+    late = [WELL_PRIMARY, WELL_REPLICA, state("replica", lag=3.0)]
+    with override_settings(PINNING_MAX_LAG=2):
+        assert stats.verdict(late) == DEGRADED
+    with override_settings(PINNING_MAX_LAG=60):
+        assert stats.verdict([*late, state("replica", lag=16.0)]) == WELL
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (119, "119 s"), (120, "2 min")],
+)
+def test_seconds_for_people(seconds: float, text: str) -> None:
+    assert stats.in_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 B"), (999, "999 B"), (1234, "1.2 kB"), (16_000_000, "16 MB")]
+)
+def test_bytes_for_people(number: int, text: str) -> None:
+    assert stats.in_bytes(number) == text

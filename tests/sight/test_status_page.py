@@ -1,0 +1,248 @@
+"""The status page on its own; ``tests/real`` looks at it in a browser."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.contrib.auth.models import User
+from django.core.management import call_command
+from django.db import connections
+from django.test import Client, override_settings
+from django.test.utils import CaptureQueriesContext
+from freezegun.api import FrozenDateTimeFactory
+
+import pinning_middleware
+from pinning_middleware import counters, reasons, signals, stats, status_page
+from pinning_middleware.routing.pools import pools
+from pinning_middleware.servers.server import registry
+
+pytestmark = pytest.mark.django_db(databases=["default", "replica1", "replica2"], transaction=True)
+
+ALIASES = ("default", "replica1", "replica2")
+FOLDER = Path(pinning_middleware.__file__).parent
+PAGE, DATA = "/pinning/", "/pinning/data/"
+
+
+@pytest.fixture(autouse=True)
+def site() -> Iterator[None]:
+    with override_settings(
+        ROOT_URLCONF="tests.sight.urls",
+        LOGIN_URL="sign-in",
+        STATIC_URL="/static/",
+        SESSION_ENGINE="django.contrib.sessions.backends.signed_cookies",
+        TEMPLATES=[
+            {"BACKEND": "django.template.backends.django.DjangoTemplates", "APP_DIRS": True}
+        ],
+        PINNING_STORES=["pinning_middleware.stores.CookieStore"],
+    ):
+        counters.reads.clear()
+        stats.recent.clear()
+        yield
+
+
+def browser(**rights: bool) -> Client:
+    """The browser of somebody with these rights, who is known to the primary alone."""
+    client = Client()
+    client.force_login(User.objects.create_user("ada", **rights))
+    client.cookies.pop("pinning", None)
+    return client
+
+
+@pytest.fixture
+def staff() -> Client:
+    return browser(is_staff=True)
+
+
+class Page(HTMLParser):
+    """The tags of a page, with their attributes, and what must not be in it."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def token_of(html: str) -> str:
+    (main,) = Page(html).of("main")
+    return str(main["data-token"])
+
+
+def asked_of(client: Client, address: str, **headers: str) -> tuple[Any, dict[str, int]]:
+    """Get a page; the answer, and how many statements each database ran for it."""
+    contexts = {alias: CaptureQueriesContext(connections[alias]) for alias in ALIASES}
+    for context in contexts.values():
+        context.__enter__()
+    answer = client.get(address, headers=headers)
+    for context in contexts.values():
+        context.__exit__(None, None, None)
+    return answer, {alias: len(context) for alias, context in contexts.items()}
+
+
+# Who may look
+
+
+def test_others_are_sent_to_the_login(staff: Client) -> None:
+    answer = Client().get(PAGE)
+    assert (answer.status_code, answer["Location"]) == (302, f"/sign-in/?next={PAGE}")
+    assert Client().get(DATA)["Location"] == f"/sign-in/?next={DATA}"
+    assert staff.get(PAGE).status_code == 200
+    assert staff.get(DATA).status_code == 200
+
+
+def test_users_who_are_no_staff() -> None:
+    ada = browser()
+    # A login page that sends on who is signed in would send them in a circle.
+    assert ada.get(PAGE).status_code == 403
+    with override_settings(ROOT_URLCONF="tests.sight.urls_with_admin"):
+        assert ada.get(PAGE)["Location"] == f"/admin/login/?next={PAGE}"
+
+
+def test_staff_who_left() -> None:
+    assert browser(is_staff=True, is_active=False).get(PAGE).status_code in (302, 403)
+
+
+def test_a_site_whose_every_page_needs_a_login() -> None:
+    login_required = "django.contrib.auth.middleware.LoginRequiredMiddleware"
+    client = browser(is_staff=True)
+    token = token_of(client.get(PAGE).content.decode())
+    from django.conf import settings
+
+    with override_settings(MIDDLEWARE=[*settings.MIDDLEWARE, login_required]):
+        assert Client().get(DATA, headers={"Pinning-Status": token}).status_code == 200
+        assert Client().get(PAGE).status_code == 302
+
+
+def test_the_page_s_token_serves_an_hour(staff: Client, clock: FrozenDateTimeFactory) -> None:
+    token = token_of(staff.get(PAGE).content.decode())
+    clock.tick(3599)
+    assert Client().get(DATA, headers={"Pinning-Status": token}).status_code == 200
+    clock.tick(2)
+    assert Client().get(DATA, headers={"Pinning-Status": token}).status_code == 403
+    # Also for one who could have it otherwise: the page is to be loaded again.
+    answer = staff.get(DATA, headers={"Pinning-Status": f"{token}x"})
+    assert (answer.status_code, answer.json()) == (403, {"error": "expired"})
+
+
+# What looking on costs
+
+
+def test_a_poll_asks_no_database_and_leaves_nothing(staff: Client) -> None:
+    token = token_of(staff.get(PAGE).content.decode())
+    with override_settings(SESSION_SAVE_EVERY_REQUEST=True):
+        answer, asked = asked_of(Client(), DATA, **{"Pinning-Status": token})
+    assert asked == {"default": 0, "replica1": 0, "replica2": 0}
+    assert not answer.cookies
+    assert "no-store" in answer["Cache-Control"]
+
+
+def test_the_page_reads_the_user_from_the_primary(staff: Client) -> None:
+    answer, asked = asked_of(staff, PAGE)
+    assert answer.status_code == 200
+    assert asked == {"default": 1, "replica1": 0, "replica2": 0}
+    assert "pinning" not in answer.cookies
+
+
+# What it shows
+
+
+def test_servers_reads_and_events(staff: Client) -> None:
+    pools()
+    registry.fail(registry.endpoint("replica1", "default"), "connect", 10, "<refused>")
+    counters.reads["default", "replica2", None, reasons.TURN] += 3
+    signals.primary_fallback.send("default", served="default", reason="no_replica")
+    html = staff.get(PAGE).content.decode()
+    assert "default: 1 of 2 replicas serve. replica1 cannot be connected to." in html
+    assert 'class="summary degraded"' in html
+    assert "&lt;refused&gt;" in html
+    assert re.search(r"<b>turn</b> <span>a replica, by turns</span></th>\s*<td[^>]*>3</td>", html)
+    assert reasons.MEANINGS[reasons.NO_REPLICA] in html
+    known = staff.get(DATA).json()
+    assert {server["alias"]: server["state"] for server in known["servers"]} == {
+        "default": "in",
+        "replica1": "out",
+        "replica2": "in",
+    }
+    assert known["by_reason"][0]["name"] == "turn"
+    assert known["by_server"][2]["reads"] == 3
+    assert [event["kind"] for event in known["events"]] == ["primary_fallback", "replica_left_out"]
+
+
+def test_a_site_without_replicas(staff: Client) -> None:
+    with override_settings(PINNING_REPLICAS=[]):
+        assert "names no replica" in staff.get(PAGE).content.decode()
+    with override_settings(PINNING_ENABLED=False):
+        assert staff.get(DATA).json()["summary"]["state"] == "degraded"
+
+
+def test_every_reason_has_words() -> None:
+    assert set(reasons.MEANINGS) == {*reasons.ALL, reasons.EXPLICIT}
+
+
+def test_every_event_has_words() -> None:
+    known = {"primary_fallback", "read_rerun", "replica_left_out", "replica_taken_back"}
+    assert set(status_page.EVENTS) == known
+
+
+# How it is made
+
+
+def test_it_needs_nothing_from_elsewhere_and_nothing_inline(staff: Client) -> None:
+    page = Page(staff.get(PAGE).content.decode())
+    for tag, attributes in page.tags:
+        assert not any(name == "style" or name.startswith("on") for name in attributes), tag
+        for name in ("src", "href"):
+            address = attributes.get(name)
+            assert address is None or address.startswith(("/static/", "#", "data:")), address
+    assert "style" not in dict(page.tags)
+    assert [script["src"] for script in page.of("script")] == [
+        "/static/pinning_middleware/status.js"
+    ]
+    for name in ("status.js", "status.css"):
+        text = (FOLDER / "static" / "pinning_middleware" / name).read_text()
+        assert set(re.findall(r"https?://[^\"' ]+", text)) <= {"http://www.w3.org/2000/svg"}
+        assert not re.search(r"innerHTML|\.style\b|@import|eval\(", text)
+
+
+def test_its_tables_are_tables_to_those_who_listen(staff: Client) -> None:
+    page = Page(staff.get(PAGE).content.decode())
+    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    tables = page.of("table")
+    assert len(tables) == 4
+    assert all(table["role"] == "table" and table["aria-labelledby"] in ids for table in tables)
+    assert all(head["scope"] in ("col", "row") for head in page.of("th"))
+    (summary,) = [a for _, a in page.tags if a.get("aria-live")]
+    assert (summary["aria-live"], summary["role"]) == ("polite", "status")
+
+
+def test_the_script_finds_what_the_page_has(staff: Client) -> None:
+    script = (FOLDER / "static" / "pinning_middleware" / "status.js").read_text()
+    page = Page(staff.get(PAGE).content.decode())
+    ids = {attributes.get("id") for _, attributes in page.tags}
+    assert set(re.findall(r'(?:getElementById|say)\("([\w-]+)"', script)) <= ids
+    assert status_page.TOKEN_HEADER in script
+
+
+def test_without_a_script_it_loads_itself_again(staff: Client) -> None:
+    html = staff.get(PAGE).content.decode()
+    assert re.search(r'<noscript><meta http-equiv="refresh" content="\d+"></noscript>', html)
+
+
+def test_its_files_are_in_the_wheel() -> None:
+    project = (FOLDER.parent / "pyproject.toml").read_text()
+    for kind in ("static", "templates"):
+        assert f"{kind}/pinning_middleware/*" in project
+
+
+def test_the_site_s_checks_have_nothing_against_it() -> None:
+    call_command("check", tags=["urls"])
