@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PORT ?= 8000
+# More than a machine of two cores has: servers are waited for.
+PROCESSES ?= 3
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL := help
@@ -40,7 +42,7 @@ demo: $(VENV)/.demo
 	@PORT=$(PORT) exec $(BIN)/python -m sample_site
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=worksteal $(TESTS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --no-cache .

@@ -12,13 +12,15 @@ from asgiref.sync import async_to_sync
 from django.apps import apps
 from django.conf import settings
 from django.core.cache import cache
+from django.core.signals import setting_changed
 from django.db import connections
 from django.db.models import Model
 from django.test import AsyncClient, Client, TransactionTestCase
 from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
 
-from pinning_middleware import saying
+from pinning_middleware import counters, saying
+from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.blocks import enter_blocks, open_blocks
 from pinning_middleware.scopes.scope import enter, entered_scope
 from pinning_middleware.servers import prober
@@ -76,8 +78,13 @@ def outside_any_scope() -> Iterator[None]:
     enter(outer)
     enter_blocks(blocks)
     prober.stop()
-    # Nor is what one has said a line that another may not say.
+    # Nor is what one has said a line that another may not say, or what it met out for another.
     saying._said.clear()
+    counters.reads.clear()
+    if any(endpoint.since for pool in pools().all for endpoint in pool.endpoints.values()):
+        setting_changed.send(
+            sender=None, setting="PINNING_REPLICAS", value=settings.PINNING_REPLICAS, enter=False
+        )
 
 
 @pytest.fixture

@@ -90,9 +90,9 @@ def test_a_missing_setting_has_its_default(name: str) -> None:
 
 def test_a_setting_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """No path of a request looks into Django's settings."""
-    with override_settings(PINNING_SECONDS=5):
+    with override_settings(PINNING_SECONDS=5), monkeypatch.context() as patch:
         assert conf.seconds == 5.0
-        monkeypatch.delattr(type(conf), "_get")
+        patch.delattr(type(conf), "_get")
         assert conf.seconds == 5.0
 
 
