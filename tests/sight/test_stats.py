@@ -57,7 +57,7 @@ def test_before_anything_is_known() -> None:
         ("default", "replica2", "replica", "unknown"),
     ]
     one = row("replica1")
-    assert one.address.endswith("test_replica1.sqlite3")
+    assert one.address.endswith("replica1.sqlite3")
     assert (one.role, one.since, one.weight, one.reads, one.error) == (None, None, 1, 0, "")
     assert (one.position, one.behind_bytes, one.lag, one.age, one.retry_in) == (None,) * 5
 
