@@ -6,6 +6,7 @@ Additions to a dict need no lock: with the interpreter's own, no thread comes in
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -55,3 +56,11 @@ rejected: Counter[str] = Counter()
 # By the pool's primary and the reason; and by the pool's primary, who failed and who served.
 fallbacks: Counter[tuple[str, str]] = Counter()
 reruns: Counter[tuple[str, str, str]] = Counter()
+
+
+def _begin_anew() -> None:
+    for counted in (reads, pins, rejected, fallbacks, reruns):
+        counted.clear()
+
+
+os.register_at_fork(after_in_child=_begin_anew)

@@ -23,9 +23,9 @@ from .routing.leaving import (
     keep_keys,
     left_behind,
 )
-from .saying import once_a_minute
 from .scopes.blocks import enter_blocks, open_blocks
 from .scopes.scope import Scope, enter, entered_scope
+from .stores.base import say_lost
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
@@ -35,20 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PinningMiddleware"]
 
-logger = logging.getLogger("pinning_middleware.pins")
-
-
-def _lost(who: str, what: str, error: Exception) -> None:
-    once_a_minute(
-        logger,
-        logging.ERROR,
-        (who, what),
-        "%s could not %s the pins; the other stores and the rest of the request go on.",
-        who,
-        what,
-        extra={"store": who, "error": str(error)},
-        exc_info=error,
-    )
+logger = logging.getLogger("pinning_middleware")
 
 
 class PinningMiddleware:
@@ -222,7 +209,7 @@ def _load(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
             counters.pins["carried"] += 1
             scope.carry(pins)
     except Exception as error:
-        _lost(type(store).__name__, "load", error)
+        say_lost(store, "load", error)
 
 
 async def _aload(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
@@ -231,7 +218,7 @@ async def _aload(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
             counters.pins["carried"] += 1
             scope.carry(pins)
     except Exception as error:
-        _lost(type(store).__name__, "load", error)
+        say_lost(store, "load", error)
 
 
 def _save(scope: Scope, request: HttpRequest, response: HttpResponseBase | None) -> None:
@@ -240,7 +227,7 @@ def _save(scope: Scope, request: HttpRequest, response: HttpResponseBase | None)
         if scope.pinned_keys:
             keep_keys(scope)
     except Exception as error:
-        _lost("The cache of keys", "save", error)
+        say_lost("The cache of keys", "save", error)
     if pins == scope.carried:
         return
     counters.pins["set"] += bool(pins)
@@ -248,7 +235,7 @@ def _save(scope: Scope, request: HttpRequest, response: HttpResponseBase | None)
         try:
             store.save(request, response, pins)
         except Exception as error:
-            _lost(type(store).__name__, "save", error)
+            say_lost(store, "save", error)
 
 
 async def _asave(scope: Scope, request: HttpRequest, response: HttpResponseBase | None) -> None:
@@ -260,7 +247,7 @@ async def _asave(scope: Scope, request: HttpRequest, response: HttpResponseBase 
         if scope.pinned_keys:
             await akeep_keys(scope)
     except Exception as error:
-        _lost("The cache of keys", "save", error)
+        say_lost("The cache of keys", "save", error)
     if pins == scope.carried:
         return
     counters.pins["set"] += bool(pins)
@@ -268,7 +255,7 @@ async def _asave(scope: Scope, request: HttpRequest, response: HttpResponseBase 
         try:
             await store.asave(request, response, pins)
         except Exception as error:
-            _lost(type(store).__name__, "save", error)
+            say_lost(store, "save", error)
 
 
 def _save_late(scope: Scope, request: HttpRequest) -> None:

@@ -347,7 +347,7 @@ def test_a_cache_that_is_down_is_said_once_in_a_while(
             assert fetch("a") == {}
         (line,) = lines(caplog)
         assert "'pins' is left alone for 30" in line
-        later = time.monotonic() + 31
+        later = time.monotonic() + 61
         with monkeypatch.context() as patch:
             patch.setattr(time, "monotonic", lambda: later)
             assert fetch("a") == {}

@@ -15,7 +15,6 @@ by ``pinning_token()``, which the client sends back in the header of ``HeaderSto
 from __future__ import annotations
 
 import asyncio
-import logging
 from io import BytesIO
 from typing import Any
 
@@ -27,10 +26,9 @@ from pinning_middleware.opening import PinningScope
 from pinning_middleware.pins import Pins, merge_pins
 from pinning_middleware.routing.leaving import current_token, has_changed, left_behind
 from pinning_middleware.scopes.scope import Scope
+from pinning_middleware.stores.base import say_lost
 
 __all__ = ["PinnedConsumer"]
-
-logger = logging.getLogger("pinning_middleware")
 
 
 class PinnedConsumer:
@@ -70,8 +68,8 @@ class PinnedConsumer:
         for store in stores if self._request is not None else ():
             try:
                 found = merge_pins(found, await store.aload(self._request))
-            except Exception:
-                logger.exception("%s could not load the pins.", type(store).__name__)
+            except Exception as error:
+                say_lost(store, "load", error)
         return found
 
     async def _save(self, scope: Scope) -> None:
@@ -79,8 +77,8 @@ class PinnedConsumer:
         for store in conf.stores if self._request is not None else ():
             try:
                 await store.asave(self._request, None, self._pins)
-            except Exception:
-                logger.exception("%s could not save the pins.", type(store).__name__)
+            except Exception as error:
+                say_lost(store, "save", error)
 
 
 def _request_of(scope: dict[str, Any]) -> ASGIRequest:

@@ -15,15 +15,14 @@ The pins are loaded the moment that it has found the user; they are saved as eve
 
 from __future__ import annotations
 
-import logging
 from typing import Any, TypeVar
 
 from pinning_middleware.conf import conf
 from pinning_middleware.scopes.scope import entered_scope
+from pinning_middleware.stores.base import say_lost
 
 __all__ = ["load_pins", "pinned"]
 
-logger = logging.getLogger("pinning_middleware")
 
 T = TypeVar("T", bound=type[Any])
 
@@ -54,5 +53,5 @@ def load_pins(request: Any, user: Any) -> None:
     for store in conf.stores_at_view:
         try:
             scope.carry(store.load(plain))
-        except Exception:
-            logger.exception("%s could not load the pins.", type(store).__name__)
+        except Exception as error:
+            say_lost(store, "load", error)

@@ -28,7 +28,7 @@ CURRENT_FOR = 60.0
 # How many servers are remembered behind one alias.
 MOST_SERVERS = 64
 # Seconds between two tries while nobody else could serve.
-HURRY = 0.25
+HURRY = 0.05
 # How many answers of a primary are kept to date what replicas say.
 REMEMBERED = 32
 # Of what a primary had written, how many samples are kept, and how many seconds apart at least.

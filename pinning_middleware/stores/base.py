@@ -7,18 +7,22 @@ keeps those that what follows has to honour.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, ClassVar
 
 from asgiref.sync import sync_to_async
 
 from pinning_middleware import clock
 from pinning_middleware.pins import Pin, Pins, live, merge_pins
+from pinning_middleware.saying import once_a_minute
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
     from django.http.response import HttpResponseBase
 
-__all__ = ["BaseStore", "loaded", "remember"]
+__all__ = ["BaseStore", "loaded", "remember", "say_lost"]
+
+logger = logging.getLogger("pinning_middleware.pins")
 
 
 class BaseStore:
@@ -72,3 +76,18 @@ def loaded(request: HttpRequest, store: BaseStore | None = None) -> dict[str, Pi
     by_store: dict[type, Pins] = request.__dict__.get("_pinning_loaded", {})
     found = merge_pins(*by_store.values()) if store is None else by_store.get(type(store), {})
     return live(found, clock.now()) if found else {}
+
+
+def say_lost(store: object, what: str, error: Exception) -> None:
+    """Say that a store could not load or save, once a minute: that is no error of the request."""
+    name = store if isinstance(store, str) else type(store).__name__
+    once_a_minute(
+        logger,
+        logging.ERROR,
+        (name, what),
+        "%s could not %s the pins; the other stores and the rest of the request go on.",
+        name,
+        what,
+        extra={"store": name, "error": str(error)},
+        exc_info=error,
+    )

@@ -27,6 +27,7 @@ from django.utils.functional import empty
 from pinning_middleware import clock
 from pinning_middleware.conf import conf, on_change
 from pinning_middleware.pins import Pin, Pins, live, merge_pins, pack, unpack
+from pinning_middleware.saying import once_a_minute
 
 from .base import BaseStore, loaded, remember
 
@@ -48,7 +49,7 @@ __all__ = [
 # Whose key it is, so that a user's can't be an order's.
 Kind: TypeAlias = Literal["user", "key", "task"]
 
-logger = logging.getLogger("pinning_middleware")
+logger = logging.getLogger("pinning_middleware.pins")
 
 # Seconds: what a look-up may take on Redis and Valkey, and how slow any other cache may be
 # before it is left alone for PINNING_RETRY_AFTER.
@@ -324,7 +325,15 @@ class _Bounded:
                 self._leave_alone(error)
             else:
                 # A bug, or what somebody else put there: nobody's input switches the cache off.
-                logger.exception("The cache %r lost some pins; others serve.", conf.cache)
+                once_a_minute(
+                    logger,
+                    logging.ERROR,
+                    ("lost", conf.cache),
+                    "The cache %r lost some pins; others serve.",
+                    conf.cache,
+                    extra={"cache": conf.cache, "error": str(error)},
+                    exc_info=error,
+                )
         else:
             # Once may be this process, which had to wait for its turn.
             is_slow = time.monotonic() - started > LONGEST
@@ -334,11 +343,15 @@ class _Bounded:
 
     def _leave_alone(self, why: object) -> None:
         self._until = time.monotonic() + conf.retry_after
-        logger.error(
+        once_a_minute(
+            logger,
+            logging.ERROR,
+            ("outage", conf.cache),
             "The cache %r is left alone for %s s; other stores serve: %s",
             conf.cache,
             conf.retry_after,
             why,
+            extra={"cache": conf.cache, "seconds": conf.retry_after, "error": str(why)},
         )
 
 
