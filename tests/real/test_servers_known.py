@@ -182,6 +182,21 @@ def test_a_plain_role_s_pins_are_reached(pg: PostgreSQL) -> None:
             assert port_for(token) == pg["pg"].port
 
 
+def test_a_plain_role_s_first_read_is_a_replica_s(pg: PostgreSQL) -> None:
+    """It asks the replica how far it is and the primary for the name of the timeline."""
+    with as_role(pg, "plain"):
+        # Until both replicas were met at two points.
+        for number in range(8):
+            token = write(f"{number}")
+            pg.wait_for()
+            port_for(token)
+            port_for(token)
+        for number in range(8):
+            token = write(f"again {number}")
+            pg.wait_for()
+            assert port_for(token) != pg["pg"].port
+
+
 # Transaction ids
 
 

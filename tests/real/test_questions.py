@@ -1,0 +1,81 @@
+"""A question that is asked again and again is prepared, where that is safe."""
+
+from __future__ import annotations
+
+import pytest
+from django.db import connections
+
+from pinning_middleware.servers.questions import link_of, look
+
+from .conftest import PostgreSQL, as_layout, server_of, write
+from .layouts import database, pgbouncer
+
+pytestmark = pytest.mark.real
+
+PREPARED = "SELECT name, generic_plans + custom_plans FROM pg_prepared_statements"
+
+
+def prepared(alias: str) -> dict[str, int]:
+    """Return what is prepared on a connection, and how often it was used."""
+    with connections[alias].cursor() as cursor:
+        cursor.execute(PREPARED)
+        return dict(cursor.fetchall())
+
+
+def ask(alias: str, times: int) -> None:
+    for _ in range(times):
+        seen = look(connections[alias])
+        assert seen is not None
+        assert seen.report is not None
+
+
+@pytest.mark.parametrize("alias", ["pg", "pg1"])
+def test_what_is_asked_again_and_again_is_prepared(pg: PostgreSQL, alias: str) -> None:
+    ask(alias, 2)
+    # A connection that is soon closed asks once or twice.
+    assert prepared(alias) == {}
+    ask(alias, 4)
+    assert prepared(alias) == {"pinning_position": 3}
+
+
+def test_it_tells_what_the_plain_question_does(pg: PostgreSQL) -> None:
+    ask("pg1", 5)
+    write()
+    pg.wait_for()
+    ask("pg", 5)
+    ask("pg1", 1)
+    assert server_of("pg1").position == connections_position()
+
+
+def connections_position() -> object:
+    seen = look(connections["pg"])
+    assert seen is not None
+    assert seen.report is not None
+    return seen.report.written
+
+
+def test_a_session_that_was_reset_is_asked_all_the_same(pg: PostgreSQL) -> None:
+    ask("pg1", 5)
+    with connections["pg1"].cursor() as cursor:
+        cursor.cursor.execute("DISCARD ALL")
+    ask("pg1", 1)
+    assert prepared("pg1") == {}
+    ask("pg1", 3)
+    assert "pinning_position" in prepared("pg1")
+
+
+def test_a_name_that_the_site_has_taken_is_its_own(pg: PostgreSQL) -> None:
+    with connections["pg1"].cursor() as cursor:
+        cursor.cursor.execute("PREPARE pinning_position AS SELECT 7")
+    ask("pg1", 6)
+    assert prepared("pg1") == {"pinning_position": 0}
+
+
+def test_behind_a_pooler_nothing_is_prepared(pg: PostgreSQL) -> None:
+    with (
+        pgbouncer(pg["pg1"]) as bouncer,
+        as_layout(pg, pooled=database(bouncer, conn_max_age=None)),
+    ):
+        ask("pooled", 6)
+        assert link_of(connections["pooled"]).is_pooled
+    assert pg["pg1"].execute("SELECT count(*) FROM pg_prepared_statements") == [(0,)]
