@@ -1,4 +1,8 @@
-"""The debug toolbar's panel in a real browser, on a real cluster."""
+"""
+The debug toolbar's panel in a real browser, on a real cluster, and the picture of docs.
+
+To have it made anew: PICTURES=1 pytest tests/real/test_panel.py
+"""
 
 from __future__ import annotations
 
@@ -180,7 +184,8 @@ def test_the_panel(pg: PostgreSQL, window: Window, tmp_path: Path) -> None:
     assert window.reads()[1][1] == "use_replica"
     made = window.picture(height=680)
     assert len(made) < LARGEST
-    PICTURE.write_bytes(made)
+    if "PICTURES" in os.environ or not PICTURE.exists():
+        PICTURE.write_bytes(made)
     window.emulate(390)
     (tmp_path / "narrow.png").write_bytes(window.picture(390, 1200))
     window.emulate(1280)

@@ -94,7 +94,10 @@ def _line(node: ast.Call, loggers: dict[str, Any], named: dict[str, Any]) -> Lin
 
 def fits(line: Line, message: str) -> bool:
     return bool(
-        re.fullmatch(re.escape(line.message).replace("%s", ".+").replace("%r", ".+").replace("%d", "[0-9]+"), message)
+        re.fullmatch(
+            re.escape(line.message).replace("%s", ".+").replace("%r", ".+").replace("%d", "[0-9]+"),
+            message,
+        )
     )
 
 
