@@ -72,12 +72,8 @@ class Pool(Nodes):
         self._offloads_all = conf.offload is True
         self._by_query = conf.spread_by_query
         # Whether the settings leave rule 7 as it is.
-        self._is_plain = (
-            self._offloads_all
-            and not self._by_query
-            and not self._may_not_keep
-            and not self.is_monotonic
-        )
+        self._turns_by_scope = not (self._by_query or self._may_not_keep or self.is_monotonic)
+        self._is_plain = self._offloads_all and self._turns_by_scope
         self._thread = threading.local()
         if self.minds_models:
             self.db_for_read = self._db_for_model  # type: ignore[method-assign]
@@ -101,7 +97,21 @@ class Pool(Nodes):
             scope = scope or current_scope()
             seat.scope, seat.facts = scope, scope[self.key]
         connection, facts = seat.connection, seat.facts
-        if open_blocks() is not None:
+        if (block := open_blocks()) is not None:
+            kept = facts.in_block
+            if (
+                kept is not None
+                and kept[0] is block
+                and facts.is_plain
+                and kept[1][0] == facts.replica
+                and (
+                    connection.connection is None
+                    or (connection.autocommit and not connection.in_atomic_block)
+                )
+            ):
+                route: Route = kept[1]
+                facts.decided = route
+                return route[0]
             return self._told(self.decide(model, connection), facts)
         if (
             connection.connection is not None
@@ -155,7 +165,12 @@ class Pool(Nodes):
             return self.primary, reasons.TRANSACTION
         if facts.answer is not None and block is None:
             return facts.answer, facts.reason
-        return self._settle(scope, facts, lifts(block, self.primary))
+        is_lifted = lifts(block, self.primary)
+        route = self._settle(scope, facts, is_lifted)
+        if is_lifted and facts.is_plain and self._turns_by_scope and not scope.is_lasting:
+            # The same until the scope has news, or leaves its replica.
+            facts.in_block = block, route
+        return route
 
     def _in_transaction(self, connection: BaseDatabaseWrapper, scope: Scope | None) -> bool:
         """Return whether the open transaction is one that the code itself asked for."""

@@ -69,6 +69,8 @@ class Facts:
     # The alias that serves until something changes, so that most reads decide nothing; and why.
     answer: str | None = None
     reason: str = TURN
+    # What was decided inside this innermost block, while nothing speaks against a replica.
+    in_block: tuple[Any, tuple[str, str]] | None = None
     # The last decision that was not kept, until its read has run: an alias and a reason.
     decided: tuple[str, str] | None = None
     # The replica that a test mirror was chosen as, where the primary answers for it.

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
-from django.db import connections
+from django.db import connections, transaction
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.template import engines
 from django.template.response import SimpleTemplateResponse
@@ -23,12 +23,13 @@ from pinning_middleware import (
     offload_this_request,
     pin_this_request,
     pinning_scope,
+    unpin_this_request,
     use_primary,
     use_replica,
 )
 from pinning_middleware.routing.statements import statement
 from pinning_middleware.scopes.blocks import open_blocks
-from tests.app.models import Author, Book, OwnBook
+from tests.app.models import Author, Book, OwnBook, Tag
 from tests.conftest import Visit, is_replica, where
 
 pytestmark = pytest.mark.django_db(transaction=True, databases="__all__")
@@ -344,3 +345,27 @@ def test_a_response_is_what_the_view_made() -> None:
         return HttpResponse(where())
 
     assert view(HttpRequest()).content == b"default"
+
+
+@override_settings(PINNING_OFFLOAD=False)
+def test_an_answer_of_offload_is_kept_as_long_as_it_holds() -> None:
+    with pinning_scope():
+        with offload():
+            first = where()
+            assert is_replica(first)
+            assert where() == first
+            with transaction.atomic():
+                assert where() == "default"
+            assert where() == first
+            with use_primary():
+                assert where() == "default"
+            assert where() == first
+            with offload():
+                assert where() == first
+        assert where() == "default"
+        with offload():
+            assert where() == first
+            Tag.objects.create(name="a")
+            assert where() == "default"
+            unpin_this_request()
+            assert is_replica(where())
