@@ -382,6 +382,8 @@ def test_a_replica_that_stands_still_under_writes_lags(
     with as_role(pg, role), override_settings(PINNING_MAX_LAG=0.5):
         pg.pause("pg1")
         assert eventually(lambda: write("more") and port_for(None) and pool().out == {"r1"})
+        # Another thread has taken it out, and is about to say so.
+        assert eventually(lambda: heard.of("replica_left_out"))
         assert heard.of("replica_left_out")[-1]["reason"] == "lag"
         assert {port_for(None) for _ in range(4)} == {pg["pg2"].port}
         pg.resume("pg1")

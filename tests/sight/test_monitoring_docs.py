@@ -19,7 +19,9 @@ from pinning_middleware.management import live
 from pinning_middleware.management.commands import pinning_check, pinning_status
 
 FOLDER = Path(pinning_middleware.__file__).parent
-DOCUMENT = (FOLDER.parent / "docs" / "monitoring.md").read_text()
+# The package may be an installed one; the page is the checkout's.
+ROOT = Path(__file__).parents[2]
+DOCUMENT = (ROOT / "docs" / "monitoring.md").read_text()
 BLOCKS: list[dict[str, Any]] = [
     json.loads(text) for text in re.findall(r"```json\n(.*?)```", DOCUMENT, re.DOTALL)
 ]
@@ -182,4 +184,4 @@ def test_its_links_lead_somewhere() -> None:
     anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
     assert set(re.findall(r"\]\(#([\w-]+)\)", DOCUMENT)) <= anchors
     for name in re.findall(r"\]\((?!#|http)([^)#]+)", DOCUMENT):
-        assert (FOLDER.parent / "docs" / name).exists(), name
+        assert (ROOT / "docs" / name).exists(), name

@@ -239,7 +239,7 @@ def test_without_a_script_it_loads_itself_again(staff: Client) -> None:
 
 
 def test_its_files_are_in_the_wheel() -> None:
-    project = (FOLDER.parent / "pyproject.toml").read_text()
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     for kind in ("static", "templates"):
         assert f"{kind}/pinning_middleware/*" in project
 
