@@ -26,8 +26,10 @@ from tests.settings import INSTALLED_APPS, MIDDLEWARE
 
 from .pages import DOCS, blocks
 
+if django.VERSION >= (6, 1):
+    pytest.skip("django-prometheus refuses Django 6.1", allow_module_level=True)
+
 pytestmark = [
-    pytest.mark.skipif(django.VERSION >= (6, 1), reason="django-prometheus refuses Django 6.1"),
     pytest.mark.django_db(transaction=True, databases="__all__"),
     pytest.mark.urls(__name__),
 ]
