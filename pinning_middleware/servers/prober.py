@@ -174,7 +174,8 @@ class Watcher:
             ):
                 server.lag = newest - at
                 return
-        server.lag = newest - samples[-1][0]
+        # Of one that has not even reached the oldest, a single sample says nothing.
+        server.lag = newest - samples[-1][0] if len(samples) > 1 else None
 
     def _date(self) -> None:
         """Ask the primary, the replica until it has what the primary had, and the primary."""
