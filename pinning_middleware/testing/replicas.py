@@ -73,7 +73,7 @@ class Replicas:
     @property
     def lagging(self) -> frozenset[str]:
         """The aliases that lag now because a test said so."""
-        return Nodes.held_back
+        return frozenset(self._written)
 
     def lag(self, *aliases: str) -> _Undo:
         """
@@ -88,7 +88,9 @@ class Replicas:
         if not self._written:
             counters.write_observers.append(self._note_write)
         self._written.update({alias: {} for alias in chosen if alias not in self._written})
-        self._pretend(Nodes.held_back | set(chosen), Nodes.cut_off)
+        # What a real one has it goes on to serve.
+        pretended = {alias for alias in chosen if not _is_real(alias)}
+        self._pretend(Nodes.held_back | pretended, Nodes.cut_off)
         return _Undo(lambda: self.catch_up(*chosen))
 
     def catch_up(self, *aliases: str) -> None:
@@ -113,7 +115,7 @@ class Replicas:
         chosen = self._chosen(aliases)
         connecting.refused.update(chosen)
         for alias in chosen:
-            if _vendor(alias) in _WRITTEN and not _is_mirror(alias):
+            if _is_real(alias):
                 connection = connections[alias]
                 if not connection.in_atomic_block:
                     connection.close()
@@ -178,9 +180,9 @@ class Replicas:
     def _tell(
         self, alias: str, orders: dict[str, str], checks: dict[str, str] | None = None
     ) -> None:
-        vendor = _vendor(alias)
-        if vendor not in orders or _is_mirror(alias):
+        if not _is_real(alias):
             return
+        vendor = _vendor(alias)
         try:
             with _beside(alias) as ask:
                 ask(orders[vendor])
@@ -226,6 +228,11 @@ def _pool(alias: str) -> Pool:
 
 def _is_mirror(alias: str) -> bool:
     return _pool(alias).is_mirror(alias)
+
+
+def _is_real(alias: str) -> bool:
+    """Return whether a replica replays a log, and can be told to stop."""
+    return connections[alias].vendor in ("postgresql", "mysql") and not _is_mirror(alias)
 
 
 def _vendor(alias: str) -> str:

@@ -69,6 +69,15 @@ def test_a_lag_of_all_sends_a_pin_to_the_primary(pg: PostgreSQL) -> None:
         Book.objects.count()
 
 
+def test_what_a_replica_had_before_it_still_serves(pg: PostgreSQL) -> None:
+    token = write()
+    pg.wait_for()
+    look_around()
+    replicas.lag()
+    with stranger(token), assert_reads_from("replica", "position"):
+        Book.objects.count()
+
+
 def test_a_stale_read_is_found(pg: PostgreSQL) -> None:
     replicas.lag()
     write()
