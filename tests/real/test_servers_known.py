@@ -357,7 +357,6 @@ def test_a_promoted_replica_is_noticed_on_an_open_connection(
 # Lag
 
 
-@override_settings(PINNING_MAX_LAG=2)
 @pytest.mark.parametrize("role", ROLES)
 def test_an_idle_primary_is_no_lag(pg: PostgreSQL, asked: Asked, role: str) -> None:
     # A limit shorter than the second between two samples would be one of their making.

@@ -19,6 +19,7 @@ from pinning_middleware import counters, stats
 from pinning_middleware.management import asking, live
 from pinning_middleware.management.commands import pinning_check
 from pinning_middleware.routing.decider import Pool
+from tests.sight.test_commands import run
 
 from .conftest import PostgreSQL, as_layout, look_around, stranger, titles, write
 from .layouts import black_hole, database, eventually, frozen, make_role, promote
@@ -32,16 +33,6 @@ PROMISED = 3.0
 @pytest.fixture(autouse=True)
 def nothing_read_yet() -> None:
     counters.reads.clear()
-
-
-def run(name: str, *arguments: str) -> tuple[int, str]:
-    """Run a command; its exit status and what it printed."""
-    out = io.StringIO()
-    try:
-        call_command(name, *arguments, stdout=out, no_color=True)
-    except SystemExit as ended:
-        return int(str(ended.code)), out.getvalue()
-    return 0, out.getvalue()
 
 
 def status() -> tuple[int, dict[str, dict[str, Any]]]:
