@@ -152,6 +152,8 @@ class Watcher:
         self._looked = time.monotonic()
         if server is not None:
             self._measure(server)
+            if server.lag and not endpoint.out:
+                server = self._once_more(server)
             self.judge(endpoint, server)
         if endpoint.out and endpoint.retry_at <= self._looked:
             registry.retry(endpoint, _pause_of(endpoint))
@@ -176,6 +178,19 @@ class Watcher:
                 return
         # Of one that has not even reached the oldest, a single sample says nothing.
         server.lag = newest - samples[-1][0] if len(samples) > 1 else None
+
+    def _once_more(self, server: Server) -> Server:
+        """
+        Ask one that seems to be behind again, a moment later: samples are a second apart, so one
+        that is milliseconds late for the newest would be taken to lag by all of that second.
+        """
+        with self.changed:
+            self.changed.wait(HURRY)
+        again = self._ask(self.alias)
+        if again is None:
+            return server
+        self._measure(again)
+        return again
 
     def _date(self) -> None:
         """Ask the primary, the replica until it has what the primary had, and the primary."""

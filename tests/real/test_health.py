@@ -11,6 +11,8 @@ from django.test import override_settings
 from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware import use_replica
+from pinning_middleware.servers.prober import Watcher
+from pinning_middleware.servers.server import Server, registry
 from tests.app.models import Book
 
 from .conftest import (
@@ -37,7 +39,8 @@ REPLICAS = {"pg1", "pg2"}
 
 @pytest.fixture
 def max_lag() -> Iterator[None]:
-    with override_settings(PINNING_MAX_LAG=0.5):
+    # Longer than the second between two samples: a busy machine may make anybody miss one.
+    with override_settings(PINNING_MAX_LAG=1.5):
         yield
 
 
@@ -67,9 +70,10 @@ def test_a_replica_that_lags_leaves_the_rotation_and_comes_back(
         pg.resume("pg1")
         assert eventually(lambda: server_for(None) == "pg1")
     assert {server_for(None) for _ in range(4)} == REPLICAS
-    (left,) = heard.of("replica_left_out")
-    assert (left["sender"], left["replica"], left["reason"]) == ("pg", "pg1", "lag")
-    assert heard.of("replica_taken_back") == [{"sender": "pg", "replica": "pg1"}]
+    # On a busy machine the other one may really be half a second late, once in a while.
+    (left,) = [said for said in heard.of("replica_left_out") if said["replica"] == "pg1"]
+    assert (left["sender"], left["reason"]) == ("pg", "lag")
+    assert {"sender": "pg", "replica": "pg1"} in heard.of("replica_taken_back")
     assert "pg1 serves nobody (lag)" in caplog.text
     assert "pg1 serves again." in caplog.text
 
@@ -100,6 +104,33 @@ def test_an_idle_primary_is_no_lag(pg: PostgreSQL) -> None:
     )
     # The primary's own work may come in between, once in a while.
     assert all((pool().lag(alias) or 0.0) < 3 for alias in REPLICAS)
+
+
+@override_settings(PINNING_MAX_LAG=0.5)
+def test_one_that_is_a_moment_late_does_not_lag(
+    pg: PostgreSQL, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has missed the newest sample by milliseconds, and not by the second before it."""
+    assert eventually(measured)
+    pg.pause("pg1")
+    write()
+    ask, late = Watcher._ask, []
+
+    def slow(watcher: Watcher, alias: str) -> Server | None:
+        answer = ask(watcher, alias)
+        if alias == "pg1" and answer is not None and not late:
+            newest = registry.samples(answer.system)[0][1]
+            if any(answer.position[log] < point for log, point in newest.items()):
+                late.append(alias)
+                pg.resume("pg1")
+                pg.wait_for()
+        return answer
+
+    monkeypatch.setattr(Watcher, "_ask", slow)
+    assert eventually(lambda: (server_for(None), late)[-1])
+    told = endpoint("pg1").current[0].told
+    assert eventually(lambda: (server_for(None), endpoint("pg1").current[0].told > told)[-1])
+    assert [said for said in heard.of("replica_left_out") if said["replica"] == "pg1"] == []
 
 
 @pytest.mark.usefixtures("max_lag")
@@ -142,9 +173,9 @@ def server_within(seconds: float, token: str | None = None) -> str:
 def test_use_replica_takes_one_that_lags_less(pg: PostgreSQL) -> None:
     pg.pause("pg1")
     token = write()
-    assert eventually(lambda: (write(), {server_within(0.5) for _ in range(4)} == {"pg2"})[-1])
+    assert eventually(lambda: (write(), {server_within(1.5) for _ in range(4)} == {"pg2"})[-1])
     # In a scope whose own replica lags, too.
-    assert {server_within(0.5, token) for _ in range(6)} == {"pg2"}
+    assert {server_within(1.5, token) for _ in range(6)} == {"pg2"}
     # How far one lags that was behind from the start shows with the second sample.
     assert eventually(lambda: {server_within(3600) for _ in range(6)} == REPLICAS)
     assert {server_for(None) for _ in range(6)} == REPLICAS
@@ -152,10 +183,10 @@ def test_use_replica_takes_one_that_lags_less(pg: PostgreSQL) -> None:
 
 def test_use_replica_takes_the_primary_where_all_lag(pg: PostgreSQL) -> None:
     pg.pause()
-    assert eventually(lambda: (write(), server_within(0.5) == "pg")[-1])
+    assert eventually(lambda: (write(), server_within(1.5) == "pg")[-1])
     assert eventually(lambda: server_within(3600) in REPLICAS)
     pg.resume()
-    assert eventually(lambda: {server_within(0.5) for _ in range(4)} == REPLICAS)
+    assert eventually(lambda: {server_within(1.5) for _ in range(4)} == REPLICAS)
 
 
 def test_use_replica_takes_no_replica_that_was_behind_before_it_was_asked(pg: PostgreSQL) -> None:
@@ -175,8 +206,8 @@ def test_use_replica_knows_enough_at_once(pg: PostgreSQL) -> None:
 
 def test_a_block_that_limits_lag_fails_over_within_the_limit(pg: PostgreSQL) -> None:
     pg.pause("pg1")
-    assert eventually(lambda: (write(), {server_within(0.5) for _ in range(4)} == {"pg2"})[-1])
-    with stranger(), use_replica(max_lag=0.5):
+    assert eventually(lambda: (write(), {server_within(1.5) for _ in range(4)} == {"pg2"})[-1])
+    with stranger(), use_replica(max_lag=1.5):
         assert server() == "pg2"
         pg["pg2"].stop("immediate")
         assert "new" in Book.objects.values_list("title", flat=True)

@@ -473,7 +473,7 @@ def test_the_freshest_replica_serves_for_the_primary(one_book: Servers, heard: H
 # Lag
 
 
-@override_settings(PINNING_MAX_LAG=0.5)
+@override_settings(PINNING_MAX_LAG=1.5)
 def test_a_replica_that_lags(my: Servers) -> None:
     """Any role can tell: what counts is how old the newest position is that it has reached."""
     my.pause("my1")

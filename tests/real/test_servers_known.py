@@ -366,7 +366,7 @@ def test_an_idle_primary_is_no_lag(pg: PostgreSQL, asked: Asked, role: str) -> N
         assert pool().out == frozenset()
 
 
-@override_settings(PINNING_MAX_LAG=1.5)
+@override_settings(PINNING_MAX_LAG=3)
 def test_a_bulk_insert_without_a_commit_is_no_lag(pg: PostgreSQL, asked: Asked) -> None:
     """The age of the last commit that a replica has is no lag."""
     write("one")
@@ -382,7 +382,7 @@ def test_a_bulk_insert_without_a_commit_is_no_lag(pg: PostgreSQL, asked: Asked) 
 def test_a_replica_that_stands_still_under_writes_lags(
     pg: PostgreSQL, heard: Heard, role: str
 ) -> None:
-    with as_role(pg, role), override_settings(PINNING_MAX_LAG=0.5):
+    with as_role(pg, role), override_settings(PINNING_MAX_LAG=1.5):
         pg.pause("pg1")
         assert eventually(lambda: write("more") and port_for(None) and pool().out == {"r1"})
         # Another thread has taken it out, and is about to say so.
