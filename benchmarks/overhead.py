@@ -66,7 +66,7 @@ class Least:
     wanted = ""
 
 
-least: ContextVar[Least] = ContextVar("least", default=Least())
+least: ContextVar[Least] = ContextVar("least")
 
 
 class LeastMiddleware:
@@ -239,7 +239,9 @@ def _pipes(started: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
 def compare(rounds: int) -> None:
     """Let the three take turns, each time in another order, and print what they took."""
     with contextlib.ExitStack() as stack:
-        sites = {name: stack.enter_context(process(name)) for name in (PACKAGE, PLAIN, TURNS, LEAST)}
+        sites = {
+            name: stack.enter_context(process(name)) for name in (PACKAGE, PLAIN, TURNS, LEAST)
+        }
         orders = itertools.cycle(itertools.permutations(sites))
         took: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
         for number in range(rounds + 5):

@@ -19,7 +19,6 @@ from .routing.leaving import (
     akeep_keys,
     asks_database,
     count_changes,
-    has_changed,
     keep_keys,
     left_behind,
 )
@@ -66,11 +65,8 @@ class PinningMiddleware:
             return response
         finally:
             try:
-                if has_changed(scope):
+                if _end(plan, scope, request, response):
                     _save(scope, request, response)
-                if plan.is_debug or "_cached_user" in request.__dict__:
-                    _explain(plan, scope, request, response)
-                _end(scope, request, response)
             finally:
                 enter(outer)
 
@@ -87,12 +83,9 @@ class PinningMiddleware:
             return response  # type: ignore[no-any-return]
         finally:
             try:
-                if has_changed(scope):
+                if _end(plan, scope, request, response):
                     # A client that goes away takes the request with it, and not its pin.
                     await asyncio.shield(_asave(scope, request, response))
-                if plan.is_debug or not request.__dict__.keys().isdisjoint(_USERS):
-                    _explain(plan, scope, request, response)
-                _end(scope, request, response)
             finally:
                 enter(outer)
 
@@ -150,36 +143,44 @@ def _begin(plan: _Plan, request: HttpRequest, outer: Scope | None) -> Scope:
     return scope
 
 
-def _end(scope: Scope, request: HttpRequest, response: Any) -> None:
+def _end(plan: _Plan, scope: Scope, request: HttpRequest, response: Any) -> bool:
+    """
+    End a request's scope, or let its body go on with it; return whether what follows it has to
+    know of something that it did.
+    """
     if scope.outer is not None:
         scope.tell_outer()
+    if response is not None:
+        # Where Django keeps the user once somebody has asked for it; nobody is asked for its sake.
+        kept = request.__dict__
+        user = kept.get("_cached_user") or kept.get("_acached_user")
+        if plan.is_debug or (user is not None and _is_staff(user)):
+            _explain(scope, response)
     if response is not None and response.streaming:
         _follow(scope, request, response)
+    elif scope.from_primary:
+        scope.end(request)
     else:
         scope.ended = request
-        if scope.from_primary:
-            scope.end(request)
+    # As `has_changed` has it: every request comes by here.
+    for facts in scope.values():
+        if facts.changes:
+            return True
+    return bool(scope.pinned_keys)
 
 
-# Where Django keeps the user once somebody has asked for it; nobody is asked for its sake.
-_USERS = ("_cached_user", "_acached_user")
+def _is_staff(user: Any) -> bool:
+    return bool(getattr(user, "is_staff", False) and user.is_active)
 
 
-def _explain(plan: _Plan, scope: Scope, request: HttpRequest, response: Any) -> None:
-    """Say where this request's reads went and why, to staff and where one debugs."""
-    if response is None or not (plan.is_debug or _is_staff(request)):
-        return
+def _explain(scope: Scope, response: Any) -> None:
+    """Say where this request's reads went and why."""
     routes = dict.fromkeys(route for facts in scope.values() for route in facts.routes)
     if routes:
         said = ", ".join(f"{alias}: {reason}" for alias, reason in routes)
         before = response.headers.get("Server-Timing")
         mine = f'pinning;desc="{said}"'
         response.headers["Server-Timing"] = f"{before}, {mine}" if before else mine
-
-
-def _is_staff(request: HttpRequest) -> bool:
-    users = (request.__dict__.get(name) for name in _USERS)
-    return any(getattr(user, "is_staff", False) and user.is_active for user in users if user)
 
 
 def _on_view(request: HttpRequest) -> Scope | None:

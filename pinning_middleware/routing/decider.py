@@ -20,6 +20,7 @@ from pinning_middleware.conf import PoolSpec, conf
 from pinning_middleware.pins import Pin
 from pinning_middleware.scopes.blocks import Kind, Open, lifts, open_blocks, override
 from pinning_middleware.scopes.scope import Facts, Scope, current_scope, entered_scope
+from pinning_middleware.servers.links import Link
 from pinning_middleware.servers.questions import link_of, may_ask
 from pinning_middleware.signals import primary_fallback, replica_waited
 
@@ -39,24 +40,10 @@ _BY_BLOCK: Final = (reasons.USE_PRIMARY, reasons.USE_REPLICA)
 _SAID: Final = (reasons.BEHIND, reasons.NO_REPLICA, reasons.PRIMARY_DOWN)
 
 
-class _Seat:
-    """
-    What one thread needs at hand for the next decision: its connection to the primary, since
-    ``connections[alias]`` costs more than all the rest, and the scope that decided here last.
-    """
-
-    __slots__ = ("connection", "facts", "scope")
-
-    def __init__(self, connection: BaseDatabaseWrapper) -> None:
-        self.connection = connection
-        self.scope: Scope | None = Scope()
-        self.facts = Facts("")
-
-
 class Pool(Nodes):
     """One primary and its replicas."""
 
-    # Whether it matters who answered a read.
+    # Whether what a client has seen moves its position.
     is_monotonic = False
     # The reason for a read that nobody decided.
     otherwise = reasons.EXPLICIT
@@ -71,9 +58,13 @@ class Pool(Nodes):
         self._may_not_keep = conf.primary_down == "stale"
         self._offloads_all = conf.offload is True
         self._by_query = conf.spread_by_query
+        # Whether it matters which server answered a read.
+        self.minds_servers = self.is_monotonic or self._by_query
         # Whether the settings leave rule 7 as it is.
         self._turns_by_scope = not (self._by_query or self._may_not_keep or self.is_monotonic)
         self._is_plain = self._offloads_all and self._turns_by_scope
+        # Each thread's connection to the primary: `connections[alias]` costs more than all the
+        # rest of a decision.
         self._thread = threading.local()
         if self.minds_models:
             self.db_for_read = self._db_for_model  # type: ignore[method-assign]
@@ -89,14 +80,13 @@ class Pool(Nodes):
         if hints and (instance := hints.get("instance")) and instance._state.db not in self:
             return None
         scope = entered_scope()
+        if scope is None:
+            scope = current_scope()
+        facts = scope[self.key]
         try:
-            seat = self._thread.seat
+            connection = self._thread.connection
         except AttributeError:
-            seat = self._thread.seat = _Seat(connections[self.primary])
-        if seat.scope is not scope or scope is None:
-            scope = scope or current_scope()
-            seat.scope, seat.facts = scope, scope[self.key]
-        connection, facts = seat.connection, seat.facts
+            connection = self._thread.connection = connections[self.primary]
         if (block := open_blocks()) is not None:
             kept = facts.in_block
             if (
@@ -317,6 +307,22 @@ class Pool(Nodes):
         now = clock.now()
         return facts.wrote_until(conf.seconds, now) > now
 
+    def is_free(self, connection: BaseDatabaseWrapper, scope: Scope | None) -> bool:
+        """
+        Return whether nothing speaks against reading on a replica's open connection, as far as
+        that shows at a glance; ``refusal`` knows more. So it is for most reads.
+        """
+        facts = None if scope is None else scope.get(self.key)
+        if not (facts.is_plain if facts is not None else scope is None or not scope.carried):
+            return False
+        kept = connection.__dict__.get("_pinning_link")
+        if kept is None or kept[0] is not connection.connection:
+            return False
+        link: Link = kept[1]
+        endpoint, server = link.endpoint, link.server
+        is_bad = endpoint.suspect if server is None else server.out
+        return not is_bad and endpoint.is_known and not link.has_left_recovery()
+
     def refusal(self, connection: BaseDatabaseWrapper, scope: Scope | None) -> str:
         """
         Return why the server of a replica's connection will not serve this scope, empty: it will.
@@ -326,8 +332,10 @@ class Pool(Nodes):
         server = link.server
         if server is not None and server.out and (server.out != "lag" or self.rotation):
             return server.out
-        if (server is None and link.endpoint.suspect) or link.has_left_recovery():
+        is_promoted = link.has_left_recovery()
+        if is_promoted or (server is None and link.endpoint.suspect):
             seen = self.look_at(connection)
+            link.is_known_as_primary = is_promoted
             if seen is not None and seen.server.out not in ("", "lag"):
                 return seen.server.out
         if scope is None or self.is_headless or connection.alias not in conf.guarded:
@@ -373,7 +381,7 @@ class Pool(Nodes):
 
     def adopt(self, connection: BaseDatabaseWrapper) -> None:
         """Take this for the thread's connection to the primary."""
-        self._thread.seat = _Seat(connection)
+        self._thread.connection = connection
 
 
 class PrimaryOnly(Pool):

@@ -61,6 +61,12 @@ def open_cursor(
         return cursor(name)
     scope = entered_scope()
     is_replica = alias != pool.primary
+    if is_replica and connection.connection is not None and pool.is_free(connection, scope):
+        # Nearly every read: the connection is there, and its server will do.
+        try:
+            return cursor(name)
+        except FAILURES as error:
+            logger.debug("The connection to %s has to be looked into: %s", alias, error)
     endpoint = pool.endpoints[alias] if is_replica else pool.endpoint
 
     def elsewhere(why: object) -> Any:
@@ -163,14 +169,13 @@ def run(
     finally:
         if stale is not None:
             stale.has_stand_in = False
-    if is_replica or pool.is_monotonic:
+    if pool.minds_servers:
         _note(pool, connection.alias)
     return result
 
 
 def _note(pool: Pool, alias: str) -> None:
-    if not (pool.is_monotonic or conf.spread_by_query):
-        return
+    """Note who answered a read, where that is worth knowing."""
     scope = entered_scope()
     facts = None if scope is None else scope.get(pool.key)
     if facts is not None and not asking.get():
@@ -338,7 +343,8 @@ def _tell(pool: Pool, scope: Scope | None, failed: str, alias: str, why: object)
         return
     if failed in pool.out or why == reasons.BEHIND:
         facts.leave(failed)
-    _note(pool, alias)
+    if pool.minds_servers:
+        _note(pool, alias)
 
 
 # Wiring

@@ -70,20 +70,22 @@ def _count(pool: Pool, meant: str, kind: Kind, cursor: Any, sql: Any) -> None:
     facts = None if scope is None else scope.get(pool.key)
     reason = pool.otherwise
     if facts is not None:
-        if (decided := facts.decided) is not None:
+        decided = facts.decided
+        if decided is None:
+            if facts.answer == meant:
+                reason = facts.reason
+        else:
             facts.decided = None
-        elif facts.answer is not None:
-            decided = facts.answer, facts.reason
-        if decided is not None and decided[0] == meant:
-            reason = decided[1]
+            if decided[0] == meant:
+                reason = decided[1]
     if served != meant or "pinning_reason" in cursor.__dict__:
         reason = cursor.__dict__.get("pinning_reason", reasons.FAILOVER)
     elif kind is Kind.LOCK:
         reason = reasons.LOCK
-    if facts is not None and len(facts.routes) < MOST_ROUTES:
-        route = served, reason
-        if not facts.routes or facts.routes[-1] != route:
-            facts.routes = (*facts.routes, route)
+    if facts is not None:
+        routes, route = facts.routes, (served, reason)
+        if len(routes) < MOST_ROUTES and routes[-1:] != (route,):
+            facts.routes = (*routes, route)
     kept = connection.__dict__.get("_pinning_link")
     server = None if kept is None else kept[1].server
     reads[pool.primary, served, server, reason] += 1

@@ -17,12 +17,12 @@ class Link:
 
     __slots__ = (
         "_hot_standby",
-        "_was_standby",
         "alias",
         "deadline",
         "endpoint",
         "has_stand_in",
         "is_altered",
+        "is_known_as_primary",
         "is_pooled",
         "is_watched",
         "prepared",
@@ -54,13 +54,12 @@ class Link:
         # PostgreSQL 14 and later report a promotion by themselves, with their next message.
         pgconn = getattr(raw, "pgconn", None)
         self._hot_standby = getattr(pgconn, "parameter_status", None)
-        self._was_standby = True
+        self.is_known_as_primary = False
 
     def has_left_recovery(self) -> bool:
         """Return whether the server is news as one that is no standby; asks nobody."""
-        if self._hot_standby is None:
-            return False
-        is_standby = self._hot_standby(b"in_hot_standby") != b"off"
-        is_news = self._was_standby and not is_standby
-        self._was_standby = is_standby
-        return is_news
+        return (
+            self._hot_standby is not None
+            and self._hot_standby(b"in_hot_standby") == b"off"
+            and not self.is_known_as_primary
+        )

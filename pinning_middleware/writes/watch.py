@@ -40,7 +40,8 @@ _CACHED_LENGTH = 4096
 
 def alias_of(cursor: Any) -> str:
     """Return whose a cursor is: one that was opened elsewhere is still that replica's."""
-    alias: str = getattr(cursor, "pinning_alias", cursor.db.alias)
+    # Not by `getattr`, which Django's cursors hand on to the driver's.
+    alias: str = cursor.__dict__.get("pinning_alias") or cursor.db.alias
     return alias
 
 
