@@ -47,9 +47,12 @@ def pins_in(cache: dict[str, Any], **settings: Any) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def valkey() -> Iterator[str]:
-    """The address of a Valkey server."""
+    """
+    The address of a Valkey server, the same for all of a process: clients keep the connections
+    that they made, and parts of one module may run at different times.
+    """
     with running() as server:
         yield server.connection_url
 
