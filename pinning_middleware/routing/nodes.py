@@ -154,13 +154,18 @@ class Nodes:
         """
         Return whether a server has a position whose timeline its role may not see. Its own word
         has to be there; then the primary's answer names the timeline, which costs the primary
-        less than the read that it would have instead.
+        less than the read that it would have instead. One that had the position, but not all that
+        the primary had by then, is asked once more: it has moved on since.
         """
-        if server.claims(wanted) and not self.endpoint.out:
-            with suppress(*FAILURES):
+        with suppress(*FAILURES):
+            for is_last in (False, True):
+                if not server.claims(wanted) or self.endpoint.out:
+                    break
                 self.look_at(connections[self.primary])
-            if self._reached(server, wanted):
-                return True
+                if self._reached(server, wanted):
+                    return True
+                if not is_last:
+                    self.look_at(connections[alias])
         prober.date(alias, self.primary, self.judge)
         return False
 

@@ -9,9 +9,12 @@ from contextlib import contextmanager
 import psycopg
 import pytest
 from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.test import override_settings
 from freezegun.api import FrozenDateTimeFactory
 
+from pinning_middleware.routing.nodes import Nodes
+from pinning_middleware.servers.questions import Seen
 from sample_site.cluster import Cluster
 
 from .conftest import (
@@ -198,6 +201,34 @@ def test_a_plain_role_s_first_read_is_a_replica_s(pg: PostgreSQL) -> None:
             ports.append(port_for(token))
         # Most of them: on a busy machine some go to the primary all the same.
         assert ports.count(pg["pg"].port) <= 3
+
+
+def test_a_plain_role_s_replica_that_had_not_all_is_asked_once_more(
+    pg: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had the write, but not what others wrote since: nothing dates that point."""
+    with as_role(pg, "plain"):
+        for number in range(8):
+            token = write(f"{number}")
+            pg.wait_for()
+            port_for(token)
+        pg.pause("pg2")
+        token = write("mine")
+        pg.wait_for("pg1")
+        pg.pause("pg1")
+        write("another's")
+        look_at, looks = Nodes.look_at, list[str]()
+
+        def moving_on(nodes: Nodes, connection: BaseDatabaseWrapper) -> Seen | None:
+            if connection.alias == "site" and "site" not in looks:
+                pg.resume("pg1")
+                pg.wait_for("pg1")
+            looks.append(connection.alias)
+            return look_at(nodes, connection)
+
+        monkeypatch.setattr(Nodes, "look_at", moving_on)
+        assert port_for(token) == pg["pg1"].port
+        assert looks[-3:] == ["site", "r1", "site"]
 
 
 # Transaction ids
