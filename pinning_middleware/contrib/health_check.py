@@ -23,7 +23,7 @@ from health_check.exceptions import ServiceUnavailable, ServiceWarning
 
 from pinning_middleware.routing.decider import Pool, PrimaryOnly
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.servers import prober
+from pinning_middleware.servers import connecting, prober
 from pinning_middleware.verbs import direct
 
 __all__ = ["Replicas"]
@@ -85,7 +85,7 @@ class Replicas(HealthCheck):  # type: ignore[misc]
 
 def _fault(pool: Pool, alias: str) -> str:
     """Ask a replica; return why it gets no reads, empty: it does."""
-    connection = prober.private(alias)
+    connection = connecting.private(alias)
     try:
         with direct():
             # What can't tell positions is asked for a sign of life.

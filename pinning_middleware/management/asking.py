@@ -16,7 +16,7 @@ from pinning_middleware.conf import conf
 from pinning_middleware.pins import Position
 from pinning_middleware.routing.decider import Pool
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.servers import prober
+from pinning_middleware.servers import connecting
 from pinning_middleware.servers.questions import endpoint_of, link_of, look
 from pinning_middleware.servers.server import Server, registry
 from pinning_middleware.servers.silence import begin, end
@@ -114,7 +114,7 @@ class Asker:
     def _look(self, alias: str) -> _Answer:
         connection = self._connections.get(alias)
         if connection is None:
-            connection = self._connections[alias] = prober.private(alias)
+            connection = self._connections[alias] = connecting.private(alias)
         seen = look(connection)
         if seen is None:
             self._reach(connection)

@@ -42,12 +42,17 @@ __all__ = ["install", "run", "serve_elsewhere"]
 
 logger = logging.getLogger("pinning_middleware.reads")
 
+# How often a read is tried on one node whose connections break: those of a pool do so together.
+MOST_TRIES = 5
 # Reasons that only the primary answers, and that are no failure of anybody.
 _PRIMARY_ONLY = (reasons.WROTE, reasons.LOCK, reasons.PINNED)
 
 
 def open_cursor(
-    connection: BaseDatabaseWrapper, cursor: Callable[..., Any], name: str | None = None
+    connection: BaseDatabaseWrapper,
+    cursor: Callable[..., Any],
+    name: str | None = None,
+    tries: int = 1,
 ) -> Any:
     """Do what ``connection._cursor`` does, on another node where this one is of no use."""
     alias = connection.alias
@@ -92,13 +97,12 @@ def open_cursor(
     except FAILURES as error:
         if not _is_lost(connection, error):
             raise
-        if before is None or isinstance(error, Silent):
-            reason = "silent" if isinstance(error, Silent) else "connect"
-            registry.fail(endpoint, reason, conf.retry_after, error)
+        is_silent, was_made = isinstance(error, Silent), connection.connection is not None
         connection.close()
-        if before is not None:
-            # It was lost while nobody looked: once more, on a new one.
-            return open_cursor(connection, cursor, name)
+        if was_made and not is_silent and tries < MOST_TRIES:
+            # It was lost while nobody looked, or cut off at once: again, on a new one.
+            return open_cursor(connection, cursor, name, tries + 1)
+        registry.fail(endpoint, "silent" if is_silent else "connect", conf.retry_after, error)
         return elsewhere(error)
     if why:
         opened.close()
@@ -239,8 +243,8 @@ def serve_elsewhere(
         if alias != failed.alias and not same_session(failed.alias, alias):
             continue
         other = connections[alias]
-        # One that was lost while nobody looked is tried once more, on a new connection.
-        for was_open in (other.connection is not None, False):
+        # One that was lost while nobody looked is tried again, on a new connection.
+        for tries in range(1, MOST_TRIES + 1):
             try:
                 with one_node():
                     other.close_if_health_check_failed()
@@ -252,9 +256,9 @@ def serve_elsewhere(
                 error = next_error
                 if other.in_atomic_block or not _is_lost(other, next_error):
                     break
+                is_silent, was_made = isinstance(next_error, Silent), other.connection is not None
                 other.close()
-                is_silent = isinstance(next_error, Silent)
-                if was_open and not is_silent:
+                if was_made and not is_silent and tries < MOST_TRIES:
                     endpoint_of(other).suspect = True
                     continue
                 reason = "silent" if is_silent else "connect"

@@ -354,10 +354,20 @@ class Nodes:
         elif endpoint is not self.endpoint:
             return
         if endpoint.out:
+            if not self.rotation:
+                self._take_back()
             if endpoint is self.endpoint:
                 # Nobody can stand in for it for long.
                 registry.retry(endpoint, prober.SAMPLE_EVERY)
             prober.tend(endpoint.alias, self.primary, self.judge)
+
+    def _take_back(self) -> None:
+        """Let those serve before their time that answer by now: nobody else does."""
+        for endpoint in self.endpoints.values():
+            if endpoint.answers:
+                for server in endpoint.current:
+                    self.judge(endpoint, server)
+                registry.succeed(endpoint)
 
 
 def _lag_of(endpoint: Endpoint) -> float:

@@ -21,11 +21,10 @@ from typing import Any
 
 from django.db import DatabaseError, InterfaceError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.utils import load_backend
 
 from pinning_middleware.conf import conf, on_change
 
-from .connecting import bound
+from .connecting import private
 from .positions import family_of
 from .questions import look
 from .server import HURRY, Endpoint, Server, registry
@@ -140,17 +139,19 @@ class Watcher:
             times.append(self._looked + SAMPLE_EVERY)
         endpoint = registry.endpoint(self.alias, self.primary)
         if endpoint.out:
-            is_needed = _nobody_else_serves(endpoint)
-            soon = self._looked + HURRY
-            times.append(min(endpoint.retry_at, soon) if is_needed else endpoint.retry_at)
+            pause = HURRY if _nobody_else_serves(endpoint) else SAMPLE_EVERY
+            times.append(min(endpoint.retry_at, self._looked + pause))
             self._busy_until = now + IDLE
         return min(times) if times else None
 
     def _look(self) -> None:
         endpoint = registry.endpoint(self.alias, self.primary)
-        server = self._ask(self.alias)
+        is_trial = _is_early(endpoint)
+        server = self._ask(self.alias, is_trial)
         self._looked = time.monotonic()
-        if server is not None:
+        if is_trial:
+            endpoint.answers = server is not None
+        elif server is not None:
             self._measure(server)
             if server.lag and not endpoint.out:
                 server = self._once_more(server)
@@ -207,12 +208,12 @@ class Watcher:
             self.looks += 1
             self.changed.notify_all()
 
-    def _ask(self, alias: str) -> Server | None:
+    def _ask(self, alias: str, is_trial: bool = False) -> Server | None:
         connection = self._connections.get(alias)
         if connection is None:
             connection = self._connections[alias] = private(alias)
         try:
-            seen = look(connection)
+            seen = look(connection, is_trial)
             return None if seen is None else seen.server
         except (DatabaseError, InterfaceError) as error:
             logger.debug(
@@ -241,21 +242,18 @@ def _pause_of(endpoint: Endpoint) -> float:
     return conf.retry_after
 
 
+def _is_early(endpoint: Endpoint) -> bool:
+    """Return whether one that failed is to stay out for now, whatever it answers."""
+    return (
+        endpoint.out in ("connect", "silent")
+        and endpoint.retry_at > time.monotonic()
+        and not _nobody_else_serves(endpoint)
+    )
+
+
 def _nobody_else_serves(endpoint: Endpoint) -> bool:
     """Return whether every replica of a pool is out, so that the primary has the reads of all."""
     return all(mate.out for mate in registry.replicas_of(endpoint.pool))
-
-
-def private(alias: str) -> BaseDatabaseWrapper:
-    """Return a connection of our own, from no pool, that any thread may use."""
-    settings = connections.settings[alias]
-    options = {name: value for name, value in settings["OPTIONS"].items() if name != "pool"}
-    backend: Any = load_backend(settings["ENGINE"])
-    connection = backend.DatabaseWrapper({**settings, "OPTIONS": options}, alias)
-    connection.inc_thread_sharing()
-    connection.__dict__["_pinning_private"] = True
-    bound(connection)
-    return connection  # type: ignore[no-any-return]
 
 
 _lock = threading.Lock()

@@ -99,36 +99,40 @@ class Seen(NamedTuple):
     report: Report | None
 
 
-def look(connection: BaseDatabaseWrapper) -> Seen | None:
+def look(connection: BaseDatabaseWrapper, is_trial: bool = False) -> Seen | None:
     """
     Ask how far the server of this connection is, and who it is where that is not known. ``None``
     where this is no place to ask, or the database has no positions.
 
     Raises ``OperationalError`` and ``InterfaceError`` where it can't be reached, or did not answer
-    within the deadline: that is then known of it.
+    within the deadline: that is then known of it. A trial of one that is out neither takes it back
+    nor puts off its retry.
     """
     family = family_of(connection)
     if family is None or not conf.positions or not may_ask(connection):
         return None
-    was_open, before = connection.connection is not None, asking.get()
+    before = asking.get()
     asking.set(True)
     try:
-        return _look(connection, family)
+        return _look(connection, family, is_trial)
     except FAILURES as error:
-        if not was_open or isinstance(error, Silent) or connection.is_usable():
+        is_made = connection.connection is not None
+        if not is_made or isinstance(error, Silent) or connection.is_usable():
             raise
+        # It was lost while nobody looked, or cut off at once.
         connection.close()
-        return _look(connection, family)
+        return _look(connection, family, is_trial)
     finally:
         asking.set(before)
 
 
-def _look(connection: BaseDatabaseWrapper, family: Family) -> Seen:
+def _look(connection: BaseDatabaseWrapper, family: Family, is_trial: bool) -> Seen:
     endpoint = endpoint_of(connection)
     try:
         connection.ensure_connection()
     except FAILURES as error:
-        registry.fail(endpoint, "connect", conf.retry_after, error)
+        if not is_trial:
+            registry.fail(endpoint, "connect", conf.retry_after, error)
         raise
     link = link_of(connection)
     ask = _asker(connection, link)
@@ -139,15 +143,18 @@ def _look(connection: BaseDatabaseWrapper, family: Family) -> Seen:
         if server.tells is not False:
             report = _report(family, server, link, ask, row, asked_at)
     except Silent as error:
-        if link.server is not None:
+        if is_trial:
+            pass
+        elif link.server is not None:
             registry.mark(link.server, "silent", conf.retry_after, error)
         else:
             registry.fail(endpoint, "silent", conf.retry_after, error)
         # What was asked may still be answered: nobody is to take that for another answer.
         connection.close()
         raise
-    endpoint.suspect = False
-    registry.succeed(endpoint)
+    if not is_trial:
+        endpoint.suspect = False
+        registry.succeed(endpoint)
     return Seen(server, report)
 
 

@@ -189,6 +189,8 @@ class Endpoint:
         self.since = 0.0
         self.error = ""
         self.retry_at = 0.0
+        # It is out, and answers by now: it waits for its time, or until nobody else serves.
+        self.answers = False
         # A connection was lost here; whoever connects next has to look who is there.
         self.suspect = False
         # Behind a pooler that hands out several servers; said once, and then the window serves.
@@ -340,6 +342,7 @@ class Servers:
             reason = outs[0] if outs and all(outs) else ""
         with self._lock:
             is_news, endpoint.out = endpoint.out != reason, reason
+            endpoint.answers = endpoint.answers and not is_news
             if reason:
                 endpoint.error = str(error) or endpoint.error
                 if is_news or retry_in:

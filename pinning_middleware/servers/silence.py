@@ -18,7 +18,7 @@ import contextlib
 import heapq
 import itertools
 import os
-import select
+import selectors
 import socket
 import threading
 import time
@@ -33,7 +33,7 @@ from pinning_middleware.conf import conf
 from .links import Link
 from .server import registry
 
-__all__ = ["DEADLINE", "PATIENCE", "Silent", "begin", "end", "listen_to"]
+__all__ = ["DEADLINE", "PATIENCE", "Silent", "begin", "end", "is_ready", "listen_to"]
 
 # Seconds: for a question of ours; before a read that is not answered is looked into, and again.
 DEADLINE = 1.0
@@ -174,6 +174,14 @@ def _connects(raw: Any, link: Link) -> bool:
     return False
 
 
+def is_ready(number: int, seconds: float, is_writing: bool = False) -> bool:
+    """Return whether a socket can be read from, or written to, within so many seconds."""
+    # Not `select.select`, which takes no number above 1023.
+    with selectors.DefaultSelector() as selector:
+        selector.register(number, selectors.EVENT_WRITE if is_writing else selectors.EVENT_READ)
+        return bool(selector.select(seconds))
+
+
 def _poll(connection: Any, until: float) -> Any:
     """Return how an attempt to connect ended, ``None``: not in time."""
     from psycopg.pq import PollingStatus
@@ -183,9 +191,8 @@ def _poll(connection: Any, until: float) -> Any:
         if status in (PollingStatus.OK, PollingStatus.FAILED):
             return status
         left = until - time.monotonic()
-        read = [connection.socket] if status == PollingStatus.READING else []
-        write = [connection.socket] if status == PollingStatus.WRITING else []
-        if left <= 0 or not any(select.select(read, write, [], left)):
+        is_writing = status == PollingStatus.WRITING
+        if left <= 0 or not is_ready(connection.socket, left, is_writing):
             return None
 
 
@@ -193,7 +200,7 @@ def _started(connection: Any, until: float) -> str | None:
     connection.send_query(b"SELECT pg_postmaster_start_time()::text")
     while connection.is_busy():
         left = until - time.monotonic()
-        if left <= 0 or not any(select.select([connection.socket], [], [], left)):
+        if left <= 0 or not is_ready(connection.socket, left):
             return None
         connection.consume_input()
     result = connection.get_result()

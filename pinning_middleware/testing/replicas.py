@@ -15,7 +15,7 @@ from pinning_middleware.routing.decider import Pool
 from pinning_middleware.routing.nodes import Nodes
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.servers import connecting
-from pinning_middleware.servers.prober import private
+from pinning_middleware.servers.connecting import private
 from pinning_middleware.servers.server import registry
 from pinning_middleware.writes.sql import table_of
 

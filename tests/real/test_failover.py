@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from django.db import OperationalError, connections, transaction
@@ -28,12 +28,16 @@ from tests.conftest import Visit
 from .conftest import (
     Heard,
     PostgreSQL,
+    alias_of_port,
+    as_layout,
     endpoint,
     eventually,
     in_thread,
     look_again,
     look_around,
     pool,
+    pooled,
+    port_for,
     server,
     server_for,
     stranger,
@@ -443,17 +447,65 @@ def test_a_connection_that_is_lost_while_it_is_asked(
     assert lost == [first]
 
 
+def test_one_that_is_cut_off_at_its_first_question_is_made_again(
+    one_book: PostgreSQL, monkeypatch: pytest.MonkeyPatch, heard: Heard
+) -> None:
+    token = write("two")
+    one_book.wait_for()
+    for alias in REPLICAS:
+        connections[alias].close()
+    identify, lost = Family.identify, []
+
+    def lose(self: Any, ask: Any, where: tuple[str, int], way: Any) -> Any:
+        if not lost:
+            lost.append(alias_of_port(where[1]))
+            one_book.terminate(lost[0])
+        return identify(self, ask, where, way)
+
+    monkeypatch.setattr(Family, "identify", lose)
+    with stranger(token):
+        assert server() == lost[0]
+    assert heard.of("replica_left_out") == []
+
+
+def test_a_pool_s_connections_that_were_cut_off_take_no_replica_out(
+    one_book: PostgreSQL, heard: Heard
+) -> None:
+    """A pool hands out what was ended long ago, as often as it has such."""
+    replica = one_book["pg1"]
+    with as_layout(one_book, r1=pooled(replica)):
+        kept = connections["r1"].pool  # type: ignore[attr-defined]
+        kept.open()
+        for raw in [kept.getconn() for _ in range(12)]:
+            kept.putconn(raw)
+        one_book.terminate("pg1")
+        assert [port_for(None) for _ in range(12)] == [replica.port] * 12
+        token = write("two")
+        one_book.wait_for()
+        one_book.terminate("pg1")
+        assert port_for(token) == replica.port
+    assert heard.of("replica_left_out") == []
+
+
 # A replica that accepts connections and never answers
 
 
+class Attempts(NamedTuple):
+    """The aliases to which a connection was tried."""
+
+    by_requests: list[str]
+    by_watchers: list[str]
+
+
 @pytest.fixture
-def attempts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The aliases to which a connection was tried, from here on."""
-    made: list[str] = []
+def attempts(monkeypatch: pytest.MonkeyPatch) -> Attempts:
+    """Who tried to connect where, from here on."""
+    made = Attempts([], [])
     connect = DatabaseWrapper.get_new_connection
 
     def noted(self: Any, params: Any) -> Any:
-        made.append(self.alias)
+        is_watcher = threading.current_thread().name.startswith("pinning-watcher")
+        (made.by_watchers if is_watcher else made.by_requests).append(self.alias)
         return connect(self, params)
 
     monkeypatch.setattr(DatabaseWrapper, "get_new_connection", noted)
@@ -475,11 +527,11 @@ def mute(one_book: PostgreSQL) -> Iterator[PostgreSQL]:
         yield one_book
 
 
-def test_a_mute_replica_is_left_out(mute: PostgreSQL, attempts: list[str], heard: Heard) -> None:
+def test_a_mute_replica_is_left_out(mute: PostgreSQL, attempts: Attempts, heard: Heard) -> None:
     connections["pg2"].ensure_connection()
-    attempts.clear()
+    attempts.by_requests.clear()
     assert [titles() for _ in range(6)] == [["one"]] * 6
-    assert attempts.count("pg1") == 1
+    assert attempts.by_requests.count("pg1") == 1
     assert heard.of("replica_left_out") == [
         {"sender": "pg", "replica": "pg1", "reason": "connect", "seconds": 10.0}
     ]
@@ -488,20 +540,20 @@ def test_a_mute_replica_is_left_out(mute: PostgreSQL, attempts: list[str], heard
 
 
 def test_a_mute_replica_is_tried_again_by_nobody_s_request(
-    mute: PostgreSQL, attempts: list[str], heard: Heard
+    mute: PostgreSQL, attempts: Attempts, heard: Heard
 ) -> None:
     take_out("pg1")
-    attempts.clear()
+    attempts.by_watchers.clear()
     look_again("pg1")
     # By its watcher, which is given no answer either.
-    assert eventually(lambda: attempts.count("pg1") == 1)
+    assert eventually(lambda: "pg1" in attempts.by_watchers)
     assert [titles() for _ in range(4)] == [["one"]] * 4
     assert eventually(lambda: endpoint("pg1").retry_at > time.monotonic() + 5)
-    assert attempts.count("pg1") == 1
+    assert "pg1" not in attempts.by_requests
     assert len(heard.of("replica_left_out")) == 1
 
 
-def test_a_scope_that_had_chosen_it_does_not_try(mute: PostgreSQL, attempts: list[str]) -> None:
+def test_a_scope_that_had_chosen_it_does_not_try(mute: PostgreSQL, attempts: Attempts) -> None:
     """Another request found out in the meantime."""
     with stranger():
         while Book.objects.db != "pg1":
@@ -510,16 +562,16 @@ def test_a_scope_that_had_chosen_it_does_not_try(mute: PostgreSQL, attempts: lis
         take_out("pg1")
         assert [book.title for book in chosen.using("pg1")] == ["one"]
         assert READS["list"]() == ["one"]
-    assert attempts.count("pg1") == 0
+    assert "pg1" not in attempts.by_requests
 
 
 def test_pinned_requests_do_not_wait_for_a_mute_replica(
-    mute: PostgreSQL, attempts: list[str]
+    mute: PostgreSQL, attempts: Attempts
 ) -> None:
     mute.pause("pg2")
     token = write("two")
     assert [titles(token) for _ in range(5)] == [["one", "two"]] * 5
-    assert attempts.count("pg1") == 1
+    assert attempts.by_requests.count("pg1") == 1
 
 
 def test_connecting_is_bounded(pg: PostgreSQL) -> None:
@@ -656,14 +708,14 @@ def test_writes_get_the_primary_s_error(one_book: PostgreSQL) -> None:
 
 
 @pytest.mark.usefixtures("stale")
-def test_a_primary_that_is_back_is_used(one_book: PostgreSQL, attempts: list[str]) -> None:
+def test_a_primary_that_is_back_is_used(one_book: PostgreSQL, attempts: Attempts) -> None:
     one_book.pause()
     token = write("two")
     one_book["pg"].stop("immediate")
     connections["pg"].close()
-    attempts.clear()
+    attempts.by_requests.clear()
     assert [titles(token) for _ in range(20)] == [["one"]] * 20
-    assert attempts.count("pg") <= 4
+    assert attempts.by_requests.count("pg") <= 4
     one_book["pg"].start()
     assert eventually(lambda: titles(token) == ["one", "two"])
 

@@ -116,8 +116,8 @@ def test_one_that_is_a_moment_late_does_not_lag(
     write()
     ask, late = Watcher._ask, []
 
-    def slow(watcher: Watcher, alias: str) -> Server | None:
-        answer = ask(watcher, alias)
+    def slow(watcher: Watcher, alias: str, is_trial: bool = False) -> Server | None:
+        answer = ask(watcher, alias, is_trial)
         if alias == "pg1" and answer is not None and not late:
             newest = registry.samples(answer.system)[0][1]
             if any(answer.position[log] < point for log, point in newest.items()):
@@ -215,6 +215,16 @@ def test_a_block_that_limits_lag_fails_over_within_the_limit(pg: PostgreSQL) -> 
 
 
 # Out and back
+
+
+def test_one_that_answers_again_serves_when_nobody_else_does(pg: PostgreSQL, heard: Heard) -> None:
+    """Before its time, for which it waits as long as another one serves."""
+    take_out("pg1")
+    assert eventually(lambda: endpoint("pg1").answers)
+    assert {server_for(None) for _ in range(4)} == {"pg2"}
+    pg["pg2"].stop("immediate")
+    assert {server_for(None) for _ in range(6)} == {"pg1"}
+    assert heard.of("primary_fallback") == []
 
 
 @override_settings(PINNING_RETRY_AFTER=10)
