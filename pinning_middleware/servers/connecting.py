@@ -113,7 +113,9 @@ def _connect_again(connection: Any, connect: Callable[[], None]) -> None:
     """Connect; once more where that failed at once, as when it is cut off in the middle."""
     began = time.monotonic()
     try:
-        connect()
+        # Django turns the driver's errors into its own around all of this.
+        with connection.wrap_database_errors:
+            connect()
     except FAILURES:
         if time.monotonic() - began >= AT_ONCE or not _is_ours(connection):
             raise

@@ -468,6 +468,28 @@ def test_one_that_is_cut_off_at_its_first_question_is_made_again(
     assert heard.of("replica_left_out") == []
 
 
+def test_one_that_is_cut_off_while_it_is_made_is_made_again(
+    one_book: PostgreSQL, monkeypatch: pytest.MonkeyPatch, heard: Heard
+) -> None:
+    connect, lost = DatabaseWrapper.get_new_connection, []
+
+    def lose(self: DatabaseWrapper, params: Any) -> Any:
+        raw = connect(self, params)
+        if not lost:
+            lost.append(self.alias)
+            one_book.terminate(self.alias)
+            raw.execute("SELECT 1")
+        return raw
+
+    monkeypatch.setattr(DatabaseWrapper, "get_new_connection", lose)
+    for alias in REPLICAS:
+        connections[alias].close()
+        del connections[alias]
+    with stranger():
+        assert server() == lost[0]
+    assert heard.of("replica_left_out") == []
+
+
 def test_a_pool_s_connections_that_were_cut_off_take_no_replica_out(
     one_book: PostgreSQL, heard: Heard
 ) -> None:
