@@ -294,6 +294,14 @@ def test_what_is_not_first_is_a_warning(name: str, value: Any, number: str) -> N
 
 MEMCACHED = "django.core.cache.backends.memcached.PyMemcacheCache"
 LOCAL = "django.core.cache.backends.locmem.LocMemCache"
+IN_DATABASE = {
+    "BACKEND": "django.core.cache.backends.db.DatabaseCache",
+    "LOCATION": "pages_cache",
+}
+SHARED = {
+    "BACKEND": "django.core.cache.backends.redis.RedisCache",
+    "LOCATION": "redis://127.0.0.1:1",
+}
 STORES = ["pinning_middleware.stores.CookieStore", "pinning_middleware.stores.CacheStore"]
 
 
@@ -364,6 +372,9 @@ FITS: list[tuple[str, dict[str, Any]]] = [
     ("W011", {"DATABASE_ROUTERS": [ROUTER, "tests.test_checks.ByParts"]}),
     ("W012", {"PINNING_IGNORED_TABLES": ["django_session"]}),
     ("W012", {"PINNING_IGNORED_TABLES": ["auth_user"]}),
+    ("W013", {"CACHES": {"default": IN_DATABASE}}),
+    ("W013", {"CACHES": {"default": IN_DATABASE}, "PINNING_STORES": STORES}),
+    ("W013", {"CACHES": {"default": SHARED, "pages": IN_DATABASE}}),
     ("E019", {"PINNING_COOKIE_NAME": "sessionid"}),
     ("E019", {"PINNING_COOKIE_NAME": "csrftoken"}),
     ("E019", {"PINNING_COOKIE_NAME": "messages"}),
@@ -400,6 +411,13 @@ def test_a_transaction_for_each_request_on_a_replica(monkeypatch: pytest.MonkeyP
         memcached("PyMemcacheCache", timeout=0.5, connect_timeout=0.5),
         memcached("PyLibMCCache", behaviors=BOUNDED),
         {"DATABASE_ROUTERS": [ROUTER, "tests.app.routers.UsersRouter"]},
+        {"CACHES": {"default": IN_DATABASE}, "PINNING_IGNORED_TABLES": ["pages_cache"]},
+        {
+            "CACHES": {"default": SHARED, "pins": IN_DATABASE},
+            "PINNING_CACHE": "pins",
+            "PINNING_STORES": STORES,
+        },
+        {"CACHES": {"default": IN_DATABASE}, "PINNING_REPLICAS": []},
     ],
 )
 def test_what_fits_is_no_warning(values: dict[str, Any]) -> None:
@@ -427,4 +445,4 @@ def test_ids_are_unique() -> None:
     }
     used = [number for several in numbers.values() for number in several]
     assert sorted(used) == sorted(set(used))
-    assert {f"E{n:03}" for n in range(1, 21)} | {f"W{n:03}" for n in range(1, 13)} <= set(used)
+    assert {f"E{n:03}" for n in range(1, 21)} | {f"W{n:03}" for n in range(1, 14)} <= set(used)

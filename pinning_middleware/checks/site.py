@@ -9,6 +9,7 @@ from typing import Any
 from django.apps import apps
 from django.conf import settings
 from django.core import checks
+from django.core.cache import DEFAULT_CACHE_ALIAS
 from django.core.checks import CheckMessage, register
 from django.db import router
 from django.utils.module_loading import import_string
@@ -218,6 +219,25 @@ def check_cache_fits(**kwargs: Any) -> list[CheckMessage]:
             "nothing would hold up requests.",
             hint,
         )
+    ]
+
+
+@register(TAG)
+def check_caches_in_the_database(**kwargs: Any) -> list[CheckMessage]:
+    own = value_of("PINNING_CACHE") if _has_store(CACHE_STORE) else DEFAULT_CACHE_ALIAS
+    ignored = value_of("PINNING_IGNORED_TABLES")
+    return [
+        _warning(
+            13,
+            f"The cache {alias!r} is a table of the database: who sets anything in it is pinned.",
+            "Use Redis, Valkey or memcached. Or, if no request relies on what an earlier one has "
+            f"set there, have {entry.get('LOCATION')!r} in PINNING_IGNORED_TABLES.",
+        )
+        for alias, entry in settings.CACHES.items()
+        if str(entry.get("BACKEND", "")).endswith(".DatabaseCache")
+        and (alias == DEFAULT_CACHE_ALIAS or alias != own)
+        and not (isinstance(ignored, Container) and entry.get("LOCATION") in ignored)
+        and _replicas()
     ]
 
 
