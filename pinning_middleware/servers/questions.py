@@ -224,13 +224,17 @@ def _identify(
     who, row = _introduce(connection, family, link, ask)
     server = registry.find(who.identity)
     if server is None:
+        system, followed = link.endpoint.pool, ""
         try:
             system = family.system(ask, who.identity)
+            if who.is_discreet:
+                followed = family.followed(ask)
         except FAILURES:
             raise
-        except DatabaseError:
-            system = link.endpoint.pool
+        except DatabaseError as error:
+            logger.debug("%s does not say what it belongs to: %s", link.alias, error)
         server = registry.meet(link.alias, who.identity, system)
+        server.followed = followed
     else:
         registry.meet(link.alias, who.identity, server.system)
     server.is_discreet = who.is_discreet

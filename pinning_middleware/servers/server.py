@@ -76,6 +76,7 @@ class Server:
         "_met",
         "farthest",
         "floor",
+        "followed",
         "hidden",
         "identity",
         "is_discreet",
@@ -112,6 +113,8 @@ class Server:
         self.tells: bool | None = None
         self.way = 0
         self.hidden = False
+        # The timeline that it is on, or has passed: then it is on no older one. Empty: not known.
+        self.followed = ""
         # Whether it hides that from the role that we have there.
         self.is_discreet = False
         # What it has replayed of a log whose name it could not see, until a primary dates it.
@@ -152,7 +155,7 @@ class Server:
 
         Between two equal names of the primary's log it was at a point between the primary's two.
         One that stands still on a lost timeline is passed by the primary once, so it has to be
-        met at two points.
+        met at two points; or it is known to be on no older timeline than the primary.
         """
         for asked, answered, log, point in tuple(self._claims):
             before = {
@@ -172,7 +175,7 @@ class Server:
             for name in before.keys() & after.keys():
                 if before[name] <= point <= after[name] and len(before.keys() | after.keys()) == 1:
                     first = self._met.setdefault(name, point)
-                    if point > first:
+                    if point > first or name.endswith(f"-{self.followed}"):
                         self.position = merge_positions(self.position, {name: point}) or {}
 
 

@@ -186,14 +186,11 @@ def test_a_plain_role_s_pins_are_reached(pg: PostgreSQL) -> None:
 
 
 def test_a_plain_role_s_first_read_is_a_replica_s(pg: PostgreSQL) -> None:
-    """It asks the replica how far it is and the primary for the name of the timeline."""
+    """
+    It asks the replica how far it is and the primary for the name of the timeline, which the
+    replica's last checkpoint was on.
+    """
     with as_role(pg, "plain"):
-        # Until both replicas were met at two points.
-        for number in range(8):
-            token = write(f"{number}")
-            pg.wait_for()
-            port_for(token)
-            port_for(token)
         ports = []
         for number in range(8):
             token = write(f"again {number}")

@@ -61,6 +61,15 @@ def test_one_that_stands_still_is_passed_and_not_dated(servers: Servers) -> None
         assert hidden.sandwich(end, 100, end + 10, timeline=2) == {}
 
 
+@pytest.mark.parametrize(("timeline", "known"), [(1, {}), (2, {"ff-2": 10}), (12, {})])
+def test_one_that_is_on_no_older_timeline_is_dated_at_once(
+    servers: Servers, timeline: int, known: dict[str, int]
+) -> None:
+    hidden = Hidden(servers)
+    hidden.replica.followed = "2"
+    assert hidden.sandwich(10, 10, 10, timeline) == known
+
+
 def test_what_is_ahead_or_behind_is_not_dated(servers: Servers) -> None:
     hidden = Hidden(servers)
     hidden.sandwich(10, 10, 10)

@@ -59,6 +59,13 @@ class Family:
         """Return the name that all servers of one cluster share, empty for none."""
         return ""
 
+    def followed(self, ask: Ask) -> str:
+        """
+        Return the timeline that a server is on or has passed, of one that hides from this role
+        which it is on now; empty: it can't be told.
+        """
+        return ""
+
     def report(self, ask: Ask, server: Server, way: int) -> Row:
         """Ask a server what ``read`` takes."""
         raise NotImplementedError

@@ -6,7 +6,8 @@ The functions used here may be called by any role. Which timeline a replica repl
 ``pg_stat_get_wal_receiver()``, which shows it to members of ``pg_read_all_stats`` (``pg_monitor``)
 only, and to nobody while no receiver runs: ``pg_control_checkpoint()`` and
 ``pg_control_recovery()`` keep naming the old timeline on a replica that follows a promotion. To
-other roles it is hidden; what a primary says before and after then dates what the replica said.
+other roles it is hidden; what a primary says before and after then dates what the replica said,
+and the timeline of its last checkpoint is at least one that it is not behind.
 
 A transaction id is the way where the functions for LSNs are refused (Aurora): what the primary
 has given out after a commit is on a replica once nothing older is running there. On a standby the
@@ -35,6 +36,7 @@ IDENTITY = (
     "pg_backend_pid(), pg_has_role('pg_read_all_stats', 'USAGE')"
 )
 SYSTEM = "SELECT system_identifier FROM pg_control_system()"
+FOLLOWED = "SELECT timeline_id FROM pg_control_checkpoint()"
 
 # In one statement, since a promotion may come between two: the replay position stays after it.
 # Insert, not pg_current_wal_lsn(): that one is behind with synchronous_commit = off. The function
@@ -111,6 +113,9 @@ class PostgreSQL(Family):
 
     def system(self, ask: Ask, identity: Identity) -> str:
         return f"{int(ask(SYSTEM)[0]):x}"
+
+    def followed(self, ask: Ask) -> str:
+        return str(int(ask(FOLLOWED)[0]))
 
     def report(self, ask: Ask, server: Server, way: int) -> Row:
         return ask(f"SELECT {REPORTS[way]}")
