@@ -42,8 +42,8 @@ __all__ = ["install", "run", "serve_elsewhere"]
 
 logger = logging.getLogger("pinning_middleware.reads")
 
-# How often a read is tried on one node whose connections break: those of a pool do so together.
-MOST_TRIES = 5
+# How often a connection is opened that is found to be lost before anything has run on it.
+MOST_TRIES = 3
 # Reasons that only the primary answers, and that are no failure of anybody.
 _PRIMARY_ONLY = (reasons.WROTE, reasons.LOCK, reasons.PINNED)
 
@@ -243,14 +243,17 @@ def serve_elsewhere(
         if alias != failed.alias and not same_session(failed.alias, alias):
             continue
         other = connections[alias]
-        # One that was lost while nobody looked is tried again, on a new connection.
-        for tries in range(1, MOST_TRIES + 1):
+        # One that was lost while nobody looked is tried once more, on a new connection. A new one
+        # that is lost by the statement is not: it may be that somebody ended this very statement.
+        for is_again in (False, True):
+            was_open, has_run = other.connection is not None, False
             try:
                 with one_node():
                     other.close_if_health_check_failed()
                     other.ensure_connection()
                     if alias != pool.primary and pool.refusal(other, scope):
                         break
+                    has_run = True
                     result = attempt(other)
             except FAILURES as next_error:
                 error = next_error
@@ -258,7 +261,8 @@ def serve_elsewhere(
                     break
                 is_silent, was_made = isinstance(next_error, Silent), other.connection is not None
                 other.close()
-                if was_made and not is_silent and tries < MOST_TRIES:
+                is_news = was_open or not has_run
+                if was_made and is_news and not is_silent and not is_again:
                     endpoint_of(other).suspect = True
                     continue
                 reason = "silent" if is_silent else "connect"

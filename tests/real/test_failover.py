@@ -509,6 +509,27 @@ def test_a_pool_s_connections_that_were_cut_off_take_no_replica_out(
     assert heard.of("replica_left_out") == []
 
 
+def test_a_read_that_somebody_ends_is_not_run_again_and_again(one_book: PostgreSQL) -> None:
+    """It may be the very reason why: once more where it was, and once elsewhere."""
+    ran: list[str] = []
+
+    def noted(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+        ran.append(context["cursor"].db.alias)
+        return execute(sql, params, many, context)
+
+    for alias in ("pg", *REPLICAS):
+        connections[alias].close()
+    with stranger():
+        alias = Book.objects.db
+        with (
+            connections[alias].execute_wrapper(noted),
+            connections[alias].cursor() as cursor,
+            pytest.raises(OperationalError),
+        ):
+            cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+    assert ran == [alias, alias, OTHER[alias], "pg"]
+
+
 # A replica that accepts connections and never answers
 
 
