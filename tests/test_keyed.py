@@ -55,12 +55,16 @@ def keep(request: pytest.FixtureRequest) -> Callable[..., None]:
     return functools.partial(KEEPS[request.param], "key")
 
 
-def pin(seconds: float = 15, point: int | None = None, held: float = 0.0, log: str = "1") -> Pin:
-    """A pin in whole milliseconds, as all caches keep it."""
-    until = round(time.time() + seconds, 3)
+def pin(minutes: float = 15, point: int | None = None, held: float = 0.0, log: str = "1") -> Pin:
+    """A pin in whole milliseconds, as all caches keep it; of minutes, for busy machines."""
+    until = _in(minutes)
     if point is None:
         return Pin(until, until)
-    return Pin(until, round(time.time() + held, 3) if held else 0.0, {log: point})
+    return Pin(until, _in(held) if held else 0.0, {log: point})
+
+
+def _in(minutes: float) -> float:
+    return round(time.time() + 60 * minutes, 3)
 
 
 def about(pins: Pins) -> Any:
@@ -134,7 +138,7 @@ def test_a_pin_of_the_window_alone_is_held_by_it_as_well(
     cache: BaseCache, fetch: Callable[..., Pins], keep: Callable[..., None]
 ) -> None:
     """As a token carries it that had no room for its positions."""
-    alone, told = Pin(round(time.time() + 9, 3)), pin(5, 7)
+    alone, told = Pin(_in(9)), pin(5, 7)
     keep(["a"], {"default": alone})
     keep(["a"], {"default": told})
     assert fetch("a")["default"].waits_for(time.time()) is None
@@ -145,12 +149,12 @@ def test_after_a_promotion_the_older_log_ends_with_its_window(
 ) -> None:
     """No replica follows it any more, so until then the primary serves, and no longer."""
     keyed.keep("key", ["a"], {"default": pin(5, 9, log="1")})
-    clock.tick(1)
+    clock.tick(1 * 60)
     keyed.keep("key", ["a"], {"default": pin(9, 3, log="2")})
     found = fetch("a")["default"]
     waits = found.waits_for(time.time())
     assert waits is None or "1" in waits
-    clock.tick(6)
+    clock.tick(6 * 60)
     assert fetch("a")["default"].waits_for(time.time()) == {"2": 3}
 
 
@@ -158,9 +162,9 @@ def test_a_window_that_ended_is_not_told(
     cache: BaseCache, fetch: Callable[..., Pins], clock: FrozenDateTimeFactory
 ) -> None:
     keyed.keep("key", ["a"], {"default": pin(5, 1), "users": pin(9, 1)})
-    clock.tick(6)
+    clock.tick(6 * 60)
     assert set(fetch("a")) == {"users"}
-    clock.tick(6)
+    clock.tick(6 * 60)
     assert fetch("a") == {}
 
 
@@ -174,9 +178,9 @@ def test_the_cache_drops_a_key_with_its_window(on_valkey: None) -> None:
     keyed.keep("key", ["a"], {"default": pin(9, 1)})
     keyed.keep("key", ["a"], {"default": pin(5, 2)})
     (name,) = client.keys()
-    assert 8_000 < client.pttl(name) <= 10_000
+    assert 8 * 60_000 < client.pttl(name) <= 10 * 60_000
     keyed.keep("key", ["a"], {"default": pin(20, 2)})
-    assert 19_000 < client.pttl(name) <= 21_000
+    assert 19 * 60_000 < client.pttl(name) <= 21 * 60_000
 
 
 # Forgetting
