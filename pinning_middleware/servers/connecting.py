@@ -104,9 +104,9 @@ def _from_pool_again(
     for _ in range(connection.pool.max_size):
         raw = connect(parameters)
         if not _is_cut_off(raw):
-            break
+            return raw
         connection.pool.putconn(raw)
-    return raw
+    return connect(parameters)
 
 
 def _connect_again(connection: Any, connect: Callable[[], None]) -> None:

@@ -6,8 +6,8 @@ The functions used here may be called by any role. Which timeline a replica repl
 ``pg_stat_get_wal_receiver()``, which shows it to members of ``pg_read_all_stats`` (``pg_monitor``)
 only, and to nobody while no receiver runs: ``pg_control_checkpoint()`` and
 ``pg_control_recovery()`` keep naming the old timeline on a replica that follows a promotion. To
-other roles it is hidden; what a primary says before and after then dates what the replica said,
-and the timeline of its last checkpoint is at least one that it is not behind.
+other roles it is hidden; what a primary says before and after then dates what the replica said.
+The timeline of its last checkpoint is one that it has reached, so it is on no older one.
 
 A transaction id is the way where the functions for LSNs are refused (Aurora): what the primary
 has given out after a commit is on a replica once nothing older is running there. On a standby the
