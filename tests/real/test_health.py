@@ -11,6 +11,7 @@ from django.test import override_settings
 from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware import use_replica
+from pinning_middleware.servers import connecting
 from pinning_middleware.servers.prober import Watcher
 from pinning_middleware.servers.server import Server, registry
 from tests.app.models import Book
@@ -264,6 +265,15 @@ def test_a_replica_comes_back_where_every_visitor_is_pinned(pg: PostgreSQL) -> N
     assert eventually(lambda: server_for(token) == "pg1")
 
 
+@pytest.fixture
+def unreachable() -> Iterator[None]:
+    """No replica can be connected to, by nobody: one that answers its watcher would serve."""
+    connecting.refused.update(REPLICAS)
+    yield
+    connecting.refused.difference_update(REPLICAS)
+
+
+@pytest.mark.usefixtures("unreachable")
 def test_with_all_out_the_primary_serves(pg: PostgreSQL, heard: Heard) -> None:
     for alias in REPLICAS:
         take_out(alias)
@@ -271,6 +281,7 @@ def test_with_all_out_the_primary_serves(pg: PostgreSQL, heard: Heard) -> None:
     assert {one["reason"] for one in heard.of("primary_fallback")} == {"no_replica"}
 
 
+@pytest.mark.usefixtures("unreachable")
 def test_no_replica_known_is_not_caught_up(pg: PostgreSQL) -> None:
     """An empty list has not answered "all of them have it"."""
     pg.pause()
