@@ -339,6 +339,9 @@ class Servers:
         endpoint.retry_at = time.monotonic() + seconds * endpoint.jitter
 
     def _settle(self, endpoint: Endpoint, retry_in: float, error: object) -> None:
+        if not endpoint.is_known:
+            # Who still looks at it began before the settings were changed: nobody is to hear.
+            return
         reason = endpoint._own_out
         if not reason:
             outs = [server.out for server in endpoint.current]

@@ -65,9 +65,12 @@ def as_databases(entries: dict[str, dict[str, Any]]) -> Iterator[None]:
             ),
         ):
             patch.setattr(OnServers, "primary", primary)
-            yield
+            try:
+                yield
+            finally:
+                # Before the settings change, which ends watchers without waiting for them.
+                prober.stop()
     finally:
-        prober.stop()
         for alias in entries:
             connections[alias].close()
             del connections[alias]

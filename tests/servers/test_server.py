@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pinning_middleware.servers.server import Identity, Report, Server, Servers
+from pinning_middleware.servers.server import Endpoint, Identity, Report, Server, Servers
 
 SYSTEM = "ff"
 
@@ -146,3 +146,18 @@ def test_a_timeline_that_nobody_could_tell_counts_for_nothing(servers: Servers) 
     server = meet(servers, "replica")
     servers.take_in(server, Report(True, {"ff-": 30}), time.monotonic())
     assert server.position == {}
+
+
+def test_what_was_known_before_the_settings_changed_says_nothing_more(
+    servers: Servers, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who looked at it then, and fails only now, takes nobody out."""
+    before = servers.endpoint("replica", "default")
+    servers.clear()
+    heard: list[Endpoint] = []
+    servers.listeners.append(heard.append)
+    servers.fail(before, "connect", 10, "refused")
+    assert (heard, caplog.messages) == ([], [])
+    servers.fail(servers.endpoint("replica", "default"), "connect", 10, "refused")
+    assert [endpoint.out for endpoint in heard] == ["connect"]
+    assert len(caplog.messages) == 1
