@@ -114,6 +114,25 @@ def fill_page(node: Node) -> bool:
     return bool(node.execute(INSERTED)[0][0] % LOG_PAGE in {24, 40})
 
 
+def test_a_crashed_replica_comes_back_after_its_table_shrank(own_cluster: Cluster) -> None:
+    """What it replays again is of pages that it has cut off since."""
+    primary, replica = own_cluster.primary, own_cluster.replicas[0]
+    primary.execute("INSERT INTO rows SELECT generate_series(1, 1000)")
+    primary.execute("VACUUM rows")
+    primary.execute("CHECKPOINT")
+    own_cluster.wait_caught_up()
+    replica.execute("CHECKPOINT")
+    for _ in range(2):
+        primary.execute("DELETE FROM rows")
+        primary.execute("VACUUM rows")
+        primary.execute("INSERT INTO rows VALUES (1)")
+        primary.execute("VACUUM rows")
+    own_cluster.wait_caught_up()
+    replica.stop("immediate")
+    replica.start()
+    assert count(replica) == 1
+
+
 def test_caught_up_on_the_boundary_of_a_page(cluster: Cluster) -> None:
     """Behind a page's header no replica arrives before the next record does."""
     assert eventually(lambda: fill_page(cluster.primary))
