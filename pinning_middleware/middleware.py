@@ -90,13 +90,15 @@ class PinningMiddleware:
                 enter(outer)
 
     def _process_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
-        if (scope := _on_view(request)) is not None:
-            for store in conf.stores_at_view:
+        plan = _plan or _make_plan()
+        if plan.minds_user and (scope := _on_view(request)) is not None:
+            for store in plan.at_view:
                 _load(scope, store, request)
 
     async def _aprocess_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
-        if (scope := _on_view(request)) is not None:
-            for store in conf.stores_at_view:
+        plan = _plan or _make_plan()
+        if plan.minds_user and (scope := _on_view(request)) is not None:
+            for store in plan.at_view:
                 await _aload(scope, store, request)
 
 
@@ -106,6 +108,9 @@ class _Plan(NamedTuple):
     is_enabled: bool
     methods: frozenset[str]
     at_start: tuple[BaseStore, ...]
+    at_view: tuple[BaseStore, ...]
+    # Whether there is anything to do when the user is known.
+    minds_user: bool
     is_debug: bool
 
 
@@ -114,7 +119,9 @@ _plan: _Plan | None = None
 
 def _make_plan() -> _Plan:
     global _plan
-    _plan = _Plan(conf.enabled, conf.primary_methods, conf.stores_at_start, conf.debug)
+    at_start, at_view = conf.stores_at_start, conf.stores_at_view
+    minds_user = conf.enabled and bool(at_view or callable(conf.offload))
+    _plan = _Plan(conf.enabled, conf.primary_methods, at_start, at_view, minds_user, conf.debug)
     return _plan
 
 
@@ -186,10 +193,8 @@ def _explain(scope: Scope, response: Any) -> None:
 def _on_view(request: HttpRequest) -> Scope | None:
     """Let who says what may be offloaded be asked from now on, when the user is known."""
     scope = entered_scope()
-    if scope is None or not conf.enabled:
-        return None
     offload = conf.offload
-    if callable(offload):
+    if scope is not None and callable(offload):
         if iscoroutinefunction(offload):
             offload = async_to_sync(offload)
         scope.ask_offload = functools.partial(_asked, offload, request)

@@ -66,8 +66,10 @@ class CookieStore(TokenStore):
     """
 
     def load(self, request: HttpRequest) -> Pins:
-        # Every request comes by here, and most bring no pin. Who needs no cookie parses none.
-        if "HTTP_COOKIE" not in request.META and not request.__dict__.get("COOKIES"):
+        # Every request comes by here, and most bring no pin. Who needs no cookie parses none; the
+        # name of the other one begins with this one's.
+        brought = request.META.get("HTTP_COOKIE", "")
+        if conf.cookie_name not in brought and "COOKIES" not in request.__dict__:
             return _NO_PINS
         return super().load(request) if request.COOKIES else _NO_PINS
 
