@@ -159,17 +159,7 @@ class Servers:
 
     def start(self) -> None:
         programs = find_programs()
-        template = self._folder / "template"
-        subprocess.run(
-            [
-                *(programs["mariadb-install-db"], "--no-defaults", f"--datadir={template}"),
-                *("--auth-root-authentication-method=normal", "--skip-test-db"),
-            ],
-            check=True,
-            capture_output=True,
-            cwd="/",
-            **as_account(),
-        )
+        template = self._install(programs["mariadb-install-db"])
         for alias in NODES:
             folder = self._folder / alias
             subprocess.run(["mkdir", folder], check=True, **as_account())
@@ -190,6 +180,25 @@ class Servers:
         for alias in ("my1", "my2"):
             self.nodes[alias].follow(primary)
         self.wait_for()
+
+    def _install(self, program: str) -> Path:
+        """Make a data folder. On a busy machine the server that fills it does not always start."""
+        for number in range(3):
+            template = self._folder / f"template{number}"
+            made = subprocess.run(
+                [
+                    *(program, "--no-defaults", f"--datadir={template}"),
+                    *("--auth-root-authentication-method=normal", "--skip-test-db"),
+                ],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd="/",
+                **as_account(),
+            )
+            if not made.returncode:
+                return template
+        raise AssertionError(made.stdout)
 
     def stop(self) -> None:
         for server in self.nodes.values():
