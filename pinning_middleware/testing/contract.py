@@ -43,9 +43,11 @@ class StoreContract:
         """Return what the client sends after this response."""
         following = self.new_request()
         following.COOKIES = {**request.COOKIES, **_values(response.cookies)}
-        for name in ("session", "user"):
-            if hasattr(request, name):
-                setattr(following, name, getattr(request, name))
+        if hasattr(request, "user"):
+            following.user = request.user
+        if hasattr(request, "session"):
+            # Opened anew: only what was saved is there.
+            following.session = type(request.session)(request.session.session_key)
         return following
 
     # Steps of a test
