@@ -32,6 +32,7 @@ __all__ = [
     "forbid_primary",
     "forbid_replicas",
     "here",
+    "names",
     "tables_of",
 ]
 
@@ -120,13 +121,20 @@ _NAME = r'(?:"[^"]+"|`[^`]+`|\[[^\]]+\]|[\w$]+)'
 _SOURCES = re.compile(
     rf"\b(?:FROM|JOIN)\s+(?:ONLY\s+)?({_NAME}(?:\s*\.\s*{_NAME})*)", re.IGNORECASE
 )
-_TEXTS = re.compile(r"'(?:[^']|'')*'")
+# Texts and comments, where no table stands; but for comments that MySQL runs.
+_ASIDE = re.compile(r"'(?:[^']|'')*'|--[^\n]*|/\*(?!M?!).*?\*/", re.DOTALL)
 
 
 def tables_of(sql: str) -> list[str]:
     """Return the tables that a statement reads, without schema and quotes, in lower case."""
-    names = _SOURCES.findall(_TEXTS.sub("''", sql))
-    return [re.split(r"\s*\.\s*", name)[-1].strip('"`[]').lower() for name in names]
+    sources = _SOURCES.findall(_ASIDE.sub(" ", sql))
+    return [re.split(r"\s*\.\s*", name)[-1].strip('"`[]').lower() for name in sources]
+
+
+def names(sql: str, table: str) -> bool:
+    """Return whether a statement has the name of this table (in lower case) anywhere."""
+    word = rf"(?<![\w$]){re.escape(table)}(?![\w$])"
+    return re.search(word, _ASIDE.sub(" ", sql).lower()) is not None
 
 
 # Where in the site's code

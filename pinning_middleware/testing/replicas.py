@@ -19,7 +19,7 @@ from pinning_middleware.servers.connecting import private
 from pinning_middleware.servers.server import registry
 from pinning_middleware.writes.sql import table_of
 
-from .reads import REPLICA, here, observed, tables_of
+from .reads import REPLICA, here, names, observed, tables_of
 
 __all__ = ["Replicas", "StaleRead", "forbid_stale_reads", "replicas"]
 
@@ -68,6 +68,8 @@ class Replicas:
     """
 
     def __init__(self) -> None:
+        # Alias → table → the line that wrote to it; or the statement, where it may be any of
+        # those that it names.
         self._written: dict[str, dict[str, str]] = {}
 
     @property
@@ -148,17 +150,17 @@ class Replicas:
 
     def written_since(self, alias: str, table: str) -> str | None:
         """Return the line that wrote to a table since this replica lags, ``None``: none did."""
-        return self._written.get(alias, {}).get(table)
+        # A copy, since other threads write meanwhile.
+        written = tuple(self._written.get(alias, {}).items())
+        return next((place for what, place in written if names(what, table)), None)
 
     def _note_write(self, alias: str, sql: str) -> None:
         table = table_of(sql)
-        if table is None:
-            return
-        table = table.rpartition(".")[2]
+        written = sql if table is None else table.rpartition(".")[2]
         known = pools().by_replica
         for replica, tables in self._written.items():
             if replica in known and known[replica].primary == alias:
-                tables.setdefault(table, here())
+                tables.setdefault(written, here())
 
     # Who is who
 

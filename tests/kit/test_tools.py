@@ -160,6 +160,7 @@ def test_blocks_nest() -> None:
         ('SELECT "a"."id" FROM "a" INNER JOIN "b" ON 1', ["a", "b"]),
         ("SELECT * FROM public.Things t LEFT JOIN `x`.`y`", ["things", "y"]),
         ("SELECT 'no FROM here' FROM [t]", ["t"]),
+        ("SELECT 1 FROM a /* FROM b */ JOIN/* it's */c -- FROM d", ["a", "c"]),
         ("SELECT 1", []),
     ],
 )
@@ -286,6 +287,29 @@ def test_other_tables_and_other_replicas_are_not_stale() -> None:
         forgetful("replica1")
     replicas.catch_up("replica1")
     forgetful("replica1")
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE app_tag SET name = 'a;b'",
+        "UPDATE app_tag SET name = 'a--b'",
+        "UPDATE app_tag SET name = 'a' /*app='it',route='app_author'*/",
+        "WITH x AS (SELECT 1) INSERT INTO app_tag (name) SELECT 'app_author' FROM x",
+        'UPDATE "app_tag" AS t SET name = 2',
+        "UPDATE main.app_tag AS t SET name = 2",
+    ],
+)
+def test_a_write_whose_table_is_not_plain_to_see(sql: str) -> None:
+    """Each table that it names may be the one."""
+    replicas.lag("replica1")
+    with ignore_writes(), connections["default"].cursor() as cursor:
+        cursor.execute(sql)
+    with forbid_stale_reads(), pinning_scope():
+        Author.objects.using("replica1").count()
+        Tag.objects.filter(book=1).using("replica2").count()
+    with pytest.raises(StaleRead, match="reads app_tag"), forbid_stale_reads():
+        Tag.objects.using("replica1").count()
 
 
 def test_use_replica_may_be_stale() -> None:
