@@ -25,7 +25,7 @@ __all__ = [
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "pinning(lag=None, forbid_stale_reads=True): run the test while replicas lag: an alias, "
+        "pinning(lag=None, *, forbid_stale_reads=True): run the test while replicas lag: an alias, "
         "several, or True for all of them; a read of them that is stale fails it.",
     )
 
@@ -35,15 +35,19 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     marker = item.get_closest_marker("pinning")
     if marker is None:
         return (yield)
-    with _marked(**marker.kwargs):
+    with _marked(*marker.args, **marker.kwargs):
         return (yield)
 
 
 def _marked(
-    lag: str | list[str] | tuple[str, ...] | bool | None = None, forbid_stale_reads: bool = True
+    lag: str | list[str] | tuple[str, ...] | bool | None = None,
+    *more: object,
+    forbid_stale_reads: bool = True,
 ) -> ExitStack:
     from . import testing
 
+    if more:
+        raise TypeError(f"pinning() takes one alias, a list of them or True, not also {more!r}")
     stack = ExitStack()
     if lag:
         chosen = [lag] if isinstance(lag, str) else lag

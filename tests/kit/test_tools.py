@@ -25,6 +25,7 @@ from pinning_middleware import (
     use_primary,
     use_replica,
 )
+from pinning_middleware.pytest_plugin import _marked
 from pinning_middleware.routing.nodes import Nodes
 from pinning_middleware.testing import (
     PinningAssertions,
@@ -466,9 +467,16 @@ def test_the_marker_makes_a_replica_lag() -> None:
     assert replicas.lagging == {"replica1"}
 
 
+@pytest.mark.pinning("replica1")
+def test_the_marker_needs_no_keyword() -> None:
+    assert replicas.lagging == {"replica1"}
+
+
 @pytest.mark.pinning(lag=["replica1", "replica2"], forbid_stale_reads=False)
 def test_the_marker_takes_several() -> None:
     assert replicas.lagging == {"replica1", "replica2"}
+    with pytest.raises(TypeError, match="a list of them"):
+        _marked("replica1", "replica2")
 
 
 def test_the_fixtures(
