@@ -19,7 +19,7 @@ from pinning_middleware.conf import conf
 from pinning_middleware.pins import Position
 from pinning_middleware.routing.decider import Pool
 from pinning_middleware.servers.questions import link_of
-from pinning_middleware.stats import address_of
+from pinning_middleware.stats import DRAINED, address_of
 from pinning_middleware.verbs import direct, ignore_writes
 
 __all__ = ["Finding", "Moment", "Right", "missing_rights", "try_pool"]
@@ -129,6 +129,10 @@ class _Observer(threading.Thread):
         super().__init__(name=f"pinning-check-{alias}", daemon=True)
         self.pool, self.alias, self.position, self.committed = pool, alias, position, committed
         self.sql = f"SELECT count(*) FROM {connections[pool.primary].ops.quote_name(table)}"
+        # Why no read goes there, whatever is known of it.
+        self.unused = "" if pool.rotation.weights[alias] else DRAINED
+        if not conf.enabled:
+            self.unused = reasons.DISABLED
         self.until = 0.0
         self.finding = Finding(alias, address_of(alias, None), None, None, ())
 
@@ -153,6 +157,8 @@ class _Observer(threading.Thread):
         at = time.monotonic() - self.committed
         found = self.finding
         moment = Moment(at, served, reason, is_there)
+        if self.unused:
+            moment = Moment(at, "primary", self.unused, is_there)
         if not found.moments or found.moments[-1][1:] != moment[1:]:
             found = found._replace(moments=(*found.moments, moment))
         if is_there and found.shown_after is None:

@@ -206,6 +206,25 @@ def test_replicas_that_never_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(name.startswith("pinning_check") for name in tables)
 
 
+@pytest.mark.parametrize(
+    ("reason", "values"),
+    [
+        ("disabled", {"PINNING_ENABLED": False}),
+        ("drained", {"PINNING_REPLICAS": {"default": {"replica1": 0, "replica2": 0}}}),
+    ],
+)
+def test_replicas_that_no_read_goes_to_hide_nothing(
+    reason: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pinning_check, "run_checks", lambda tags: [])
+    with override_settings(PINNING_SECONDS=0, **values):
+        code, text = run("pinning_check", "--live", "--json", "--timeout", "0.1")
+    assert code == DEGRADED
+    for found in json.loads(text)["pools"]["default"]["replicas"]:
+        (moment,) = found["moments"]
+        assert (moment["served"], moment["reason"]) == ("primary", reason)
+
+
 def test_replicas_that_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinning_check, "run_checks", lambda tags: [])
     position_now: Any = pinning_check.Pool.position_now
