@@ -229,6 +229,8 @@ _TARGET = re.compile(
 )
 
 
+# What a write may have behind its target to be another change as well.
+_MARKS_BEHIND = (*_MARKS_ANYWHERE, *_WRITING_FUNCTIONS)
 _UPSERT = re.compile(r"\b(?:DO|KEY)\s+UPDATE\b")
 
 
@@ -260,7 +262,7 @@ def table_of(sql: str) -> str | None:
         return None
     # Another statement may follow, or stand inside, where this one is not done yet.
     rest = sql[found.end() :].upper()
-    if any(mark in rest for mark in _MARKS_ANYWHERE) and _ANY_CHANGE.search(_UPSERT.sub(" ", rest)):
+    if any(mark in rest for mark in _MARKS_BEHIND) and _ANY_CHANGE.search(_UPSERT.sub(" ", rest)):
         return None
     return re.sub(r'["`]', "", found[found.lastgroup]).lower()
 

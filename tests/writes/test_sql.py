@@ -499,6 +499,9 @@ def test_statements_of_any_length(length: int) -> None:
         ("UPDATE t SET a = REPLACE(a, 'x', 'y'), updated = 1", "t"),
         ("INSERT INTO t VALUES (1) DELETE FROM u", None),
         ("UPDATE t SET a = nextval('s')", None),
+        ("UPDATE t SET a = lo_unlink(5)", None),
+        ("DELETE FROM t WHERE pg_notify('x', 'y') IS NULL", None),
+        ("INSERT INTO t SELECT txid_current()", None),
         # More than one table, or not plain to see.
         ("UPDATE t, u SET t.a = 1", None),
         ("UPDATE t JOIN u ON true SET u.a = 1", None),
