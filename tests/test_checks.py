@@ -11,7 +11,7 @@ from django.test import override_settings
 
 import pinning_middleware
 from pinning_middleware.conf import DEFAULTS, OLDER
-from pinning_middleware.stores import CookieStore
+from pinning_middleware.stores import BaseStore, CookieStore
 from tests.conftest import MIDDLEWARE, ROUTER
 
 E, W = "pinning_middleware.E", "pinning_middleware.W"
@@ -61,6 +61,14 @@ BAD: list[tuple[str, list[Any], str]] = [
         ],
         "E003",
     ),
+    (
+        "PINNING_REPLICAS",
+        [
+            {"default": {"replica1": 1_000_003, "replica2": 999_983}},
+            {"default": {"replica1": 1001, "replica2": 1}},
+        ],
+        "E021",
+    ),
     ("SLAVE_DATABASES", ["slave", [5], ["typo"], {"slave": 1}], "E004"),
     ("PINNING_SECONDS", NOT_SECONDS, "E005"),
     ("PINNING_WAIT", NOT_SECONDS, "E005"),
@@ -84,13 +92,15 @@ BAD: list[tuple[str, list[Any], str]] = [
             ["pinning_middleware.stores.Typo"],
             ["no.such.module"],
             ["pinning_middleware.stores.user_key"],
+            ["pinning_middleware.stores.BaseStore"],
+            ["tests.test_checks.MADE"],
         ],
         "E008",
     ),
     ("PINNING_COOKIE_NAME", NOT_A_NAME, "E009"),
-    ("PINNING_HEADER_NAME", NOT_A_NAME, "E009"),
+    ("PINNING_HEADER_NAME", [*NOT_A_NAME, "Pinning_Token"], "E009"),
     ("PINNING_COOKIE_DOMAIN", [5, True, []], "E010"),
-    ("PINNING_COOKIE_PATH", [5, True, []], "E010"),
+    ("PINNING_COOKIE_PATH", [5, True, [], "shop", ""], "E010"),
     ("PINNING_COOKIE_SECURE", ["yes", 1, []], "E010"),
     ("PINNING_COOKIE_SAMESITE", ["laxer", True, []], "E010"),
     ("PINNING_CACHE", ["typo", None, 5, ["default"]], "E011"),
@@ -109,6 +119,7 @@ GOOD: list[tuple[str, list[Any]]] = [
             {"default": []},
             {"default": ("replica1", "replica2"), "users": {"users_replica": 3}},
             {"default": {"replica1": 1, "replica2": 0}},
+            {"default": {"replica1": 2000, "replica2": 1000}},
         ],
     ),
     ("SLAVE_DATABASES", [[], ["slave"], ("slave",), ["replica1"]]),
@@ -118,8 +129,12 @@ GOOD: list[tuple[str, list[Any]]] = [
     ("PINNING_SPREAD", ["query"]),
     ("PINNING_PRIMARY_DOWN", ["stale"]),
     ("PINNING_GUARANTEE", ["monotonic-reads"]),
-    ("PINNING_STORES", [("tests.app.stores.RecordingStore",)]),
-    ("PINNING_COOKIE_NAME", ["sticky"]),
+    (
+        "PINNING_STORES",
+        [("tests.app.stores.RecordingStore",), ["tests.test_checks.AsyncStore"]],
+    ),
+    ("PINNING_COOKIE_NAME", ["sticky", "sticky_one"]),
+    ("PINNING_COOKIE_PATH", ["/", "/shop"]),
     ("PINNING_POSITIONS", [True, False, "lsn", "gtid", "xid"]),
     ("PINNING_OFFLOAD", [True, False, "tests.test_checks.found"]),
     ("PINNING_PRIMARY_MODELS", [(), ["auth"], ["app.Book", "AUTH.user"]]),
@@ -323,6 +338,19 @@ class OwnCookies(CookieStore):
     """A site's own."""
 
 
+class AsyncStore(BaseStore):
+    """One for ASGI, that has no other methods."""
+
+    async def aload(self, request: Any) -> Any:
+        return {}
+
+    async def asave(self, request: Any, response: Any, pins: Any) -> None:
+        pass
+
+
+MADE = CookieStore()
+
+
 def memcached(backend: str, **options: Any) -> dict[str, Any]:
     entry = {
         "BACKEND": f"django.core.cache.backends.memcached.{backend}",
@@ -375,6 +403,7 @@ FITS: list[tuple[str, dict[str, Any]]] = [
     ("W013", {"CACHES": {"default": IN_DATABASE}}),
     ("W013", {"CACHES": {"default": IN_DATABASE}, "PINNING_STORES": STORES}),
     ("W013", {"CACHES": {"default": SHARED, "pages": IN_DATABASE}}),
+    ("W014", {"PINNING_GUARANTEE": "monotonic-reads", "PINNING_POSITIONS": False}),
     ("E019", {"PINNING_COOKIE_NAME": "sessionid"}),
     ("E019", {"PINNING_COOKIE_NAME": "csrftoken"}),
     ("E019", {"PINNING_COOKIE_NAME": "messages"}),
@@ -412,6 +441,11 @@ def test_a_transaction_for_each_request_on_a_replica(monkeypatch: pytest.MonkeyP
         memcached("PyLibMCCache", behaviors=BOUNDED),
         {"DATABASE_ROUTERS": [ROUTER, "tests.app.routers.UsersRouter"]},
         {"CACHES": {"default": IN_DATABASE}, "PINNING_IGNORED_TABLES": ["pages_cache"]},
+        {"CACHES": {"default": IN_DATABASE}, "PINNING_IGNORED_TABLES": ["Pages_Cache"]},
+        {
+            "CACHES": {"default": IN_DATABASE | {"LOCATION": "PAGES"}},
+            "PINNING_IGNORED_TABLES": ["pages"],
+        },
         {
             "CACHES": {"default": SHARED, "pins": IN_DATABASE},
             "PINNING_CACHE": "pins",
@@ -445,4 +479,4 @@ def test_ids_are_unique() -> None:
     }
     used = [number for several in numbers.values() for number in several]
     assert sorted(used) == sorted(set(used))
-    assert {f"E{n:03}" for n in range(1, 21)} | {f"W{n:03}" for n in range(1, 14)} <= set(used)
+    assert {f"E{n:03}" for n in range(1, 22)} | {f"W{n:03}" for n in range(1, 15)} <= set(used)

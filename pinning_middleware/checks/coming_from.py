@@ -106,7 +106,10 @@ def _routers() -> Iterator[CheckMessage]:
             continue
         found: dict[str, set[str]] = {}
         for model in apps.get_models():
-            primary = _ask(other, "db_for_write", model) or DEFAULT_DB_ALIAS
+            if (primary := _ask(other, "db_for_write", model)) is None:
+                # Of what it does not write, who says that others do?
+                continue
+            primary = primary or DEFAULT_DB_ALIAS
             aliases = {_ask(other, "db_for_read", model) for _ in range(_TIMES)}
             replicas = {alias for alias in aliases if alias and alias != primary}
             # Those that we know of are another check's matter.
@@ -124,9 +127,10 @@ def _routers() -> Iterator[CheckMessage]:
 
 
 def _ask(other: Any, action: str, model: Any) -> str | None:
+    """Return its answer, empty where it leaves that to others; ``None``: it can't be asked."""
     try:
         alias = getattr(other, action)(model)
     except Exception:
         # One that has no such method, or wants more than this, says nothing here.
         return None
-    return str(alias) if alias else None
+    return str(alias) if alias else ""

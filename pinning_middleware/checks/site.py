@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -58,6 +58,11 @@ def _replicas() -> dict[str, str]:
 def _stores() -> list[str]:
     paths = value_of("PINNING_STORES")
     return list(paths) if isinstance(paths, (list, tuple)) else []
+
+
+def _ignored_tables() -> Collection[Any]:
+    tables = value_of("PINNING_IGNORED_TABLES")
+    return tables if isinstance(tables, (list, tuple, set, frozenset)) else ()
 
 
 def _has_store(path: str) -> bool:
@@ -225,7 +230,7 @@ def check_cache_fits(**kwargs: Any) -> list[CheckMessage]:
 @register(TAG)
 def check_caches_in_the_database(**kwargs: Any) -> list[CheckMessage]:
     own = value_of("PINNING_CACHE") if _has_store(CACHE_STORE) else DEFAULT_CACHE_ALIAS
-    ignored = value_of("PINNING_IGNORED_TABLES")
+    ignored = {str(table).lower() for table in _ignored_tables()}
     return [
         _warning(
             13,
@@ -236,7 +241,7 @@ def check_caches_in_the_database(**kwargs: Any) -> list[CheckMessage]:
         for alias, entry in settings.CACHES.items()
         if str(entry.get("BACKEND", "")).endswith(".DatabaseCache")
         and (alias == DEFAULT_CACHE_ALIAS or alias != own)
-        and not (isinstance(ignored, Container) and entry.get("LOCATION") in ignored)
+        and str(entry.get("LOCATION")).lower() not in ignored
         and _replicas()
     ]
 
@@ -292,9 +297,6 @@ def _answers(replicas: Container[str]) -> Iterator[tuple[Any, str, str, str]]:
 
 @register(TAG)
 def check_ignored_tables_fit(**kwargs: Any) -> list[CheckMessage]:
-    tables = value_of("PINNING_IGNORED_TABLES")
-    if not isinstance(tables, (list, tuple, set, frozenset)):
-        return []
     read_back = {"django_session"}
     with suppress(LookupError, ValueError):
         read_back.add(apps.get_model(settings.AUTH_USER_MODEL)._meta.db_table.lower())
@@ -304,6 +306,23 @@ def check_ignored_tables_fit(**kwargs: Any) -> list[CheckMessage]:
             f"PINNING_IGNORED_TABLES has {table!r}, which the next request reads back.",
             "A login or a cart would seem lost; ignore a hit counter's table, and no other.",
         )
-        for table in tables
+        for table in _ignored_tables()
         if str(table).lower() in read_back
+    ]
+
+
+@register(TAG)
+def check_guarantee_fits(**kwargs: Any) -> list[CheckMessage]:
+    guarantee = value_of("PINNING_GUARANTEE")
+    if guarantee != "monotonic-reads" or value_of("PINNING_POSITIONS") is not False:
+        return []
+    if not _replicas():
+        return []
+    return [
+        _warning(
+            14,
+            f"PINNING_GUARANTEE is {guarantee!r} and PINNING_POSITIONS is False: without "
+            "positions nobody knows what a client has seen, and only its writes pin it.",
+            "Leave PINNING_POSITIONS out, or PINNING_GUARANTEE.",
+        )
     ]

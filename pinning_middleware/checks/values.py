@@ -15,6 +15,7 @@ from django.core.checks import CheckMessage, Error, register
 from django.utils.module_loading import import_string
 
 from pinning_middleware.conf import DEFAULTS, OLDER, conf, parse_replicas
+from pinning_middleware.stores import BaseStore
 
 __all__ = ["TAG", "spelled", "value_of"]
 
@@ -25,6 +26,8 @@ CHOICES = {
     "PINNING_GUARANTEE": ("read-your-writes", "monotonic-reads"),
 }
 _SAMESITE = ("lax", "strict", "none")
+# A round of turns is kept, and has as many as the weights together.
+_HEAVIEST = 1000
 _HTTP_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
 
@@ -94,6 +97,17 @@ def check_replicas(**kwargs: Any) -> list[CheckMessage]:
             )
             for alias in (primary, *weights)
             if alias not in settings.DATABASES
+        ]
+        divisor = math.gcd(*weights.values()) or 1
+        found += [
+            _error(
+                21,
+                "PINNING_REPLICAS",
+                f"gives {alias!r} the weight {weight}, which is above {_HEAVIEST} in lowest terms",
+                "Only the ratio of weights counts: give 2 and 1, say, for 2003 and 1001.",
+            )
+            for alias, weight in weights.items()
+            if weight // divisor > _HEAVIEST
         ]
         for alias in weights:
             if alias in seen:
@@ -184,12 +198,9 @@ def check_stores(**kwargs: Any) -> list[CheckMessage]:
         except ImportError as error:
             found.append(_error(8, "PINNING_STORES", f"has {path!r} ({error})", hint))
             continue
-        missing = [
-            method
-            for method in ("load", "save", "aload", "asave", "after_authentication")
-            if not hasattr(store, method)
-        ]
-        if missing:
+        if not isinstance(store, type):
+            found.append(_error(8, "PINNING_STORES", f"has {path!r}, which is no class", hint))
+        elif missing := _missing(store):
             lacks = f"has {path!r}, which lacks {', '.join(missing)}"
             found.append(
                 _error(
@@ -202,15 +213,38 @@ def check_stores(**kwargs: Any) -> list[CheckMessage]:
     return found
 
 
+def _missing(store: type) -> list[str]:
+    methods = ("load", "save", "aload", "asave", "after_authentication")
+    return [method for method in methods if not hasattr(store, method)] or [
+        method
+        for method in ("load", "save")
+        # The async twin does without it only where it is the store's own.
+        if all(getattr(store, m) is getattr(BaseStore, m) for m in (method, f"a{method}"))
+    ]
+
+
 @register(TAG)
 def check_names(**kwargs: Any) -> list[CheckMessage]:
-    return _judge(
-        9,
-        ("PINNING_COOKIE_NAME", "PINNING_HEADER_NAME"),
-        lambda value: isinstance(value, str) and _HTTP_TOKEN.fullmatch(value) is not None,
-        "must be a name that HTTP allows",
-        "Use letters, digits, hyphens and underscores.",
-    )
+    return [
+        *_judge(
+            9,
+            ("PINNING_COOKIE_NAME",),
+            _is_http_token,
+            "must be a name that HTTP allows",
+            "Use letters, digits, hyphens and underscores.",
+        ),
+        *_judge(
+            9,
+            ("PINNING_HEADER_NAME",),
+            lambda value: _is_http_token(value) and "_" not in value,
+            "must be a name that HTTP allows, without underscores",
+            "Use letters, digits and hyphens: servers drop headers with an underscore.",
+        ),
+    ]
+
+
+def _is_http_token(value: Any) -> bool:
+    return isinstance(value, str) and _HTTP_TOKEN.fullmatch(value) is not None
 
 
 @register(TAG)
@@ -219,10 +253,17 @@ def check_cookie(**kwargs: Any) -> list[CheckMessage]:
     return [
         *_judge(
             10,
-            ("PINNING_COOKIE_DOMAIN", "PINNING_COOKIE_PATH"),
+            ("PINNING_COOKIE_DOMAIN",),
             lambda value: value is None or isinstance(value, str),
             "must be text",
             hint,
+        ),
+        *_judge(
+            10,
+            ("PINNING_COOKIE_PATH",),
+            lambda value: value is None or (isinstance(value, str) and value.startswith("/")),
+            "must be text that begins with a slash",
+            f"Browsers take any other for the path of the page. {hint}",
         ),
         *_judge(
             10,

@@ -56,6 +56,20 @@ class Broken:
         raise LookupError
 
 
+class Warehouse:
+    """It knows a database that nobody writes."""
+
+    def db_for_read(self, model: Any, **hints: Any) -> str:
+        return "elsewhere"
+
+
+class Guarded(Warehouse):
+    """The same, said by an error."""
+
+    def db_for_write(self, model: Any, **hints: Any) -> str:
+        raise RuntimeError("nobody writes there")
+
+
 class Replicated(SyncMiddleware):
     """As derived from a class of django_replicated."""
 
@@ -93,7 +107,8 @@ def test_a_site_that_has_nothing_left_hears_nothing() -> None:
     assert said() == []
     assert said(SLAVE_DATABASES=["slave"]) == []
     routers = ["pinning_middleware.routers.PinningRouter", "tests.app.routers.UsersRouter"]
-    assert said(DATABASE_ROUTERS=[*routers, f"{__name__}.Broken"]) == []
+    for name in ("Broken", "Warehouse", "Guarded"):
+        assert said(DATABASE_ROUTERS=[*routers, f"{__name__}.{name}"]) == []
     assert said(MIDDLEWARE=["tests.app.middleware.SyncMiddleware", "not.there"]) == []
 
 
