@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, cast
@@ -13,7 +13,7 @@ from asgiref.sync import iscoroutinefunction
 
 from .scopes.blocks import Kind, close, open_block
 
-__all__ = ["Block", "aparts_inside", "parts_inside"]
+__all__ = ["Block", "aparts_inside", "end_inside", "parts_inside"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -71,17 +71,21 @@ class Block(AbstractContextManager[None]):
         def calling(*args: Any, **kwargs: Any) -> Any:
             with self:
                 result = function(*args, **kwargs)
-            return self._lazily(result)
+            # `dispatch` of an async view, say, is a plain function.
+            return self._awaited(result) if inspect.iscoroutine(result) else self._lazily(result)
 
         return calling
 
     def _awaiting(self, function: Callable[..., Any]) -> Callable[..., Any]:
         async def awaiting(*args: Any, **kwargs: Any) -> Any:
-            with self:
-                result = await function(*args, **kwargs)
-            return self._lazily(result)
+            return await self._awaited(function(*args, **kwargs))
 
         return awaiting
+
+    async def _awaited(self, coroutine: Awaitable[Any]) -> Any:
+        with self:
+            result = await coroutine
+        return self._lazily(result)
 
     # Between two of its values a generator's caller is outside the block.
 
@@ -136,19 +140,35 @@ class Block(AbstractContextManager[None]):
     def _lazily(self, result: Any) -> Any:
         if getattr(result, "streaming", False):
             if getattr(result, "file_to_stream", None) is None:
+                end_inside(self, result)
                 follow = aparts_inside if result.is_async else parts_inside
                 result.streaming_content = follow(self, result.streaming_content)
         elif getattr(result, "is_rendered", True) is False:
             render = result.render
 
             def render_inside() -> Any:
-                # A response is pickled by caches without what it was rendered by.
-                del result.render
+                # A response is pickled by caches without what it was rendered by. Another block
+                # around this one has taken it away already.
+                result.__dict__.pop("render", None)
                 with self:
                     return render()
 
             result.render = render_inside
         return result
+
+
+def end_inside(block: AbstractContextManager[object], response: Any) -> None:
+    """
+    Let what a streaming body does at its end be done inside a block, also where the client went
+    away: a server then closes the response, and that the generators, before the parts' own.
+    """
+
+    def inside(close: Callable[[], object]) -> None:
+        with block:
+            close()
+
+    closers = response._resource_closers
+    closers[:] = [functools.partial(inside, close) for close in closers]
 
 
 def parts_inside(

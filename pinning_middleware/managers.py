@@ -31,8 +31,8 @@ class ReplicaQuerySet(models.QuerySet[T]):
     _db: str | None
     _for_write: bool
     _hints: dict[str, Any]
-    # What this queryset was told, and of how many changes that knew.
-    _chosen: tuple[int, str] | None = None
+    # The replica whose turn it was.
+    _chosen: str | None = None
 
     @property
     def db(self) -> str:
@@ -46,12 +46,11 @@ class ReplicaQuerySet(models.QuerySet[T]):
         if not scope.is_lasting or pool.is_shared:
             return pool.db_for_read(self.model, **self._hints) or super().db
         # Without scopes querysets go by turns one by one; some ask more than once for one read.
-        facts = scope[pool.key]
-        if self._chosen is None or self._chosen[0] != facts.changes:
-            facts.replica = None
-            alias = pool.db_for_read(self.model, **self._hints) or super().db
-            self._chosen = facts.changes, alias
-        return self._chosen[1]
+        scope[pool.key].replica = self._chosen
+        alias = pool.db_for_read(self.model, **self._hints) or super().db
+        if alias in pool.replicas:
+            self._chosen = alias
+        return alias
 
     def raw(
         self,

@@ -13,7 +13,7 @@ from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefuncti
 from django.core.signals import setting_changed
 
 from . import counters
-from .blocks import aparts_inside, parts_inside
+from .blocks import aparts_inside, end_inside, parts_inside
 from .conf import conf, on_change
 from .routing.leaving import (
     akeep_keys,
@@ -56,7 +56,7 @@ class PinningMiddleware:
         plan = _plan or _make_plan()
         if not plan.is_enabled:
             return self.get_response(request)
-        outer, response = entered_scope(), None
+        outer, blocks, response = entered_scope(), open_blocks(), None
         scope = _begin(plan, request, outer)
         try:
             for store in plan.at_start:
@@ -69,12 +69,14 @@ class PinningMiddleware:
                     _save(scope, request, response)
             finally:
                 enter(outer)
+                # A generator that is still suspended may have left one open.
+                enter_blocks(blocks)
 
     async def __acall__(self, request: HttpRequest) -> HttpResponseBase:
         plan = _plan or _make_plan()
         if not plan.is_enabled:
             return await self.get_response(request)  # type: ignore[no-any-return]
-        outer, response = entered_scope(), None
+        outer, blocks, response = entered_scope(), open_blocks(), None
         scope = _begin(plan, request, outer)
         try:
             for store in plan.at_start:
@@ -88,6 +90,7 @@ class PinningMiddleware:
                     await asyncio.shield(_asave(scope, request, response))
             finally:
                 enter(outer)
+                enter_blocks(blocks)
 
     def _process_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
         plan = _plan or _make_plan()
@@ -156,7 +159,7 @@ def _end(plan: _Plan, scope: Scope, request: HttpRequest, response: Any) -> bool
     know of something that it did.
     """
     if scope.outer is not None:
-        scope.tell_outer()
+        scope.tell(scope.outer)
     if response is not None:
         # Where Django keeps the user once somebody has asked for it; nobody is asked for its sake.
         kept = request.__dict__
@@ -276,18 +279,21 @@ def _follow(scope: Scope, request: HttpRequest, response: Any) -> None:
     """Let a streaming body be part of the scope, and save what it writes."""
     if getattr(response, "file_to_stream", None) is not None:
         return  # A file reads no database, and servers send it faster as it is.
+    inside = _Inside(scope)
+    end_inside(inside, response)
     follow = _abody if response.is_async else _body
-    response.streaming_content = follow(scope, request, response.streaming_content)
+    response.streaming_content = follow(inside, scope, request, response.streaming_content)
 
 
 class _Inside(AbstractContextManager[None]):
     """
-    The request's own scope and blocks, for the making of a part of its body: the server's context,
-    between two parts, is not the request's.
+    The request's own scope and blocks, or those that its body has entered, for the making of a part
+    of the body: the server's context, between two parts, is not the request's.
     """
 
     def __init__(self, scope: Scope) -> None:
-        self._scope, self._blocks = scope, open_blocks()
+        self._scope: Scope | None = scope
+        self._blocks = open_blocks()
 
     def __enter__(self) -> None:
         self._outer = entered_scope(), open_blocks()
@@ -295,31 +301,33 @@ class _Inside(AbstractContextManager[None]):
         enter_blocks(self._blocks)
 
     def __exit__(self, *exc_info: object) -> None:
-        self._blocks = open_blocks()
+        self._scope, self._blocks = entered_scope(), open_blocks()
         enter(self._outer[0])
         enter_blocks(self._outer[1])
 
 
-def _body(scope: Scope, request: HttpRequest, content: Iterator[bytes]) -> Iterator[bytes]:
-    before = count_changes(scope)
+def _body(
+    inside: _Inside, scope: Scope, request: HttpRequest, content: Iterator[bytes]
+) -> Iterator[bytes]:
+    before = count_changes(scope), scope.pinned_keys
     try:
-        yield from parts_inside(_Inside(scope), content)
+        yield from parts_inside(inside, content)
     finally:
-        if count_changes(scope) != before:
+        if (count_changes(scope), scope.pinned_keys) != before:
             _save(scope, request, None)
         scope.end(request)
 
 
 async def _abody(
-    scope: Scope, request: HttpRequest, content: AsyncIterator[bytes]
+    inside: _Inside, scope: Scope, request: HttpRequest, content: AsyncIterator[bytes]
 ) -> AsyncIterator[bytes]:
-    before = count_changes(scope)
-    parts: Any = aparts_inside(_Inside(scope), content)
+    before = count_changes(scope), scope.pinned_keys
+    parts: Any = aparts_inside(inside, content)
     try:
         async for part in parts:
             yield part
     finally:
         await parts.aclose()
-        if count_changes(scope) != before:
+        if (count_changes(scope), scope.pinned_keys) != before:
             await asyncio.shield(_asave(scope, request, None))
         scope.end(request)

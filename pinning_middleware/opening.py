@@ -23,11 +23,12 @@ R = TypeVar("R")
 
 
 class _Entry(NamedTuple):
-    """Who was entered, and what was there before."""
+    """Who was entered, what was there before, and the scope that is told what this one did."""
 
-    owner: object
+    owner: PinningScope
     scope: Scope | None
     blocks: Open | None
+    outer: Scope | None
     below: _Entry | None
 
 
@@ -67,12 +68,14 @@ class PinningScope:
         return left_behind(self._scope)
 
     def __enter__(self) -> PinningScope:
-        outer, blocks = entered_scope(), open_blocks()
-        _entries.set(_Entry(self, outer, blocks, _entries.get()))
+        before, blocks = entered_scope(), open_blocks()
+        outer = None
         if self._is_isolated:
             enter_blocks(None)
-        elif self._scope.outer is None and outer is not self._scope:
-            self._scope.outer = outer
+        elif before is not None and not before.is_inside(self._scope):
+            outer = before
+            self._scope.begin_in(outer)
+        _entries.set(_Entry(self, before, blocks, outer, _entries.get()))
         enter(self._scope)
         return self
 
@@ -104,19 +107,35 @@ class PinningScope:
             self._leave()
 
     def _leave(self) -> None:
-        self._scope.tell_outer()
+        """
+        Leave this scope, and no other; nothing where the context has moved on, as for a generator
+        that is collected in another request.
+        """
+        above: list[_Entry] = []
         entry = _entries.get()
-        if entry is None or entry.owner is not self:
+        while entry is not None and entry.owner is not self:
+            above.append(entry)
+            entry = entry.below
+        if entry is None:
+            self._scope.tell(self._scope.outer)
             return
-        _entries.set(entry.below)
+        self._scope.tell(entry.outer)
+        below = entry.below
+        for other in reversed(above):
+            # Whoever was entered from here is to go back to where this one came from.
+            if other.scope is self._scope:
+                outer = entry.outer if other.outer is self._scope else other.outer
+                other = other._replace(scope=entry.scope, outer=outer)
+            below = other._replace(below=below)
+        _entries.set(below)
+        if entered_scope() is not self._scope:
+            return
         enter(entry.scope)
-        if entry.scope is None and not self._is_isolated and has_changed(self._scope):
-            # A shell, say, is to know what it did in here.
-            self._scope.outer = current_scope()
-            self._scope.tell_outer()
-            self._scope.outer = None
         if self._is_isolated:
             enter_blocks(entry.blocks)
+        elif entry.scope is None and has_changed(self._scope):
+            # A shell, say, is to know what it did in here.
+            self._scope.tell(current_scope())
 
 
 def pinning_scope(token: str | None = None, isolated: bool = False) -> PinningScope:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, overload
 
@@ -60,7 +61,9 @@ def unpin_this_request(using: str | None = None) -> None:
     scope = current_scope()
     for pool in pools().of_primary(using):
         scope[pool.key].unpin()
-    scope.from_primary = False
+        scope[pool.key].is_lifted = using is not None
+    if using is None:
+        scope.from_primary = False
 
 
 def is_pinned(using: str | None = None) -> bool:
@@ -99,10 +102,11 @@ def pin_keys(*keys: str, using: str | None = None) -> None:
         scope.pinned_keys = {**scope.pinned_keys, **dict.fromkeys((key, using) for key in keys)}
         return
 
-    def keep() -> None:
-        cache.keep("key", keys, {pool.primary: pin_of_now(pool) for pool in found})
+    def keep(pool: Pool) -> None:
+        cache.keep("key", keys, {pool.primary: pin_of_now(pool)})
 
-    transaction.on_commit(keep, using=using or (found[0].primary if found else None))
+    for pool in found:
+        transaction.on_commit(functools.partial(keep, pool), using=pool.primary)
 
 
 def carry_keys(*keys: str) -> None:

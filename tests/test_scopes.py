@@ -158,6 +158,11 @@ def test_an_inner_scope_knows_what_the_outer_wrote_and_tells_it_what_it_did() ->
 
 def test_an_isolated_scope_knows_nothing_and_tells_nothing() -> None:
     with pinning_scope() as outer:
+        with pinning_scope(isolated=True) as inner:
+            write()
+        assert inner.token
+    assert outer.token is None
+    with pinning_scope() as outer:
         write()
         with pinning_scope(isolated=True) as inner:
             assert is_replica(where())
@@ -165,11 +170,6 @@ def test_an_isolated_scope_knows_nothing_and_tells_nothing() -> None:
             assert is_replica(where()), "nor what blocks are open"
         assert where() == "default"
         assert inner.token is None
-    with pinning_scope() as outer:
-        with pinning_scope(isolated=True) as inner:
-            write()
-        assert inner.token
-    assert outer.token is None
 
 
 def test_a_scope_in_a_shell_knows_what_the_shell_wrote() -> None:

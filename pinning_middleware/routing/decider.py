@@ -116,7 +116,7 @@ class Pool(Nodes):
         if self._is_plain and facts.is_plain and scope.is_plain:
             # Rule 7, for what most requests are: nothing speaks against a replica.
             alias = self._replica(facts)
-            if alias is not None:
+            if alias is not None and facts.meant is None:
                 facts.answer = alias
                 return alias
         return self._told(self._settle(scope, facts), facts)
@@ -169,7 +169,8 @@ class Pool(Nodes):
         asked_for = 0
         for block in connection.atomic_blocks:
             asked_for += not block._from_testcase  # type: ignore[attr-defined]
-        return asked_for > (scope is not None and self.primary in scope.view_transactions)
+        views = None if scope is None else scope.view_transactions.get(self.primary)
+        return asked_for > (views is connection)
 
     def _in_block(self, block: Open, facts: Facts) -> Route:
         if block.kind is Kind.PRIMARY:
@@ -185,15 +186,16 @@ class Pool(Nodes):
     def _settle(self, scope: Scope, facts: Facts, is_lifted: bool = False) -> Route:
         """Decide by the rules that stay the same for a while, and remember what may be."""
         if facts.writes or facts.by_hand or facts.held:
+            writes = dict(facts.writes)
             if self.has_written(scope, facts) or self.is_headless:
-                return self._primary(reasons.WROTE if facts.writes else reasons.BY_HAND)
-            facts.settle()
+                return self._primary(reasons.WROTE if writes else reasons.BY_HAND)
+            facts.settle(writes)
         if facts.is_locked and not scope.is_lasting:
             return self._primary(reasons.LOCK)
         is_lifted = is_lifted or scope.lifted
         may_keep = not (is_lifted or self._may_not_keep or scope.is_lasting)
         if not is_lifted:
-            if scope.from_primary:
+            if scope.from_primary and not facts.is_lifted:
                 return self._keep(facts, self._primary(reasons.METHOD), may_keep)
             if (scope.is_lasting or not self._offloads_all) and not self._offloads(scope):
                 return self._primary(reasons.NOT_OFFLOADED)
@@ -210,12 +212,11 @@ class Pool(Nodes):
         alias = self._replica(facts)
         if alias is None:
             return self._primary(reasons.NO_REPLICA)
-        if may_keep and not self._by_query:
-            facts.answer, facts.reason = alias, reasons.TURN
-        return alias, reasons.TURN
+        return self._keep(facts, (alias, reasons.TURN), may_keep and not self._by_query)
 
     def _keep(self, facts: Facts, route: Route, may_keep: bool) -> Route:
-        if may_keep:
+        # Where a mirror is meant, what else is read from the primary is to be told from that.
+        if may_keep and facts.meant is None:
             facts.answer, facts.reason = route
         return route
 
@@ -371,7 +372,8 @@ class Pool(Nodes):
             return True
         if self.has_written(scope, facts):
             return True
-        return not scope.is_lasting and (facts.is_locked or scope.from_primary)
+        is_by_method = scope.from_primary and not facts.is_lifted
+        return not scope.is_lasting and (facts.is_locked or is_by_method)
 
     def seen(self, facts: Facts, now: float) -> Pin | None:
         """Return the pin of what a scope has read: none where only writes pin."""
@@ -402,5 +404,6 @@ class PrimaryOnly(Pool):
 def _is_of_primary(model: type[Model] | None) -> bool:
     if model is None:
         return False
-    options = model._meta
-    return bool(conf.primary_models & {options.app_label.lower(), options.label_lower})
+    known = {model, model._meta.concrete_model}
+    labels = {label for one in known if one for label in (one._meta.app_label, one._meta.label)}
+    return not conf.primary_models.isdisjoint(map(str.lower, labels))

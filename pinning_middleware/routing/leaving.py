@@ -102,7 +102,7 @@ def pin_of_now(pool: Pool) -> Pin:
 
 
 def _touched(scope: Scope) -> list[tuple[Pool, Facts]]:
-    return [(pool, scope[pool.key]) for pool in pools().all if pool.key in scope]
+    return [(pool, scope[pool.key]) for pool in pools().all if scope.knows(pool.key)]
 
 
 def current_token() -> str | None:

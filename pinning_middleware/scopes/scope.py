@@ -29,8 +29,9 @@ class Write:
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
-        # The outermost transaction that it is part of: it ends with that.
-        self._block = connection.atomic_blocks[0] if connection.atomic_blocks else None
+        # The outermost transaction that it is part of, but a test's own: it ends with that.
+        blocks = (block for block in connection.atomic_blocks if not block._from_testcase)
+        self._block = next(blocks, None)
         self._ended = 0.0
 
     def end(self) -> None:
@@ -43,8 +44,7 @@ class Write:
             return 0.0
         connection, block = self._connection, self._block
         if block is not None:
-            blocks = connection.atomic_blocks
-            if blocks and blocks[0] is block:
+            if any(block is one for one in connection.atomic_blocks):
                 return 0.0
             # Seen only now, so not before now, as far as anybody may rely on it.
             self._block, self._ended = None, now
@@ -87,6 +87,8 @@ class Facts:
     is_locked = False
     # The pin that it came with was ended by hand: stores forget that very pin.
     is_unpinned = False
+    # What the request's method says does not count for this pool any more.
+    is_lifted = False
     # How often it did what follows this scope may have to know of.
     changes = 0
     # What it left behind last, and how many changes that knows of.
@@ -152,9 +154,12 @@ class Facts:
         self.is_locked = False
         self.settle()
 
-    def settle(self) -> None:
-        """Forget what this scope did itself: it is over."""
-        self.__dict__.pop("writes", None)
+    def settle(self, over: Mapping[int, Write] | None = None) -> None:
+        """Forget what this scope did itself, of its writes these, or all: it is over."""
+        for number, write in (over or dict(self.writes)).items():
+            # Another thread may have begun to write meanwhile.
+            if self.writes.get(number) is write:
+                self._own_writes().pop(number, None)
         self.by_hand = self.held = 0.0
         self.answer = None
 
@@ -162,8 +167,10 @@ class Facts:
         """Know what a scope knows that is open around this one."""
         if outer.writes:
             self._own_writes().update(outer.writes)
-        self.by_hand, self.held, self.is_locked = outer.by_hand, outer.held, outer.is_locked
-        self.is_plain = outer.is_plain
+        self.by_hand = max(self.by_hand, outer.by_hand)
+        self.held = max(self.held, outer.held)
+        self.is_locked = self.is_locked or outer.is_locked
+        self.is_plain, self.answer = self.is_plain and outer.is_plain, None
         self.carry(outer.carried, outer.seen)
 
     def take_over(self, other: Facts) -> None:
@@ -243,8 +250,9 @@ class Scope(dict[str, Facts]):
     outer: Scope | None = None
     # The request that it was of, once that is over.
     ended: Any = None
-    # The primaries around which Django opened a transaction for the view that runs now.
-    view_transactions: frozenset[str] = frozenset()
+    # The primaries, with their connections, on which Django opened a transaction for the view that
+    # runs now.
+    view_transactions: Mapping[str, Any] = MappingProxyType({})
     # Keys of a cache that are to be pinned when it ends, each with the primaries concerned.
     pinned_keys: Mapping[tuple[str, str | None], None] = MappingProxyType({})
     # Seconds to wait for a replica to catch up, None: as the settings say.
@@ -261,6 +269,10 @@ class Scope(dict[str, Facts]):
         scope = cls()
         scope.carried = pins
         return scope
+
+    # Two that know nothing are two all the same.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __bool__(self) -> bool:
         # One that knows of no pool yet is a scope all the same.
@@ -284,12 +296,38 @@ class Scope(dict[str, Facts]):
         for facts in self.values():
             facts.carry(pins.get(facts.primary), pins.get(SEEN + facts.primary))
 
-    def tell_outer(self) -> None:
-        """Let the scope around this one know what this one did."""
-        if self.outer is not None:
+    def begin_in(self, outer: Scope) -> None:
+        """Be open inside that scope from now on: know what it knows, and read as it does."""
+        self.outer = outer
+        for key, facts in self.items():
+            facts.begin_in(outer[key])
+        if not outer.is_lasting:
+            self.from_primary = self.from_primary or outer.from_primary
+            self.is_plain = self.is_plain and outer.is_plain
+            self.lifted = self.lifted or outer.lifted
+            self.offloads, self.ask_offload = outer.offloads, outer.ask_offload
+            self.view_transactions = outer.view_transactions
+
+    def is_inside(self, other: Scope) -> bool:
+        """Return whether this is that scope, or was opened inside it."""
+        scope: Scope | None = self
+        while scope is not None and scope is not other:
+            scope = scope.outer
+        return scope is other
+
+    def knows(self, key: str) -> bool:
+        """Return whether this scope, or one around it, has facts of a pool."""
+        scope: Scope | None = self
+        while scope is not None and key not in scope:
+            scope = scope.outer
+        return scope is not None
+
+    def tell(self, outer: Scope | None) -> None:
+        """Let a scope around this one know what this one did."""
+        if outer is not None:
             for key, facts in self.items():
                 if facts.changes:
-                    self.outer[key].take_over(facts)
+                    outer[key].take_over(facts)
 
     def read_primary(self) -> None:
         """Read from the primary, as a request of a method that most likely writes."""

@@ -41,11 +41,12 @@ def _marked(view: Callable[..., Any], atomic: Callable[..., Any]) -> Callable[..
         if scope is None:
             return atomic(*args, **kwargs)
         before = scope.view_transactions
-        scope.view_transactions = frozenset(
-            alias
+        # Of this thread's connections: what another thread opens is a wish of the code.
+        scope.view_transactions = {
+            alias: connections[alias]
             for alias, settings in connections.settings.items()
             if settings["ATOMIC_REQUESTS"] and alias not in without
-        )
+        }
         scope.forget_answers()
         try:
             return atomic(*args, **kwargs)

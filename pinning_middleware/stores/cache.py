@@ -377,22 +377,22 @@ class CacheStore(BaseStore):
     after_authentication = True
 
     def load(self, request: HttpRequest) -> Pins:
-        key = _key(request)
+        key = _known(request, _key(request))
         return remember(request, self, fetch("user", [key]) if key is not None else {})
 
     def save(self, request: HttpRequest, response: HttpResponseBase | None, pins: Pins) -> None:
-        # Asked again: it may be this request that logged the user in.
-        if (key := _key(request)) is not None:
+        # Asked again: it may be this request that logged the user in, or out.
+        if (key := _known(request, _key(request))) is not None:
             keep("user", [key], pins, self._gone(request, pins))
 
     async def aload(self, request: HttpRequest) -> Pins:
-        key = await _akey(request)
+        key = _known(request, await _akey(request))
         return remember(request, self, await afetch("user", [key]) if key is not None else {})
 
     async def asave(
         self, request: HttpRequest, response: HttpResponseBase | None, pins: Pins
     ) -> None:
-        if (key := await _akey(request)) is not None:
+        if (key := _known(request, await _akey(request))) is not None:
             await akeep("user", [key], pins, self._gone(request, pins))
 
     def _gone(self, request: HttpRequest, pins: Pins) -> Pins:
@@ -408,15 +408,27 @@ def user_key(request: HttpRequest) -> str | None:
     session costs nothing.
     """
     if (known := _known_user(request)) is None and _has_session(request):
-        known = request.session.get(SESSION_KEY)
+        with _unnoticed(request.session) as session:
+            known = session.get(SESSION_KEY)
     return None if known is None else str(known)
 
 
 async def auser_key(request: HttpRequest) -> str | None:
     """Return ``user_key(request)``, in async code."""
     if (known := _known_user(request)) is None and _has_session(request):
-        known = await request.session.aget(SESSION_KEY)
+        with _unnoticed(request.session) as session:
+            known = await session.aget(SESSION_KEY)
     return None if known is None else str(known)
+
+
+@contextmanager
+def _unnoticed(session: Any) -> Iterator[Any]:
+    """Look into a session, which does not make the response one that varies by the cookie."""
+    before = session.accessed
+    try:
+        yield session
+    finally:
+        session.accessed = before
 
 
 def _has_session(request: HttpRequest) -> bool:
@@ -431,6 +443,13 @@ def _known_user(request: HttpRequest) -> str | None:
     if user is None or getattr(user, "_wrapped", None) is empty or not user.is_authenticated:
         return None
     return str(user.pk)
+
+
+def _known(request: HttpRequest, key: str | None) -> str | None:
+    """Return whom a request is of: who was there at last, also if they have logged out since."""
+    if key is not None:
+        request.__dict__["_pinning_key"] = key
+    return request.__dict__.get("_pinning_key")
 
 
 def _key(request: HttpRequest) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -185,7 +185,30 @@ def _method(name: str, keyword: str, wrapper: CursorWrapper) -> Callable[..., An
         alias = alias_of(wrapper)
         if kind < Kind.LOCK or (alias not in conf.watched and alias not in conf.guarded):
             return method(*args, **kwargs)
+        if name in _LATER and alias in conf.watched:
+            return _LATER[name](noted(wrapper.db, alias, kind, sql), method, *args, **kwargs)
         with noted(wrapper.db, alias, kind, sql):
             return method(*args, **kwargs)
 
     return watched
+
+
+# What only begins to run when somebody enters it, or goes through it.
+
+
+@contextmanager
+def _copying(
+    noting: AbstractContextManager[None], method: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Iterator[Any]:
+    with noting, method(*args, **kwargs) as copy:
+        yield copy
+
+
+def _streaming(
+    noting: AbstractContextManager[None], method: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Iterator[Any]:
+    with noting:
+        yield from method(*args, **kwargs)
+
+
+_LATER: dict[str, Callable[..., Any]] = {"copy": _copying, "stream": _streaming}
