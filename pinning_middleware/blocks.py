@@ -13,7 +13,7 @@ from asgiref.sync import iscoroutinefunction
 
 from .scopes.blocks import Kind, close, open_block
 
-__all__ = ["Block", "aparts_inside", "end_inside", "parts_inside"]
+__all__ = ["Block", "abody_of", "aparts_inside", "end_inside", "parts_inside"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -141,8 +141,10 @@ class Block(AbstractContextManager[None]):
         if getattr(result, "streaming", False):
             if getattr(result, "file_to_stream", None) is None:
                 end_inside(self, result)
-                follow = aparts_inside if result.is_async else parts_inside
-                result.streaming_content = follow(self, result.streaming_content)
+                if result.is_async:
+                    result.streaming_content = aparts_inside(self, *abody_of(result))
+                else:
+                    result.streaming_content = parts_inside(self, result.streaming_content)
         elif getattr(result, "is_rendered", True) is False:
             render = result.render
 
@@ -171,6 +173,11 @@ def end_inside(block: AbstractContextManager[object], response: Any) -> None:
     closers[:] = [functools.partial(inside, close) for close in closers]
 
 
+def abody_of(response: Any) -> tuple[AsyncIterator[bytes], Any]:
+    """Return the parts of an async body, and what they come from: to end them does not end that."""
+    return response.streaming_content, response._iterator
+
+
 def parts_inside(
     block: AbstractContextManager[object], content: Iterator[bytes]
 ) -> Iterator[bytes]:
@@ -189,7 +196,7 @@ def parts_inside(
 
 
 async def aparts_inside(
-    block: AbstractContextManager[object], content: AsyncIterator[bytes]
+    block: AbstractContextManager[object], content: AsyncIterator[bytes], source: Any
 ) -> AsyncIterator[bytes]:
     """Do what ``parts_inside`` does, for an async body."""
     over = object()
@@ -202,5 +209,6 @@ async def aparts_inside(
             yield part
     finally:
         with block:
-            if hasattr(content, "aclose"):
-                await content.aclose()
+            for one in (content, source):
+                if hasattr(one, "aclose"):
+                    await one.aclose()

@@ -13,7 +13,7 @@ from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefuncti
 from django.core.signals import setting_changed
 
 from . import counters
-from .blocks import aparts_inside, end_inside, parts_inside
+from .blocks import abody_of, aparts_inside, end_inside, parts_inside
 from .conf import conf, on_change
 from .routing.leaving import (
     akeep_keys,
@@ -281,8 +281,12 @@ def _follow(scope: Scope, request: HttpRequest, response: Any) -> None:
         return  # A file reads no database, and servers send it faster as it is.
     inside = _Inside(scope)
     end_inside(inside, response)
-    follow = _abody if response.is_async else _body
-    response.streaming_content = follow(inside, scope, request, response.streaming_content)
+    if response.is_async:
+        parts: Any = aparts_inside(inside, *abody_of(response))
+        response.streaming_content = _abody(scope, request, parts)
+    else:
+        parts = parts_inside(inside, response.streaming_content)
+        response.streaming_content = _body(scope, request, parts)
 
 
 class _Inside(AbstractContextManager[None]):
@@ -306,23 +310,18 @@ class _Inside(AbstractContextManager[None]):
         enter_blocks(self._outer[1])
 
 
-def _body(
-    inside: _Inside, scope: Scope, request: HttpRequest, content: Iterator[bytes]
-) -> Iterator[bytes]:
+def _body(scope: Scope, request: HttpRequest, parts: Iterator[bytes]) -> Iterator[bytes]:
     before = count_changes(scope), scope.pinned_keys
     try:
-        yield from parts_inside(inside, content)
+        yield from parts
     finally:
         if (count_changes(scope), scope.pinned_keys) != before:
             _save(scope, request, None)
         scope.end(request)
 
 
-async def _abody(
-    inside: _Inside, scope: Scope, request: HttpRequest, content: AsyncIterator[bytes]
-) -> AsyncIterator[bytes]:
+async def _abody(scope: Scope, request: HttpRequest, parts: Any) -> AsyncIterator[bytes]:
     before = count_changes(scope), scope.pinned_keys
-    parts: Any = aparts_inside(inside, content)
     try:
         async for part in parts:
             yield part

@@ -10,8 +10,9 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from asgiref.sync import SyncToAsync, async_to_sync
+from asgiref.sync import SyncToAsync, async_to_sync, sync_to_async
 from django.core.handlers.base import BaseHandler
+from django.core.handlers.wsgi import WSGIHandler
 from django.db import connections
 from django.http import FileResponse, HttpResponse, StreamingHttpResponse
 from django.test import AsyncRequestFactory, RequestFactory, override_settings
@@ -19,15 +20,20 @@ from django.test.utils import CaptureQueriesContext
 from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware import (
+    ignore_writes,
     is_pinned,
+    pin_keys,
     pin_this_request,
+    pinning_scope,
     tokens,
     unpin_this_request,
     use_primary,
+    use_replica,
 )
 from pinning_middleware.middleware import PinningMiddleware
 from pinning_middleware.pins import Pin
 from pinning_middleware.scopes.scope import entered_scope
+from pinning_middleware.stores import cache as keyed
 from tests.app import stores
 from tests.app.models import Book
 from tests.conftest import MIDDLEWARE, Browser, Visit, is_replica, where
@@ -647,3 +653,112 @@ def test_other_timings_stay(visit: Visit) -> None:
     visit.browser.get(f"/{visit.kind}/{visit._do(view)}/")
     response = visit.browser.get(f"/{visit.kind}/{visit._do(view)}/")
     assert response.headers["Server-Timing"].startswith('db;dur=5, pinning;desc="replica')
+
+
+# What a request leaves open
+
+
+@pytest.mark.parametrize("verb", [ignore_writes, use_replica])
+def test_a_block_that_is_left_open_is_closed_with_its_request(verb: Any, do: Any) -> None:
+    """By a generator that nobody ends before the same thread has its next request."""
+    left: list[Iterator[int]] = []
+
+    def rows() -> Iterator[int]:
+        with verb():
+            yield 1
+            yield 2
+
+    def preview(request: Any) -> str:
+        left.append(rows())
+        next(left[0])
+        return "done"
+
+    places: list[str] = []
+
+    def act(request: Any) -> str:
+        write()
+        places.append(where())
+        return "done"
+
+    handler = WSGIHandler()
+    preview_address, address = f"/sync/{do(preview)}/", f"/sync/{do(act)}/"
+
+    def get(path: str) -> list[str]:
+        headers: list[Any] = []
+        environ = RequestFactory().get(path).environ
+        handler(environ, lambda status, given: headers.extend(given)).close()
+        return [value for name, value in headers if name == "Set-Cookie"]
+
+    assert get(preview_address) == []
+    assert len(get(address)) == 1
+    assert places == ["default"]
+    left[0].close()
+
+
+def test_what_a_body_does_at_its_end_is_saved_where_the_client_went_away(
+    kept: list[Any], browser: Browser, do: Any
+) -> None:
+    scopes: list[bool] = []
+
+    def end() -> None:
+        scopes.append(entered_scope() is not None)
+        write()
+
+    def parts() -> Iterator[bytes]:
+        try:
+            yield b"one"
+            yield b"two"
+        finally:
+            end()
+
+    async def aparts() -> AsyncIterator[bytes]:
+        try:
+            yield b"one"
+            yield b"two"
+        finally:
+            await sync_to_async(end)()
+
+    body = aparts if browser.is_async else parts
+    response = browser.get(f"/sync/{do(lambda request: StreamingHttpResponse(body()))}/")
+    content = response.streaming_content
+
+    async def give_up() -> None:
+        await anext(content)
+        await content.aclose()
+        # What it came from is ended by the event loop, when nobody refers to it any more.
+        await response._iterator.aclose()
+        async with asyncio.timeout(10):
+            while not kept:
+                await asyncio.sleep(0.001)
+
+    if browser.is_async:
+        async_to_sync(give_up)()
+    else:
+        next(iter(content))
+        response.close()
+    assert scopes == [True]
+    assert [pins.keys() for _, pins in kept] == [{"default"}]
+
+
+def test_a_scope_of_a_body_lasts_for_all_of_its_parts(stream: Any) -> None:
+    tokens_left: list[str | None] = []
+
+    def parts() -> Iterator[bytes]:
+        with pinning_scope() as scope:
+            yield str(entered_scope() is scope._scope).encode()
+            yield str(entered_scope() is scope._scope).encode()
+            write()
+        tokens_left.append(scope.token)
+
+    assert stream(parts) == b"TrueTrue"
+    assert tokens_left[0]
+    assert entered_scope() is None
+
+
+def test_keys_that_a_body_pins_are_kept(stream: Any) -> None:
+    def parts() -> Iterator[bytes]:
+        yield b"one"
+        pin_keys("order:42")
+
+    stream(parts)
+    assert set(keyed.fetch("key", ["order:42"])) == {"default"}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from django.test import override_settings
 from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware import (
+    carry_scope,
     is_pinned,
     pin_this_request,
     pinning_scope,
@@ -20,7 +22,9 @@ from pinning_middleware import (
     use_primary,
     use_replica,
 )
-from pinning_middleware.scopes.scope import current_scope, enter, entered_scope
+from pinning_middleware.routing.decider import Pool
+from pinning_middleware.routing.leaving import current_token
+from pinning_middleware.scopes.scope import Facts, Scope, current_scope, enter, entered_scope
 from tests.app.models import Account, Book
 from tests.conftest import ROUTER, Visit, is_replica, where
 
@@ -366,3 +370,127 @@ def test_one_scope_may_be_entered_by_two_threads_at_once() -> None:
     for thread in threads:
         thread.join()
     assert left == [None, None]
+
+
+# Scopes that are left late, or in another order than they were entered
+
+
+def rows(number: int) -> Iterator[int]:
+    with pinning_scope():
+        yield from range(number)
+
+
+def test_scopes_that_are_left_out_of_order() -> None:
+    """Two generators side by side: the first one ends first, though it was entered first."""
+    with pinning_scope() as outer:
+        around = entered_scope()
+        assert len(list(zip(rows(2), rows(2), strict=True))) == 2
+        assert entered_scope() is around
+        write()
+    assert outer.token
+    assert entered_scope() is current_scope()
+
+
+def test_who_ends_last_tells_the_scope_that_is_left() -> None:
+    with pinning_scope() as outer:
+        first, second = pinning_scope(), pinning_scope()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        write()
+        second.__exit__(None, None, None)
+        assert where() == "default"
+    assert outer.token
+
+
+def test_a_scope_that_is_collected_later_takes_nobody_elses_away() -> None:
+    enter(Scope())
+    left = rows(2)
+    next(left)
+    # The next request of this thread.
+    mine = Scope()
+    enter(mine)
+    left.close()
+    assert entered_scope() is mine
+    enter(None)
+
+
+def test_a_scope_inside_another_hands_on_what_that_one_wrote() -> None:
+    """Also where nothing was read in it."""
+    with pinning_scope():
+        write()
+        with pinning_scope() as inner, pinning_scope() as innermost:
+            pass
+        assert inner.token
+        assert innermost.token
+        assert current_token() == inner.token
+
+
+def test_a_scope_inside_a_post_reads_as_that_does(visit: Visit) -> None:
+    def act(request: Any) -> list[str]:
+        with pinning_scope():
+            return [where()]
+
+    assert visit(act, "post") == ["default"]
+    assert is_replica(visit(act)[0])
+
+
+def test_one_scope_in_two_others_knows_both_and_tells_each() -> None:
+    shared = pinning_scope()
+    with pinning_scope(isolated=True) as first, shared:
+        write()
+    with pinning_scope(isolated=True) as second, shared:
+        write()
+    with pinning_scope(isolated=True) as third:
+        write()
+        with shared:
+            assert where() == "default"
+    assert first.token
+    assert second.token
+    assert third.token
+
+
+def test_a_scope_inside_itself() -> None:
+    one, other = pinning_scope(), pinning_scope()
+    with one, other, one:
+        write()
+        assert where() == "default"
+    assert one.token
+    assert entered_scope() is current_scope()
+
+
+def test_two_scopes_that_know_nothing_are_two() -> None:
+    """Who looks for changes of the context compares them (asgiref does)."""
+    assert Scope() != Scope()
+    assert len({Scope(), Scope()}) == 2
+
+
+@override_settings(PINNING_SECONDS=15)
+def test_a_write_that_begins_while_an_older_one_is_forgotten(
+    clock: FrozenDateTimeFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another thread of the scope, between the look at the clock and what follows from it."""
+    look = Pool.has_written
+    begun: list[bool] = []
+
+    def has_written(self: Pool, scope: Scope, facts: Facts) -> bool:
+        found = look(self, scope, facts)
+        if not found and facts.writes and not begun:
+            begun.append(True)
+            thread = threading.Thread(target=carry_scope(work))
+            thread.start()
+            thread.join()
+        return found
+
+    def work() -> None:
+        write()
+        connections.close_all()
+
+    with pinning_scope() as scope:
+        write()
+        clock.tick(20)
+        monkeypatch.setattr(Pool, "has_written", has_written)
+        where()
+        assert where() == "default"
+    assert begun
+    assert scope.token

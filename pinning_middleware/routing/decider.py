@@ -118,6 +118,9 @@ class Pool(Nodes):
             alias = self._replica(facts)
             if alias is not None and facts.meant is None:
                 facts.answer = alias
+                if facts.writes:
+                    # Another thread of this scope has begun to write since.
+                    facts.answer = None
                 return alias
         return self._told(self._settle(scope, facts), facts)
 
@@ -218,6 +221,9 @@ class Pool(Nodes):
         # Where a mirror is meant, what else is read from the primary is to be told from that.
         if may_keep and facts.meant is None:
             facts.answer, facts.reason = route
+            if facts.writes and route[0] != self.primary:
+                # Another thread of this scope has begun to write since.
+                facts.answer = None
         return route
 
     def _offloads(self, scope: Scope) -> bool:

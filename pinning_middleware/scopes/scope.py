@@ -272,6 +272,7 @@ class Scope(dict[str, Facts]):
 
     # Two that know nothing are two all the same.
     __eq__ = object.__eq__
+    __ne__ = object.__ne__
     __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __bool__(self) -> bool:
