@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync
-from django.db import models
+from django.db import models, transaction
 from django.test import override_settings
 
 from pinning_middleware import (
@@ -104,6 +104,15 @@ class TestAlone:
     def test_reads_go_to_the_replica(self, read: Callable[[], Any]) -> None:
         with pinning_scope():
             assert read() == 2
+
+    def test_a_queryset_that_was_asked_obeys_what_is_open_now(self) -> None:
+        slurpees = Slurpee.objects.all()
+        assert slurpees.db == "slave"
+        with use_primary():
+            assert slurpees.db == "default"
+        with transaction.atomic():
+            assert slurpees.db == "default"
+        assert slurpees.db == "slave"
 
     @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
     def test_writes_go_to_default(self, write: Callable[[], Any]) -> None:

@@ -13,6 +13,7 @@ from django.test import override_settings
 from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware import (
+    carry_scope,
     is_pinned,
     pin_this_request,
     pinning_scope,
@@ -22,6 +23,7 @@ from pinning_middleware import (
 )
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.scope import current_scope
+from pinning_middleware.testing import capture_reads
 from tests.app.models import Author, Book
 from tests.conftest import Browser, Visit, is_replica, where
 
@@ -180,6 +182,28 @@ def test_the_transaction_around_a_view_does_not_count(browser: Browser, do: Any,
     assert around is (kind == "sync")
     assert is_replica(outside)
     assert inside == "default"
+
+
+@pytest.mark.usefixtures("atomic_requests")
+def test_a_transaction_of_another_thread_of_such_a_view_counts(browser: Browser, do: Any) -> None:
+    seen: list[str] = []
+
+    def work() -> None:
+        with transaction.atomic():
+            seen.append(where())
+        connections.close_all()
+
+    def action(request: Any) -> str:
+        thread = threading.Thread(target=carry_scope(work))
+        thread.start()
+        thread.join()
+        with pinning_scope():
+            seen.append(where())
+        return "done"
+
+    browser.get(f"/sync/{do(action)}/")
+    assert seen[0] == "default"
+    assert is_replica(seen[1]), "the one around the view is none of an inner scope's either"
 
 
 @pytest.mark.usefixtures("atomic_requests")
@@ -414,6 +438,19 @@ def test_a_mirror_is_answered_with_the_primarys_alias(visit: Visit) -> None:
     """So that a `TestCase` sees its own uncommitted rows."""
     assert visit() == "default"
     assert visit(all_verbs) == "default"
+
+
+@pytest.mark.usefixtures("mirrored")
+def test_what_names_the_primary_beside_a_mirror_is_no_read_of_a_replica() -> None:
+    with pinning_scope(), capture_reads() as reads:
+        Book.objects.count()
+        Book.objects.using("default").count()
+        Book.objects.count()
+    assert [(read.role, read.reason) for read in reads] == [
+        ("replica", "turn"),
+        ("primary", "explicit"),
+        ("replica", "turn"),
+    ]
 
 
 @pytest.mark.parametrize("part", ["HOST", "PORT", "ENGINE"])

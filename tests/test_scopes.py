@@ -131,6 +131,15 @@ def test_unpinning_takes_the_pin_out_of_the_token() -> None:
     assert second.token is None
 
 
+@TWO_POOLS
+def test_unpinning_one_pool_lifts_the_method_for_that_one(visit: Visit) -> None:
+    def act(request: Any) -> tuple[str, str, bool, bool]:
+        unpin_this_request("users")
+        return where("Account"), where(), is_pinned("users"), is_pinned("default")
+
+    assert visit(act, "post") == ("users_replica", "default", False, True)
+
+
 def test_an_error_ends_a_scope_all_the_same() -> None:
     scope = pinning_scope(isolated=True)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from asgiref.sync import SyncToAsync, async_to_sync, sync_to_async
-from django.contrib.auth import alogin, login
+from django.contrib.auth import alogin, alogout, login, logout
 from django.contrib.auth.models import User
 from django.contrib.sessions.backends.cache import SessionStore as CacheSession
 from django.core.handlers.base import BaseHandler
@@ -540,6 +540,43 @@ def test_who_logs_in_is_pinned_by_that_request(
     assert visit() == "default"
     phone.browser.client.force_login(ada)
     assert phone() == "default"
+
+
+def test_who_logs_out_is_pinned_by_that_request(
+    by_user: None, visit: Visit, phone: Visit, ada: User
+) -> None:
+    """On the other devices, where they are still logged in."""
+
+    async def alog_out(request: Any) -> None:
+        await sync_to_async(write)()
+        await alogout(request)
+
+    def log_out(request: Any) -> None:
+        write()
+        logout(request)
+
+    for client in (visit.browser.client, phone.browser.client):
+        client.force_login(ada)
+    send(visit, alog_out if visit.kind == "async" else log_out, "post")
+    assert phone() == "default"
+
+
+def test_who_only_reads_gets_a_response_for_everybody(
+    by_user: None, visit: Visit, ada: User
+) -> None:
+    """To look whose pins there are is no use of the session."""
+    visit.browser.client.force_login(ada)
+    visit()
+    assert "Cookie" not in visit.response.headers.get("Vary", "")
+
+
+def test_keys_outside_of_scopes_wait_for_the_transaction_of_each_pool() -> None:
+    two = {"default": ["replica1"], "users": ["users_replica"]}
+    with pins_in({**LOCMEM, "LOCATION": "pins"}, PINNING_REPLICAS=two):
+        with transaction.atomic(using="users"):
+            pin_keys("order:42")
+            assert set(keyed.fetch("key", ["order:42"])) == {"default"}
+        assert set(keyed.fetch("key", ["order:42"])) == {"default", "users"}
 
 
 def test_a_user_without_a_session(by_user: None, visit: Visit, ada: User) -> None:

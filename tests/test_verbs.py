@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
 from django.http import HttpRequest, HttpResponse
+from django.template import Context, Engine
+from django.template.response import TemplateResponse
 from django.test import override_settings
 from django.urls import path
 from django.utils.decorators import method_decorator
@@ -208,6 +210,12 @@ class AsyncReplicaView(View):
         return HttpResponse(await akind())
 
 
+@method_decorator(use_primary, name="dispatch")
+class AsyncPrimaryView(View):
+    async def get(self, request: HttpRequest) -> HttpResponse:
+        return HttpResponse(await akind())
+
+
 class PlainView(View):
     def get(self, request: HttpRequest) -> HttpResponse:
         return HttpResponse(kind())
@@ -218,6 +226,21 @@ class AsyncPlainView(View):
         return HttpResponse(await akind())
 
 
+@use_primary
+@use_primary
+def rendered(request: HttpRequest) -> TemplateResponse:
+    template = Engine().from_string("{{ kind }}")
+    return TemplateResponse(request, DjangoTemplate(template), {"kind": kind})
+
+
+class DjangoTemplate:
+    def __init__(self, template: Any) -> None:
+        self.template = template
+
+    def render(self, context: Any, request: Any) -> str:
+        return str(self.template.render(Context(context)))
+
+
 @use_replica
 def search(request: HttpRequest) -> HttpResponse:
     return HttpResponse(kind())
@@ -225,6 +248,8 @@ def search(request: HttpRequest) -> HttpResponse:
 
 urlpatterns = [
     path("class/", PrimaryView.as_view()),
+    path("async-class/", AsyncPrimaryView.as_view()),
+    path("twice/", rendered),
     path("method/", PrimaryMethodView.as_view()),
     path("async-method/", AsyncReplicaView.as_view()),
     path("as-view/", use_primary(PlainView.as_view())),
@@ -239,6 +264,8 @@ urlpatterns = [
     ("method", "address", "answer"),
     [
         ("get", "/class/", "primary"),
+        ("get", "/async-class/", "primary"),
+        ("get", "/twice/", "primary"),
         ("get", "/method/", "primary"),
         ("post", "/async-method/", "replica"),
         ("get", "/as-view/", "primary"),

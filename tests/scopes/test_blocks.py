@@ -285,6 +285,13 @@ def test_models_of_the_primary(visit: Visit, label: str) -> None:
         assert is_replica(visit(stale))
 
 
+@pytest.mark.parametrize("label", ["app.Book", "app.OwnBook", "app"])
+def test_a_proxy_of_a_model_of_the_primary_is_one(visit: Visit, label: str) -> None:
+    with override_settings(PINNING_PRIMARY_MODELS=[label]):
+        assert visit(lambda request: where("OwnBook")) == "default"
+        assert is_replica(visit()) is (label == "app.OwnBook")
+
+
 def test_none_of_it_is_a_way_around_a_transaction(visit: Visit) -> None:
     from django.db import transaction
 
