@@ -18,7 +18,7 @@ from django.db.utils import load_backend
 from pinning_middleware.conf import conf
 
 from .positions import family_of
-from .questions import FAILURES, link_of
+from .questions import FAILURES, hurried, link_of
 from .silence import is_ready
 
 __all__ = ["CONNECT_TIMEOUT", "bound", "private", "refused"]
@@ -47,6 +47,10 @@ def bound(connection: BaseDatabaseWrapper) -> None:
 
 def _is_ours(connection: BaseDatabaseWrapper) -> bool:
     """Return whether somebody else could serve, or nobody is to wait."""
+    return hurried.get() or _is_always_ours(connection)
+
+
+def _is_always_ours(connection: BaseDatabaseWrapper) -> bool:
     alias = connection.alias
     return (
         alias in conf.primary_of
@@ -59,7 +63,9 @@ def _parameters(
     connection: BaseDatabaseWrapper, option: str, parameters: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
     chosen = parameters()
-    if _is_ours(connection):
+    # A pool's are those of all its connections, whoever makes it.
+    is_pooled = connection.settings_dict["OPTIONS"].get("pool")
+    if _is_always_ours(connection) or (hurried.get() and not is_pooled):
         chosen.setdefault(option, CONNECT_TIMEOUT)
     return chosen
 
@@ -73,13 +79,21 @@ def _connect(connection: Any, connect: Callable[..., Any], parameters: dict[str,
     if options and not (isinstance(options, dict) and "timeout" in options):
         # It waits for its own thread, which bounds nothing.
         pool = connection.pool
-        pool.timeout = min(pool.timeout, CONNECT_TIMEOUT)
+        if _is_always_ours(connection):
+            pool.timeout = min(pool.timeout, CONNECT_TIMEOUT)
+        elif "getconn" not in pool.__dict__:
+            pool.getconn = functools.partial(_getconn, pool.getconn)
     raw = connect(parameters)
     if options and _is_cut_off(raw):
         raw = _from_pool_again(connection, raw, connect, parameters)
     # Before Django sets its session up, which is a wait too.
     link_of(connection, raw)
     return raw
+
+
+def _getconn(getconn: Callable[..., Any], timeout: float | None = None) -> Any:
+    """Wait for a connection of a pool as long as the site may, but for a question of ours."""
+    return getconn(CONNECT_TIMEOUT if timeout is None and hurried.get() else timeout)
 
 
 def _is_cut_off(raw: Any) -> bool:

@@ -26,7 +26,17 @@ from .positions import Ask, CannotTell, Family, Row, Who, family_of
 from .server import Endpoint, Identity, Report, Server, registry
 from .silence import Silent, begin, end, listen_to
 
-__all__ = ["FAILURES", "Seen", "asking", "endpoint_of", "link_of", "look", "may_ask", "one_node"]
+__all__ = [
+    "FAILURES",
+    "Seen",
+    "asking",
+    "endpoint_of",
+    "hurried",
+    "link_of",
+    "look",
+    "may_ask",
+    "one_node",
+]
 
 logger = logging.getLogger("pinning_middleware.servers")
 
@@ -39,6 +49,8 @@ _PREPARED = b"pinning_position"
 
 # Set while a question is asked of one node.
 asking: ContextVar[bool] = ContextVar("pinning_asking", default=False)
+# Set while a question of ours connects, which is not to wait for as long as the site may.
+hurried: ContextVar[bool] = ContextVar("pinning_hurried", default=False)
 
 _links: WeakKeyDictionary[Any, Link] = WeakKeyDictionary()
 
@@ -128,12 +140,15 @@ def look(connection: BaseDatabaseWrapper, is_trial: bool = False) -> Seen | None
 
 def _look(connection: BaseDatabaseWrapper, family: Family, is_trial: bool) -> Seen:
     endpoint = endpoint_of(connection)
+    token = hurried.set(True)
     try:
         connection.ensure_connection()
     except FAILURES as error:
         if not is_trial:
             registry.fail(endpoint, "connect", conf.retry_after, error)
         raise
+    finally:
+        hurried.reset(token)
     link = link_of(connection)
     ask = _asker(connection, link)
     try:

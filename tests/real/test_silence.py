@@ -13,7 +13,9 @@ from django.db import Error, close_old_connections, connections
 from django.db.backends.postgresql.base import DatabaseWrapper
 from django.test import override_settings
 
+from pinning_middleware.routing.pools import pools
 from pinning_middleware.servers import silence
+from pinning_middleware.servers.questions import endpoint_of
 from tests.app.models import Book
 
 from .conftest import (
@@ -263,6 +265,42 @@ def test_a_new_pin_is_served_by_replicas_while_the_primary_is_silent(pg: Postgre
         assert {server_for(token) for _ in range(6)} <= REPLICAS
         assert titles(token) == ["one"]
         assert time.monotonic() - began < USUAL
+
+
+@pytest.mark.parametrize("pooling", [None, {"min_size": 0, "max_size": 4}], ids=["plain", "pool"])
+def test_a_question_does_not_wait_until_a_silent_primary_takes_a_connection(
+    pg: PostgreSQL, pooling: dict[str, Any] | None
+) -> None:
+    """The primary is asked for a role without rights; the site's own patience is its own."""
+    user = make_role(pg.cluster)
+
+    def decide(token: str) -> float:
+        began = time.monotonic()
+        with stranger(token):
+            pools().by_primary["site"].decide()
+        return time.monotonic() - began
+
+    with as_layout(pg, r1=database(pg["pg1"], conn_max_age=None, user=user)):
+        connections["site"].close()
+        connections.settings["site"].update(database(pg["pg"], user=user, pool=pooling))
+        del connections["site"]
+        try:
+            with ThreadPoolExecutor(1) as threads:
+                token = write("one")
+                pg.wait_for("pg1")
+                for connection in connections.all(initialized_only=True):
+                    connection.close()
+                if pooling is not None:
+                    connections["site"].close_pool()
+                with override_settings(PINNING_SECONDS=30), frozen(pg["pg"]):
+                    # Of what this process knew, nothing is left.
+                    assert threads.submit(in_thread, lambda: decide(token)).result(ONCE) < ONCE
+                    assert endpoint_of(connections["site"]).out == "connect"
+                if pooling is not None:
+                    assert connections["site"].pool.timeout > ONCE
+        finally:
+            if pooling is not None:
+                connections["site"].close_pool()
 
 
 @pytest.mark.parametrize("conn_max_age", [None, 0])
