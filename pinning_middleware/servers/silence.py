@@ -31,6 +31,7 @@ from django.db import OperationalError
 from pinning_middleware.conf import conf
 
 from .links import Link
+from .positions.postgresql import STARTED
 from .server import registry
 
 __all__ = ["DEADLINE", "PATIENCE", "Silent", "begin", "end", "is_ready", "listen_to"]
@@ -197,7 +198,7 @@ def _poll(connection: Any, until: float) -> Any:
 
 
 def _started(connection: Any, until: float) -> str | None:
-    connection.send_query(b"SELECT pg_postmaster_start_time()::text")
+    connection.send_query(f"SELECT {STARTED}".encode())
     while connection.is_busy():
         left = until - time.monotonic()
         if left <= 0 or not is_ready(connection.socket, left):

@@ -15,6 +15,7 @@ from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware.routing.nodes import Nodes
 from pinning_middleware.servers.questions import Seen
+from pinning_middleware.servers.server import Server
 from sample_site.cluster import Cluster
 
 from .conftest import (
@@ -22,7 +23,9 @@ from .conftest import (
     Heard,
     PostgreSQL,
     as_layout,
+    endpoint,
     eventually,
+    in_thread,
     look_again,
     look_around,
     pool,
@@ -77,6 +80,21 @@ def test_a_connection_is_asked_once_who_it_leads_to(pg: PostgreSQL) -> None:
         asked_there = asked.questions["pg1"]
         who.append(sum("pg_postmaster_start_time" in sql for sql in asked_there))
     assert who == [1, 0, 0, 0]
+
+
+def test_a_session_s_time_zone_makes_no_other_server(pg: PostgreSQL) -> None:
+    """Which one a connection leads to is asked after the site has had it."""
+
+    def look_from(zone: str) -> Server:
+        with connections["pg1"].cursor() as cursor:
+            cursor.execute("SET TIME ZONE %s", [zone])
+        seen = pool().look_at(connections["pg1"])
+        assert seen is not None
+        return seen.server
+
+    first = in_thread(lambda: look_from("Asia/Tokyo"))
+    assert in_thread(lambda: look_from("Europe/Berlin")) is first
+    assert endpoint("pg1").server is first
 
 
 # Servers that are not where they were

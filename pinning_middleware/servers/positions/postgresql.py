@@ -23,7 +23,7 @@ from pinning_middleware.servers.server import Identity, Report, Server
 
 from .base import Ask, CannotTell, Family, Row, Who
 
-__all__ = ["LSN", "XID", "XID_ALONE", "PostgreSQL", "end_of_record", "parse_lsn"]
+__all__ = ["LSN", "STARTED", "XID", "XID_ALONE", "PostgreSQL", "end_of_record", "parse_lsn"]
 
 # The ways, in the order in which they are tried.
 LSN: Final = 0
@@ -31,8 +31,10 @@ XID: Final = 1
 # Where not even the timeline may be asked.
 XID_ALONE: Final = 2
 
+# As a number, since a session's time zone is the site's.
+STARTED: Final = "extract(epoch FROM pg_postmaster_start_time())::text"
 IDENTITY = (
-    "pg_postmaster_start_time()::text, host(inet_server_addr()), inet_server_port(), "
+    f"{STARTED}, host(inet_server_addr()), inet_server_port(), "
     "pg_backend_pid(), pg_has_role('pg_read_all_stats', 'USAGE')"
 )
 SYSTEM = "SELECT system_identifier FROM pg_control_system()"
