@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from django.db import DatabaseError, InterfaceError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -26,10 +26,13 @@ from pinning_middleware.conf import conf, on_change
 
 from .connecting import private
 from .positions import family_of
-from .questions import look
+from .questions import link_of, look
 from .server import HURRY, Endpoint, Server, registry
+from .silence import begin, end
 
 __all__ = ["Judge", "date", "sample", "stop", "tend", "wait_for"]
+
+T = TypeVar("T")
 
 logger = logging.getLogger("pinning_middleware.servers")
 
@@ -148,9 +151,10 @@ class Watcher:
         endpoint = registry.endpoint(self.alias, self.primary)
         is_trial = _is_early(endpoint)
         server = self._ask(self.alias, is_trial)
+        answers = server is not None or self._reaches(endpoint, is_trial)
         self._looked = time.monotonic()
         if is_trial:
-            endpoint.answers = server is not None
+            endpoint.answers = answers
         elif server is not None:
             self._measure(server)
             if server.lag and not endpoint.out:
@@ -209,12 +213,28 @@ class Watcher:
             self.changed.notify_all()
 
     def _ask(self, alias: str, is_trial: bool = False) -> Server | None:
+        seen = self._try(alias, lambda connection: look(connection, is_trial))
+        return None if seen is None else seen.server
+
+    def _reaches(self, endpoint: Endpoint, is_trial: bool) -> bool:
+        """Return whether one that is out, and that nobody may ask how far it is, is there again."""
+        tells = conf.positions and family_of(self._connection(self.alias)) is not None
+        if tells or not endpoint.out or not self._try(self.alias, _answers):
+            return False
+        if not is_trial:
+            registry.succeed(endpoint)
+        return True
+
+    def _connection(self, alias: str) -> BaseDatabaseWrapper:
         connection = self._connections.get(alias)
         if connection is None:
             connection = self._connections[alias] = private(alias)
+        return connection
+
+    def _try(self, alias: str, ask: Callable[[BaseDatabaseWrapper], T]) -> T | None:
+        connection = self._connection(alias)
         try:
-            seen = look(connection, is_trial)
-            return None if seen is None else seen.server
+            return ask(connection)
         except (DatabaseError, InterfaceError) as error:
             logger.debug(
                 "%s did not answer its watcher: %s",
@@ -233,6 +253,19 @@ class Watcher:
         for connection in self._connections.values():
             with contextlib.suppress(Exception):
                 connection.close()
+
+
+def _answers(connection: BaseDatabaseWrapper) -> bool:
+    """Return whether a new connection to a database can be used; the deadline is a question's."""
+    connection.close()
+    connection.ensure_connection()
+    raw = connection.connection
+    link = link_of(connection)
+    guard = begin(raw, link)
+    try:
+        return connection.is_usable()
+    finally:
+        end(link, guard)
 
 
 def _pause_of(endpoint: Endpoint) -> float:

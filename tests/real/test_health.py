@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -32,6 +33,7 @@ from .conftest import (
     titles,
     write,
 )
+from .layouts import frozen
 
 pytestmark = pytest.mark.real
 
@@ -240,6 +242,34 @@ def test_a_replica_that_is_out_is_tried_when_its_time_has_come(
     look_again("pg1")
     assert eventually(lambda: server_for(None) == "pg1")
     assert pool().out == frozenset()
+
+
+@override_settings(PINNING_POSITIONS=False)
+@pytest.mark.parametrize("down", [("pg1",), ("pg1", "pg2")])
+def test_where_positions_are_off_a_replica_comes_back(
+    pg: PostgreSQL, down: tuple[str, ...]
+) -> None:
+    """Its watcher has nothing to ask it, and finds out that it is there again."""
+    for alias in down:
+        pg[alias].stop("immediate")
+    assert eventually(lambda: (server_for(None), pool().out == set(down))[-1])
+    look_again("pg1")
+    assert eventually(lambda: endpoint("pg1").retry_at > time.monotonic())
+    assert pool().out == set(down)
+    pg["pg1"].start()
+    look_again("pg1")
+    assert eventually(lambda: server_for(None) == "pg1")
+
+
+@override_settings(PINNING_POSITIONS=False)
+def test_where_positions_are_off_one_that_is_silent_stays_out(pg: PostgreSQL) -> None:
+    assert pool().out == frozenset()
+    take_out("pg1")
+    assert eventually(lambda: endpoint("pg1").answers)
+    with frozen(pg["pg1"]):
+        look_again("pg1")
+        assert eventually(lambda: endpoint("pg1").retry_at > time.monotonic())
+        assert pool().out == {"pg1"}
 
 
 def test_a_retry_that_nobody_makes_is_made_by_a_read(
