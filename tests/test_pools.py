@@ -463,6 +463,21 @@ def test_another_server_is_no_mirror(
     assert is_replica(visit())
 
 
+@pytest.mark.parametrize(
+    "option", ["target_session_attrs", "load_balance_hosts", "host", "hostaddr", "port", "service"]
+)
+@pytest.mark.usefixtures("mirrored")
+def test_another_way_into_a_list_of_hosts_is_no_mirror(
+    monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    """`read-write` and `prefer-standby` lead to two servers."""
+    monkeypatch.setitem(connections.settings["default"], "OPTIONS", {option: "one"})
+    monkeypatch.setitem(connections.settings["replica1"], "OPTIONS", {option: "other"})
+    monkeypatch.setitem(connections.settings["replica2"], "OPTIONS", {option: "one"})
+    is_mirror = pools().by_primary["default"].is_mirror
+    assert (is_mirror("replica1"), is_mirror("replica2")) == (False, True)
+
+
 @pytest.mark.usefixtures("mirrored")
 def test_another_user_of_one_server_is_a_mirror(
     visit: Visit, monkeypatch: pytest.MonkeyPatch

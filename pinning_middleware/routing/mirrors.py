@@ -45,5 +45,8 @@ def _is_mirror(alias: str, primary: dict[str, Any], replica: dict[str, Any]) -> 
     # Two of these are two databases.
     if primary["NAME"] == ":memory:":
         return False
-    elsewhere = ("service", "read_default_file", "unix_socket")
+    elsewhere = (
+        *("service", "host", "hostaddr", "port", "target_session_attrs", "load_balance_hosts"),
+        *("read_default_file", "unix_socket"),
+    )
     return all(primary["OPTIONS"].get(o) == replica["OPTIONS"].get(o) for o in elsewhere)
