@@ -160,7 +160,7 @@ class Watcher:
             if server.lag and not endpoint.out:
                 server = self._once_more(server)
             self.judge(endpoint, server)
-        if endpoint.out and endpoint.retry_at <= self._looked:
+        if not is_trial and endpoint.out and endpoint.retry_at <= self._looked:
             registry.retry(endpoint, _pause_of(endpoint))
         with self.changed:
             self.looks += 1

@@ -1,0 +1,55 @@
+"""When watchers look, without a database."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from django.test import override_settings
+
+from pinning_middleware.servers.prober import FIRST_PAUSE, SAMPLE_EVERY, Watcher
+from pinning_middleware.servers.server import HURRY, Endpoint, registry
+
+
+@pytest.fixture(autouse=True)
+def nothing_known() -> Iterator[None]:
+    with override_settings(PINNING_SECONDS=15):
+        for alias in ("replica1", "replica2"):
+            registry.endpoint(alias, "default")
+        yield
+
+
+def out(alias: str, reason: str = "connect") -> Endpoint:
+    endpoint = registry.endpoint(alias)
+    registry.fail(endpoint, reason, 1000, "by the test")
+    return endpoint
+
+
+def watcher_of(alias: str) -> Watcher:
+    """One whose thread does not run."""
+    return Watcher(alias, "default", lambda endpoint, server: None)
+
+
+def due(watcher: Watcher) -> float:
+    """In how many seconds it looks again, had it just looked."""
+    watcher._looked = time.monotonic()
+    at = watcher._next(watcher._looked, FIRST_PAUSE)
+    assert at is not None
+    return max(at - watcher._looked, 0)
+
+
+def test_a_retry_whose_time_comes_during_a_trial_is_still_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a trial finds out takes nobody back, so it puts nothing off either."""
+    endpoint = out("replica1", "silent")
+    watcher = watcher_of("replica1")
+
+    def ask(self: Watcher, alias: str, is_trial: bool = False) -> None:
+        assert is_trial
+        endpoint.retry_at = time.monotonic()
+
+    monkeypatch.setattr(Watcher, "_ask", ask)
+    watcher._look()
+    assert due(watcher) == 0
