@@ -272,7 +272,7 @@ def _pause_of(endpoint: Endpoint) -> float:
     """Return for how many seconds an endpoint that is out is left alone."""
     if endpoint.out in ("behind", "lag") or endpoint.alias == endpoint.pool:
         return SAMPLE_EVERY
-    return conf.retry_after
+    return max(conf.retry_after, HURRY)
 
 
 def _is_early(endpoint: Endpoint) -> bool:

@@ -53,3 +53,14 @@ def test_a_retry_whose_time_comes_during_a_trial_is_still_made(
     monkeypatch.setattr(Watcher, "_ask", ask)
     watcher._look()
     assert due(watcher) == 0
+
+
+@override_settings(PINNING_RETRY_AFTER=0)
+def test_a_retry_after_no_time_is_no_busy_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Watcher, "_ask", lambda *args: None)
+    monkeypatch.setattr(Watcher, "_reaches", lambda *args: False)
+    endpoint = out("replica1")
+    endpoint.retry_at = time.monotonic()
+    watcher = watcher_of("replica1")
+    watcher._look()
+    assert endpoint.retry_at - watcher._looked >= HURRY * 0.9
