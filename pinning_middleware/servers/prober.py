@@ -286,7 +286,10 @@ def _is_early(endpoint: Endpoint) -> bool:
 
 def _nobody_else_serves(endpoint: Endpoint) -> bool:
     """Return whether every replica of a pool is out, so that the primary has the reads of all."""
-    return all(mate.out for mate in registry.replicas_of(endpoint.pool))
+    weights = conf.replicas.get(endpoint.pool, {})
+    return all(
+        mate.out for mate in registry.replicas_of(endpoint.pool) if weights.get(mate.alias, 1)
+    )
 
 
 _lock = threading.Lock()

@@ -64,3 +64,13 @@ def test_a_retry_after_no_time_is_no_busy_loop(monkeypatch: pytest.MonkeyPatch) 
     watcher = watcher_of("replica1")
     watcher._look()
     assert endpoint.retry_at - watcher._looked >= HURRY * 0.9
+
+
+@pytest.mark.parametrize(("weight", "pause"), [(1, SAMPLE_EVERY), (0, HURRY)])
+def test_one_of_weight_0_serves_nobody_meanwhile(weight: int, pause: float) -> None:
+    """The primary has the reads of all, so the one that is out is looked at in a hurry."""
+    with override_settings(PINNING_REPLICAS={"default": {"replica1": 1, "replica2": weight}}):
+        registry.endpoint("replica2", "default")
+        registry.endpoint("replica1", "default")
+        out("replica1")
+        assert due(watcher_of("replica1")) == pytest.approx(pause)
