@@ -69,22 +69,28 @@ class Watcher:
         # Not by `Thread.start`, which waits until the thread runs: under uWSGI it may never do.
         _thread.start_new_thread(self._run, ())
 
-    # What others ask of it, from their threads
+    # What others ask of it, from their threads; false: it is leaving, and will not do it
 
-    def need(self, sampling: bool = False, dating: bool = False) -> None:
+    def need(self, sampling: bool = False, dating: bool = False) -> bool:
         with self.changed:
+            if self.is_over:
+                return False
             now = time.monotonic()
             self._busy_until = now + IDLE
             if sampling:
                 self._sampling_until = now + NEEDED
             self._dating = self._dating or dating
             self.changed.notify_all()
+        return True
 
-    def waiting(self, by: int) -> None:
+    def waiting(self, by: int) -> bool:
         with self.changed:
+            if self.is_over:
+                return False
             self._waiting += by
             self._busy_until = time.monotonic() + IDLE
             self.changed.notify_all()
+        return True
 
     def end(self) -> None:
         with self.changed:
@@ -298,7 +304,14 @@ _watchers: dict[str, Watcher] = {}
 _inherited: list[Any] = []
 
 
-def _watcher(alias: str, primary: str, judge: Judge) -> Watcher:
+def _watcher(alias: str, primary: str, judge: Judge, accepts: Callable[[Watcher], bool]) -> Watcher:
+    """Return the watcher of an alias that has accepted some work."""
+    while not accepts(watcher := _running(alias, primary, judge)):
+        pass
+    return watcher
+
+
+def _running(alias: str, primary: str, judge: Judge) -> Watcher:
     watcher = _watchers.get(alias)
     if watcher is None or watcher.is_over:
         with _lock:
@@ -311,7 +324,7 @@ def _watcher(alias: str, primary: str, judge: Judge) -> Watcher:
 
 def tend(alias: str, primary: str, judge: Judge) -> None:
     """Look at an alias that is out until it serves again."""
-    _watcher(alias, primary, judge).need()
+    _watcher(alias, primary, judge, lambda watcher: watcher.need())
     # Who waits for a retry far away may be the only one left by now.
     for other in tuple(_watchers.values()):
         if other.primary == primary and other.alias != alias:
@@ -322,12 +335,12 @@ def tend(alias: str, primary: str, judge: Judge) -> None:
 def sample(primary: str, aliases: tuple[str, ...], judge: Judge) -> None:
     """Measure how far these replicas lag, for the next while."""
     for alias in (primary, *aliases):
-        _watcher(alias, primary, judge).need(sampling=True)
+        _watcher(alias, primary, judge, lambda watcher: watcher.need(sampling=True))
 
 
 def date(alias: str, primary: str, judge: Judge) -> None:
     """Find out of which timeline a replica's position is that its role may not see."""
-    _watcher(alias, primary, judge).need(dating=True)
+    _watcher(alias, primary, judge, lambda watcher: watcher.need(dating=True))
 
 
 def wait_for(
@@ -338,11 +351,11 @@ def wait_for(
     what it returned last. However many wait, each replica is asked once for all.
     """
     until = time.monotonic() + seconds
-    watchers = [_watcher(alias, primary, judge) for alias in aliases]
+    watchers = [
+        _watcher(alias, primary, judge, lambda watcher: watcher.waiting(1)) for alias in aliases
+    ]
     if not watchers:
         return over()
-    for watcher in watchers:
-        watcher.waiting(1)
     try:
         first = watchers[0]
         while not (found := over()) and (left := until - time.monotonic()) > 0:

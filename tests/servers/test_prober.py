@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from django.test import override_settings
 
+from pinning_middleware.servers import prober
 from pinning_middleware.servers.prober import FIRST_PAUSE, SAMPLE_EVERY, Watcher
 from pinning_middleware.servers.server import HURRY, Endpoint, registry
 
@@ -74,3 +75,32 @@ def test_one_of_weight_0_serves_nobody_meanwhile(weight: int, pause: float) -> N
         registry.endpoint("replica1", "default")
         out("replica1")
         assert due(watcher_of("replica1")) == pytest.approx(pause)
+
+
+class Leaving(Watcher):
+    """One that leaves for want of work, between being found and being given some."""
+
+    def need(self, sampling: bool = False, dating: bool = False) -> bool:
+        self.end()
+        return super().need(sampling, dating)
+
+    def waiting(self, by: int) -> bool:
+        self.end()
+        return super().waiting(by)
+
+
+@pytest.mark.parametrize("work", ["tend", "sample", "date", "wait_for"])
+def test_what_one_that_is_leaving_was_asked_is_done_by_the_next(
+    monkeypatch: pytest.MonkeyPatch, work: str
+) -> None:
+    leaving = Leaving("replica1", "default", lambda endpoint, server: None)
+    monkeypatch.setattr(prober, "_watchers", {"replica1": leaving})
+    if work == "sample":
+        prober.sample("default", ("replica1",), leaving.judge)
+    elif work == "wait_for":
+        prober.wait_for(("replica1",), "default", leaving.judge, 1, lambda: True)
+    else:
+        getattr(prober, work)("replica1", "default", leaving.judge)
+    assert leaving.is_over
+    assert not prober._watchers["replica1"].is_over
+    prober.stop()
