@@ -12,7 +12,7 @@ from django.test import override_settings
 from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware import use_replica
-from pinning_middleware.servers import connecting
+from pinning_middleware.servers import connecting, prober
 from pinning_middleware.servers.prober import Watcher
 from pinning_middleware.servers.server import Server, registry
 from tests.app.models import Book
@@ -163,6 +163,18 @@ def test_when_all_lag_the_freshest_serves_who_has_no_pin(pg: PostgreSQL, heard: 
     assert {server_for(None) for _ in range(4)} == {"pg2"}
     assert heard.of("primary_fallback") == []
     assert server_for(token) == "pg"
+
+
+@pytest.mark.usefixtures("max_lag")
+def test_nobody_measures_the_mirrors_of_a_test(
+    pg: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection to it would keep the runner from dropping the test's database."""
+    for alias in REPLICAS:
+        monkeypatch.setitem(connections.settings[alias]["TEST"], "MIRROR", "pg")
+    assert server_for(None) == "pg"
+    assert server_within(1.5) == "pg"
+    assert prober._watchers == {}
 
 
 # use_replica(max_lag=…)
