@@ -62,6 +62,8 @@ class Nodes:
         self.is_mirror = Mirrors(spec.primary)
         self._max_lag = conf.max_lag
         self._sample_at = 0.0
+        # Since when, and until when, it is wanted to know lags that no setting limits.
+        self._lag_wanted = (0.0, 0.0)
         self._stand_in: tuple[float, str | None] = (0.0, None)
         registry.listeners.append(self._recount)
         if self.cut_off or self.held_back:
@@ -248,19 +250,24 @@ class Nodes:
         if not self.tells_positions:
             return None
         self.sample()
-        is_news = all(self.lag(alias) is None for alias in order)
-        if is_news and may_ask(connections[self.primary]):
-            prober.wait_for(
-                order,
-                self.primary,
-                self.judge,
-                FIRST_LAG,
-                lambda: any(self.lag(alias) is not None for alias in order),
-            )
+        now = time.monotonic()
+        since, until = self._lag_wanted
+        # Who comes later does not wait for what the first did not get.
+        since = since if now < until else now
+        self._lag_wanted = since, now + prober.NEEDED
+        left = since + FIRST_LAG - now
+        if left > 0 and not self._is_lag_told(order) and may_ask(connections[self.primary]):
+            prober.wait_for(order, self.primary, self.judge, left, lambda: self._is_lag_told(order))
         for alias in order:
             if (lag := self.lag(alias)) is not None and lag <= max_lag:
                 return alias
         return None
+
+    def _is_lag_told(self, aliases: tuple[str, ...]) -> bool:
+        """Return whether there is nothing to wait for: a lag is known, or never will be."""
+        if any(self.lag(alias) is not None for alias in aliases):
+            return True
+        return _cannot_tell(self.endpoint) or all(_cannot_tell(self.endpoints[a]) for a in aliases)
 
     def lag(self, alias: str) -> float | None:
         """Return for how many seconds what an alias leads to has been behind, ``None``: unknown."""
@@ -374,6 +381,11 @@ class Nodes:
                 for server in endpoint.current:
                     self.judge(endpoint, server)
                 registry.succeed(endpoint)
+
+
+def _cannot_tell(endpoint: Endpoint) -> bool:
+    servers = endpoint.current
+    return bool(servers) and all(server.tells is False for server in servers)
 
 
 def _lag_of(endpoint: Endpoint) -> float:
