@@ -305,6 +305,26 @@ def test_the_window_stays_the_upper_bound(pg: PostgreSQL, clock: FrozenDateTimeF
     assert server_for(token) in REPLICAS
 
 
+def test_a_copy_that_takes_longer_than_the_window_leaves_its_pin(
+    pg: PostgreSQL, clock: FrozenDateTimeFactory
+) -> None:
+    """It ends when it is left, or when all of its rows were fetched, and not when it is called."""
+    pg.pause()
+    with stranger() as copied, connections["pg"].cursor() as cursor:
+        with cursor.copy("COPY app_book (title) FROM STDIN") as copy:
+            copy.write_row(["copied"])
+            clock.tick(60)
+        clock.tick(5)
+    assert position_in(copied.token)
+    assert titles(copied.token) == ["copied"]
+    with stranger() as streamed, connections["pg"].cursor() as cursor:
+        for _ in cursor.stream("INSERT INTO app_book (title) VALUES ('one') RETURNING id"):
+            clock.tick(60)
+        clock.tick(5)
+    assert position_in(streamed.token)
+    assert titles(streamed.token) == ["copied", "one"]
+
+
 # Waiting
 
 
