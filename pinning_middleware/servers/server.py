@@ -9,6 +9,7 @@ a balancer or a list of hosts many.
 from __future__ import annotations
 
 import logging
+import os
 import random
 import threading
 import time
@@ -253,6 +254,10 @@ class Servers:
         known = tuple(self._endpoints.values())
         return [each for each in known if each.pool == pool != each.alias]
 
+    def begin_anew_after_fork(self) -> None:
+        """Let go of what a thread of the parent may have held: it is not in this process."""
+        self._lock = threading.Lock()
+
     def clear(self) -> None:
         """Forget everything: the settings were changed."""
         with self._lock:
@@ -376,3 +381,5 @@ class Servers:
 
 
 registry = Servers()
+
+os.register_at_fork(after_in_child=registry.begin_anew_after_fork)

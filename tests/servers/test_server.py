@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
 import pytest
 
-from pinning_middleware.servers.server import Endpoint, Identity, Report, Server, Servers
+from pinning_middleware.servers.server import Endpoint, Identity, Report, Server, Servers, registry
 
 SYSTEM = "ff"
 
@@ -161,3 +162,12 @@ def test_what_was_known_before_the_settings_changed_says_nothing_more(
     servers.fail(servers.endpoint("replica", "default"), "connect", 10, "refused")
     assert [endpoint.out for endpoint in heard] == ["connect"]
     assert len(caplog.messages) == 1
+
+
+def test_a_fork_in_the_middle_of_a_meeting_leaves_no_lock_behind() -> None:
+    """Whoever held it is not in the child, where nobody would give it back."""
+    with registry._lock:
+        child = os.fork()
+        if not child:
+            os._exit(registry._lock.locked())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
