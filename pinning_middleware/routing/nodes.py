@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -64,6 +65,8 @@ class Nodes:
         self._sample_at = 0.0
         # Since when, and until when, it is wanted to know lags that no setting limits.
         self._lag_wanted = (0.0, 0.0)
+        # Two who count at once: the later look has the last word.
+        self._counting = threading.Lock()
         self._stand_in: tuple[float, str | None] = (0.0, None)
         registry.listeners.append(self._recount)
         if self.cut_off or self.held_back:
@@ -355,11 +358,21 @@ class Nodes:
 
     def count(self) -> None:
         """Find out anew who is in the rotation."""
-        out = {e.alias for e in self.endpoints.values() if e.out} | self.cut_off
-        if self._max_lag is not None:
-            out |= self.held_back
-        self.out = frozenset(out & self.endpoints.keys())
-        self.rotation.leave_out(self.out)
+        with self._counting:
+            out = {e.alias for e in self.endpoints.values() if e.out} | self.cut_off
+            if self._max_lag is not None:
+                out |= self.held_back
+            self.out = frozenset(out & self.endpoints.keys())
+            self.rotation.leave_out(self.out)
+
+    def begin_anew_after_fork(self) -> None:
+        """Forget what the parent's threads held, and take turns and times of its own."""
+        self._counting = threading.Lock()
+        self.rotation.draw()
+        for endpoint in self.endpoints.values():
+            endpoint.draw()
+            if endpoint.out:
+                prober.tend(endpoint.alias, self.primary, self.judge)
 
     def _recount(self, endpoint: Endpoint) -> None:
         if endpoint.alias in self.endpoints:

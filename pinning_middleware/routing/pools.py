@@ -12,7 +12,6 @@ from django.db.backends.signals import connection_created
 
 from pinning_middleware.conf import PoolSpec, conf, on_change
 from pinning_middleware.scopes.scope import entered_scope
-from pinning_middleware.servers import prober
 
 from .decider import Pool, PrimaryOnly
 from .monotonic import MonotonicPool
@@ -99,11 +98,7 @@ def _begin_anew_after_fork() -> None:
     global _lock
     _lock = threading.Lock()
     for pool in _pools.all if _pools is not None else ():
-        pool.rotation.draw()
-        for endpoint in pool.endpoints.values():
-            endpoint.draw()
-            if endpoint.out:
-                prober.tend(endpoint.alias, pool.primary, pool.judge)
+        pool.begin_anew_after_fork()
 
 
 os.register_at_fork(after_in_child=_begin_anew_after_fork)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pytest
 
 from pinning_middleware.routing.decider import Pool
 from pinning_middleware.routing.pools import pools
+from pinning_middleware.routing.rotation import Rotation
 from pinning_middleware.servers import prober
 from pinning_middleware.servers.server import Identity, Server, registry
 from tests.real.conftest import as_databases
@@ -60,3 +63,40 @@ def test_nobody_waits_for_a_lag_that_can_t_be_told(
         meet(alias).tells = False
     assert pool.within(60, None) is None
     assert waits == []
+
+
+def test_a_slower_count_does_not_have_the_last_word(pool: Pool) -> None:
+    registry.fail(pool.endpoints["pg2"], "connect", 1000, "by the test")
+    began, go_on = threading.Event(), threading.Event()
+    leave_out = pool.rotation.leave_out
+
+    def slow(names: Collection[str]) -> None:
+        if names == {"pg1", "pg2"} and not began.is_set():
+            began.set()
+            # Where the other one has to wait for it, that shows by its not being done.
+            go_on.wait(0.5)
+        leave_out(names)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rotation, "leave_out", lambda self, names: slow(names))
+        fail = threading.Thread(
+            target=registry.fail, args=(pool.endpoints["pg1"], "connect", 9, "")
+        )
+        fail.start()
+        assert began.wait(5)
+        succeed = threading.Thread(target=registry.succeed, args=(pool.endpoints["pg2"],))
+        succeed.start()
+        succeed.join(0.2)
+        go_on.set()
+        fail.join()
+        succeed.join()
+    assert pool.out == {"pg1"}
+    assert pool.rotation.order() == ("pg2",)
+
+
+def test_a_fork_in_the_middle_of_a_count_leaves_no_lock_behind(pool: Pool) -> None:
+    with pool._counting:
+        child = os.fork()
+        if not child:
+            os._exit(pool._counting.locked())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
