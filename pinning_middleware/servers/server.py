@@ -274,8 +274,11 @@ class Servers:
 
     def meet(self, alias: str, identity: Identity, system: str) -> Server:
         """Note that a connection of this alias leads to that server, and return it."""
-        endpoint = self.endpoint(alias)
         with self._lock:
+            endpoint = self._endpoints.get(alias)
+            if endpoint is None:
+                # The settings were changed since it was asked: it is for others to make that anew.
+                return Server(identity, system)
             server = self._known.get(identity)
             if server is None:
                 server = self._known[identity] = Server(identity, system)

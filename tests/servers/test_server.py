@@ -19,6 +19,7 @@ def servers() -> Servers:
 
 
 def meet(servers: Servers, alias: str, started: str = "a", port: int = 1) -> Server:
+    servers.endpoint(alias)
     return servers.meet(alias, Identity(started, "10.0.0.1", port), SYSTEM)
 
 
@@ -171,3 +172,13 @@ def test_a_fork_in_the_middle_of_a_meeting_leaves_no_lock_behind() -> None:
         if not child:
             os._exit(registry._lock.locked())
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_who_is_met_after_the_settings_changed_is_nobody_s(servers: Servers) -> None:
+    """An alias that is made anew by who was asking would be a pool of its own."""
+    servers.endpoint("replica", "default")
+    servers.clear()
+    met = servers.meet("replica", Identity("a", "10.0.0.1", 1), SYSTEM)
+    assert servers.find(met.identity) is None
+    assert servers.endpoint("replica", "default").pool == "default"
+    assert servers.endpoint("replica").current == []
