@@ -47,6 +47,13 @@ class Identity(NamedTuple):
     def place(self) -> tuple[str, int]:
         return self.address, self.port
 
+    def may_follow(self, other: Identity) -> bool:
+        """Return whether this may be the other after a restart: it began later, as far as known."""
+        try:
+            return float(self.started) > float(other.started)
+        except ValueError:
+            return self != other
+
 
 class Report(NamedTuple):
     """
@@ -73,6 +80,7 @@ class Server:
     """One running process of a database, as this process knows it."""
 
     __slots__ = (
+        "_before",
         "_claims",
         "_met",
         "farthest",
@@ -105,6 +113,7 @@ class Server:
         # What a server at this place had before it; until that is here again this one serves
         # nobody.
         self.floor: Position = {}
+        self._before: dict[Identity, Position] = {}
         # Why it serves nobody ("silent", "role", "behind", "lag"), empty: it does; since when.
         self.out = ""
         self.since = 0.0
@@ -143,6 +152,16 @@ class Server:
         if certain:
             self.position = merge_positions(self.position, certain) or {}
 
+    def follow(self, other: Server) -> None:
+        """Take the other for what this one was before it was restarted."""
+        self._before[other.identity] = merge_positions(other.floor, other.position) or {}
+        self.floor = _merged(self._before.values())
+
+    def follow_no_more(self, identity: Identity) -> None:
+        """Know that one which this was taken for after a restart still runs."""
+        if self._before.pop(identity, None):
+            self.floor = _merged(self._before.values())
+
     def claims(self, wanted: Position) -> bool:
         """Return whether it was last at or after a point, if it follows that log at all."""
         if not self._claims:
@@ -178,6 +197,13 @@ class Server:
                     first = self._met.setdefault(name, point)
                     if point > first or name.endswith(f"-{self.followed}"):
                         self.position = merge_positions(self.position, {name: point}) or {}
+
+
+def _merged(positions: Iterable[Position]) -> Position:
+    merged: Position | None = None
+    for position in positions:
+        merged = merge_positions(merged, position)
+    return merged or {}
 
 
 class Endpoint:
@@ -282,13 +308,19 @@ class Servers:
             server = self._known.get(identity)
             if server is None:
                 server = self._known[identity] = Server(identity, system)
-            for other in list(endpoint.servers):
-                if other is not server and other.identity.place == identity.place:
+            is_new = server not in endpoint.servers
+            for other in list(endpoint.servers) if is_new else ():
+                if other is server or other.identity.place != identity.place:
+                    continue
+                if identity.may_follow(other.identity):
                     # It was here before it was restarted, and what it had is not there by itself.
                     if other.system == system:
-                        server.floor = merge_positions(other.floor, other.position) or {}
+                        server.follow(other)
                     del endpoint.servers[other]
                     self._known.pop(other.identity, None)
+                else:
+                    # Both run, since two networks may use the same addresses.
+                    other.follow_no_more(identity)
             endpoint.servers[server] = time.monotonic()
             if len(endpoint.servers) > MOST_SERVERS:
                 oldest = min(endpoint.servers, key=endpoint.servers.__getitem__)

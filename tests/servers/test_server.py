@@ -182,3 +182,37 @@ def test_who_is_met_after_the_settings_changed_is_nobody_s(servers: Servers) -> 
     assert servers.find(met.identity) is None
     assert servers.endpoint("replica", "default").pool == "default"
     assert servers.endpoint("replica").current == []
+
+
+def test_two_at_one_address_are_two(servers: Servers) -> None:
+    """Containers of two hosts, behind one balancer."""
+    older = meet(servers, "replica", "1000.5")
+    servers.take_in(older, Report(True, {"ff-1": 100}), time.monotonic())
+    # As long as the older one is not met again, it may have been restarted.
+    younger = meet(servers, "replica", "2000.25")
+    assert younger.floor == {"ff-1": 100}
+    again = meet(servers, "replica", "1000.5")
+    assert (younger.floor, again.floor) == ({}, {})
+    for started in ("2000.25", "1000.5", "2000.25"):
+        meet(servers, "replica", started)
+    assert servers.endpoint("replica").current == [younger, again]
+    assert (younger.floor, again.floor) == ({}, {})
+    # One of them is restarted: it may have been either.
+    for server, point in ((younger, 200), (again, 300)):
+        servers.take_in(server, Report(True, {"ff-1": point}), time.monotonic())
+    restarted = meet(servers, "replica", "3000.0")
+    assert servers.endpoint("replica").server is restarted
+    assert restarted.floor == {"ff-1": 300}
+    # It was the younger one, since the older is still there.
+    meet(servers, "replica", "1000.5")
+    assert restarted.floor == {"ff-1": 200}
+
+
+def test_a_restart_is_noticed_by_every_alias_that_leads_there(servers: Servers) -> None:
+    for alias in ("replica", "other"):
+        before = meet(servers, alias, "1000.0")
+    servers.take_in(before, Report(True, {"ff-1": 100}), time.monotonic())
+    for alias in ("replica", "other"):
+        after = meet(servers, alias, "2000.0")
+        assert servers.endpoint(alias).server is after
+    assert after.floor == {"ff-1": 100}
