@@ -338,7 +338,11 @@ class Pool(Nodes):
         link = link_of(connection)
         server = link.server
         if server is not None and server.out and (server.out != "lag" or self.rotation):
-            return server.out
+            reason = server.out
+            if not self.is_back(connection, server):
+                return reason
+            link = link_of(connection)
+            server = link.server
         is_promoted = link.has_left_recovery()
         if is_promoted or (server is None and link.endpoint.suspect):
             seen = self.look_at(connection)

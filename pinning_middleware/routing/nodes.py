@@ -185,10 +185,23 @@ class Nodes:
         """Take a server out that is of no use to this pool, or back."""
         reason = "" if endpoint is self.endpoint else self._fault(server)
         if reason != server.out:
-            pause = prober.SAMPLE_EVERY if reason in ("behind", "lag") else conf.retry_after
-            registry.mark(server, reason, pause)
+            registry.mark(server, reason, _pause(reason))
         elif not reason:
             registry.succeed(endpoint)
+
+    def is_back(self, connection: BaseDatabaseWrapper, server: Server) -> bool:
+        """
+        Ask a server that is out, and that others serve beside: its alias is not, so that no
+        watcher looks for it. One read does, when its time has come.
+        """
+        now = time.monotonic()
+        if registry.endpoint(connection.alias, self.primary).out or now < server.retry_at:
+            return False
+        server.retry_at = now + _pause(server.out)
+        with suppress(*FAILURES):
+            seen = self.look_at(connection)
+            return seen is not None and not seen.server.out
+        return False
 
     def _fault(self, server: Server) -> str:
         if server.tells is False or self.family is None:
@@ -394,6 +407,11 @@ class Nodes:
                 for server in endpoint.current:
                     self.judge(endpoint, server)
                 registry.succeed(endpoint)
+
+
+def _pause(reason: str) -> float:
+    """Return for how many seconds a server that is out for this reason is left alone."""
+    return prober.SAMPLE_EVERY if reason in ("behind", "lag") else conf.retry_after
 
 
 def _cannot_tell(endpoint: Endpoint) -> bool:

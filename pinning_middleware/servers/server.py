@@ -93,6 +93,7 @@ class Server:
         "lag",
         "out",
         "position",
+        "retry_at",
         "since",
         "system",
         "tells",
@@ -117,6 +118,8 @@ class Server:
         # Why it serves nobody ("silent", "role", "behind", "lag"), empty: it does; since when.
         self.out = ""
         self.since = 0.0
+        # When who is connected to it may ask it again.
+        self.retry_at = 0.0
         # Seconds behind the primary, None: not known.
         self.lag: float | None = None
         # Whether it can say how far it is, None: not asked yet; by which of the family's ways.
@@ -358,6 +361,7 @@ class Servers:
         """Say why a server serves nobody, or by an empty reason that it does."""
         if server.out != reason:
             server.out, server.since = reason, time.time()
+        server.retry_at = time.monotonic() + retry_in
         for endpoint in tuple(self._endpoints.values()):
             if server in endpoint.servers:
                 self._settle(endpoint, retry_in, error)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from django.db import close_old_connections
 
+from pinning_middleware.servers.server import registry
 from tests.app.models import Book
 
 from .conftest import (
@@ -19,16 +20,18 @@ from .conftest import (
     eventually,
     in_thread,
     in_threads,
+    look_around,
     pool,
     pooled,
     port,
     port_for,
     queries,
+    server_of,
     stranger,
     titles,
     write,
 )
-from .layouts import Forwarder, database, haproxy, pgbouncer
+from .layouts import Forwarder, database, frozen, haproxy, pgbouncer
 
 pytestmark = pytest.mark.real
 
@@ -98,6 +101,28 @@ def test_what_counts_is_the_server_of_the_connection_at_hand(pg: PostgreSQL) -> 
             assert titles(token) == ["one"]
             assert port_for(token) == second.port
             assert in_thread(lambda: port_for(token)) == second.port
+
+
+@pytest.mark.parametrize("is_mute", [False, True])
+def test_one_of_several_that_was_silent_is_asked_again(pg: PostgreSQL, is_mute: bool) -> None:
+    """Its alias serves all the time, so no watcher looks for it; one read does, in time."""
+    first, second = pg["pg1"], pg["pg2"]
+    with Forwarder(first) as address, as_layout(pg, many=database(address, conn_max_age=None)):
+        look_around()
+        assert port_for(None) == first.port
+        silent = server_of("many")
+        address.point_to(second, cut=False)
+        in_thread(look_around)
+        registry.mark(silent, "silent", 1000, "by the test")
+        assert port_for(None) == pg["pg"].port
+        silent.retry_at = 0.0
+        if is_mute:
+            with frozen(first):
+                assert port_for(None) == pg["pg"].port
+            assert silent.out == "silent"
+        else:
+            assert {port_for(None) for _ in range(3)} == {first.port}
+        assert pool().out == frozenset()
 
 
 @pytest.mark.parametrize("conn_max_age", [0, None])
