@@ -209,8 +209,10 @@ class Nodes:
         if server.is_replica is False and self._is_promoted(server):
             return "role"
         if server.floor:
-            has = self.family.reached(server.floor, server.position)
-            if has or server.claims(server.floor) or server.position.keys() - server.floor.keys():
+            has = self.family.reached(server.floor, server.position) or (
+                server.claims(server.floor) or server.is_back_at(server.floor)
+            )
+            if has or server.position.keys() - server.floor.keys():
                 server.floor = {}
             else:
                 return "behind"

@@ -83,6 +83,7 @@ class Server:
         "_before",
         "_claims",
         "_met",
+        "_word",
         "farthest",
         "floor",
         "followed",
@@ -132,6 +133,8 @@ class Server:
         self.is_discreet = False
         # What it has replayed of a log whose name it could not see, until a primary dates it.
         self._claims: deque[tuple[float, float, str, int]] = deque(maxlen=8)
+        # What it said last that it had replayed, with or without the log's name.
+        self._word: Position = {}
         # Of each log, the first point at which it met a primary that dates it.
         self._met: dict[str, int] = {}
 
@@ -143,6 +146,7 @@ class Server:
         self.is_replica, self.hidden = report.is_replica, report.hidden
         self.told = time.monotonic()
         self.farthest = sum(report.replayed.values())
+        self._word = report.replayed
         replayed = report.replayed
         if not report.is_replica and report.written:
             replayed = {log.removeprefix(OPTIONAL): end for log, end in report.written.items()}
@@ -171,6 +175,19 @@ class Server:
             return False
         _, _, log, point = self._claims[-1]
         return any(name.startswith(log) and point >= end for name, end in wanted.items())
+
+    def is_back_at(self, floor: Position) -> bool:
+        """
+        Return whether by its own word it is as far as what was here before it, on a timeline that
+        nobody can tell as long as its primary is away. That says nothing of a pin.
+        """
+        return bool(floor) and all(
+            any(
+                log.endswith("-") and name.startswith(log) and point >= end
+                for log, point in self._word.items()
+            )
+            for name, end in floor.items()
+        )
 
     def date(self, answers: Iterable[Told]) -> None:
         """

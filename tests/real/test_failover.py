@@ -38,6 +38,7 @@ from .conftest import (
     pool,
     pooled,
     port_for,
+    position_in,
     server,
     server_for,
     stranger,
@@ -748,6 +749,29 @@ def test_writes_get_the_primary_s_error(one_book: PostgreSQL) -> None:
         assert READS["list"]() == ["one"]
         assert READS["list"]() == ["one"]
     assert scope.token is None or scope.token
+
+
+@pytest.mark.parametrize("primary_down", ["error", "stale"])
+def test_replicas_that_are_restarted_meanwhile_serve(
+    one_book: PostgreSQL, primary_down: str
+) -> None:
+    """Without a primary nobody can tell their timeline: enough for who has no pin."""
+    with override_settings(PINNING_PRIMARY_DOWN=primary_down):
+        wanted = position_in(write("two"))
+        one_book.wait_for()
+        look_around()
+        one_book["pg"].stop("immediate")
+        for alias in REPLICAS:
+            one_book[alias].restart("fast")
+
+        def served() -> str:
+            try:
+                return server_for(None)
+            except OperationalError:
+                return "nobody"
+
+        assert eventually(lambda: {served() for _ in range(4)} == REPLICAS)
+        assert pool().holder(wanted, ask=True) is None
 
 
 @pytest.mark.usefixtures("stale")

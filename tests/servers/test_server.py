@@ -216,3 +216,18 @@ def test_a_restart_is_noticed_by_every_alias_that_leads_there(servers: Servers) 
         after = meet(servers, alias, "2000.0")
         assert servers.endpoint(alias).server is after
     assert after.floor == {"ff-1": 100}
+
+
+@pytest.mark.parametrize(("point", "is_back"), [(99, False), (100, True), (101, True)])
+def test_without_a_primary_a_restarted_replica_s_own_word_is_enough(
+    servers: Servers, point: int, is_back: bool
+) -> None:
+    """To serve again, not for a pin: nobody can tell the timeline."""
+    before = meet(servers, "replica", "1.0")
+    servers.take_in(before, Report(True, {"ff-1": 100}), time.monotonic())
+    after = meet(servers, "replica", "2.0")
+    assert not after.is_back_at(after.floor)
+    servers.take_in(after, Report(True, {"ff-": point}), time.monotonic())
+    assert after.is_back_at(after.floor) is is_back
+    assert not after.is_back_at({"ee-1": 1})
+    assert after.position == {}
