@@ -4,7 +4,8 @@ only a clock tells.
 
 A question of ours has a deadline. A read of the site has none, since a slow query is no fault: when
 a replica has not answered it for a second, the same server is asked on a fresh connection, once for
-all who wait. Silence there ends the reads that wait for it; an answer leaves them alone.
+all who wait, whether it has our session. Silence there ends the reads that wait for it, and so does
+an answer of one that has not; else they are left alone.
 
 psycopg 3 lets its waiting be watched: ``Connection.wait`` comes back every tenth of a second, and
 its generator is told so. Other drivers can't; a question there is ended by a watchdog that shuts
@@ -40,10 +41,19 @@ __all__ = ["DEADLINE", "PATIENCE", "Silent", "begin", "end", "is_ready", "listen
 DEADLINE = 1.0
 PATIENCE = 1.0
 AGAIN = 5.0
+# How often a fresh connection may lead to another server than the one that is waited for.
+TRIES = 20
 
 
 class Silent(OperationalError):
     """A server did not answer in time."""
+
+
+class Gone(OperationalError):
+    """What is at the other end has ended without a farewell; another one may be there now."""
+
+    # A lost connection, to whoever looks.
+    sqlstate = "08006"
 
 
 def listen_to(raw: Any, link: Link) -> None:
@@ -83,7 +93,10 @@ def _watch(generator: Generator[Any, Any, Any], raw: Any, link: Link) -> Generat
                     ):
                         raise Silent(f"{link.alias} does not answer")
                     if now - since >= patience:
-                        if not _answers(raw, link):
+                        answers = _answers(raw, link)
+                        if answers is None:
+                            raise Gone(f"{link.alias} does not know this connection any more")
+                        if not answers:
                             _say(link)
                             raise Silent(f"{link.alias} does not answer")
                         since, patience = time.monotonic(), AGAIN
@@ -120,15 +133,18 @@ class _Check:
 
     def __init__(self) -> None:
         self.over = threading.Event()
-        self.answers = True
+        self.answers: bool | None = True
 
 
 _lock = threading.Lock()
 _checks: dict[object, _Check] = {}
 
 
-def _answers(raw: Any, link: Link) -> bool:
-    """Return whether a server answers on a fresh connection; asked once for all who wait."""
+def _answers(raw: Any, link: Link) -> bool | None:
+    """
+    Return whether a server answers on a fresh connection; asked once for all who wait. ``None``:
+    what answers there does not know this session.
+    """
     key: object = link.server or link.endpoint
     with _lock:
         check = _checks.get(key)
@@ -137,7 +153,8 @@ def _answers(raw: Any, link: Link) -> bool:
             check = _checks[key] = _Check()
     if not mine:
         check.over.wait(DEADLINE + 0.5)
-        return check.answers
+        # That another one's session is not known says nothing of this one's.
+        return _connects(raw, link) if check.answers is None else check.answers
     try:
         check.answers = _connects(raw, link)
     finally:
@@ -147,9 +164,12 @@ def _answers(raw: Any, link: Link) -> bool:
     return check.answers
 
 
-def _connects(raw: Any, link: Link) -> bool:
-    """Return whether the server accepts a connection, or refuses it, within the deadline."""
-    from psycopg import conninfo, pq
+def _connects(raw: Any, link: Link) -> bool | None:
+    """
+    Return whether the server of a connection is there: it says within the deadline that it has
+    this session. ``None``: what answers has not, or is another server.
+    """
+    from psycopg import Error, conninfo, pq
 
     known = {
         name: value
@@ -158,21 +178,44 @@ def _connects(raw: Any, link: Link) -> bool:
     }
     where = {"host": raw.info.host, "port": raw.info.port, "hostaddr": raw.info.hostaddr or None}
     text = conninfo.make_conninfo(**{**known, **where, "password": raw.info.password or None})
-    # Behind a balancer another server may answer: ask until it is the same, a few times.
-    for _ in range(3):
+    started = link.server.identity.started if link.server is not None else ""
+    sql = (
+        f"SELECT {STARTED if started else 'NULL'}, pg_backend_pid(), EXISTS (SELECT 1 FROM "
+        f"pg_stat_activity WHERE pid = {raw.info.backend_pid} AND datname = current_database())"
+    )
+    until = time.monotonic() + DEADLINE
+    found: bool | None = False
+    # Behind a balancer another server may answer: ask until it is the same, for a while.
+    for _ in range(TRIES):
         connection = pq.PGconn.connect_start(text.encode())
         try:
-            until = time.monotonic() + DEADLINE
             verdict = _poll(connection, until)
-            if verdict is not pq.PollingStatus.OK:
-                return verdict is not None
-            if link.server is None or len(link.endpoint.servers) < 2:
+            if verdict == pq.PollingStatus.OK:
+                row = _ask(connection, sql, until)
+                # A pooler makes up the id of the session that it offers.
+                is_pooled = link.is_pooled or (row and row[1] != str(connection.backend_pid))
+                if row is None:
+                    return False
+                if not row or is_pooled:
+                    # It answers, and can't tell more.
+                    return True
+                has_session = row[2] == "t"
+                if row[0] == started if started else has_session:
+                    return has_session or None
+                found = None
+            elif verdict is None:
+                return False
+            elif b":  " in connection.error_message:
+                # Not the network's error but the server's own ("too many clients"): in every
+                # language, only these have two blanks after the severity.
                 return True
-            if _started(connection, until) == link.server.identity.started:
-                return True
+        except Error:
+            pass
         finally:
             connection.finish()
-    return False
+        if time.monotonic() > until - DEADLINE / 2:
+            break
+    return found
 
 
 def is_ready(number: int, seconds: float, is_writing: bool = False) -> bool:
@@ -184,7 +227,7 @@ def is_ready(number: int, seconds: float, is_writing: bool = False) -> bool:
 
 
 def _poll(connection: Any, until: float) -> Any:
-    """Return how an attempt to connect ended, ``None``: not in time."""
+    """Return how an attempt to connect ended (a plain int), ``None``: not in time."""
     from psycopg.pq import PollingStatus
 
     while True:
@@ -197,16 +240,19 @@ def _poll(connection: Any, until: float) -> Any:
             return None
 
 
-def _started(connection: Any, until: float) -> str | None:
-    connection.send_query(f"SELECT {STARTED}".encode())
+def _ask(connection: Any, sql: str, until: float) -> list[str | None] | None:
+    """Return one row, empty where that was refused; ``None``: not in time."""
+    connection.send_query(sql.encode())
     while connection.is_busy():
         left = until - time.monotonic()
         if left <= 0 or not is_ready(connection.socket, left):
             return None
         connection.consume_input()
     result = connection.get_result()
-    value = result.get_value(0, 0) if result is not None and result.ntuples else None
-    return None if value is None else value.decode()
+    if result is None or not result.ntuples:
+        return []
+    values = (result.get_value(0, column) for column in range(result.nfields))
+    return [None if value is None else value.decode() for value in values]
 
 
 # For drivers that wait by themselves

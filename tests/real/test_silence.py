@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from queue import Queue
 from typing import Any, NamedTuple, Self
 
 import pytest
@@ -13,6 +15,7 @@ from django.db import Error, close_old_connections, connections
 from django.db.backends.postgresql.base import DatabaseWrapper
 from django.test import override_settings
 
+from pinning_middleware import direct
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.servers import silence
 from pinning_middleware.servers.questions import endpoint_of
@@ -23,12 +26,14 @@ from .conftest import (
     Heard,
     PostgreSQL,
     as_layout,
+    endpoint,
     eventually,
     in_thread,
     look_again,
     look_around,
     pool,
     pooled,
+    port,
     port_for,
     position_in,
     server,
@@ -38,7 +43,17 @@ from .conftest import (
     titles,
     write,
 )
-from .layouts import black_hole, database, frozen, make_role
+from .layouts import (
+    Address,
+    Forwarder,
+    Place,
+    black_hole,
+    database,
+    frozen,
+    haproxy,
+    make_role,
+    pgbouncer,
+)
 
 pytestmark = pytest.mark.real
 
@@ -339,16 +354,22 @@ WHERE query LIKE '%inet_server_port() AS port, %pg_sleep%' AND state = 'active'
 """
 
 
-def test_a_slow_query_runs_to_its_end_and_once(
-    pg: PostgreSQL, heard: Heard, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answers, looked_into = silence._answers, list[bool]()
+def note_answers(monkeypatch: pytest.MonkeyPatch) -> list[bool | None]:
+    """What was found when a read had to be looked into, from here on."""
+    answers, looked_into = silence._answers, list[bool | None]()
 
-    def noted(*args: Any) -> bool:
+    def noted(*args: Any) -> bool | None:
         looked_into.append(answers(*args))
         return looked_into[-1]
 
     monkeypatch.setattr(silence, "_answers", noted)
+    return looked_into
+
+
+def test_a_slow_query_runs_to_its_end_and_once(
+    pg: PostgreSQL, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_into = note_answers(monkeypatch)
     with stranger():
         expected = server()
         running = []
@@ -402,6 +423,181 @@ PIDS = "SELECT pid FROM pg_stat_activity WHERE query LIKE '%pg_sleep(60)%'"
 PIDS += " AND pid != pg_backend_pid()"
 
 
+def way_to(pg: PostgreSQL, way: str, stack: ExitStack) -> tuple[Place, ...]:
+    """What leads to both replicas, or through a pooler to the first one."""
+    nodes = pg["pg1"], pg["pg2"]
+    if way == "haproxy":
+        return (stack.enter_context(haproxy(*nodes)),)
+    if way == "pgbouncer":
+        return (stack.enter_context(pgbouncer(pg["pg1"])),)
+    return nodes
+
+
+def meet(alias: str, number: int) -> None:
+    """Let so many servers be known behind an alias; the connection leads to one of them."""
+
+    def met() -> int:
+        connections[alias].close()
+        assert pool().look_at(connections[alias]) is not None
+        return len(endpoint(alias).servers)
+
+    assert eventually(lambda: met() == number)
+
+
+@pytest.mark.parametrize("role", ["superuser", "plain"])
+@pytest.mark.parametrize(
+    ("way", "known"),
+    [
+        ("hosts", 2),
+        ("haproxy", 2),
+        ("pgbouncer", 1),
+        ("hosts", 0),
+        ("haproxy", 0),
+        ("pgbouncer", 0),
+    ],
+)
+def test_a_slow_query_runs_to_its_end_behind_whatever_leads_there(
+    pg: PostgreSQL,
+    heard: Heard,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    known: int,
+    role: str,
+) -> None:
+    looked_into = note_answers(monkeypatch)
+    more = {"user": make_role(pg.cluster)} if role == "plain" else {}
+    with ExitStack() as stack:
+        places = way_to(pg, way, stack)
+        stack.enter_context(as_layout(pg, many=database(*places, conn_max_age=None, **more)))
+        if known:
+            meet("many", known)
+        with stranger():
+            expected = port()
+            (book,) = Book.objects.using("many").raw(SLEEP, [2])
+            assert (book.slept, book.port) == ("", expected)
+    assert looked_into
+    assert all(looked_into)
+    assert heard == []
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+@pytest.mark.parametrize("to", ["other", "nobody"])
+def test_reads_do_not_wait_for_a_server_whose_address_has_moved(
+    pg: PostgreSQL, known: bool, to: str
+) -> None:
+    """It has died without a farewell, and whoever connects is answered by another, or refused."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        ThreadPoolExecutor(1) as threads,
+        Forwarder(pg["pg1"]) as address,
+        as_layout(pg, moving=database(address, conn_max_age=None)),
+    ):
+        nobody = Address(*taken.getsockname())
+        taken.close()
+        moved = threading.Event()
+        is_connected = threading.Event()
+
+        def wait() -> tuple[int, float]:
+            with stranger():
+                assert port() == pg["pg1"].port
+                if known:
+                    meet("moving", 1)
+                is_connected.set()
+                assert moved.wait(ONCE)
+                began = time.monotonic()
+                return port(), time.monotonic() - began
+
+        reading = threads.submit(in_thread, wait)
+        assert is_connected.wait(ONCE)
+        with frozen(pg["pg1"]):
+            address.point_to(pg["pg2"] if to == "other" else nobody, cut=False)
+            moved.set()
+            by, seconds = reading.result(3 * ONCE)
+        assert by == pg["pg2" if to == "other" else "pg"].port
+        assert seconds < ONCE
+
+
+@pytest.mark.parametrize("way", ["hosts", "haproxy"])
+@pytest.mark.parametrize("known", [2, 0])
+def test_a_frozen_server_is_noticed_while_another_answers_at_its_address(
+    pg: PostgreSQL, way: str, known: int
+) -> None:
+    with ExitStack() as stack:
+        threads = stack.enter_context(ThreadPoolExecutor(1))
+        places = way_to(pg, way, stack)
+        stack.enter_context(as_layout(pg, many=database(*places, conn_max_age=None)))
+        connected: Queue[int] = Queue()
+        has_frozen = threading.Event()
+
+        def wait() -> tuple[int, float]:
+            with stranger():
+                if known:
+                    meet("many", known)
+                connected.put(port())
+                assert has_frozen.wait(ONCE)
+                began = time.monotonic()
+                return port(), time.monotonic() - began
+
+        reading = threads.submit(in_thread, wait)
+        first = connected.get(timeout=ONCE)
+        with frozen(next(pg[alias] for alias in REPLICAS if pg[alias].port == first)):
+            has_frozen.set()
+            by, seconds = reading.result(3 * ONCE)
+        assert by != first
+        assert seconds < ONCE
+
+
+class Unheard(Forwarder):
+    """An address behind which the end of a connection is not heard of."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        self.over = threading.Event()
+
+    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        self.over.wait()
+
+    def stop(self) -> None:
+        self.over.set()
+        super().stop()
+
+
+def test_a_lost_session_says_nothing_of_its_server(pg: PostgreSQL, heard: Heard) -> None:
+    with Unheard(pg["pg1"]) as address, as_layout(pg, r1=database(address, conn_max_age=None)):
+        look_around()
+        with stranger():
+            assert port() == pg["pg1"].port
+            pg.terminate("pg1")
+            began = time.monotonic()
+            assert port() == pg["pg1"].port
+            assert time.monotonic() - began < ONCE
+        address.over.set()
+    assert len(heard.of("read_rerun")) == 1
+    assert heard.of("replica_left_out") == []
+
+
+def test_a_server_without_room_for_a_connection_is_not_silent(
+    pg: PostgreSQL, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_into = note_answers(monkeypatch)
+    user = make_role(pg.cluster)
+    with as_layout(pg, r1=database(pg["pg1"], conn_max_age=None, user=user)), stranger():
+        with direct():
+            connections["r1"].ensure_connection()
+        pg["pg"].execute(f"ALTER ROLE {user} CONNECTION LIMIT 1")
+        pg.wait_for("pg1")
+        try:
+            (book,) = Book.objects.using("r1").raw(SLEEP, [2])
+            assert (book.slept, book.port) == ("", pg["pg1"].port)
+        finally:
+            pg["pg"].execute(f"ALTER ROLE {user} CONNECTION LIMIT -1")
+    assert looked_into == [True]
+    assert heard == []
+
+
 # Our own questions
 
 
@@ -427,13 +623,14 @@ def test_a_thawed_replica_is_taken_back_by_its_watcher(
     pg: PostgreSQL, connecting: list[tuple[str, str]]
 ) -> None:
     look_around()
+    # The watcher may connect as soon as it is out.
+    connecting.clear()
     with frozen(pg["pg1"]):
         assert not pool().asked_has("pg1", position_in(write()))
         assert pool().out == {"pg1"}
-        connecting.clear()
     look_again("pg1")
     assert eventually(lambda: pool().out == frozenset())
-    assert {thread for _, thread in connecting} == {"pinning-watcher-pg1"}
+    assert {thread for alias, thread in connecting if alias == "pg1"} == {"pinning-watcher-pg1"}
     pg.wait_for()
     assert {server_for(None) for _ in range(4)} == REPLICAS
 
