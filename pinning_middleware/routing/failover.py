@@ -66,12 +66,14 @@ def open_cursor(
         return cursor(name)
     scope = entered_scope()
     is_replica = alias != pool.primary
+    failure: Exception | None = None
     if is_replica and connection.connection is not None and pool.is_free(connection, scope):
         # Nearly every read: the connection is there, and its server will do.
         try:
             return cursor(name)
         except FAILURES as error:
             logger.debug("The connection to %s has to be looked into: %s", alias, error)
+            failure = error
     endpoint = pool.endpoints[alias] if is_replica else pool.endpoint
 
     def elsewhere(why: object) -> Any:
@@ -89,6 +91,8 @@ def open_cursor(
     if before is None and endpoint.out in ("connect", "silent"):
         return elsewhere(endpoint.error)
     try:
+        if failure is not None:
+            raise failure
         opened = cursor(name)
         if not is_replica:
             return opened

@@ -206,6 +206,28 @@ def test_a_pool_of_connections_to_a_black_hole_is_given_up_soon(pg: PostgreSQL) 
         assert time.monotonic() - began < USUAL
 
 
+def test_a_frozen_replica_is_found_out_by_django_s_health_check(
+    pg: PostgreSQL, connecting: list[tuple[str, str]]
+) -> None:
+    """Once: what was told to be silent is not connected to."""
+    entries = on_replicas(pg, conn_max_age=None, CONN_HEALTH_CHECKS=True)
+    with as_layout(pg, **entries):
+        with stranger(), direct():
+            for alias in entries:
+                connections[alias].ensure_connection()
+        # As a new request does.
+        for alias in entries:
+            connections[alias].close_if_unusable_or_obsolete()
+        connecting.clear()
+        with frozen(pg["pg1"]):
+            began = time.monotonic()
+            with stranger():
+                assert list(Book.objects.using("r1")) == []
+            assert time.monotonic() - began < ONCE
+            assert ("r1", threading.current_thread().name) not in connecting
+            assert pool().out == {"r1"}
+
+
 # The primary is silent
 
 
