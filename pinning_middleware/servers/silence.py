@@ -77,6 +77,7 @@ def _watch(generator: Generator[Any, Any, Any], raw: Any, link: Link) -> Generat
     try:
         wanted = next(generator)
         since, patience = 0.0, PATIENCE
+        was_out = _is_out(link)
         while True:
             ready = yield wanted
             if ready:
@@ -88,10 +89,11 @@ def _watch(generator: Generator[Any, Any, Any], raw: Any, link: Link) -> Generat
                     if now >= link.deadline:
                         raise Silent(f"{link.alias} did not answer within {DEADLINE} s")
                 elif link.has_stand_in:
-                    if link.endpoint.out == "silent" or (
-                        link.server and link.server.out == "silent"
-                    ):
+                    # It may answer again to whoever asks it all the same.
+                    is_out = _is_out(link)
+                    if is_out and not was_out:
                         raise Silent(f"{link.alias} does not answer")
+                    was_out = is_out
                     if now - since >= patience:
                         answers = _answers(raw, link)
                         if answers is None:
@@ -103,6 +105,12 @@ def _watch(generator: Generator[Any, Any, Any], raw: Any, link: Link) -> Generat
             wanted = generator.send(ready)
     except StopIteration as stop:
         return stop.value
+
+
+def _is_out(link: Link) -> bool:
+    """Return whether what a connection leads to is known to be silent."""
+    server = link.server
+    return link.endpoint.out == "silent" or (server is not None and server.out == "silent")
 
 
 def _say(link: Link) -> None:

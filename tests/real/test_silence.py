@@ -11,7 +11,7 @@ from queue import Queue
 from typing import Any, NamedTuple, Self
 
 import pytest
-from django.db import Error, close_old_connections, connections
+from django.db import Error, close_old_connections, connections, transaction
 from django.db.backends.postgresql.base import DatabaseWrapper
 from django.test import override_settings
 
@@ -655,6 +655,21 @@ def test_a_thawed_replica_is_taken_back_by_its_watcher(
     assert {thread for alias, thread in connecting if alias == "pg1"} == {"pinning-watcher-pg1"}
     pg.wait_for()
     assert {server_for(None) for _ in range(4)} == REPLICAS
+
+
+@pytest.mark.parametrize("how", ["direct", "transaction"])
+def test_a_replica_that_answers_again_may_take_its_time_before_it_is_back(
+    pg: PostgreSQL, how: str
+) -> None:
+    look_around()
+    with frozen(pg["pg1"]):
+        assert not pool().asked_has("pg1", position_in(write()))
+    endpoint("pg1").retry_at = time.monotonic() + 1000
+    with stranger(), direct() if how == "direct" else transaction.atomic(using="pg1"):
+        connections["pg1"].ensure_connection()
+        (book,) = Book.objects.using("pg1").raw(SLEEP, [1.5])
+        assert (book.slept, book.port) == ("", pg["pg1"].port)
+        assert endpoint("pg1").out == "silent"
 
 
 def test_a_replica_comes_back_where_every_visitor_is_pinned(
