@@ -395,9 +395,10 @@ def _prepare(connection: BaseDatabaseWrapper) -> BaseDatabaseWrapper:
 
 
 def _connect(connection: BaseDatabaseWrapper, connect: Callable[[], None]) -> None:
+    # A pool may give back the one that was here last.
+    connection.__dict__.pop("_pinning_link", None)
     connect()
     # What the receivers of `connection_created` did to the session belongs to every one of them.
-    raw = connection.connection
     kept = connection.__dict__.get("_pinning_link")
-    if kept is not None and kept[0] is raw and not kept[1].was_used:
-        kept[1].is_altered, kept[1].was_used = False, True
+    if kept is not None:
+        kept[1].is_altered = kept[1].was_altered

@@ -28,7 +28,7 @@ class Link:
         "prepared",
         "repeated",
         "server",
-        "was_used",
+        "was_altered",
     )
 
     def __init__(self, endpoint: Endpoint, is_replica: bool, raw: Any = None) -> None:
@@ -40,8 +40,8 @@ class Link:
         self.server: Server | None = None
         # The site has changed its session, so that another one is not the same.
         self.is_altered = False
-        # Whether the site has had it.
-        self.was_used = False
+        # It had when it was last taken from a pool.
+        self.was_altered = False
         # A pooler stands between, which may hand out another server at any time.
         self.is_pooled = False
         # The question that is prepared on it, and the one that would be the next time.

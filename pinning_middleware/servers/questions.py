@@ -97,9 +97,10 @@ def link_of(connection: BaseDatabaseWrapper, raw: Any = None) -> Link:
         is_ours = "_pinning_private" in connection.__dict__
         fresh = Link(endpoint, is_ours or endpoint.alias != endpoint.pool, raw)
         if link is not None:
-            fresh.is_altered, fresh.was_used = link.is_altered, link.was_used
+            fresh.is_altered = link.is_altered
         listen_to(raw, fresh)
         link = _links[raw] = fresh
+    link.was_altered = link.is_altered
     connection.__dict__["_pinning_link"] = (raw, link)
     return link
 

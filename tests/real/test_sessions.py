@@ -22,6 +22,7 @@ from .conftest import (
     PostgreSQL,
     as_layout,
     pool,
+    pooled,
     port,
     server,
     stranger,
@@ -131,6 +132,36 @@ def test_what_every_connection_is_given_does_not_count(pg: PostgreSQL, heard: He
         assert run("pg1", WHICH) == [(pg["pg2"].port,)]
         assert run("pg1", "SHOW statement_timeout") == [("30s",)]
     assert heard.of("read_rerun")[0]["served"] == "pg2"
+
+
+@pytest.mark.usefixtures("receiver")
+def test_what_every_connection_is_given_does_not_count_in_a_pool(
+    pg: PostgreSQL, heard: Heard
+) -> None:
+    """It is given once more, each time that a connection is taken."""
+    with as_layout(pg, r1=pooled(pg["pg1"]), r2=pooled(pg["pg2"])):
+        for _ in range(3):
+            with stranger():
+                assert run("r1", WHICH) == [(pg["pg1"].port,)]
+            connections["r1"].close()
+        with stranger():
+            run("r1", WHICH)
+            pg["pg1"].stop("immediate")
+            assert run("r1", WHICH) == [(pg["pg2"].port,)]
+    assert heard.of("read_rerun")[0]["served"] == "r2"
+
+
+@pytest.mark.usefixtures("receiver")
+def test_what_a_site_has_altered_stays_so_in_a_pool(pg: PostgreSQL, heard: Heard) -> None:
+    with as_layout(pg, r1=pooled(pg["pg1"]), r2=pooled(pg["pg2"])):
+        with stranger(), direct():
+            run("r1", "SET search_path = public")
+            connections["r1"].close()
+            connections["r1"].ensure_connection()
+        pg["pg1"].stop("immediate")
+        with stranger(), pytest.raises(OperationalError):
+            run("r1", WHICH)
+    assert heard.of("read_rerun") == []
 
 
 # The settings of the aliases
