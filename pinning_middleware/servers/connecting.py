@@ -76,13 +76,8 @@ def _connect(connection: Any, connect: Callable[..., Any], parameters: dict[str,
     if not _is_ours(connection):
         return connect(parameters)
     options = connection.settings_dict["OPTIONS"].get("pool")
-    if options and not (isinstance(options, dict) and "timeout" in options):
-        # It waits for its own thread, which bounds nothing.
-        pool = connection.pool
-        if _is_always_ours(connection):
-            pool.timeout = min(pool.timeout, CONNECT_TIMEOUT)
-        elif "getconn" not in pool.__dict__:
-            pool.getconn = functools.partial(_getconn, pool.getconn)
+    if options:
+        _bound_pool(connection, isinstance(options, dict) and "timeout" in options)
     raw = connect(parameters)
     if options and _is_cut_off(raw):
         raw = _from_pool_again(connection, raw, connect, parameters)
@@ -91,9 +86,33 @@ def _connect(connection: Any, connect: Callable[..., Any], parameters: dict[str,
     return raw
 
 
-def _getconn(getconn: Callable[..., Any], timeout: float | None = None) -> Any:
-    """Wait for a connection of a pool as long as the site may, but for a question of ours."""
-    return getconn(CONNECT_TIMEOUT if timeout is None and hurried.get() else timeout)
+def _bound_pool(connection: Any, is_chosen: bool) -> None:
+    """
+    Let the wait for a pool's connection end; ``is_chosen``: the site has said when. It waits for
+    its own thread, which bounds nothing. Nor does it check what it gives: nobody would watch that
+    wait, and what was cut off, or is silent, is found out here and by the read.
+    """
+    pool = connection.pool
+    if _is_always_ours(connection):
+        pool._check = None
+        if not is_chosen:
+            pool.timeout = min(pool.timeout, CONNECT_TIMEOUT)
+    elif "getconn" not in pool.__dict__:
+        pool.getconn = functools.partial(_getconn, pool.getconn, is_chosen)
+        if pool._check is not None:
+            pool._check = functools.partial(_check, pool._check)
+
+
+# A primary's pool, where only a question of ours is not to wait
+
+
+def _getconn(getconn: Callable[..., Any], is_chosen: bool, timeout: float | None = None) -> Any:
+    return getconn(CONNECT_TIMEOUT if hurried.get() and not is_chosen else timeout)
+
+
+def _check(check: Callable[[Any], None], raw: Any) -> None:
+    if not hurried.get():
+        check(raw)
 
 
 def _is_cut_off(raw: Any) -> bool:

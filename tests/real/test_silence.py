@@ -22,6 +22,7 @@ from pinning_middleware.servers.questions import endpoint_of
 from tests.app.models import Book
 
 from .conftest import (
+    ASK_PORT,
     Asked,
     Heard,
     PostgreSQL,
@@ -225,6 +226,34 @@ def test_a_frozen_replica_is_found_out_by_django_s_health_check(
                 assert list(Book.objects.using("r1")) == []
             assert time.monotonic() - began < ONCE
             assert ("r1", threading.current_thread().name) not in connecting
+            assert pool().out == {"r1"}
+
+
+def test_a_pool_s_idle_connections_to_a_frozen_replica_hold_up_nobody_for_long(
+    pg: PostgreSQL,
+) -> None:
+    """Django lets a pool check each that it hands out, also one that nobody has had before."""
+    r1, r2 = (
+        database(pg[alias], pool={"min_size": 4}, CONN_HEALTH_CHECKS=True)
+        for alias in ("pg1", "pg2")
+    )
+
+    def read() -> tuple[int, float]:
+        began = time.monotonic()
+        with stranger():
+            (book,) = Book.objects.using("r1").raw(ASK_PORT["postgresql"])
+        return int(book.port), time.monotonic() - began
+
+    with ThreadPoolExecutor(4) as threads, as_layout(pg, r1=r1, r2=r2):
+        assert read()[0] == pg["pg1"].port
+        connections["r1"].close()
+        connections["r1"].pool.wait()
+        with frozen(pg["pg1"]):
+            reads = [threads.submit(in_thread, read) for _ in range(4)]
+            for reading in reads:
+                by, seconds = reading.result(3 * ONCE)
+                assert by == pg["pg2"].port
+                assert seconds < ONCE
             assert pool().out == {"r1"}
 
 
