@@ -169,10 +169,11 @@ def run(
         family = family_of(connection)
         if not is_lost and (family is None or not family.is_passing(error)):
             raise
+        endpoint = endpoint_of(connection)
         if is_lost:
             connection.close()
-            endpoint_of(connection).suspect = True
-        is_silent = isinstance(error, Silent)
+            endpoint.suspect = True
+        is_silent = isinstance(error, Silent) or (is_replica and endpoint.out == "silent")
         return _again(pool, execute, call, context, error, is_lost and not is_silent)
     finally:
         if stale is not None:
@@ -321,7 +322,10 @@ def _is_lost(connection: BaseDatabaseWrapper, error: Exception) -> bool:
     if family is not None and family.is_lost(error):
         return True
     with one_node():
-        return not connection.is_usable()
+        try:
+            return not connection.is_usable()
+        except Silent:
+            return True
 
 
 def _tell(pool: Pool, scope: Scope | None, failed: str, alias: str, why: object) -> None:

@@ -11,7 +11,7 @@ from queue import Queue
 from typing import Any, NamedTuple, Self
 
 import pytest
-from django.db import Error, close_old_connections, connections, transaction
+from django.db import Error, OperationalError, close_old_connections, connections, transaction
 from django.db.backends.postgresql.base import DatabaseWrapper
 from django.test import override_settings
 
@@ -255,6 +255,28 @@ def test_a_pool_s_idle_connections_to_a_frozen_replica_hold_up_nobody_for_long(
                 assert by == pg["pg2"].port
                 assert seconds < ONCE
             assert pool().out == {"r1"}
+
+
+def test_a_replica_that_falls_silent_after_an_error_is_lost(
+    pg: PostgreSQL, connecting: list[tuple[str, str]]
+) -> None:
+    """Whether its connection is still good is asked of it then."""
+    look_around()
+    connecting.clear()
+    with ExitStack() as stack:
+        freeze_once = iter([pg["pg1"]])
+
+        def fail(execute: Any, *call: Any) -> Any:
+            for node in freeze_once:
+                stack.enter_context(frozen(node))
+                raise OperationalError("of its own")
+            return execute(*call)
+
+        with stranger(), connections["pg1"].execute_wrapper(fail):
+            (book,) = Book.objects.using("pg1").raw(ASK_PORT["postgresql"])
+        assert book.port == pg["pg2"].port
+        assert pool().out == {"pg1"}
+    assert ("pg1", threading.current_thread().name) not in connecting
 
 
 # The primary is silent
