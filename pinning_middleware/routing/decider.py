@@ -326,6 +326,9 @@ class Pool(Nodes):
         if kept is None or kept[0] is not connection.connection:
             return False
         link: Link = kept[1]
+        in_block = open_blocks() is not None
+        if (in_block or self._max_lag is not None) and not self.is_only(link, in_block):
+            return False
         endpoint, server = link.endpoint, link.server
         is_bad = endpoint.suspect if server is None else server.out
         return not is_bad and endpoint.is_known and not link.has_left_recovery()
@@ -341,6 +344,14 @@ class Pool(Nodes):
             reason = server.out
             if not self.is_back(connection, server):
                 return reason
+            link = link_of(connection)
+            server = link.server
+        block = override(open_blocks(), self.primary)
+        max_lag = None if block is None else block.max_lag
+        minds_lag = max_lag is not None or self._max_lag is not None
+        if minds_lag and not self.is_only(link, max_lag is not None):
+            if why := self.lags(connection, max_lag):
+                return why
             link = link_of(connection)
             server = link.server
         is_promoted = link.has_left_recovery()
@@ -359,8 +370,7 @@ class Pool(Nodes):
             facts = scope[self.key]
         if facts.carried is None and facts.seen is None:
             return ""
-        block = open_blocks()
-        if block is not None and override(block, self.primary) is not None:
+        if block is not None:
             return ""
         is_held, wanted = facts.wanted(clock.now())
         if is_held or (wanted is not None and not self.tells_positions):

@@ -16,10 +16,12 @@ from typing import ClassVar, Final
 from django.db import DatabaseError, InterfaceError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from pinning_middleware import reasons
 from pinning_middleware.conf import PoolSpec, conf
 from pinning_middleware.pins import Position
 from pinning_middleware.saying import once_a_minute
 from pinning_middleware.servers import prober
+from pinning_middleware.servers.links import Link
 from pinning_middleware.servers.positions import family_of
 from pinning_middleware.servers.questions import FAILURES, Seen, link_of, look, may_ask
 from pinning_middleware.servers.server import Endpoint, Server, registry
@@ -61,6 +63,8 @@ class Nodes:
         # The aliases out of the rotation; replaced as a whole.
         self.out: frozenset[str] = frozenset()
         self.is_mirror = Mirrors(spec.primary)
+        # Aliases of several hosts.
+        self._lists = {a for a in self.replicas if "," in str(connections.settings[a]["HOST"])}
         self._max_lag = conf.max_lag
         self._sample_at = 0.0
         # Since when, and until when, it is wanted to know lags that no setting limits.
@@ -199,9 +203,48 @@ class Nodes:
             return False
         server.retry_at = now + _pause(server.out)
         with suppress(*FAILURES):
-            seen = self.look_at(connection)
-            return seen is not None and not seen.server.out
+            found = self.measured_at(connection)
+            return found is not None and not found.out
         return False
+
+    def is_only(self, link: Link, is_certain: bool) -> bool:
+        """
+        Return whether who answers there is the one server that its alias's watcher meets, for
+        certain or as far as is known without a question.
+        """
+        servers = link.endpoint.servers
+        if link.server is None:
+            return not is_certain and len(servers) < 2 and link.alias not in self._lists
+        return [*servers] == [link.server]
+
+    def measured_at(self, connection: BaseDatabaseWrapper) -> Server | None:
+        """Find out how far the server of a connection lags, ``None`` where it can't be asked."""
+        seen = self.look_at(connection)
+        if seen is None:
+            return None
+        if not self.is_only(link_of(connection), True):
+            prober.measure(seen.server, self.primary)
+            self.judge(registry.endpoint(connection.alias, self.primary), seen.server)
+        return seen.server
+
+    def lags(self, connection: BaseDatabaseWrapper, max_lag: float | None) -> str:
+        """
+        Return why the server of a connection is too far behind, empty: it is not. The watcher of
+        an alias meets one server of several: any other is asked here, every other second.
+        """
+        if connection.in_atomic_block or not self.tells_positions:
+            return ""
+        server, now = link_of(connection).server, time.monotonic()
+        if server is None or now - server.measured > 2 * prober.SAMPLE_EVERY:
+            if server is not None:
+                server.measured = now
+            server = self.measured_at(connection)
+        if server is None:
+            return ""
+        if server.out and (server.out != "lag" or self.rotation):
+            return server.out
+        is_late = max_lag is not None and (server.lag is None or server.lag > max_lag)
+        return reasons.BEHIND if is_late and not self.is_only(link_of(connection), True) else ""
 
     def _fault(self, server: Server) -> str:
         if server.tells is False or self.family is None:
@@ -277,7 +320,8 @@ class Nodes:
         if left > 0 and not self._is_lag_told(order) and may_ask(connections[self.primary]):
             prober.wait_for(order, self.primary, self.judge, left, lambda: self._is_lag_told(order))
         for alias in order:
-            if (lag := self.lag(alias)) is not None and lag <= max_lag:
+            # Of several servers, the one of a connection is judged when it is read from.
+            if any(lag is not None and lag <= max_lag for lag in self._lags(alias)):
                 return alias
         return None
 
@@ -289,13 +333,16 @@ class Nodes:
 
     def lag(self, alias: str) -> float | None:
         """Return for how many seconds what an alias leads to has been behind, ``None``: unknown."""
+        lags = self._lags(alias)
+        return None if not lags or None in lags else max(lag for lag in lags if lag is not None)
+
+    def _lags(self, alias: str) -> list[float | None]:
         endpoint = self.endpoints[alias]
         if endpoint.out not in ("", "lag") or alias in self.cut_off:
-            return None
+            return []
         if alias in self.held_back:
-            return math.inf
-        lags = [server.lag for server in endpoint.current]
-        return None if not lags or None in lags else max(lag for lag in lags if lag is not None)
+            return [math.inf]
+        return [server.lag for server in endpoint.current]
 
     # While the primary is down
 

@@ -30,7 +30,7 @@ from .questions import link_of, look
 from .server import HURRY, Endpoint, Server, registry
 from .silence import begin, end
 
-__all__ = ["Judge", "date", "sample", "stop", "tend", "wait_for"]
+__all__ = ["Judge", "date", "measure", "sample", "stop", "tend", "wait_for"]
 
 T = TypeVar("T")
 
@@ -162,7 +162,7 @@ class Watcher:
         if is_trial:
             endpoint.answers = answers
         elif server is not None:
-            self._measure(server)
+            measure(server, self.primary)
             if server.lag and not endpoint.out:
                 server = self._once_more(server)
             self.judge(endpoint, server)
@@ -171,24 +171,6 @@ class Watcher:
         with self.changed:
             self.looks += 1
             self.changed.notify_all()
-
-    def _measure(self, server: Server) -> None:
-        """Note for how long a replica has been behind: the age of what it has reached."""
-        samples = registry.samples(server.system)
-        if not samples or not server.is_replica:
-            server.lag = None if not samples else 0.0
-            return
-        newest = samples[0][0]
-        family = family_of(connections[self.primary])
-        for at, position in samples:
-            # Of one that hides its timeline, its word will do for this.
-            if server.claims(position) or (
-                family is not None and family.reached(position, server.position)
-            ):
-                server.lag = newest - at
-                return
-        # Of one that has not even reached the oldest, a single sample says nothing.
-        server.lag = newest - samples[-1][0] if len(samples) > 1 else None
 
     def _once_more(self, server: Server) -> Server:
         """
@@ -200,7 +182,7 @@ class Watcher:
         again = self._ask(self.alias)
         if again is None:
             return server
-        self._measure(again)
+        measure(again, self.primary)
         return again
 
     def _date(self) -> None:
@@ -259,6 +241,26 @@ class Watcher:
         for connection in self._connections.values():
             with contextlib.suppress(Exception):
                 connection.close()
+
+
+def measure(server: Server, primary: str) -> None:
+    """Note for how long a replica has been behind: the age of what it has reached."""
+    server.measured = time.monotonic()
+    samples = registry.samples(server.system)
+    if not samples or not server.is_replica:
+        server.lag = None if not samples else 0.0
+        return
+    newest = samples[0][0]
+    family = family_of(connections[primary])
+    for at, position in samples:
+        # Of one that hides its timeline, its word will do for this.
+        if server.claims(position) or (
+            family is not None and family.reached(position, server.position)
+        ):
+            server.lag = newest - at
+            return
+    # Of one that has not even reached the oldest, a single sample says nothing.
+    server.lag = newest - samples[-1][0] if len(samples) > 1 else None
 
 
 def _answers(connection: BaseDatabaseWrapper) -> bool:

@@ -92,6 +92,7 @@ class Server:
         "is_discreet",
         "is_replica",
         "lag",
+        "measured",
         "out",
         "position",
         "retry_at",
@@ -123,6 +124,8 @@ class Server:
         self.retry_at = 0.0
         # Seconds behind the primary, None: not known.
         self.lag: float | None = None
+        # When that was last found out.
+        self.measured = 0.0
         # Whether it can say how far it is, None: not asked yet; by which of the family's ways.
         self.tells: bool | None = None
         self.way = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from django.db import connections
@@ -20,11 +20,15 @@ from tests.app.models import Book
 from .conftest import (
     Heard,
     PostgreSQL,
+    as_layout,
     endpoint,
     eventually,
     in_thread,
     look_again,
+    look_around,
     pool,
+    port,
+    port_for,
     queries,
     server,
     server_for,
@@ -33,7 +37,7 @@ from .conftest import (
     titles,
     write,
 )
-from .layouts import frozen
+from .layouts import Forwarder, database, frozen
 
 pytestmark = pytest.mark.real
 
@@ -227,6 +231,52 @@ def test_a_block_that_limits_lag_fails_over_within_the_limit(pg: PostgreSQL) -> 
         pg["pg2"].stop("immediate")
         assert "new" in Book.objects.values_list("title", flat=True)
         assert server() == "pg"
+
+
+# Several servers under one alias
+
+
+@pytest.fixture(params=["setting", "block"])
+def limit(request: pytest.FixtureRequest) -> Iterator[Callable[[], int]]:
+    """A function that reads where a lag is limited; the port of who answered."""
+
+    def within() -> int:
+        with stranger(), use_replica(max_lag=1.5):
+            return port()
+
+    if request.param == "block":
+        yield within
+    else:
+        with override_settings(PINNING_MAX_LAG=1.5):
+            yield lambda: port_for(None)
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_one_that_lags_does_not_serve_beside_another_that_does_not(
+    pg: PostgreSQL, limit: Callable[[], int], is_known: bool
+) -> None:
+    """The watcher of their alias meets the other one only."""
+    first, second = pg["pg1"], pg["pg2"]
+    in_order = {"load_balance_hosts": "disable"}
+    with (
+        Forwarder(first) as address,
+        as_layout(pg, many=database(address, second, conn_max_age=None, options=in_order)),
+    ):
+        if is_known:
+            look_around()
+        connections["many"].ensure_connection()
+        address.point_to(second, cut=False)
+        pg.pause("pg1")
+
+        def served() -> tuple[int, int]:
+            write()
+            return limit(), in_thread(limit)
+
+        assert eventually(lambda: served() == (pg["pg"].port, second.port))
+        assert {limit() for _ in range(4)} == {pg["pg"].port}
+        assert {in_thread(limit) for _ in range(4)} == {second.port}
+        pg.resume("pg1")
+        assert eventually(lambda: limit() == first.port)
 
 
 # Out and back
