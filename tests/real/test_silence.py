@@ -391,6 +391,25 @@ def test_a_question_does_not_wait_until_a_silent_primary_takes_a_connection(
                 connections["site"].close_pool()
 
 
+def test_a_question_does_not_wait_for_the_check_of_a_silent_primary_s_pool(
+    pg: PostgreSQL,
+) -> None:
+    with as_layout(pg, r1=database(pg["pg1"], conn_max_age=None)):
+        connections["site"].close()
+        connections.settings["site"].update(
+            database(pg["pg"], pool={"min_size": 1}, CONN_HEALTH_CHECKS=True)
+        )
+        del connections["site"]
+        try:
+            write("one")
+            connections["site"].close()
+            with ThreadPoolExecutor(1) as threads, frozen(pg["pg"]):
+                asking = threads.submit(in_thread, lambda: pool().position_now())
+                assert asking.result(ONCE) is None
+        finally:
+            connections["site"].close_pool()
+
+
 @pytest.mark.parametrize("conn_max_age", [None, 0])
 def test_a_silent_primary_that_has_a_stand_in(pg: PostgreSQL, conn_max_age: int | None) -> None:
     """It is used at once when it is back."""
