@@ -574,9 +574,9 @@ def test_keys_outside_of_scopes_wait_for_the_transaction_of_each_pool() -> None:
     two = {"default": ["replica1"], "users": ["users_replica"]}
     with pins_in({**LOCMEM, "LOCATION": "pins"}, PINNING_REPLICAS=two):
         with transaction.atomic(using="users"):
-            pin_keys("order:42")
-            assert set(keyed.fetch("key", ["order:42"])) == {"default"}
-        assert set(keyed.fetch("key", ["order:42"])) == {"default", "users"}
+            pin_keys("order:of-two-pools")
+            assert set(keyed.fetch("key", ["order:of-two-pools"])) == {"default"}
+        assert set(keyed.fetch("key", ["order:of-two-pools"])) == {"default", "users"}
 
 
 def test_a_user_without_a_session(by_user: None, visit: Visit, ada: User) -> None:

@@ -99,8 +99,8 @@ def _bound_pool(connection: Any, is_chosen: bool) -> None:
             pool.timeout = min(pool.timeout, CONNECT_TIMEOUT)
     elif "getconn" not in pool.__dict__:
         pool.getconn = functools.partial(_getconn, pool.getconn, is_chosen)
-        if pool._check is not None:
-            pool._check = functools.partial(_check, pool._check)
+        if (check := getattr(pool, "_check", None)) is not None:
+            pool._check = functools.partial(_check, check)
 
 
 # A primary's pool, where only a question of ours is not to wait
