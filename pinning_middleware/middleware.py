@@ -69,8 +69,9 @@ class PinningMiddleware:
                     _save(scope, request, response)
             finally:
                 enter(outer)
-                # A generator that is still suspended may have left one open.
-                enter_blocks(blocks)
+                if open_blocks() is not blocks:
+                    # A generator that is still suspended has left one open.
+                    enter_blocks(blocks)
 
     async def __acall__(self, request: HttpRequest) -> HttpResponseBase:
         plan = _plan or _make_plan()
@@ -90,7 +91,8 @@ class PinningMiddleware:
                     await asyncio.shield(_asave(scope, request, response))
             finally:
                 enter(outer)
-                enter_blocks(blocks)
+                if open_blocks() is not blocks:
+                    enter_blocks(blocks)
 
     def _process_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
         plan = _plan or _make_plan()
