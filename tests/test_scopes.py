@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -475,8 +475,9 @@ def test_two_scopes_that_know_nothing_are_two() -> None:
 
 
 @override_settings(PINNING_SECONDS=15)
-def test_a_write_that_begins_while_an_older_one_is_forgotten(
-    clock: FrozenDateTimeFactory, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("before", [write, pin_this_request])
+def test_a_write_that_begins_while_an_older_pin_is_forgotten(
+    clock: FrozenDateTimeFactory, monkeypatch: pytest.MonkeyPatch, before: Callable[[], None]
 ) -> None:
     """In another thread of the scope, between the look at the clock and what follows from it."""
     look = Pool.has_written
@@ -484,7 +485,7 @@ def test_a_write_that_begins_while_an_older_one_is_forgotten(
 
     def has_written(self: Pool, scope: Scope, facts: Facts) -> bool:
         found = look(self, scope, facts)
-        if not found and facts.writes and not begun:
+        if not found and not begun:
             begun.append(True)
             thread = threading.Thread(target=carry_scope(work))
             thread.start()
@@ -496,7 +497,7 @@ def test_a_write_that_begins_while_an_older_one_is_forgotten(
         connections.close_all()
 
     with pinning_scope() as scope:
-        write()
+        before()
         clock.tick(20)
         monkeypatch.setattr(Pool, "has_written", has_written)
         where()

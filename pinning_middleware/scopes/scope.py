@@ -156,7 +156,7 @@ class Facts:
 
     def settle(self, over: Mapping[int, Write] | None = None) -> None:
         """Forget what this scope did itself, of its writes these, or all: it is over."""
-        for number, write in (over or dict(self.writes)).items():
+        for number, write in (dict(self.writes) if over is None else over).items():
             # Another thread may have begun to write meanwhile.
             if self.writes.get(number) is write:
                 self._own_writes().pop(number, None)
