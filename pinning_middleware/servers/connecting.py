@@ -1,6 +1,6 @@
 """
 Connecting takes no longer than a site can stand, whatever the driver's own patience is; and what
-was cut off while it was made, or long ago in a pool, is made anew.
+was cut off while it was made is made anew.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from django.db.utils import load_backend
 
 from pinning_middleware.conf import conf
 
+from .pooling import bound_pool, checked_out, has_pool
 from .positions import family_of
 from .questions import FAILURES, hurried, link_of
-from .silence import is_ready
 
 __all__ = ["CONNECT_TIMEOUT", "bound", "private", "refused"]
 
@@ -64,8 +64,7 @@ def _parameters(
 ) -> dict[str, Any]:
     chosen = parameters()
     # A pool's are those of all its connections, whoever makes it.
-    is_pooled = connection.settings_dict["OPTIONS"].get("pool")
-    if _is_always_ours(connection) or (hurried.get() and not is_pooled):
+    if _is_always_ours(connection) or (hurried.get() and not has_pool(connection)):
         chosen.setdefault(option, CONNECT_TIMEOUT)
     return chosen
 
@@ -75,71 +74,23 @@ def _connect(connection: Any, connect: Callable[..., Any], parameters: dict[str,
         raise OperationalError(f"{connection.alias} was cut off by a test")
     if not _is_ours(connection):
         return connect(parameters)
-    options = connection.settings_dict["OPTIONS"].get("pool")
-    if options:
-        _bound_pool(connection, isinstance(options, dict) and "timeout" in options)
-    raw = connect(parameters)
-    if options and _is_cut_off(raw):
-        raw = _from_pool_again(connection, raw, connect, parameters)
+    if has_pool(connection):
+        bound_pool(connection, _is_always_ours(connection), CONNECT_TIMEOUT)
+        raw = checked_out(
+            connection.pool,
+            functools.partial(connect, parameters),
+            functools.partial(_try, connection.alias),
+        )
+    else:
+        raw = connect(parameters)
     # Before Django sets its session up, which is a wait too.
     link_of(connection, raw)
     return raw
 
 
-def _bound_pool(connection: Any, is_chosen: bool) -> None:
-    """
-    Let the wait for a pool's connection end; ``is_chosen``: the site has said when. It waits for
-    its own thread, which bounds nothing. Nor does it check what it gives: nobody would watch that
-    wait, and what was cut off, or is silent, is found out here and by the read.
-    """
-    pool = connection.pool
-    if _is_always_ours(connection):
-        pool._check = None
-        if not is_chosen:
-            pool.timeout = min(pool.timeout, CONNECT_TIMEOUT)
-    elif "getconn" not in pool.__dict__:
-        pool.getconn = functools.partial(_getconn, pool.getconn, is_chosen)
-        if (check := getattr(pool, "_check", None)) is not None:
-            pool._check = functools.partial(_check, check)
-
-
-# A primary's pool, where only a question of ours is not to wait
-
-
-def _getconn(getconn: Callable[..., Any], is_chosen: bool, timeout: float | None = None) -> Any:
-    return getconn(CONNECT_TIMEOUT if hurried.get() and not is_chosen else timeout)
-
-
-def _check(check: Callable[[Any], None], raw: Any) -> None:
-    if not hurried.get():
-        check(raw)
-
-
-def _is_cut_off(raw: Any) -> bool:
-    """Return whether the server ended a connection that nobody used. Asks nobody."""
-    try:
-        # Its farewell is read first, then the end.
-        while is_ready(raw.fileno(), 0):
-            raw.pgconn.consume_input()
-    except Exception:
-        return True
-    return False
-
-
-def _from_pool_again(
-    connection: Any, raw: Any, connect: Callable[..., Any], parameters: dict[str, Any]
-) -> Any:
-    """Return a connection of a pool that was not cut off, instead of one that was."""
-    connection.pool.putconn(raw)
-    # Where there is nothing to connect to, the pool would be waited for in vain.
-    with contextlib.closing(private(connection.alias)) as other:
+def _try(alias: str) -> None:
+    with contextlib.closing(private(alias)) as other:
         other.ensure_connection()
-    for _ in range(connection.pool.max_size):
-        raw = connect(parameters)
-        if not _is_cut_off(raw):
-            return raw
-        connection.pool.putconn(raw)
-    return connect(parameters)
 
 
 def _connect_again(connection: Any, connect: Callable[[], None]) -> None:
