@@ -367,11 +367,13 @@ def _processes() -> dict[int, tuple[int, str]]:
         )
         return {int(pid): (int(parent), state[0]) for pid, parent, state in rows}
     found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    # Not by `glob`, which fails where a process ends meanwhile.
+    for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
+            stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
             # Behind the name, in which there may be anything.
-            state, parent = stat.read_text(errors="replace").rpartition(")")[2].split()[:2]
-            found[int(stat.parent.name)] = int(parent), state
+            state, parent = stat.rpartition(")")[2].split()[:2]
+            found[int(pid)] = int(parent), state
     return found
 
 

@@ -16,6 +16,7 @@ import psycopg
 import pytest
 
 from sample_site.cluster import Cluster, ClusterError, Node
+from sample_site.node import _processes
 from sample_site.programs import installed_package
 from sample_site.wal import INSERTED, LOG_PAGE, end_of_log
 from tests.real.sample import ROOT, eventually, open_folder, servers_of
@@ -131,6 +132,14 @@ def test_a_crashed_replica_comes_back_after_its_table_shrank(own_cluster: Cluste
     replica.stop("immediate")
     replica.start()
     assert count(replica) == 1
+
+
+def test_processes_may_end_while_they_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    present = os.listdir("/proc")
+    monkeypatch.setattr(os, "listdir", lambda path: [*present, "999999999"])
+    found = _processes()
+    assert found[os.getpid()][0] == os.getppid()
+    assert 999999999 not in found
 
 
 def test_caught_up_on_the_boundary_of_a_page(cluster: Cluster) -> None:
