@@ -18,8 +18,8 @@ TIMES = 50
 
 def main() -> None:
     with site():
-        from pinning_middleware.servers.positions.postgresql import LSN, REPORTS
-        from pinning_middleware.servers.questions import look
+        from pinning_middleware.servers.dialects.postgresql import LSN, REPORTS
+        from pinning_middleware.servers.probe import probe
 
         statement = f"SELECT {REPORTS[LSN]}"
 
@@ -37,13 +37,13 @@ def main() -> None:
                 connection.close()
                 connection.settings_dict = {**connection.settings_dict, "USER": name}
                 # Which server it is.
-                look(connection)
+                probe(connection)
                 raw = connection.connection
                 where = f"{'primary' if alias == 'default' else 'replica':7}  {role:9}"
                 for what, ours, theirs in (
                     (
                         "a question, SELECT 1 through Django:",
-                        partial(look, connection),
+                        partial(probe, connection),
                         partial(ask, connection, "SELECT 1"),
                     ),
                     (

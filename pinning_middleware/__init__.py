@@ -10,14 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .exceptions import ReplicaWriteError
-    from .opening import carry_scope, pinning_scope
-    from .verbs import (
-        acarry_keys,
-        carry_keys,
-        direct,
+    from pinning_middleware.api import (
+        afollow_keys,
+        follow_keys,
         ignore_writes,
         is_pinned,
+        no_failover,
         offload,
         offload_this_request,
         pin_keys,
@@ -26,20 +24,22 @@ if TYPE_CHECKING:
         use_primary,
         use_replica,
     )
+    from pinning_middleware.exceptions import ReplicaWriteError
+    from pinning_middleware.scope_blocks import pinning_scope, propagate_scope
 
 __all__ = [
     "ReplicaWriteError",
-    "acarry_keys",
-    "carry_keys",
-    "carry_scope",
-    "direct",
+    "afollow_keys",
+    "follow_keys",
     "ignore_writes",
     "is_pinned",
+    "no_failover",
     "offload",
     "offload_this_request",
     "pin_keys",
     "pin_this_request",
     "pinning_scope",
+    "propagate_scope",
     "unpin_this_request",
     "use_primary",
     "use_replica",
@@ -47,8 +47,8 @@ __all__ = [
 
 _ELSEWHERE = {
     "ReplicaWriteError": "exceptions",
-    "carry_scope": "opening",
-    "pinning_scope": "opening",
+    "propagate_scope": "scope_blocks",
+    "pinning_scope": "scope_blocks",
 }
 
 
@@ -57,7 +57,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    module = import_module(f"{__name__}.{_ELSEWHERE.get(name, 'verbs')}")
+    module = import_module(f"{__name__}.{_ELSEWHERE.get(name, 'api')}")
     value = globals()[name] = getattr(module, name)
     return value
 

@@ -8,7 +8,7 @@ from django.apps import AppConfig
 
 @contextmanager
 def _on_primary() -> Iterator[None]:
-    from .verbs import ignore_writes, use_primary
+    from pinning_middleware.api import ignore_writes, use_primary
 
     with use_primary(), ignore_writes():
         yield
@@ -19,16 +19,21 @@ class PinningConfig(AppConfig):
     verbose_name = "Pinning middleware"
 
     def ready(self) -> None:
-        from . import checks, stats  # noqa: F401
-        from .routing import failover, instances, statements
-        from .scopes import view_transactions
-        from .stores import cache
-        from .writes import generic, watch
+        from pinning_middleware import checks, stats  # noqa: F401
+        from pinning_middleware.backend import (
+            execute,
+            failover,
+            generic_relations,
+            instances,
+            view_transactions,
+            writes,
+        )
+        from pinning_middleware.stores import cache
 
         failover.install()
-        watch.install()
-        statements.install()
-        generic.install()
+        writes.install()
+        execute.install()
+        generic_relations.install()
         instances.install()
         view_transactions.install()
         stats.install()

@@ -16,14 +16,14 @@ from celery import Celery, current_task
 from celery.signals import before_task_publish, task_postrun, task_prerun
 from django.core import checks
 
-from . import tokens
-from .opening import PinningScope
-from .pins import Pins, merge_pins
-from .routing.leaving import left_behind, pin_of_now
-from .routing.pools import pools
-from .scopes.scope import Scope, entered_scope
+from pinning_middleware import tokens
+from pinning_middleware.pins import Pins, merge_pins
+from pinning_middleware.routing.outgoing import outgoing_pins, pin_of_now
+from pinning_middleware.routing.pools import pools
+from pinning_middleware.scope_blocks import PinningScope
+from pinning_middleware.scopes.scope import Scope, entered_scope
 
-__all__ = ["HEADER", "POLICIES", "carry_pins"]
+__all__ = ["HEADER", "POLICIES", "propagate_pins"]
 
 HEADER = "pinning_token"
 POLICIES = ("sticky", "primary", "wait")
@@ -33,7 +33,7 @@ LONGEST_WAIT = 1.0
 logger = logging.getLogger("pinning_middleware")
 
 
-def carry_pins(app: Celery) -> None:
+def propagate_pins(app: Celery) -> None:
     """
     Let the tasks of this app carry pins. A task says what it needs by ``@app.task(pinning=…)``:
 
@@ -75,7 +75,7 @@ def _check(app: Celery, **kwargs: Any) -> list[checks.CheckMessage]:
 
 def _send(headers: dict[str, Any], **kwargs: Any) -> None:
     scope = entered_scope()
-    pins = left_behind(scope) if scope is not None else {}
+    pins = outgoing_pins(scope) if scope is not None else {}
     if _ends_group():
         pins = merge_pins(pins, _pins_of_group())
     if pins:

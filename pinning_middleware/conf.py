@@ -33,17 +33,17 @@ DEFAULTS: dict[str, Any] = {
     "PINNING_COOKIE_HTTPONLY": True,
     "PINNING_HEADER_NAME": "Pinning-Token",
     "PINNING_CACHE": "default",
-    "PINNING_KEY": "pinning_middleware.stores.user_key",
+    "PINNING_USER_KEY": "pinning_middleware.stores.user_key",
     "PINNING_PRIMARY_METHODS": ("POST", "PUT", "PATCH", "DELETE"),
-    "PINNING_SPREAD": "request",
+    "PINNING_BALANCE_BY": "request",
     "PINNING_IGNORED_TABLES": (),
     "PINNING_MAX_LAG": None,
     "PINNING_OFFLOAD": True,
-    "PINNING_OFFLOAD_OUTSIDE": True,
+    "PINNING_OFFLOAD_OUTSIDE_REQUESTS": True,
     "PINNING_PRIMARY_MODELS": (),
     "PINNING_RETRY_AFTER": 10,
     "PINNING_PRIMARY_DOWN": "error",
-    "PINNING_GUARANTEE": "read-your-writes",
+    "PINNING_CONSISTENCY": "read-your-writes",
     "PINNING_ENABLED": True,
 }
 
@@ -249,7 +249,7 @@ class Conf:
 
     @cached_property
     def key(self) -> Callable[[HttpRequest], str | None]:
-        function: Callable[[HttpRequest], str | None] = import_string(self._get("PINNING_KEY"))
+        function: Callable[[HttpRequest], str | None] = import_string(self._get("PINNING_USER_KEY"))
         return function
 
     @cached_property
@@ -258,7 +258,7 @@ class Conf:
 
     @cached_property
     def spread_by_query(self) -> bool:
-        return bool(self._get("PINNING_SPREAD") == "query")
+        return bool(self._get("PINNING_BALANCE_BY") == "query")
 
     @cached_property
     def ignored_tables(self) -> frozenset[str]:
@@ -276,7 +276,7 @@ class Conf:
 
     @cached_property
     def offload_outside(self) -> bool:
-        return bool(self._get("PINNING_OFFLOAD_OUTSIDE"))
+        return bool(self._get("PINNING_OFFLOAD_OUTSIDE_REQUESTS"))
 
     @cached_property
     def primary_models(self) -> frozenset[str]:
@@ -293,7 +293,7 @@ class Conf:
 
     @cached_property
     def monotonic_reads(self) -> bool:
-        return bool(self._get("PINNING_GUARANTEE") == "monotonic-reads")
+        return bool(self._get("PINNING_CONSISTENCY") == "monotonic-reads")
 
 
 conf = Conf()

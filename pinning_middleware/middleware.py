@@ -12,25 +12,30 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction, sync_to_async
 from django.core.signals import setting_changed
 
-from . import counters
-from .blocks import abody_of, aparts_inside, end_inside, parts_inside
-from .conf import conf, on_change
-from .routing.leaving import (
+from pinning_middleware.conf import conf, on_change
+from pinning_middleware.decorators import (
+    aiterate_within,
+    async_body_of,
+    close_within,
+    iterate_within,
+)
+from pinning_middleware.routing.outgoing import (
     akeep_keys,
     asks_database,
     count_changes,
     keep_keys,
-    left_behind,
+    outgoing_pins,
 )
-from .scopes.blocks import enter_blocks, open_blocks
-from .scopes.scope import Scope, enter, entered_scope
-from .stores.base import say_lost
+from pinning_middleware.scopes.overrides import enter_blocks, open_blocks
+from pinning_middleware.scopes.scope import Scope, enter, entered_scope
+from pinning_middleware.stores.base import log_store_error
+from pinning_middleware.utils import counters
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
     from django.http.response import HttpResponseBase
 
-    from .stores import BaseStore
+    from pinning_middleware.stores import BaseStore
 
 __all__ = ["PinningMiddleware"]
 
@@ -220,7 +225,7 @@ def _load(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
             counters.pins["carried"] += 1
             scope.carry(pins)
     except Exception as error:
-        say_lost(store, "load", error)
+        log_store_error(store, "load", error)
 
 
 async def _aload(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
@@ -229,16 +234,16 @@ async def _aload(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
             counters.pins["carried"] += 1
             scope.carry(pins)
     except Exception as error:
-        say_lost(store, "load", error)
+        log_store_error(store, "load", error)
 
 
 def _save(scope: Scope, request: HttpRequest, response: HttpResponseBase | None) -> None:
-    pins = left_behind(scope)
+    pins = outgoing_pins(scope)
     try:
         if scope.pinned_keys:
             keep_keys(scope)
     except Exception as error:
-        say_lost("The cache of keys", "save", error)
+        log_store_error("The cache of keys", "save", error)
     if pins == scope.carried:
         return
     counters.pins["set"] += bool(pins)
@@ -246,19 +251,19 @@ def _save(scope: Scope, request: HttpRequest, response: HttpResponseBase | None)
         try:
             store.save(request, response, pins)
         except Exception as error:
-            say_lost(store, "save", error)
+            log_store_error(store, "save", error)
 
 
 async def _asave(scope: Scope, request: HttpRequest, response: HttpResponseBase | None) -> None:
     if asks_database(scope):
-        pins = await sync_to_async(left_behind)(scope)
+        pins = await sync_to_async(outgoing_pins)(scope)
     else:
-        pins = left_behind(scope)
+        pins = outgoing_pins(scope)
     try:
         if scope.pinned_keys:
             await akeep_keys(scope)
     except Exception as error:
-        say_lost("The cache of keys", "save", error)
+        log_store_error("The cache of keys", "save", error)
     if pins == scope.carried:
         return
     counters.pins["set"] += bool(pins)
@@ -266,7 +271,7 @@ async def _asave(scope: Scope, request: HttpRequest, response: HttpResponseBase 
         try:
             await store.asave(request, response, pins)
         except Exception as error:
-            say_lost(store, "save", error)
+            log_store_error(store, "save", error)
 
 
 def _save_late(scope: Scope, request: HttpRequest) -> None:
@@ -282,12 +287,12 @@ def _follow(scope: Scope, request: HttpRequest, response: Any) -> None:
     if getattr(response, "file_to_stream", None) is not None:
         return  # A file reads no database, and servers send it faster as it is.
     inside = _Inside(scope)
-    end_inside(inside, response)
+    close_within(inside, response)
     if response.is_async:
-        parts: Any = aparts_inside(inside, *abody_of(response))
+        parts: Any = aiterate_within(inside, *async_body_of(response))
         response.streaming_content = _abody(scope, request, parts)
     else:
-        parts = parts_inside(inside, response.streaming_content)
+        parts = iterate_within(inside, response.streaming_content)
         response.streaming_content = _body(scope, request, parts)
 
 

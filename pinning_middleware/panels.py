@@ -21,11 +21,13 @@ from debug_toolbar.panels import Panel
 from django.db import connections
 from django.http import HttpRequest
 
-from pinning_middleware import clock, reasons, stats
-from pinning_middleware.counters import Read, observers
+from pinning_middleware import stats
 from pinning_middleware.pins import OPTIONAL, SEEN, Pins, Position
-from pinning_middleware.routing.leaving import asks_database, has_changed, left_behind
+from pinning_middleware.reasons import Reason
+from pinning_middleware.routing.outgoing import asks_database, has_changed, outgoing_pins
 from pinning_middleware.scopes.scope import Scope, entered_scope
+from pinning_middleware.utils import clock
+from pinning_middleware.utils.counters import Read, observers
 
 __all__ = ["PinningPanel"]
 
@@ -96,7 +98,7 @@ class PinningPanel(Panel):
                 "served": read.served,
                 "role": read.role,
                 "reason": read.reason,
-                "meaning": reasons.MEANINGS.get(read.reason, ""),
+                "meaning": Reason(read.reason).description,
                 "sql": _shortened(read.sql),
             }
         )
@@ -107,7 +109,7 @@ class PinningPanel(Panel):
         if inspect.isawaitable(response):
             return self._awaited(response)
         if (scope := _scope_of_request()) is not None:
-            self._pins = _pins(scope, left_behind(scope) if has_changed(scope) else None)
+            self._pins = _pins(scope, outgoing_pins(scope) if has_changed(scope) else None)
         return response
 
     async def _awaited(self, awaitable: Any) -> Any:
@@ -116,9 +118,9 @@ class PinningPanel(Panel):
             left = None
             if has_changed(scope) and asks_database(scope):
                 # The middleware asks for the same right after, and gets this very answer.
-                left = await sync_to_async(left_behind)(scope)
+                left = await sync_to_async(outgoing_pins)(scope)
             elif has_changed(scope):
-                left = left_behind(scope)
+                left = outgoing_pins(scope)
             self._pins = _pins(scope, left)
         return response
 

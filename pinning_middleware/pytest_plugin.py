@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from .testing import Read, Replicas
+    from pinning_middleware.testing import Read, Replicas
 
 __all__ = [
     "capture_reads",
@@ -44,7 +44,7 @@ def _marked(
     *more: object,
     forbid_stale_reads: bool = True,
 ) -> ExitStack:
-    from . import testing
+    from pinning_middleware import testing
 
     if more:
         raise TypeError(f"pinning() takes one alias, a list of them or True, not also {more!r}")
@@ -62,7 +62,7 @@ def _marked(
 @pytest.fixture
 def capture_reads() -> Callable[[], AbstractContextManager[list[Read]]]:
     """Return a block that yields a list of the reads inside it."""
-    from .testing import capture_reads
+    from pinning_middleware.testing import capture_reads
 
     return capture_reads
 
@@ -70,7 +70,7 @@ def capture_reads() -> Callable[[], AbstractContextManager[list[Read]]]:
 @pytest.fixture
 def django_assert_reads_from() -> Callable[..., AbstractContextManager[list[Read]]]:
     """Return a block that fails where a read goes elsewhere: ``(where, reason=None)``."""
-    from .testing import assert_reads_from
+    from pinning_middleware.testing import assert_reads_from
 
     return assert_reads_from
 
@@ -78,7 +78,7 @@ def django_assert_reads_from() -> Callable[..., AbstractContextManager[list[Read
 @pytest.fixture
 def django_assert_num_reads() -> Callable[..., AbstractContextManager[list[Read]]]:
     """Return a block that fails for other numbers: ``(primary=None, replica=None)``."""
-    from .testing import assert_num_reads
+    from pinning_middleware.testing import assert_num_reads
 
     return assert_num_reads
 
@@ -86,8 +86,8 @@ def django_assert_num_reads() -> Callable[..., AbstractContextManager[list[Read]
 @pytest.fixture
 def pinning_replicas() -> Iterator[Replicas]:
     """Return the replicas, which lag and die as the test says, and have it end with the test."""
-    from .testing import replicas
-    from .testing.clock import reset_step
+    from pinning_middleware.testing import replicas
+    from pinning_middleware.testing.clock import reset_step
 
     yield replicas
     replicas.reset()

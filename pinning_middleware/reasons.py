@@ -1,72 +1,63 @@
-"""
-Why a read went where it went: one word for each decision. The decider gives it; signals, logs,
-metrics and test tools hand it on unchanged.
-"""
+"""Why a read went where it went, and why a server is out of rotation."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+from enum import StrEnum
 
-TURN: Final = "turn"  # a replica, by turns
-WROTE: Final = "wrote"  # the scope has written to the pool
-PINNED: Final = "pinned"  # an earlier scope has, and only time will tell
-POSITION: Final = "position"  # a replica that has replayed what the pin asks for
-BEHIND: Final = "behind"  # no replica is known to have replayed it
-TRANSACTION: Final = "transaction"  # the code has opened one on the primary
-LOCK: Final = "lock"  # a locking read holds the rest of the scope there
-METHOD: Final = "method"  # the request is of one of PINNING_PRIMARY_METHODS
-BY_HAND: Final = "by_hand"  # pin_this_request()
-USE_PRIMARY: Final = "use_primary"
-USE_REPLICA: Final = "use_replica"
-NO_REPLICA: Final = "no_replica"  # none is configured, or none is usable
-NOT_OFFLOADED: Final = "not_offloaded"  # PINNING_OFFLOAD or PINNING_OFFLOAD_OUTSIDE
-MODEL: Final = "model"  # PINNING_PRIMARY_MODELS
-DISABLED: Final = "disabled"  # PINNING_ENABLED = False
-FAILOVER: Final = "failover"  # the server that was meant would not do
-PRIMARY_DOWN: Final = "primary_down"  # a replica stands in for the primary
+__all__ = ["Fault", "Reason"]
 
-ALL: Final = (
-    TURN,
-    WROTE,
-    PINNED,
-    POSITION,
-    BEHIND,
-    TRANSACTION,
-    LOCK,
-    METHOD,
-    BY_HAND,
-    USE_PRIMARY,
-    USE_REPLICA,
-    NO_REPLICA,
-    NOT_OFFLOADED,
-    MODEL,
-    DISABLED,
-    FAILOVER,
-    PRIMARY_DOWN,
-)
 
-# In the place of a reason, where nobody decided: the code named the alias.
-EXPLICIT: Final = "explicit"
+class Reason(StrEnum):
+    """
+    The reason for a routing decision.
 
-# What each says to people.
-MEANINGS: Final[Mapping[str, str]] = {
-    TURN: "a replica, by turns",
-    WROTE: "this request has written",
-    PINNED: "an earlier request has written, and only time ends that pin",
-    POSITION: "a replica that has replayed what an earlier request wrote",
-    BEHIND: "no replica is known to have replayed what an earlier request wrote",
-    TRANSACTION: "a transaction is open on the primary",
-    LOCK: "a locking read holds the rest of the request on the primary",
-    METHOD: "the request's method is one of PINNING_PRIMARY_METHODS",
-    BY_HAND: "pin_this_request()",
-    USE_PRIMARY: "inside use_primary",
-    USE_REPLICA: "inside use_replica",
-    NO_REPLICA: "no replica is configured, or none is usable",
-    NOT_OFFLOADED: "PINNING_OFFLOAD, or nothing, marks this for replicas",
-    MODEL: "PINNING_PRIMARY_MODELS",
-    DISABLED: "PINNING_ENABLED is false",
-    FAILOVER: "the server that was meant would not do",
-    PRIMARY_DOWN: "a replica stands in for the primary",
-    EXPLICIT: "the code named the database",
-}
+    The policy or failover assigns it once. Signals, log records, metrics, the debug panel and the
+    test utilities pass it on unchanged. ``description`` explains it in one phrase.
+    """
+
+    description: str
+
+    def __new__(cls, value: str, description: str = "") -> Reason:
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.description = description
+        return member
+
+    ROUND_ROBIN = "round_robin", "the next replica, round robin"
+    WROTE = "wrote", "this request has written to the primary"
+    PINNED = "pinned", "an earlier request has written, and its window has not ended"
+    CAUGHT_UP = "caught_up", "a replica that has replayed what an earlier request wrote"
+    NOT_CAUGHT_UP = "not_caught_up", "no replica is known to have replayed the earlier write"
+    TRANSACTION = "transaction", "a transaction is open on the primary"
+    LOCK = "lock", "a locking read keeps the rest of the request on the primary"
+    SESSION_STATE = "session_state", "the code has changed session state on the primary"
+    HTTP_METHOD = "http_method", "the request's method is one of PINNING_PRIMARY_METHODS"
+    MANUAL = "manual", "pin_this_request()"
+    USE_PRIMARY = "use_primary", "inside use_primary"
+    USE_REPLICA = "use_replica", "inside use_replica"
+    NO_REPLICA = "no_replica", "no replica is configured, or none is usable"
+    NOT_OFFLOADED = "not_offloaded", "PINNING_OFFLOAD or PINNING_OFFLOAD_OUTSIDE_REQUESTS"
+    PRIMARY_MODEL = "primary_model", "PINNING_PRIMARY_MODELS"
+    DISABLED = "disabled", "PINNING_ENABLED is false"
+    FAILOVER = "failover", "the intended server could not serve the read"
+    PRIMARY_DOWN = "primary_down", "a replica substitutes for the unreachable primary"
+    RETRY_404 = "retry_404", "a view that returned 404 is run again on the primary"
+    EXPLICIT = "explicit", "the code named the database alias"
+
+
+class Fault(StrEnum):
+    """Why a server, or everything an alias resolves to, is out of rotation."""
+
+    description: str
+
+    def __new__(cls, value: str, description: str = "") -> Fault:
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.description = description
+        return member
+
+    UNREACHABLE = "unreachable", "connecting to it fails"
+    UNRESPONSIVE = "unresponsive", "it accepts connections but does not answer"
+    PROMOTED = "promoted", "it is not a replica of this pool's primary"
+    STALE_RESTART = "stale_restart", "it has restarted and not yet replayed what it had before"
+    LAG = "lag", "it lags more than PINNING_MAX_LAG"

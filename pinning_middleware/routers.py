@@ -7,9 +7,9 @@ from weakref import WeakSet
 
 from django.db import router as django_router
 
-from .conf import conf, on_change
-from .routing.decider import Pool
-from .routing.pools import pools
+from pinning_middleware.conf import conf, on_change
+from pinning_middleware.routing.policy import Pool
+from pinning_middleware.routing.pools import pools
 
 if TYPE_CHECKING:
     from django.db.models import Model

@@ -1,6 +1,8 @@
 """
-Signals for those who want to count, alert or test. The sender is the alias of the primary whose
-pool is concerned, unless said otherwise; each is also said in the log ``pinning_middleware``.
+Signals, for those who want to count, alert or test.
+
+The sender is the alias of the pool's primary, unless stated otherwise. Receivers are called through
+``send_robust()``: an exception in one is logged by Django and does not reach the request.
 """
 
 from __future__ import annotations
@@ -8,30 +10,37 @@ from __future__ import annotations
 from django.dispatch import Signal
 
 __all__ = [
-    "primary_fallback",
-    "read_rerun",
-    "replica_left_out",
-    "replica_taken_back",
-    "replica_waited",
+    "fell_back_to_primary",
+    "fell_back_to_replica",
+    "read_retried",
+    "replica_removed",
+    "replica_restored",
+    "replica_wait_finished",
     "token_rejected",
 ]
 
-# Arguments: reason. The sender is the store's class.
+# A token was ignored. Arguments: reason ("oversized", "signature" or "content"). The sender is the
+# store's class.
 token_rejected = Signal()
 
-# Arguments: replica, reason ("connect", "silent", "role", "behind", "lag"), seconds (until it is
-# looked at again).
-replica_left_out = Signal()
+# A replica left the rotation. Arguments: replica (alias), reason (pinning_middleware.reasons.Fault),
+# seconds (until it is probed again).
+replica_removed = Signal()
 
-# Arguments: replica.
-replica_taken_back = Signal()
+# A replica is back in the rotation. Arguments: replica (alias).
+replica_restored = Signal()
 
-# Arguments: failed (alias), served (alias), error.
-read_rerun = Signal()
+# A failed read was run again on another server. Arguments: failed (alias), served (alias), error.
+read_retried = Signal()
 
-# Arguments: replica, seconds (waited), reached (bool).
-replica_waited = Signal()
+# A scope waited for a replica to catch up. Arguments: replica (alias), seconds (waited), reached
+# (bool).
+replica_wait_finished = Signal()
 
-# A read went elsewhere than its rule says. Arguments: served (alias), reason ("no_replica",
-# "behind", "primary_down").
-primary_fallback = Signal()
+# A read that should have gone to a replica went to the primary. Arguments: served (alias), reason
+# ("no_replica" or "not_caught_up").
+fell_back_to_primary = Signal()
+
+# A read that should have gone to the primary went to a replica, because the primary is unreachable.
+# Arguments: served (alias), reason ("primary_down").
+fell_back_to_replica = Signal()

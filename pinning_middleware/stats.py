@@ -15,13 +15,14 @@ from typing import Any, Final, Literal, NamedTuple
 
 from django.db import connections
 
-from . import counters, signals
-from .conf import conf
-from .pins import OPTIONAL, Position
-from .routing.nodes import Nodes
-from .routing.pools import pools
-from .servers.positions.postgresql import LSN
-from .servers.server import Endpoint, Server
+from pinning_middleware import signals
+from pinning_middleware.conf import conf
+from pinning_middleware.pins import OPTIONAL, Position
+from pinning_middleware.routing.pools import pools
+from pinning_middleware.routing.replica_set import Nodes
+from pinning_middleware.servers.dialects.postgresql import LSN
+from pinning_middleware.servers.registry import Endpoint, Server
+from pinning_middleware.utils import counters
 
 __all__ = [
     "DEGRADED",
@@ -136,7 +137,7 @@ def _reads_by_place() -> Reads:
 
 
 def _rows_of(pool: Nodes, endpoint: Endpoint, reads: Reads) -> Iterator[ServerState]:
-    known = endpoint.current
+    known = endpoint.recent_servers
     places = reads.get((pool.primary, endpoint.alias), {})
     for server in known or (None,):
         if len(known) < 2:
@@ -149,11 +150,11 @@ def _rows_of(pool: Nodes, endpoint: Endpoint, reads: Reads) -> Iterator[ServerSt
 def _row(pool: Nodes, endpoint: Endpoint, server: Server | None, reads: int) -> ServerState:
     is_primary = endpoint is pool.endpoint
     weight = None if is_primary else pool.rotation.weights.get(endpoint.alias)
-    reason, since = endpoint.out, endpoint.since
-    if server is not None and reason in {each.out for each in endpoint.current}:
-        reason, since = server.out, server.since
+    reason, since = endpoint.out_of_rotation, endpoint.status_since
+    if server is not None and reason in {each.out_of_rotation for each in endpoint.recent_servers}:
+        reason, since = server.out_of_rotation, server.status_since
     state: Literal["in", "out", "unknown"] = "out" if reason else "in"
-    is_asked = server is not None and (server.told or server.tells is False)
+    is_asked = server is not None and (server.last_probed or server.reports_position is False)
     if not reason and not is_asked and not reads:
         state = "unknown"
     elif not reason and weight == 0:
@@ -173,9 +174,9 @@ def _row(pool: Nodes, endpoint: Endpoint, server: Server | None, reads: int) -> 
         position=None if server is None else format_position(server, _vendor(endpoint.alias)),
         behind_bytes=None if server is None or is_primary else _behind(pool, server),
         lag=None if server is None or is_primary else server.lag,
-        age=now - server.told if server is not None and server.told else None,
-        retry_in=max(0.0, endpoint.retry_at - now) if endpoint.out else None,
-        error=endpoint.error if endpoint.out else "",
+        age=now - server.last_probed if server is not None and server.last_probed else None,
+        retry_in=max(0.0, endpoint.retry_at - now) if endpoint.out_of_rotation else None,
+        error=endpoint.error if endpoint.out_of_rotation else "",
     )
 
 
@@ -211,9 +212,11 @@ def format_position(server: Server, vendor: str = "postgresql") -> str | None:
     id of PostgreSQL, GTIDs of MariaDB (``0-1-8``) and of MySQL (``uuid:1-5``).
     """
     if vendor == "postgresql":
-        if not server.told or not server.farthest:
+        if not server.last_probed or not server.replayed_offset:
             return None
-        return _lsn(server.farthest) if server.way == LSN else str(server.farthest)
+        return (
+            _lsn(server.replayed_offset) if server.strategy == LSN else str(server.replayed_offset)
+        )
     known = {log.removeprefix(OPTIONAL): point for log, point in sorted(server.position.items())}
     between = {"mariadb": "-", "mysql": ":1-"}.get(server.system, ":")
     return ",".join(f"{log}{between}{point}" for log, point in known.items()) or None
@@ -225,11 +228,11 @@ def _lsn(point: int) -> str:
 
 def _behind(pool: Nodes, server: Server) -> int | None:
     primary = pool.endpoint.server
-    if primary is None or primary.is_replica is not False or not server.told:
+    if primary is None or primary.is_replica is not False or not server.last_probed:
         return None
-    if server.way != LSN or _vendor(pool.primary) != "postgresql" or not server.is_replica:
+    if server.strategy != LSN or _vendor(pool.primary) != "postgresql" or not server.is_replica:
         return None
-    return max(0, _end(primary.position) - server.farthest) if primary.position else None
+    return max(0, _end(primary.position) - server.replayed_offset) if primary.position else None
 
 
 def _end(position: Position) -> int:
@@ -356,16 +359,18 @@ def _note(kind: str, pool: str, alias: str, served: str, reason: str) -> None:
             recent.append(Event(time.time(), kind, pool, alias, served, reason))
 
 
-def _count_fallback(*, sender: str, served: str, reason: str, **kwargs: Any) -> None:
+def _count_fallback(*, signal: Any, sender: str, served: str, reason: str, **kwargs: Any) -> None:
     with _lock:
         counters.fallbacks[sender, reason] += 1
-    _note("primary_fallback", sender, "", served, reason)
+    to_primary = signal is signals.fell_back_to_primary
+    kind = "fell_back_to_primary" if to_primary else "fell_back_to_replica"
+    _note(kind, sender, "", served, reason)
 
 
 def _count_rerun(*, sender: str, failed: str, served: str, error: object, **kwargs: Any) -> None:
     with _lock:
         counters.reruns[sender, failed, served] += 1
-    _note("read_rerun", sender, failed, served, _first_line(error))
+    _note("read_retried", sender, failed, served, _first_line(error))
 
 
 def _count_wait(*, sender: str, seconds: float, reached: bool, **kwargs: Any) -> None:
@@ -376,11 +381,11 @@ def _count_wait(*, sender: str, seconds: float, reached: bool, **kwargs: Any) ->
 
 
 def _note_left_out(*, sender: str, replica: str, reason: str, **kwargs: Any) -> None:
-    _note("replica_left_out", sender, replica, "", reason)
+    _note("replica_removed", sender, replica, "", reason)
 
 
 def _note_taken_back(*, sender: str, replica: str, **kwargs: Any) -> None:
-    _note("replica_taken_back", sender, replica, "", "")
+    _note("replica_restored", sender, replica, "", "")
 
 
 def _first_line(error: object) -> str:
@@ -390,11 +395,12 @@ def _first_line(error: object) -> str:
 def install() -> None:
     """Count from now on what signals tell. Again changes nothing."""
     for signal, receiver in (
-        (signals.primary_fallback, _count_fallback),
-        (signals.read_rerun, _count_rerun),
-        (signals.replica_waited, _count_wait),
-        (signals.replica_left_out, _note_left_out),
-        (signals.replica_taken_back, _note_taken_back),
+        (signals.fell_back_to_primary, _count_fallback),
+        (signals.fell_back_to_replica, _count_fallback),
+        (signals.read_retried, _count_rerun),
+        (signals.replica_wait_finished, _count_wait),
+        (signals.replica_removed, _note_left_out),
+        (signals.replica_restored, _note_taken_back),
     ):
         signal.connect(receiver, dispatch_uid=f"pinning_middleware.stats{receiver.__name__}")
 

@@ -23,10 +23,11 @@ from django.urls import NoReverseMatch, reverse
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_safe
 
-from . import reasons, stats
-from .conf import conf
-from .stats import DEGRADED, DOWN, DRAINED, ServerState, in_bytes, in_seconds
-from .verbs import use_primary
+from pinning_middleware import stats
+from pinning_middleware.api import use_primary
+from pinning_middleware.conf import conf
+from pinning_middleware.reasons import Fault, Reason
+from pinning_middleware.stats import DEGRADED, DOWN, DRAINED, ServerState, in_bytes, in_seconds
 
 __all__ = ["data", "page"]
 
@@ -38,18 +39,19 @@ SHOWN_EVENTS: Final = 20
 NONE: Final = "-"
 
 FAULTS: Final = {
-    "connect": "cannot be connected to",
-    "silent": "does not answer",
-    "role": "takes writes of its own",
-    "behind": "has less than before its restart",
-    "lag": "lags too far",
+    Fault.UNREACHABLE: "cannot be connected to",
+    Fault.UNRESPONSIVE: "does not answer",
+    Fault.PROMOTED: "takes writes of its own",
+    Fault.STALE_RESTART: "has less than before its restart",
+    Fault.LAG: "lags too far",
     DRAINED: "drained: its weight is 0",
 }
 EVENTS: Final = {
-    "primary_fallback": "Read elsewhere",
-    "read_rerun": "Read again elsewhere",
-    "replica_left_out": "Left out",
-    "replica_taken_back": "Taken back",
+    "fell_back_to_primary": "Fell back to the primary",
+    "fell_back_to_replica": "Fell back to a replica",
+    "read_retried": "Read again elsewhere",
+    "replica_removed": "Left out",
+    "replica_restored": "Taken back",
 }
 
 View = Callable[[HttpRequest], HttpResponseBase]
@@ -230,7 +232,7 @@ def _by_server(rows: list[ServerState]) -> list[dict[str, Any]]:
 
 
 def _by_reason() -> list[dict[str, Any]]:
-    found = dict.fromkeys(reasons.MEANINGS, 0)
+    found = dict.fromkeys(map(str, Reason), 0)
     for by_alias in stats.get_stats()["reads"].values():
         for by_server in by_alias.values():
             for by_reason in by_server.values():
@@ -238,7 +240,7 @@ def _by_reason() -> list[dict[str, Any]]:
                     found[reason] = found.get(reason, 0) + number
     most_first = sorted(found.items(), key=lambda each: -each[1])
     return _shares(
-        [(name, reasons.MEANINGS.get(name, ""), number) for name, number in most_first if number]
+        [(name, Reason(name).description, number) for name, number in most_first if number]
     )
 
 
@@ -255,10 +257,14 @@ def _shares(reads: list[tuple[str, str, int]]) -> list[dict[str, Any]]:
     ]
 
 
+def _description(reason: str) -> str:
+    return Reason(reason).description if reason in set(Reason) else reason
+
+
 def _event(event: stats.Event) -> dict[str, Any]:
     at = datetime.fromtimestamp(event.at, UTC)
     what = EVENTS.get(event.kind, event.kind)
-    why = reasons.MEANINGS.get(event.reason) or FAULTS.get(event.reason) or event.reason
+    why = FAULTS.get(event.reason) or _description(event.reason)
     return {
         **event._asdict(),
         "iso": at.isoformat(timespec="seconds"),

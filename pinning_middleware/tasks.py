@@ -27,19 +27,19 @@ from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
 
-from .opening import PinningScope
-from .routing.leaving import left_behind
-from .scopes.scope import Scope, entered_scope
-from .stores import cache
+from pinning_middleware.routing.outgoing import outgoing_pins
+from pinning_middleware.scope_blocks import PinningScope
+from pinning_middleware.scopes.scope import Scope, entered_scope
+from pinning_middleware.stores import cache
 
-__all__ = ["carry_pins"]
+__all__ = ["propagate_pins"]
 
 # By their ids, the scopes of tasks that run, each with the task that ran around it.
 _open: dict[str, tuple[PinningScope, str | None]] = {}
 _running: ContextVar[str | None] = ContextVar("pinning_task", default=None)
 
 
-def carry_pins() -> None:
+def propagate_pins() -> None:
     """
     Let tasks carry pins. Call it in an app's ``ready()``, where tasks are enqueued and in the
     worker. ``ImproperlyConfigured`` where there is neither Django 6 nor django-tasks.
@@ -62,7 +62,7 @@ def _connect(signals: Any) -> None:
 
 def _send(*, task_result: Any, **kwargs: Any) -> None:
     scope = entered_scope()
-    if scope is not None and (pins := left_behind(scope)):
+    if scope is not None and (pins := outgoing_pins(scope)):
         cache.keep("task", [task_result.id], pins)
 
 

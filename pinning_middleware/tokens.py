@@ -11,13 +11,13 @@ from typing import Any
 from django.core.signals import setting_changed
 from django.core.signing import BadSignature, Signer, b64_decode, b64_encode
 
-from . import clock
-from .counters import pins as counted
-from .counters import rejected
-from .exceptions import InvalidToken
-from .pins import Pin, Pins, live, pack, unpack
-from .saying import once_a_minute
-from .signals import token_rejected
+from pinning_middleware.exceptions import InvalidToken
+from pinning_middleware.pins import Pin, Pins, live, pack, unpack
+from pinning_middleware.signals import token_rejected
+from pinning_middleware.utils import clock
+from pinning_middleware.utils.counters import pins as counted
+from pinning_middleware.utils.counters import rejected
+from pinning_middleware.utils.logging import log_rate_limited
 
 __all__ = ["MAX_LENGTH", "accept", "dumps", "loads", "rejected"]
 
@@ -49,7 +49,7 @@ def dumps(pins: Pins) -> str:
     """
     token = _signed(pins)
     if len(token) > MAX_LENGTH:
-        once_a_minute(
+        log_rate_limited(
             logger,
             logging.WARNING,
             "too long",
@@ -112,7 +112,7 @@ def accept(token: str, source: type[Any] | None = None) -> dict[str, Pin]:
     except InvalidToken as error:
         rejected[error.reason] += 1
         counted["rejected"] += 1
-        once_a_minute(
+        log_rate_limited(
             logger,
             logging.INFO,
             error.reason,

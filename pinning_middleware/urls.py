@@ -6,7 +6,7 @@ The status page for staff, to mount where a site likes:
 
 from django.urls import path
 
-from . import status_page
+from pinning_middleware import status_page
 
 app_name = "pinning_middleware"
 urlpatterns = [

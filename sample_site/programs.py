@@ -172,7 +172,7 @@ class Programs:
         return [] if self.account else None
 
     def _can_enter(self, folder: Path) -> bool:
-        """Ask the system, since modes alone don't tell (access lists, mounts)."""
+        """Query the system, since modes alone don't tell (access lists, mounts)."""
         command = ["/bin/sh", "-c", 'test -x "$1"', "sh", str(folder)]
         done = subprocess.run(
             command, cwd="/", user=self._uid, group=self._gid, extra_groups=self._groups

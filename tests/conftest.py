@@ -19,13 +19,14 @@ from django.test import AsyncClient, Client, TransactionTestCase
 from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
 
-from pinning_middleware import counters, saying
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.scopes.blocks import enter_blocks, open_blocks
+from pinning_middleware.scopes.overrides import enter_blocks, open_blocks
 from pinning_middleware.scopes.scope import enter, entered_scope
-from pinning_middleware.servers import prober
+from pinning_middleware.servers import monitor
 from pinning_middleware.stores import cache as keyed
 from pinning_middleware.testing import replicas
+from pinning_middleware.utils import counters
+from pinning_middleware.utils import logging as rate_limit
 from tests.app import views
 from tests.settings import FOLDER
 
@@ -77,11 +78,11 @@ def outside_any_scope() -> Iterator[None]:
     yield
     enter(outer)
     enter_blocks(blocks)
-    prober.stop()
+    monitor.stop()
     # Nor is what one has said a line that another may not say, or what it met out for another.
-    saying._said.clear()
+    rate_limit._said.clear()
     counters.reads.clear()
-    if any(endpoint.since for pool in pools().all for endpoint in pool.endpoints.values()):
+    if any(endpoint.status_since for pool in pools().all for endpoint in pool.endpoints.values()):
         setting_changed.send(
             sender=None, setting="PINNING_REPLICAS", value=settings.PINNING_REPLICAS, enter=False
         )

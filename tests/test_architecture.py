@@ -17,14 +17,15 @@ MODULES = {
 }
 # From the ground up: each floor may use those below it, and itself.
 FLOORS: list[tuple[str, ...]] = [
-    ("pins", "tokens", "clock", "conf", "counters", "saying", "signals", "exceptions", "reasons"),
+    ("utils",),
+    ("pins", "reasons", "exceptions", "signals", "conf", "tokens", "sql"),
     ("servers",),
     ("stores",),
     ("scopes",),
-    ("writes",),
     ("routing",),
+    ("backend",),
     ("stats",),
-    ("blocks", "opening", "verbs", "managers", "routers", "middleware", "checks", "apps"),
+    ("decorators", "scope_blocks", "api", "managers", "routers", "middleware", "checks", "apps"),
     ("status_page", "urls"),
 ]
 # Each alone: nothing else of the package may import them.
@@ -41,7 +42,7 @@ LEAVES = (
     "panels",
 )
 # These know no Django: names, numbers, times.
-PURE = ("pins", "writes.sql", "routing.rotation", "reasons")
+PURE = ("pins", "sql", "routing.rotation", "reasons")
 
 
 def imports(path: Path) -> set[str]:

@@ -61,7 +61,7 @@ def test_an_older_read_takes_no_newer_write_away() -> None:
 
 @pytest.mark.usefixtures("settings")
 def test_what_was_seen_never_overwrites_a_write(settings: Any) -> None:
-    settings.PINNING_GUARANTEE = "monotonic-reads"
+    settings.PINNING_CONSISTENCY = "monotonic-reads"
     jar = Jar()
     jar.take(jar.send(), {"default": pin(1)})
     reading, writing = jar.send(), jar.send()
@@ -76,7 +76,7 @@ def test_what_was_seen_never_overwrites_a_write(settings: Any) -> None:
 def test_a_read_during_which_the_pin_ends_takes_no_newer_write_away(
     settings: Any, clock: FrozenDateTimeFactory
 ) -> None:
-    settings.PINNING_GUARANTEE = "monotonic-reads"
+    settings.PINNING_CONSISTENCY = "monotonic-reads"
     jar = Jar()
     jar.take(jar.send(), {"default": pin(1)})
     clock.tick(14)
@@ -90,7 +90,7 @@ def test_a_read_during_which_the_pin_ends_takes_no_newer_write_away(
 
 def test_what_another_store_brought_is_no_write_of_this_request(settings: Any) -> None:
     """A read of a user whose other device wrote: it has that from the cache."""
-    settings.PINNING_GUARANTEE = "monotonic-reads"
+    settings.PINNING_CONSISTENCY = "monotonic-reads"
     jar = Jar()
     reading, writing = jar.send(), jar.send()
     elsewhere, newer, seen = pin(1), pin(2), pin(1)

@@ -14,7 +14,7 @@ from django.test import override_settings
 from django.utils.module_loading import import_string
 
 import pinning_middleware
-from pinning_middleware.checks.coming_from import SETTINGS
+from pinning_middleware.checks.migration import SETTINGS
 from pinning_middleware.conf import DEFAULTS
 from pinning_middleware.contrib import multidb
 from pinning_middleware.contrib.multidb import pinning

@@ -629,7 +629,7 @@ def timing(visit: Visit, action: Callable[[Any], Any]) -> str | None:
 def test_staff_sees_where_reads_went(visit: Visit) -> None:
     found = timing(visit, StaffVisit(is_staff=True))
     assert found is not None
-    assert re.fullmatch(r'pinning;desc="replica\d: turn, default: use_primary"', found)
+    assert re.fullmatch(r'pinning;desc="replica\d: round_robin, default: use_primary"', found)
 
 
 @pytest.mark.parametrize("user", [StaffVisit(False), StaffVisit(True, is_active=False)])

@@ -13,10 +13,10 @@ from django.test import override_settings
 from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware import (
-    carry_scope,
     is_pinned,
     pin_this_request,
     pinning_scope,
+    propagate_scope,
     unpin_this_request,
     use_primary,
     use_replica,
@@ -194,7 +194,7 @@ def test_a_transaction_of_another_thread_of_such_a_view_counts(browser: Browser,
         connections.close_all()
 
     def action(request: Any) -> str:
-        thread = threading.Thread(target=carry_scope(work))
+        thread = threading.Thread(target=propagate_scope(work))
         thread.start()
         thread.join()
         with pinning_scope():
@@ -389,7 +389,7 @@ def test_rule_7_one_replica_for_each_request_by_turns(visit: Visit) -> None:
     assert turns[:2] == turns[2:]
 
 
-@override_settings(PINNING_SPREAD="query")
+@override_settings(PINNING_BALANCE_BY="query")
 def test_rule_7_one_replica_for_each_read(visit: Visit, named: Callable[..., None]) -> None:
     named()
     turns = visit(lambda request: [str(Book.objects.get()) for _ in range(6)])
@@ -397,7 +397,7 @@ def test_rule_7_one_replica_for_each_read(visit: Visit, named: Callable[..., Non
     assert turns[:2] == turns[2:4] == turns[4:]
 
 
-@override_settings(PINNING_SPREAD="query")
+@override_settings(PINNING_BALANCE_BY="query")
 def test_rule_7_what_asks_twice_for_one_read_spreads_evenly(
     visit: Visit, named: Callable[..., None]
 ) -> None:
@@ -447,9 +447,9 @@ def test_what_names_the_primary_beside_a_mirror_is_no_read_of_a_replica() -> Non
         Book.objects.using("default").count()
         Book.objects.count()
     assert [(read.role, read.reason) for read in reads] == [
-        ("replica", "turn"),
+        ("replica", "round_robin"),
         ("primary", "explicit"),
-        ("replica", "turn"),
+        ("replica", "round_robin"),
     ]
 
 

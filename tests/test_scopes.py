@@ -13,17 +13,17 @@ from django.test import override_settings
 from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware import (
-    carry_scope,
     is_pinned,
     pin_this_request,
     pinning_scope,
+    propagate_scope,
     tokens,
     unpin_this_request,
     use_primary,
     use_replica,
 )
-from pinning_middleware.routing.decider import Pool
-from pinning_middleware.routing.leaving import current_token
+from pinning_middleware.routing.outgoing import current_token
+from pinning_middleware.routing.policy import Pool
 from pinning_middleware.scopes.scope import Facts, Scope, current_scope, enter, entered_scope
 from tests.app.models import Account, Book
 from tests.conftest import ROUTER, Visit, is_replica, where
@@ -487,7 +487,7 @@ def test_a_write_that_begins_while_an_older_pin_is_forgotten(
         found = look(self, scope, facts)
         if not found and not begun:
             begun.append(True)
-            thread = threading.Thread(target=carry_scope(work))
+            thread = threading.Thread(target=propagate_scope(work))
             thread.start()
             thread.join()
         return found

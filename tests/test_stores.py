@@ -23,8 +23,8 @@ from django.test.utils import CaptureQueriesContext
 from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware import (
-    acarry_keys,
-    carry_keys,
+    afollow_keys,
+    follow_keys,
     is_pinned,
     pin_keys,
     pin_this_request,
@@ -618,7 +618,7 @@ def test_pins_in_a_table_of_the_database(visit: Visit, phone: Visit, ada: User) 
             visit(write)
             assert phone() == "default"
             with pinning_scope(isolated=True) as scope:
-                carry_keys("order:42")
+                follow_keys("order:42")
                 keyed.keep("key", ["order:42"], {"default": Pin(time.time() + 9)})
                 assert is_replica(where())
             assert scope.pins == {}
@@ -671,7 +671,7 @@ def test_a_view_that_raised_after_writing_pins_the_user(
     assert phone() == "default"
 
 
-# PINNING_KEY
+# PINNING_USER_KEY
 
 
 def by_header(request: HttpRequest) -> str | None:
@@ -684,7 +684,7 @@ async def aby_header(request: HttpRequest) -> str | None:
 
 @pytest.mark.parametrize("name", ["by_header", "aby_header"])
 def test_a_key_of_your_own(by_user: None, visit: Visit, phone: Visit, name: str) -> None:
-    with override_settings(PINNING_KEY=f"tests.test_stores.{name}"):
+    with override_settings(PINNING_USER_KEY=f"tests.test_stores.{name}"):
         visit(write, headers={"Tenant": "acme"})
         assert phone(headers={"Tenant": "acme"}) == "default"
         assert is_replica(phone(headers={"Tenant": "other"}))
@@ -699,7 +699,7 @@ def test_a_key_that_raises_costs_only_the_pin(
     by_user: None, visit: Visit, caplog: pytest.LogCaptureFixture
 ) -> None:
     with override_settings(
-        PINNING_KEY="tests.test_stores.broken_key", PINNING_STORES=[COOKIE, CACHE]
+        PINNING_USER_KEY="tests.test_stores.broken_key", PINNING_STORES=[COOKIE, CACHE]
     ):
         visit(write)
         assert visit.response.status_code == 200
@@ -768,7 +768,7 @@ def test_async_views_ask_an_async_cache_without_a_thread(
     with pins_in(
         {"BACKEND": "tests.caches.AsyncCache", "LOCATION": "pins"},
         PINNING_STORES=[CACHE],
-        PINNING_KEY="tests.test_stores.aby_header",
+        PINNING_USER_KEY="tests.test_stores.aby_header",
         MIDDLEWARE=[MIDDLEWARE],
     ):
         with pinning_scope() as scope:
@@ -796,12 +796,12 @@ def test_everybody_reads_a_thing_as_it_is_now(with_keys: None, visit: Visit, pho
 
     async def aread(request: Any) -> str:
         before = where()
-        await acarry_keys("order:42", "order:43")
+        await afollow_keys("order:42", "order:43")
         return f"{before} {where()}"
 
     def read(request: Any) -> str:
         before = where()
-        carry_keys("order:42", "order:43")
+        follow_keys("order:42", "order:43")
         return f"{before} {where()}"
 
     def answers() -> list[str]:
@@ -825,7 +825,7 @@ def test_many_keys_at_once(with_keys: None, visit: Visit, phone: Visit) -> None:
 
     visit(change)
     for name in names:
-        assert phone(lambda request, name=name: carry_keys(name) or where()) == "default"
+        assert phone(lambda request, name=name: follow_keys(name) or where()) == "default"
 
 
 def test_a_key_of_one_pool(with_keys: None, visit: Visit, phone: Visit) -> None:
@@ -893,5 +893,5 @@ def test_a_carried_key_is_kept_in_the_readers_store_no_longer(
 ) -> None:
     """Reading a thing pins nobody."""
     visit(lambda request: (write(), pin_keys("order:42")))
-    phone(lambda request: carry_keys("order:42"))
+    phone(lambda request: follow_keys("order:42"))
     assert "pinning" not in phone.browser.cookies

@@ -11,10 +11,10 @@ import pytest
 from django.db import connections
 
 from pinning_middleware import (
-    carry_scope,
     ignore_writes,
     is_pinned,
     pinning_scope,
+    propagate_scope,
     use_primary,
 )
 from pinning_middleware.scopes.scope import entered_scope
@@ -46,41 +46,41 @@ def test_without_help_a_thread_knows_nothing_of_the_scope(executor: ThreadPoolEx
 def test_a_carried_scope_reads_what_it_wrote(executor: ThreadPoolExecutor) -> None:
     with pinning_scope():
         write()
-        assert executor.submit(carry_scope(where)).result(30) == "default"
-        assert executor.submit(carry_scope(Book.objects.count)).result(30) == 1
+        assert executor.submit(propagate_scope(where)).result(30) == "default"
+        assert executor.submit(propagate_scope(Book.objects.count)).result(30) == 1
 
 
 def test_a_carried_scope_reads_the_replica_of_the_scope(executor: ThreadPoolExecutor) -> None:
     with pinning_scope():
         here = where()
         assert is_replica(here)
-        found = {executor.submit(carry_scope(where)).result(30) for _ in range(4)}
+        found = {executor.submit(propagate_scope(where)).result(30) for _ in range(4)}
         assert found == {here}
 
 
 def test_what_the_thread_writes_pins_who_started_it(executor: ThreadPoolExecutor) -> None:
     with pinning_scope() as scope:
-        executor.submit(carry_scope(write)).result(30)
+        executor.submit(propagate_scope(write)).result(30)
         assert where() == "default"
     assert scope.token is not None
 
 
 def test_a_request_and_its_threads(visit: Visit, executor: ThreadPoolExecutor) -> None:
     def act(request: Any) -> str:
-        return str(executor.submit(carry_scope(write)).result(30))
+        return str(executor.submit(propagate_scope(write)).result(30))
 
     visit(act)
     assert visit() == "default"
-    assert visit(lambda request: executor.submit(carry_scope(where)).result(30)) == "default"
+    assert visit(lambda request: executor.submit(propagate_scope(where)).result(30)) == "default"
     assert is_replica(executor.submit(where).result(30))
 
 
 def test_the_thread_is_as_it_was_after_the_job(executor: ThreadPoolExecutor) -> None:
     with pinning_scope():
         write()
-        executor.submit(carry_scope(where)).result(30)
+        executor.submit(propagate_scope(where)).result(30)
         with pytest.raises(ZeroDivisionError):
-            executor.submit(carry_scope(lambda: 1 / 0)).result(30)
+            executor.submit(propagate_scope(lambda: 1 / 0)).result(30)
     assert executor.submit(entered_scope).result(30) is None
     assert is_replica(executor.submit(where).result(30))
 
@@ -88,10 +88,10 @@ def test_the_thread_is_as_it_was_after_the_job(executor: ThreadPoolExecutor) -> 
 def test_blocks_are_carried_too(executor: ThreadPoolExecutor) -> None:
     with pinning_scope() as scope:
         with use_primary():
-            assert executor.submit(carry_scope(where)).result(30) == "default"
+            assert executor.submit(propagate_scope(where)).result(30) == "default"
         with ignore_writes():
-            executor.submit(carry_scope(write)).result(30)
-        assert is_replica(executor.submit(carry_scope(where)).result(30))
+            executor.submit(propagate_scope(write)).result(30)
+        assert is_replica(executor.submit(propagate_scope(where)).result(30))
     assert scope.token is None
 
 
@@ -108,7 +108,7 @@ def test_many_jobs_of_one_scope_at_once() -> None:
             connections.close_all()
 
     with pinning_scope() as scope, ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(carry_scope(work), range(4))) == ["default"] * 4
+        assert list(pool.map(propagate_scope(work), range(4))) == ["default"] * 4
         assert Book.objects.count() == 4
     assert scope.token is not None
 
@@ -166,4 +166,4 @@ def test_two_scopes_in_two_threads_do_not_meet() -> None:
 
 
 def test_the_name_of_the_function_stays() -> None:
-    assert carry_scope(write).__name__ == "write"
+    assert propagate_scope(write).__name__ == "write"

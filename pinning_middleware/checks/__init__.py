@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from django.core.checks import register
 
-from . import coming_from, site, values
+from pinning_middleware.checks import migration, project, settings
 
-__all__ = ["coming_from", "site", "values"]
+__all__ = ["migration", "project", "settings"]
 
-register(coming_from.check_leftovers, values.TAG)
+register(migration.check_leftovers, settings.TAG)

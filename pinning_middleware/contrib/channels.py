@@ -22,11 +22,11 @@ from asgiref.sync import sync_to_async
 from django.core.handlers.asgi import ASGIRequest
 
 from pinning_middleware.conf import conf
-from pinning_middleware.opening import PinningScope
 from pinning_middleware.pins import Pins, merge_pins
-from pinning_middleware.routing.leaving import current_token, has_changed, left_behind
+from pinning_middleware.routing.outgoing import current_token, has_changed, outgoing_pins
+from pinning_middleware.scope_blocks import PinningScope
 from pinning_middleware.scopes.scope import Scope
-from pinning_middleware.stores.base import say_lost
+from pinning_middleware.stores.base import log_store_error
 
 __all__ = ["PinnedConsumer"]
 
@@ -69,16 +69,16 @@ class PinnedConsumer:
             try:
                 found = merge_pins(found, await store.aload(self._request))
             except Exception as error:
-                say_lost(store, "load", error)
+                log_store_error(store, "load", error)
         return found
 
     async def _save(self, scope: Scope) -> None:
-        self._pins = await sync_to_async(left_behind)(scope)
+        self._pins = await sync_to_async(outgoing_pins)(scope)
         for store in conf.stores if self._request is not None else ():
             try:
                 await store.asave(self._request, None, self._pins)
             except Exception as error:
-                say_lost(store, "save", error)
+                log_store_error(store, "save", error)
 
 
 def _request_of(scope: dict[str, Any]) -> ASGIRequest:

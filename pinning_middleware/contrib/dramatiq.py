@@ -4,7 +4,7 @@ dramatiq: a message that is sent after a write reads that write.
 One call, where the broker is made, for those who send and for the workers::
 
     broker = RedisBroker(url=...)
-    carry_pins(broker)
+    propagate_pins(broker)
     dramatiq.set_broker(broker)
 
 The pins travel in the message's options. In the worker each message is a scope that begins with
@@ -20,27 +20,27 @@ from typing import Any
 from dramatiq import Broker, Middleware
 
 from pinning_middleware import tokens
-from pinning_middleware.opening import PinningScope
 from pinning_middleware.pins import merge_pins
-from pinning_middleware.routing.leaving import left_behind, pin_of_now
+from pinning_middleware.routing.outgoing import outgoing_pins, pin_of_now
 from pinning_middleware.routing.pools import pools
+from pinning_middleware.scope_blocks import PinningScope
 from pinning_middleware.scopes.scope import Scope, entered_scope
 
-__all__ = ["OPTION", "CarryPins", "carry_pins"]
+__all__ = ["OPTION", "PropagatePins", "propagate_pins"]
 
 OPTION = "pinning_token"
 
 
-def carry_pins(broker: Broker) -> None:
+def propagate_pins(broker: Broker) -> None:
     """
     Let the messages of this broker carry pins. The middleware goes before all others, so that what
     they send when a message is done (retries, pipelines, callbacks) is still part of its scope.
     """
-    broker.add_middleware(CarryPins())
+    broker.add_middleware(PropagatePins())
     broker.middleware.insert(0, broker.middleware.pop())
 
 
-class CarryPins(Middleware):
+class PropagatePins(Middleware):
     """Opens a scope for each message that is processed, and gives each that is sent its pins."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class CarryPins(Middleware):
 
     def before_enqueue(self, broker: Broker, message: Any, delay: int | None) -> None:
         scope = entered_scope()
-        pins = left_behind(scope) if scope is not None else {}
+        pins = outgoing_pins(scope) if scope is not None else {}
         if self._ends_group(message):
             # Its parts are done, each in a scope of its own.
             now = {pool.primary: pin_of_now(pool) for pool in pools().by_primary.values()}

@@ -21,10 +21,11 @@ from django.db import DatabaseError, InterfaceError
 from health_check.base import HealthCheck
 from health_check.exceptions import ServiceUnavailable, ServiceWarning
 
-from pinning_middleware.routing.decider import Pool, PrimaryOnly
+from pinning_middleware.api import no_failover
+from pinning_middleware.reasons import Fault
+from pinning_middleware.routing.policy import Pool, PrimaryOnly
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.servers import connecting, prober
-from pinning_middleware.verbs import direct
+from pinning_middleware.servers import connect, monitor
 
 __all__ = ["Replicas"]
 
@@ -77,25 +78,25 @@ class Replicas(HealthCheck):  # type: ignore[misc]
                 if lag is None or lag > (self.max_lag or 0.0)
             }
 
-        if pool.tells_positions and aliases:
+        if pool.supports_positions and aliases:
             pool.sample()
-            prober.wait_for(tuple(aliases), pool.primary, pool.judge, AGAIN, lambda: not late())
+            monitor.wait_for(tuple(aliases), pool.primary, pool.judge, AGAIN, lambda: not late())
         return late()
 
 
 def _fault(pool: Pool, alias: str) -> str:
-    """Ask a replica; return why it gets no reads, empty: it does."""
-    connection = connecting.private(alias)
+    """Query a replica; return why it gets no reads, empty: it does."""
+    connection = connect.dedicated_connection(alias)
     try:
-        with direct():
+        with no_failover():
             # What can't tell positions is asked for a sign of life.
             if pool.look_at(connection) is None:
                 connection.ensure_connection()
                 if not connection.is_usable():
-                    return "connect"
+                    return Fault.UNREACHABLE
     except (DatabaseError, InterfaceError):
         # Said without the error's text, which may name users and hosts.
-        return pool.endpoints[alias].out or "connect"
+        return pool.endpoints[alias].out_of_rotation or Fault.UNREACHABLE
     finally:
         connection.close()
-    return pool.endpoints[alias].out
+    return pool.endpoints[alias].out_of_rotation

@@ -20,10 +20,10 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import Any
 
-from pinning_middleware.opening import PinningScope
 from pinning_middleware.pins import merge_pins
-from pinning_middleware.routing.leaving import left_behind, pin_of_now
+from pinning_middleware.routing.outgoing import outgoing_pins, pin_of_now
 from pinning_middleware.routing.pools import pools
+from pinning_middleware.scope_blocks import PinningScope
 from pinning_middleware.scopes.scope import Scope, entered_scope
 from pinning_middleware.stores import cache
 
@@ -39,7 +39,7 @@ class PinnedHuey:
         # Groups and chords come back here one by one.
         if hasattr(task, "id"):
             scope = entered_scope()
-            pins = left_behind(scope) if scope is not None else {}
+            pins = outgoing_pins(scope) if scope is not None else {}
             if _ends_chord(task):
                 # Its members are done, each in a scope of its own.
                 now = {pool.primary: pin_of_now(pool) for pool in pools().by_primary.values()}

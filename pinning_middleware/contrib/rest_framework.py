@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from pinning_middleware.conf import conf
 from pinning_middleware.scopes.scope import entered_scope
-from pinning_middleware.stores.base import say_lost
+from pinning_middleware.stores.base import log_store_error
 
 __all__ = ["load_pins", "pinned"]
 
@@ -54,4 +54,4 @@ def load_pins(request: Any, user: Any) -> None:
         try:
             scope.carry(store.load(plain))
         except Exception as error:
-            say_lost(store, "load", error)
+            log_store_error(store, "load", error)

@@ -20,9 +20,9 @@ from typing import Any, cast
 from rq.job import Job
 
 from pinning_middleware import tokens
-from pinning_middleware.opening import PinningScope
 from pinning_middleware.pins import Pins, merge_pins
-from pinning_middleware.routing.leaving import current_token
+from pinning_middleware.routing.outgoing import current_token
+from pinning_middleware.scope_blocks import PinningScope
 from pinning_middleware.scopes.scope import Scope, entered_scope
 
 __all__ = ["META", "PinnedJob"]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from django.db import connections
 
-from pinning_middleware import reasons
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Pin, Position, merge_positions
+from pinning_middleware.reasons import Reason
+from pinning_middleware.routing.policy import Pool, Route
 from pinning_middleware.scopes.scope import Facts, Scope
-from pinning_middleware.servers.questions import FAILURES, may_ask
-
-from .decider import Pool, Route
+from pinning_middleware.servers.probe import CONNECTION_ERRORS, probing_allowed
 
 __all__ = ["MonotonicPool"]
 
@@ -29,11 +28,11 @@ class MonotonicPool(Pool):
         facts.answer = None
         wanted = self._where(last)
         if wanted is not None:
-            alias = self.holder(wanted, may_ask(connections[self.primary]))
+            alias = self.holder(wanted, probing_allowed(connections[self.primary]))
             if alias is not None:
                 facts.replica = alias
-                return alias, reasons.POSITION
-        return self._primary(reasons.BEHIND)
+                return alias, Reason.CAUGHT_UP
+        return self._primary(Reason.NOT_CAUGHT_UP)
 
     def note_served(self, facts: Facts, alias: str) -> None:
         if facts.served is None:
@@ -54,7 +53,7 @@ class MonotonicPool(Pool):
             if here is None:
                 # A node that died after it was read from can't tell any more: time will.
                 until = now + conf.seconds
-                return Pin(until, until) if self.tells_positions else None
+                return Pin(until, until) if self.supports_positions else None
             position = merge_positions(position, here)
         return Pin(now + conf.seconds, 0.0, position)
 
@@ -65,8 +64,8 @@ class MonotonicPool(Pool):
         connection = connections[alias]
         try:
             seen = self.look_at(connection)
-        except FAILURES:
+        except CONNECTION_ERRORS:
             return None
-        if seen is None or not seen.server.position or seen.server.hidden:
+        if seen is None or not seen.server.position or seen.server.timeline_hidden:
             return None
         return seen.server.position

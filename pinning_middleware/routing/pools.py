@@ -11,10 +11,9 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
 from pinning_middleware.conf import PoolSpec, conf, on_change
+from pinning_middleware.routing.monotonic import MonotonicPool
+from pinning_middleware.routing.policy import Pool, PrimaryOnly
 from pinning_middleware.scopes.scope import entered_scope
-
-from .decider import Pool, PrimaryOnly
-from .monotonic import MonotonicPool
 
 __all__ = ["Pools", "pools"]
 

@@ -13,9 +13,9 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from pinning_middleware import clock
 from pinning_middleware.pins import SEEN, Pin, Pins, Position, merge_pins, merge_positions
-from pinning_middleware.reasons import TURN
+from pinning_middleware.reasons import Reason
+from pinning_middleware.utils import clock
 
 __all__ = ["Facts", "Scope", "Write", "current_scope", "enter", "entered_scope"]
 
@@ -46,7 +46,7 @@ class Write:
         if block is not None:
             if any(block is one for one in connection.atomic_blocks):
                 return 0.0
-            # Seen only now, so not before now, as far as anybody may rely on it.
+            # ProbeResult only now, so not before now, as far as anybody may rely on it.
             self._block, self._ended = None, now
         elif not connection.autocommit and connection.connection is not None:
             return 0.0
@@ -68,7 +68,7 @@ class Facts:
     turned = 0.0
     # The alias that serves until something changes, so that most reads decide nothing; and why.
     answer: str | None = None
-    reason: str = TURN
+    reason: str = Reason.ROUND_ROBIN
     # What was decided inside this innermost block, while nothing speaks against a replica.
     in_block: tuple[Any, tuple[str, str]] | None = None
     # The last decision that was not kept, until its read has run: an alias and a reason.

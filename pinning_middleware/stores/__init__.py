@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .base import BaseStore
-from .cache import CacheStore, auser_key, user_key
-from .client import CookieStore, HeaderStore, TokenStore
+from pinning_middleware.stores.base import BaseStore
+from pinning_middleware.stores.cache import CacheStore, auser_key, user_key
+from pinning_middleware.stores.client import CookieStore, HeaderStore, TokenStore
 
 __all__ = [
     "BaseStore",

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 from asgiref.sync import sync_to_async
 
-from pinning_middleware import clock
 from pinning_middleware.pins import Pin, Pins, live, merge_pins
-from pinning_middleware.saying import once_a_minute
+from pinning_middleware.utils import clock
+from pinning_middleware.utils.logging import log_rate_limited
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
     from django.http.response import HttpResponseBase
 
-__all__ = ["BaseStore", "loaded", "remember", "say_lost"]
+__all__ = ["BaseStore", "loaded", "log_store_error", "remember"]
 
 logger = logging.getLogger("pinning_middleware.pins")
 
@@ -78,10 +78,10 @@ def loaded(request: HttpRequest, store: BaseStore | None = None) -> dict[str, Pi
     return live(found, clock.now()) if found else {}
 
 
-def say_lost(store: object, what: str, error: Exception) -> None:
+def log_store_error(store: object, what: str, error: Exception) -> None:
     """Say that a store could not load or save, once a minute: that is no error of the request."""
     name = store if isinstance(store, str) else type(store).__name__
-    once_a_minute(
+    log_rate_limited(
         logger,
         logging.ERROR,
         (name, what),

@@ -24,12 +24,11 @@ from django.core.cache import BaseCache, caches
 from django.db import InterfaceError, OperationalError
 from django.utils.functional import empty
 
-from pinning_middleware import clock
 from pinning_middleware.conf import conf, on_change
 from pinning_middleware.pins import Pin, Pins, live, merge_pins, pack, unpack
-from pinning_middleware.saying import once_a_minute
-
-from .base import BaseStore, loaded, remember
+from pinning_middleware.stores.base import BaseStore, loaded, remember
+from pinning_middleware.utils import clock
+from pinning_middleware.utils.logging import log_rate_limited
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
@@ -325,7 +324,7 @@ class _Bounded:
                 self._leave_alone(error)
             else:
                 # A bug, or what somebody else put there: nobody's input switches the cache off.
-                once_a_minute(
+                log_rate_limited(
                     logger,
                     logging.ERROR,
                     ("lost", conf.cache),
@@ -343,7 +342,7 @@ class _Bounded:
 
     def _leave_alone(self, why: object) -> None:
         self._until = time.monotonic() + conf.retry_after
-        once_a_minute(
+        log_rate_limited(
             logger,
             logging.ERROR,
             ("outage", conf.cache),
@@ -369,7 +368,7 @@ def _start_anew() -> None:
 
 class CacheStore(BaseStore):
     """
-    Pins a user on every device, through the cache ``PINNING_CACHE``, under ``PINNING_KEY``.
+    Pins a user on every device, through the cache ``PINNING_CACHE``, under ``PINNING_USER_KEY``.
 
     Nobody without a key costs a look-up.
     """
@@ -402,7 +401,7 @@ class CacheStore(BaseStore):
 
 def user_key(request: HttpRequest) -> str | None:
     """
-    Return the logged-in user's id, ``None`` for a visitor: the default of ``PINNING_KEY``.
+    Return the logged-in user's id, ``None`` for a visitor: the default of ``PINNING_USER_KEY``.
 
     The session knows the id, so the user is not asked of the database; a visitor without a
     session costs nothing.

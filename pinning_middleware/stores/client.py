@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from django.utils.cache import patch_vary_headers
 from django.utils.http import http_date
 
-from pinning_middleware import clock, tokens
+from pinning_middleware import tokens
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import SEEN, Pins, live, merge_pins
-
-from .base import BaseStore, loaded, remember
+from pinning_middleware.stores.base import BaseStore, loaded, remember
+from pinning_middleware.utils import clock
 
 if TYPE_CHECKING:
     from django.http import HttpRequest

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .assertions import PinningAssertions
-from .clock import step
-from .contract import StoreContract
-from .reads import (
+from pinning_middleware.testing.assertions import PinningAssertions
+from pinning_middleware.testing.clock import step
+from pinning_middleware.testing.contract import StoreContract
+from pinning_middleware.testing.reads import (
     PrimaryForbidden,
     Read,
     ReplicaForbidden,
@@ -15,7 +15,7 @@ from .reads import (
     forbid_primary,
     forbid_replicas,
 )
-from .replicas import Replicas, StaleRead, forbid_stale_reads, replicas
+from pinning_middleware.testing.replicas import Replicas, StaleRead, forbid_stale_reads, replicas
 
 __all__ = [
     "PinningAssertions",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-from .clock import reset_step
-from .reads import Read, assert_num_reads, assert_reads_from
-from .replicas import replicas
+from pinning_middleware.testing.clock import reset_step
+from pinning_middleware.testing.reads import Read, assert_num_reads, assert_reads_from
+from pinning_middleware.testing.replicas import replicas
 
 __all__ = ["PinningAssertions"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pinning_middleware import clock
+from pinning_middleware.utils import clock
 
 __all__ = ["reset_step", "step"]
 

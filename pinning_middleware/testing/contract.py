@@ -89,7 +89,7 @@ class StoreContract:
     def test_what_has_been_seen_comes_back_beside_what_was_written(self) -> None:
         """So it is saved under ``monotonic-reads``."""
         old, seen = _pins(), {SEEN + "default": Pin(time.time() + 15, 0.0, {"1": 2**61})}
-        with override_settings(PINNING_GUARANTEE="monotonic-reads"):
+        with override_settings(PINNING_CONSISTENCY="monotonic-reads"):
             request = self.after(old)
             following = self.save(request, {**self.load(request), **seen})
             assert_same(self.load(following), {**old, **seen})

@@ -17,8 +17,8 @@ import django
 from django.apps import apps
 
 import pinning_middleware
-from pinning_middleware import counters
 from pinning_middleware.conf import conf
+from pinning_middleware.utils import counters
 
 __all__ = [
     "PRIMARY",

@@ -10,21 +10,21 @@ from typing import Any, Final
 from django.db import DatabaseError, InterfaceError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from pinning_middleware import counters, reasons
-from pinning_middleware.routing.decider import Pool
-from pinning_middleware.routing.nodes import Nodes
+from pinning_middleware.reasons import Reason
+from pinning_middleware.routing.policy import Pool
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.servers import connecting
-from pinning_middleware.servers.connecting import private
-from pinning_middleware.servers.server import registry
-from pinning_middleware.writes.sql import table_of
-
-from .reads import REPLICA, here, names, observed, tables_of
+from pinning_middleware.routing.replica_set import Nodes
+from pinning_middleware.servers import connect
+from pinning_middleware.servers.connect import dedicated_connection
+from pinning_middleware.servers.registry import registry
+from pinning_middleware.sql import table_of
+from pinning_middleware.testing.reads import REPLICA, here, names, observed, tables_of
+from pinning_middleware.utils import counters
 
 __all__ = ["Replicas", "StaleRead", "forbid_stale_reads", "replicas"]
 
 # Seconds for which a real replica may take to do what it is told.
-PATIENCE: Final = 10.0
+FIRST_CHECK_AFTER: Final = 10.0
 
 # PostgreSQL's documentation, "Recovery Control Functions"; MariaDB's, "STOP REPLICA" and
 # "MASTER_GTID_WAIT"; MySQL's, "STOP REPLICA" and "Functions Used with Global Transaction
@@ -115,7 +115,7 @@ class Replicas:
     def kill(self, *aliases: str) -> _Undo:
         """Let replicas be out of reach for this process: they leave the rotation."""
         chosen = self._chosen(aliases)
-        connecting.refused.update(chosen)
+        connect.unreachable_in_tests.update(chosen)
         for alias in chosen:
             if _is_real(alias):
                 connection = connections[alias]
@@ -127,9 +127,9 @@ class Replicas:
     def revive(self, *aliases: str) -> None:
         """Let replicas that were killed be in reach again, at once."""
         chosen = self._chosen(aliases)
-        connecting.refused.difference_update(chosen)
+        connect.unreachable_in_tests.difference_update(chosen)
         for alias in chosen:
-            registry.succeed(registry.endpoint(alias))
+            registry.mark_up(registry.endpoint(alias))
         self._pretend(Nodes.held_back, Nodes.cut_off - set(chosen))
 
     def reset(self) -> None:
@@ -142,7 +142,7 @@ class Replicas:
         self._written.clear()
         if self._note_write in counters.write_observers:
             counters.write_observers.remove(self._note_write)
-        connecting.refused.clear()
+        connect.unreachable_in_tests.clear()
         if Nodes.held_back or Nodes.cut_off:
             self._pretend(frozenset(), frozenset())
 
@@ -242,7 +242,7 @@ def _vendor(alias: str) -> str:
     if connection.vendor == "mysql" and connection.connection is not None:
         return "mariadb" if connection.mysql_is_mariadb else "mysql"
     if connection.vendor == "mysql":
-        with closing(private(alias)) as other:
+        with closing(dedicated_connection(alias)) as other:
             return "mariadb" if other.mysql_is_mariadb else "mysql"  # type: ignore[attr-defined]
     return str(connection.vendor)
 
@@ -250,7 +250,7 @@ def _vendor(alias: str) -> str:
 @contextmanager
 def _beside(alias: str) -> Iterator[Callable[..., Any]]:
     """A connection beside the site's; yields what asks over it for one value."""
-    connection: BaseDatabaseWrapper = private(alias)
+    connection: BaseDatabaseWrapper = dedicated_connection(alias)
 
     def ask(sql: str, params: tuple[Any, ...] = ()) -> Any:
         # Past the execute wrappers: it is nothing that the site does.
@@ -267,10 +267,10 @@ def _beside(alias: str) -> Iterator[Callable[..., Any]]:
 
 
 def _until(condition: Callable[[], Any], otherwise: str) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + FIRST_CHECK_AFTER
     while not condition():
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{otherwise} within {PATIENCE:g} s")
+            raise RuntimeError(f"{otherwise} within {FIRST_CHECK_AFTER:g} s")
         time.sleep(0.005)
 
 
@@ -301,7 +301,7 @@ def forbid_stale_reads() -> Iterator[None]:
     def check(read: counters.Read) -> None:
         if (
             read.role != REPLICA
-            or read.reason == reasons.USE_REPLICA
+            or read.reason == Reason.USE_REPLICA
             or read.alias not in replicas.lagging
         ):
             return

@@ -9,7 +9,7 @@ from secrets import token_urlsafe
 from django.core.cache import cache
 from django.db import connections
 
-from pinning_middleware import carry_scope
+from pinning_middleware import propagate_scope
 from sample_site.panel.recording import Recording
 
 from .models import Message
@@ -31,7 +31,7 @@ def count_later(author: int) -> str:
     key = token_urlsafe(12)
     keep(key, Count())
     # Without it the thread would know of no write, and ask any replica.
-    executor.submit(carry_scope(count), key, author)
+    executor.submit(propagate_scope(count), key, author)
     return key
 
 

@@ -29,7 +29,7 @@ class PinStatus:
 
 
 def pin_status(recording: Recording, switched_off: bool) -> PinStatus:
-    """Ask inside the request's scope."""
+    """Query inside the request's scope."""
     if switched_off:
         return PinStatus("off")
     if not is_pinned():

@@ -11,7 +11,7 @@ from django.test import Client, override_settings
 from django.urls import path
 
 from pinning_middleware import use_replica
-from pinning_middleware.checks.coming_from import SETTINGS, check_leftovers
+from pinning_middleware.checks.migration import SETTINGS, check_leftovers
 from pinning_middleware.conf import DEFAULTS
 from pinning_middleware.scopes.scope import enter
 from tests.app.middleware import SyncMiddleware

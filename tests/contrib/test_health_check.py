@@ -14,10 +14,10 @@ from django.urls import path
 from health_check.exceptions import ServiceUnavailable, ServiceWarning
 from health_check.views import HealthCheckView
 
-from pinning_middleware import counters
 from pinning_middleware.contrib.health_check import Replicas
 from pinning_middleware.scopes.scope import enter, entered_scope
-from pinning_middleware.servers.server import registry
+from pinning_middleware.servers.registry import registry
+from pinning_middleware.utils import counters
 
 from .pages import load
 
@@ -87,7 +87,7 @@ def test_none(break_down: Any) -> None:
 
 
 def test_one_that_is_out() -> None:
-    registry.fail(registry.endpoint("replica1", "default"), "role", 1000, "promoted")
+    registry.mark_down(registry.endpoint("replica1", "default"), "promoted", 1000, "promoted")
     error = result(min_replicas=2)
     assert type(error) is ServiceWarning
     assert "replica1: role" in error.message

@@ -22,12 +22,13 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import SpanKind
 from prometheus_client import REGISTRY, generate_latest
 
-from pinning_middleware import counters, signals, stats, use_primary
+from pinning_middleware import signals, stats, use_primary
 from pinning_middleware.contrib.opentelemetry.instruments import Instruments
 from pinning_middleware.contrib.opentelemetry.spans import annotate
-from pinning_middleware.counters import Read
 from pinning_middleware.scopes.scope import enter
-from pinning_middleware.servers.server import Identity, Server
+from pinning_middleware.servers.registry import Identity, Server
+from pinning_middleware.utils import counters
+from pinning_middleware.utils.counters import Read
 from tests.app.models import Book
 from tests.conftest import is_replica
 
@@ -96,11 +97,11 @@ class Metrics(dict[str, Any]):
 
 def happen() -> None:
     """Let there be something to measure for every metric."""
-    counters.reads["default", "replica1", None, "turn"] += 1
+    counters.reads["default", "replica1", None, "round_robin"] += 1
     counters.pins["set"] += 1
-    signals.primary_fallback.send("default", served="default", reason="behind")
-    signals.read_rerun.send("default", failed="replica1", served="replica2", error="gone")
-    signals.replica_waited.send("default", replica="replica1", seconds=0.01, reached=True)
+    signals.fell_back_to_primary.send("default", served="default", reason="not_caught_up")
+    signals.read_retried.send("default", failed="replica1", served="replica2", error="gone")
+    signals.replica_wait_finished.send("default", replica="replica1", seconds=0.01, reached=True)
 
 
 # Metrics
@@ -134,9 +135,9 @@ def test_a_server_that_was_restarted_is_the_same_place(watch: Watch) -> None:
     watch(reader)
     for started in ("one", "other"):
         server = Server(Identity(started, "10.0.0.7", 5432))
-        counters.reads["default", "replica1", server, "turn"] += 2
+        counters.reads["default", "replica1", server, "round_robin"] += 2
     assert Metrics(reader).values("reads") == {
-        ("replica1", "default", "turn", "replica", "10.0.0.7:5432"): 4
+        ("replica1", "default", "round_robin", "replica", "10.0.0.7:5432"): 4
     }
 
 
@@ -145,11 +146,11 @@ def test_counters_of_what_happened(watch: Watch) -> None:
     watch(reader)
     counters.pins["set"] += 3
     counters.rejected["expired"] += 2
-    signals.primary_fallback.send("default", served="default", reason="behind")
-    signals.read_rerun.send("default", failed="replica1", served="replica2", error="gone")
+    signals.fell_back_to_primary.send("default", served="default", reason="not_caught_up")
+    signals.read_retried.send("default", failed="replica1", served="replica2", error="gone")
     found = Metrics(reader)
     assert found.values("pins") == {("set",): 3, ("carried",): 0, ("rejected",): 2}
-    assert found.values("fallbacks") == {("default", "behind"): 1}
+    assert found.values("fallbacks") == {("default", "not_caught_up"): 1}
     assert found.values("reruns") == {("replica1", "default", "replica2"): 1}
     units = {name: found[f"pinning_middleware.{name}"].unit for name in ("pins", "reruns")}
     assert units == {"pins": "{pin}", "reruns": "{rerun}"}
@@ -159,7 +160,9 @@ def test_waits(watch: Watch) -> None:
     reader = InMemoryMetricReader()
     watch(reader)
     for seconds, reached in ((0.003, True), (0.2, True), (0.5, False)):
-        signals.replica_waited.send("default", replica="replica1", seconds=seconds, reached=reached)
+        signals.replica_wait_finished.send(
+            "default", replica="replica1", seconds=seconds, reached=reached
+        )
     metric = Metrics(reader)["pinning_middleware.wait.duration"]
     assert metric.unit == "s"
     points = {str(point.attributes["reached"]): point for point in metric.data.data_points}
@@ -186,7 +189,7 @@ def states(monkeypatch: pytest.MonkeyPatch) -> None:
             behind_bytes=4096,
             age=0.25,
         ),
-        stats.ServerState("default", "replica2", "", "replica", None, "out", reason="connect"),
+        stats.ServerState("default", "replica2", "", "replica", None, "out", reason="unreachable"),
     ]
     monkeypatch.setattr(stats, "servers", lambda: rows)
 
@@ -240,7 +243,7 @@ def test_the_current_span_is_told_who_answered(watch: Watch) -> None:
     assert attributes == {
         "pinning_middleware.pool": "default",
         "pinning_middleware.role": "replica",
-        "pinning_middleware.reason": "turn",
+        "pinning_middleware.reason": "round_robin",
     }
 
 
@@ -288,7 +291,9 @@ def test_a_wait_is_a_span_of_its_own(watch: Watch) -> None:
     traces = Traces()
     watch(tracers=traces.provider)
     with traces.tracer.start_as_current_span("GET"):
-        signals.replica_waited.send("default", replica="replica1", seconds=0.25, reached=True)
+        signals.replica_wait_finished.send(
+            "default", replica="replica1", seconds=0.25, reached=True
+        )
     wait, request = (traces.found()[name] for name in ("pinning_middleware.wait", "GET"))
     assert wait.parent is not None
     assert request.context is not None
@@ -308,7 +313,7 @@ def test_a_wait_is_a_span_of_its_own(watch: Watch) -> None:
 def test_a_wait_outside_of_any_trace_begins_none(watch: Watch) -> None:
     traces = Traces()
     watch(tracers=traces.provider)
-    signals.replica_waited.send("default", replica="replica1", seconds=0.25, reached=True)
+    signals.replica_wait_finished.send("default", replica="replica1", seconds=0.25, reached=True)
     assert traces.found() == {}
 
 
@@ -333,7 +338,7 @@ settings.configure(
 import django
 django.setup()
 from django.db import connection
-from pinning_middleware import counters
+from pinning_middleware.utils import counters
 {after}
 with connection.cursor() as cursor:
     cursor.execute("SELECT 1")

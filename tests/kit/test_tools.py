@@ -17,16 +17,15 @@ from django.db import connections, transaction
 from django.test import override_settings
 
 from pinning_middleware import (
-    counters,
-    direct,
     ignore_writes,
+    no_failover,
     pin_this_request,
     pinning_scope,
     use_primary,
     use_replica,
 )
 from pinning_middleware.pytest_plugin import _marked
-from pinning_middleware.routing.nodes import Nodes
+from pinning_middleware.routing.replica_set import Nodes
 from pinning_middleware.testing import (
     PinningAssertions,
     PrimaryForbidden,
@@ -43,6 +42,7 @@ from pinning_middleware.testing import (
 )
 from pinning_middleware.testing.clock import reset_step
 from pinning_middleware.testing.reads import tables_of
+from pinning_middleware.utils import counters
 from tests.app.models import Author, Book, Tag
 from tests.conftest import Visit, where
 
@@ -71,7 +71,7 @@ def test_each_read_tells_where_and_why() -> None:
         with transaction.atomic():
             Book.objects.count()
     assert [(read.role, read.reason, read.model) for read in reads] == [
-        ("replica", "turn", Book),
+        ("replica", "round_robin", Book),
         ("primary", "use_primary", Author),
         ("replica", "explicit", Tag),
         ("primary", "transaction", Book),
@@ -85,14 +85,14 @@ def test_each_read_tells_where_and_why() -> None:
     ("act", "reason"),
     [
         (lambda: Tag.objects.create(name="a"), "wrote"),
-        (pin_this_request, "by_hand"),
-        (lambda: None, "turn"),
+        (pin_this_request, "manual"),
+        (lambda: None, "round_robin"),
     ],
 )
 def test_the_reason_is_that_of_the_decision(act: Callable[[], Any], reason: str) -> None:
     with pinning_scope():
         act()
-        with assert_reads_from("replica" if reason == "turn" else "primary", reason):
+        with assert_reads_from("replica" if reason == "round_robin" else "primary", reason):
             Book.objects.get(pk=1)
             Book.objects.get(pk=1)
 
@@ -104,15 +104,15 @@ def test_a_kept_answer_keeps_its_reason() -> None:
         with transaction.atomic():
             Book.objects.get(pk=1)
         Book.objects.get(pk=1)
-    assert [read.reason for read in reads] == ["turn", "transaction", "turn"]
+    assert [read.reason for read in reads] == ["round_robin", "transaction", "round_robin"]
 
 
 @override_settings(PINNING_PRIMARY_MODELS=["app.Author"])
 def test_a_model_of_the_primary() -> None:
     with pinning_scope():
-        with assert_reads_from("primary", "model"):
+        with assert_reads_from("primary", "primary_model"):
             Author.objects.get(pk=1)
-        with assert_reads_from("replica", "turn"):
+        with assert_reads_from("replica", "round_robin"):
             Book.objects.get(pk=1)
 
 
@@ -191,7 +191,7 @@ def test_no_read_at_all_fails() -> None:
 def test_another_reason_fails() -> None:
     with (
         pytest.raises(AssertionError, match="reason 'position'"),
-        assert_reads_from("replica", "position"),
+        assert_reads_from("replica", "caught_up"),
     ):
         Book.objects.get(pk=1)
 
@@ -358,7 +358,7 @@ def test_catching_up_brings_the_rows() -> None:
     Tag.objects.create(name="new")
     assert not Tag.objects.using("replica1").filter(name="new").exists()
     replicas.catch_up()
-    with direct():
+    with no_failover():
         assert Tag.objects.using("replica1").filter(name="new").exists()
     assert replicas.lagging == frozenset()
 
@@ -380,14 +380,14 @@ def test_unknown_replicas_are_said(act: Callable[..., Any]) -> None:
 def test_the_dead_serve_nobody() -> None:
     with replicas.kill("replica1"):
         for _ in range(3):
-            with pinning_scope(), assert_reads_from("replica2", "turn"):
+            with pinning_scope(), assert_reads_from("replica2", "round_robin"):
                 Book.objects.get(pk=1)
         replicas.kill("replica2")
         with pinning_scope(), assert_reads_from("primary", "no_replica"):
             Book.objects.get(pk=1)
         # Other settings are other pools, and the dead stay dead.
         with (
-            override_settings(PINNING_SPREAD="query"),
+            override_settings(PINNING_BALANCE_BY="query"),
             pinning_scope(),
             assert_reads_from("primary", "no_replica"),
         ):

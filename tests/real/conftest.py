@@ -15,13 +15,13 @@ from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 
 from pinning_middleware import pinning_scope, signals, tokens
-from pinning_middleware.opening import PinningScope
 from pinning_middleware.pins import Pin
-from pinning_middleware.routing.decider import Pool
+from pinning_middleware.routing.policy import Pool
 from pinning_middleware.routing.pools import pools
+from pinning_middleware.scope_blocks import PinningScope
 from pinning_middleware.scopes.scope import enter
-from pinning_middleware.servers import prober
-from pinning_middleware.servers.server import Endpoint, Server, registry
+from pinning_middleware.servers import monitor
+from pinning_middleware.servers.registry import Endpoint, Server, registry
 from sample_site.cluster import Cluster, Node
 from sample_site.wal import INSERTED, REPLAYED, end_of_log
 from tests.app.models import Account, Author, Book, Tag
@@ -69,7 +69,7 @@ def as_databases(entries: dict[str, dict[str, Any]]) -> Iterator[None]:
                 yield
             finally:
                 # Before the settings change, which ends watchers without waiting for them.
-                prober.stop()
+                monitor.stop()
     finally:
         for alias in entries:
             connections[alias].close()
@@ -236,7 +236,7 @@ def server_of(alias: str) -> Server:
 
 
 def look_around() -> None:
-    """Ask every replica how far it is, as other requests do by and by."""
+    """Query every replica how far it is, as other requests do by and by."""
     for alias in pool().replicas:
         assert pool().look_at(connections[alias]) is not None
 
@@ -248,13 +248,15 @@ def stranger(token: str | None = None) -> PinningScope:
 
 def take_out(alias: str, seconds: float = 1000) -> None:
     """Let an alias be known not to be reachable, and not be looked at for so many seconds."""
-    registry.fail(registry.endpoint(alias, OnServers.primary), "connect", seconds, "by the test")
+    registry.mark_down(
+        registry.endpoint(alias, OnServers.primary), "unreachable", seconds, "by the test"
+    )
 
 
 def look_again(alias: str) -> None:
     """Let an alias that is out be looked at now."""
     registry.endpoint(alias, OnServers.primary).retry_at = time.monotonic()
-    prober.tend(alias, OnServers.primary, pool().judge)
+    monitor.retry_until_up(alias, OnServers.primary, pool().judge)
 
 
 def write(title: str = "new") -> str:

@@ -91,7 +91,7 @@ class Server:
             )
         watch = ["/bin/sh", "-c", WATCH, "watch", str(self._process.pid)]
         self._watcher = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
-        assert eventually(lambda: not self.running or self.answers(), 60)
+        assert eventually(lambda: not self.running or self.is_reachable_again(), 60)
         assert self.running, self.log.read_text()[-3000:]
 
     def stop(self, number: int = signal.SIGKILL) -> None:

@@ -15,10 +15,10 @@ class Queued(AppConfig):
     label = "queued"
 
     def ready(self) -> None:
-        from pinning_middleware.tasks import carry_pins
+        from pinning_middleware.tasks import propagate_pins
 
         if os.environ["WORKER_CARRIES"] == "1":
-            carry_pins()
+            propagate_pins()
 
 
 def main() -> None:

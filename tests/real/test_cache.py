@@ -12,7 +12,7 @@ from django.core.cache import caches
 from django.db import connections, transaction
 from django.test import override_settings
 
-from pinning_middleware import carry_keys, pin_keys, pinning_scope
+from pinning_middleware import follow_keys, pin_keys, pinning_scope
 from pinning_middleware.stores import cache as keyed
 from tests.app.models import Book
 from tests.conftest import Browser
@@ -33,7 +33,7 @@ def on_valkey(valkey: str) -> Iterator[None]:
         redis_cache(valkey),
         PINNING_SECONDS=600,
         PINNING_STORES=[STORE],
-        PINNING_KEY="tests.real.test_header.by_tenant",
+        PINNING_USER_KEY="tests.real.test_header.by_tenant",
     ):
         caches["pins"].clear()
         yield
@@ -65,7 +65,7 @@ def write(*keys: str) -> None:
 
 
 def sees(*keys: str) -> tuple[bool, str]:
-    carry_keys(*keys)
+    follow_keys(*keys)
     return Book.objects.filter(title="new").exists(), server()
 
 

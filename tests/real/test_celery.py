@@ -389,7 +389,7 @@ def test_a_policy_that_is_none_is_an_error_of_check_and_reads_from_the_primary(
     before = set(checks.registry.registry.registered_checks)
     app = Celery("wrong", set_as_current=False)
     try:
-        carrying.carry_pins(app)
+        carrying.propagate_pins(app)
 
         @app.task(pinning="sometimes", name="wrong.task", shared=False)
         def wrong() -> str:

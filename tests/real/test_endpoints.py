@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from django.db import close_old_connections
 
-from pinning_middleware.servers.server import registry
+from pinning_middleware.servers.registry import registry
 from tests.app.models import Book
 
 from .conftest import (
@@ -113,13 +113,13 @@ def test_one_of_several_that_was_silent_is_asked_again(pg: PostgreSQL, is_mute: 
         silent = server_of("many")
         address.point_to(second, cut=False)
         in_thread(look_around)
-        registry.mark(silent, "silent", 1000, "by the test")
+        registry.set_status(silent, "unresponsive", 1000, "by the test")
         assert port_for(None) == pg["pg"].port
         silent.retry_at = 0.0
         if is_mute:
             with frozen(first):
                 assert port_for(None) == pg["pg"].port
-            assert silent.out == "silent"
+            assert silent.out_of_rotation == "unresponsive"
         else:
             assert {port_for(None) for _ in range(3)} == {first.port}
         assert pool().out == frozenset()
@@ -183,14 +183,14 @@ def test_a_pooler_of_several_servers_is_noticed(
             token = write(f"{number}")
             pg.wait_for()
             assert f"{number}" in titles(token)
-        assert endpoint("many").balances
+        assert endpoint("many").pooler_mixes_servers
         pg.pause("pg1")
         for number in range(20):
             token = write(f"more {number}")
             assert f"more {number}" in titles(token)
             assert port_for(token) == pg["pg"].port
             assert f"more {number}" in in_thread(lambda token=token: titles(token))
-        assert endpoint("many").out == ""
+        assert endpoint("many").out_of_rotation == ""
         assert {port_for(None) for _ in range(8)} <= {pg["pg1"].port, pg["pg2"].port}
     said = [one.getMessage() for one in caplog.records if "behind a pooler" in one.getMessage()]
     assert said == ["many leads to several servers behind a pooler: the window serves for it."]
@@ -232,7 +232,7 @@ def test_a_pooler_of_one_server_tells_positions(
         token = write("last")
         assert [port_for(token) for _ in range(3)] == [pg["pg"].port] * 3
         assert "last" in titles(token)
-        assert not endpoint("one").balances
+        assert not endpoint("one").pooler_mixes_servers
     assert "behind a pooler" not in caplog.text
 
 
@@ -258,9 +258,9 @@ def test_an_endpoint_of_readers_without_any_reader_left(
             with stranger(token):
                 assert pool().decide()[0] == "readers"
                 assert f"{number}" in list(Book.objects.values_list("title", flat=True))
-        assert endpoint("readers").out == ""
+        assert endpoint("readers").out_of_rotation == ""
         assert pool().out == frozenset()
-    assert heard.of("replica_left_out") == []
+    assert heard.of("replica_removed") == []
 
 
 # What a new connection costs

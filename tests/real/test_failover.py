@@ -20,8 +20,8 @@ from django.test import override_settings
 from pinning_middleware import pin_this_request, use_replica
 from pinning_middleware.exceptions import ReplicaWriteError
 from pinning_middleware.scopes.scope import current_scope
-from pinning_middleware.servers.positions.postgresql import PostgreSQL as Family
-from pinning_middleware.servers.server import registry
+from pinning_middleware.servers.dialects.postgresql import PostgreSQL as Dialect
+from pinning_middleware.servers.registry import registry
 from tests.app.models import Author, Book
 from tests.conftest import Visit
 
@@ -92,11 +92,11 @@ def test_a_read_outlives_its_replica(one_book: PostgreSQL, kind: str, heard: Hea
         one_book[first].stop("immediate")
         assert READS[kind]() == ["one"]
         assert server() == OTHER[first]
-    reruns = heard.of("read_rerun")
+    reruns = heard.of("read_retried")
     assert (reruns[0]["sender"], reruns[0]["failed"]) == ("pg", first)
     assert reruns[0]["served"] == OTHER[first]
-    assert heard.of("replica_left_out")[0]["replica"] == first
-    assert heard.of("primary_fallback") == []
+    assert heard.of("replica_removed")[0]["replica"] == first
+    assert heard.of("fell_back_to_primary") == []
 
 
 @pytest.mark.parametrize("kind", READS)
@@ -107,8 +107,8 @@ def test_a_read_outlives_its_connection(one_book: PostgreSQL, kind: str, heard: 
         one_book.terminate(first)
         assert READS[kind]() == ["one"]
         assert server() == first
-    assert [(one["failed"], one["served"]) for one in heard.of("read_rerun")] == [(first, first)]
-    assert heard.of("replica_left_out") == heard.of("primary_fallback") == []
+    assert [(one["failed"], one["served"]) for one in heard.of("read_retried")] == [(first, first)]
+    assert heard.of("replica_removed") == heard.of("fell_back_to_primary") == []
 
 
 def test_it_is_said_in_the_log(one_book: PostgreSQL, caplog: pytest.LogCaptureFixture) -> None:
@@ -142,7 +142,7 @@ def test_with_both_down_the_primary_serves(one_book: PostgreSQL, heard: Heard) -
         assert [READS["list"](), READS["chunks"]()] == [["one"]] * 2
         assert server() == "pg"
     assert server_for(None) == "pg"
-    assert {one["reason"] for one in heard.of("primary_fallback")} == {"no_replica"}
+    assert {one["reason"] for one in heard.of("fell_back_to_primary")} == {"no_replica"}
 
 
 def test_with_both_down_from_the_start_the_primary_serves(one_book: PostgreSQL) -> None:
@@ -157,7 +157,7 @@ def test_a_replica_that_is_starting_up_is_left_out(one_book: PostgreSQL, heard: 
     """57P03 comes at the connection."""
     one_book["pg1"].stop("immediate")
     connections["pg1"].close()
-    while server_for(None) != "pg2" or not heard.of("replica_left_out"):
+    while server_for(None) != "pg2" or not heard.of("replica_removed"):
         pass
     assert pool().out == {"pg1"}
 
@@ -214,10 +214,10 @@ def test_a_query_that_conflicts_with_recovery(one_book: PostgreSQL, heard: Heard
         for alias in REPLICAS:
             one_book[alias].execute("ALTER SYSTEM RESET max_standby_streaming_delay")
             one_book[alias].execute("SELECT pg_reload_conf()")
-    (rerun,) = heard.of("read_rerun")
+    (rerun,) = heard.of("read_retried")
     assert (rerun["failed"], rerun["served"]) == (first, OTHER[first])
     assert "conflict with recovery" in str(rerun["error"])
-    assert heard.of("replica_left_out") == []
+    assert heard.of("replica_removed") == []
 
 
 def test_one_terminated_connection_of_many_takes_no_replica_out(one_book: PostgreSQL) -> None:
@@ -258,7 +258,7 @@ def test_nothing_is_run_again_inside_a_transaction_on_the_replica(
         assert Book.objects.using("pg1").count() == 1
         one_book.terminate("pg1")
         Book.objects.using("pg1").count()
-    assert heard.of("read_rerun") == []
+    assert heard.of("read_retried") == []
     assert Book.objects.using("pg1").count() == 1
 
 
@@ -278,7 +278,7 @@ def test_a_write_is_never_run_again(one_book: PostgreSQL, heard: Heard, down: st
         with pytest.raises(OperationalError):
             Book.objects.create(title="lost")
         connections["pg"].close()
-    assert heard.of("read_rerun") == []
+    assert heard.of("read_retried") == []
     assert one_book["pg"].execute("SELECT count(*) FROM app_book", database="site") == [(2,)]
 
 
@@ -293,7 +293,7 @@ def test_a_lock_is_never_run_again(one_book: PostgreSQL, heard: Heard, down: str
         ):
             cursor.execute("SELECT * FROM app_book FOR UPDATE")
         connections["pg"].close()
-    assert heard.of("read_rerun") == []
+    assert heard.of("read_retried") == []
 
 
 def test_a_read_of_the_primary_gets_its_error(one_book: PostgreSQL, heard: Heard) -> None:
@@ -431,7 +431,7 @@ def test_a_connection_that_is_lost_while_it_is_asked(
     """The cursor that was opened before belongs to the lost one."""
     token = write("two")
     one_book.wait_for()
-    identify, lost = Family.identify, []
+    identify, lost = Dialect.identify, []
 
     def lose(self: Any, *args: Any) -> Any:
         if not lost:
@@ -442,7 +442,7 @@ def test_a_connection_that_is_lost_while_it_is_asked(
     with stranger(token):
         first = server()
         connections[first].close()
-        monkeypatch.setattr(Family, "identify", lose)
+        monkeypatch.setattr(Dialect, "identify", lose)
         assert READS["values_list"]() == ["one", "two"]
         assert server() == first
     assert lost == [first]
@@ -455,7 +455,7 @@ def test_one_that_is_cut_off_at_its_first_question_is_made_again(
     one_book.wait_for()
     for alias in REPLICAS:
         connections[alias].close()
-    identify, lost = Family.identify, []
+    identify, lost = Dialect.identify, []
 
     def lose(self: Any, ask: Any, where: tuple[str, int], way: Any) -> Any:
         if not lost:
@@ -463,10 +463,10 @@ def test_one_that_is_cut_off_at_its_first_question_is_made_again(
             one_book.terminate(lost[0])
         return identify(self, ask, where, way)
 
-    monkeypatch.setattr(Family, "identify", lose)
+    monkeypatch.setattr(Dialect, "identify", lose)
     with stranger(token):
         assert server() == lost[0]
-    assert heard.of("replica_left_out") == []
+    assert heard.of("replica_removed") == []
 
 
 def test_one_that_is_cut_off_while_it_is_made_is_made_again(
@@ -488,7 +488,7 @@ def test_one_that_is_cut_off_while_it_is_made_is_made_again(
         del connections[alias]
     with stranger():
         assert server() == lost[0]
-    assert heard.of("replica_left_out") == []
+    assert heard.of("replica_removed") == []
 
 
 def test_a_pool_s_connections_that_were_cut_off_take_no_replica_out(
@@ -507,7 +507,7 @@ def test_a_pool_s_connections_that_were_cut_off_take_no_replica_out(
         one_book.wait_for()
         one_book.terminate("pg1")
         assert port_for(token) == replica.port
-    assert heard.of("replica_left_out") == []
+    assert heard.of("replica_removed") == []
 
 
 def test_a_read_that_somebody_ends_is_not_run_again_and_again(one_book: PostgreSQL) -> None:
@@ -576,7 +576,7 @@ def test_a_mute_replica_is_left_out(mute: PostgreSQL, attempts: Attempts, heard:
     attempts.by_requests.clear()
     assert [titles() for _ in range(6)] == [["one"]] * 6
     assert attempts.by_requests.count("pg1") == 1
-    assert heard.of("replica_left_out") == [
+    assert heard.of("replica_removed") == [
         {"sender": "pg", "replica": "pg1", "reason": "connect", "seconds": 10.0}
     ]
     # With the jitter, up to 12.5 s.
@@ -594,7 +594,7 @@ def test_a_mute_replica_is_tried_again_by_nobody_s_request(
     assert [titles() for _ in range(4)] == [["one"]] * 4
     assert eventually(lambda: endpoint("pg1").retry_at > time.monotonic() + 5)
     assert "pg1" not in attempts.by_requests
-    assert len(heard.of("replica_left_out")) == 1
+    assert len(heard.of("replica_removed")) == 1
 
 
 def test_a_scope_that_had_chosen_it_does_not_try(mute: PostgreSQL, attempts: Attempts) -> None:
@@ -640,7 +640,7 @@ def test_an_alias_that_is_the_primary_is_simply_the_primary(
     one_book.pause("pg2")
     token = write("two")
     assert [titles(token) for _ in range(4)] == [["one", "two"]] * 4
-    assert heard.of("replica_left_out") == []
+    assert heard.of("replica_removed") == []
 
 
 # The primary is down
@@ -663,7 +663,7 @@ def test_a_pinned_read_gets_the_primary_s_error(one_book: PostgreSQL, heard: Hea
     with stranger(token), pytest.raises(OperationalError):
         READS["list"]()
     assert {server_for(None) for _ in range(4)} == REPLICAS
-    assert "primary_down" not in [one["reason"] for one in heard.of("primary_fallback")]
+    assert "primary_down" not in [one["reason"] for one in heard.of("fell_back_to_primary")]
 
 
 @pytest.mark.usefixtures("stale")
@@ -684,10 +684,10 @@ def test_the_freshest_replica_serves_for_the_primary(
         assert READS["values_list"]() == ["one", "two"]
         assert server() == "pg2"
         assert READS["list"]() == ["one", "two"]
-    said = heard.of("primary_fallback")
+    said = heard.of("fell_back_to_primary")
     assert {"sender": "pg", "served": "pg2", "reason": "primary_down"} in said
     assert "pg2" in caplog.text
-    assert [one["replica"] for one in heard.of("replica_left_out")] == []
+    assert [one["replica"] for one in heard.of("replica_removed")] == []
 
 
 @pytest.mark.usefixtures("stale")
@@ -731,7 +731,7 @@ def test_a_lost_connection_is_not_a_lost_primary(one_book: PostgreSQL, heard: He
         one_book.terminate("pg")
         assert READS["values_list"]() == ["one", "two"]
         assert server() == "pg"
-    assert heard.of("primary_fallback") == []
+    assert heard.of("fell_back_to_primary") == []
 
 
 @pytest.mark.usefixtures("stale")
@@ -853,4 +853,4 @@ def test_no_lock_is_held_while_a_database_is_asked(
     assert locked == []
     assert len(asked) > 10
     told_of = {name for name, _ in heard}
-    assert {"primary_fallback", "replica_left_out", "replica_waited"} <= told_of
+    assert {"fell_back_to_primary", "replica_removed", "replica_wait_finished"} <= told_of

@@ -12,9 +12,9 @@ from django.test import override_settings
 from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware import use_replica
-from pinning_middleware.servers import connecting, prober
-from pinning_middleware.servers.prober import Watcher
-from pinning_middleware.servers.server import Server, registry
+from pinning_middleware.servers import connect, monitor
+from pinning_middleware.servers.monitor import Monitor
+from pinning_middleware.servers.registry import Server, registry
 from tests.app.models import Book
 
 from .conftest import (
@@ -54,7 +54,7 @@ def max_lag() -> Iterator[None]:
 def fall_behind(*aliases: str) -> None:
     """Go on writing and reading until these replicas, and no others, are out for their lag."""
     assert eventually(lambda: (write(), server_for(None), pool().out == set(aliases))[-1])
-    assert {endpoint(alias).out for alias in aliases} == {"lag"}
+    assert {endpoint(alias).out_of_rotation for alias in aliases} == {"lag"}
 
 
 def measured() -> bool:
@@ -78,9 +78,9 @@ def test_a_replica_that_lags_leaves_the_rotation_and_comes_back(
         assert eventually(lambda: server_for(None) == "pg1")
     assert {server_for(None) for _ in range(4)} == REPLICAS
     # On a busy machine the other one may really be half a second late, once in a while.
-    (left,) = [said for said in heard.of("replica_left_out") if said["replica"] == "pg1"]
+    (left,) = [said for said in heard.of("replica_removed") if said["replica"] == "pg1"]
     assert (left["sender"], left["reason"]) == ("pg", "lag")
-    assert {"sender": "pg", "replica": "pg1"} in heard.of("replica_taken_back")
+    assert {"sender": "pg", "replica": "pg1"} in heard.of("replica_restored")
     assert "pg1 serves nobody (lag)" in caplog.text
     assert "pg1 serves again." in caplog.text
 
@@ -102,11 +102,11 @@ def test_an_idle_primary_is_no_lag(pg: PostgreSQL) -> None:
     pg.wait_for()
     assert eventually(measured)
     pg.pause()
-    looks = {alias: endpoint(alias).current[0].told for alias in REPLICAS}
+    looks = {alias: endpoint(alias).recent_servers[0].told for alias in REPLICAS}
     assert eventually(
         lambda: (
             server_for(None),
-            all(endpoint(alias).current[0].told > looks[alias] + 0.9 for alias in REPLICAS),
+            all(endpoint(alias).recent_servers[0].told > looks[alias] + 0.9 for alias in REPLICAS),
         )[-1]
     )
     # The primary's own work may come in between, once in a while.
@@ -121,9 +121,9 @@ def test_one_that_is_a_moment_late_does_not_lag(
     assert eventually(measured)
     pg.pause("pg1")
     write()
-    ask, late = Watcher._ask, []
+    ask, late = Monitor._ask, []
 
-    def slow(watcher: Watcher, alias: str, is_trial: bool = False) -> Server | None:
+    def slow(watcher: Monitor, alias: str, is_trial: bool = False) -> Server | None:
         answer = ask(watcher, alias, is_trial)
         if alias == "pg1" and answer is not None and not late:
             newest = registry.samples(answer.system)[0][1]
@@ -133,11 +133,11 @@ def test_one_that_is_a_moment_late_does_not_lag(
                 pg.wait_for()
         return answer
 
-    monkeypatch.setattr(Watcher, "_ask", slow)
+    monkeypatch.setattr(Monitor, "_ask", slow)
     assert eventually(lambda: (server_for(None), late)[-1])
-    told = endpoint("pg1").current[0].told
-    assert eventually(lambda: (server_for(None), endpoint("pg1").current[0].told > told)[-1])
-    assert [said for said in heard.of("replica_left_out") if said["replica"] == "pg1"] == []
+    told = endpoint("pg1").recent_servers[0].told
+    assert eventually(lambda: (server_for(None), endpoint("pg1").recent_servers[0].told > told)[-1])
+    assert [said for said in heard.of("replica_removed") if said["replica"] == "pg1"] == []
 
 
 @pytest.mark.usefixtures("max_lag")
@@ -165,7 +165,7 @@ def test_when_all_lag_the_freshest_serves_who_has_no_pin(pg: PostgreSQL, heard: 
     token = write()
     heard.clear()
     assert {server_for(None) for _ in range(4)} == {"pg2"}
-    assert heard.of("primary_fallback") == []
+    assert heard.of("fell_back_to_primary") == []
     assert server_for(token) == "pg"
 
 
@@ -178,7 +178,7 @@ def test_nobody_measures_the_mirrors_of_a_test(
         monkeypatch.setitem(connections.settings[alias]["TEST"], "MIRROR", "pg")
     assert server_for(None) == "pg"
     assert server_within(1.5) == "pg"
-    assert prober._watchers == {}
+    assert monitor._watchers == {}
 
 
 # use_replica(max_lag=…)
@@ -289,7 +289,7 @@ def test_one_that_answers_again_serves_when_nobody_else_does(pg: PostgreSQL, hea
     assert {server_for(None) for _ in range(4)} == {"pg2"}
     pg["pg2"].stop("immediate")
     assert {server_for(None) for _ in range(6)} == {"pg1"}
-    assert heard.of("primary_fallback") == []
+    assert heard.of("fell_back_to_primary") == []
 
 
 @override_settings(PINNING_RETRY_AFTER=10)
@@ -338,7 +338,7 @@ def test_a_retry_that_nobody_makes_is_made_by_a_read(
     pg: PostgreSQL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where threads do not run."""
-    monkeypatch.setattr("pinning_middleware.servers.prober.tend", lambda *args: None)
+    monkeypatch.setattr("pinning_middleware.servers.monitor.tend", lambda *args: None)
     take_out("pg1")
     assert {server_for(None) for _ in range(4)} == {"pg2"}
     endpoint("pg1").retry_at = -1000.0
@@ -360,9 +360,9 @@ def test_a_replica_comes_back_where_every_visitor_is_pinned(pg: PostgreSQL) -> N
 @pytest.fixture
 def unreachable() -> Iterator[None]:
     """No replica can be connected to, by nobody: one that answers its watcher would serve."""
-    connecting.refused.update(REPLICAS)
+    connect.unreachable_in_tests.update(REPLICAS)
     yield
-    connecting.refused.difference_update(REPLICAS)
+    connect.unreachable_in_tests.difference_update(REPLICAS)
 
 
 @pytest.mark.usefixtures("unreachable")
@@ -370,7 +370,7 @@ def test_with_all_out_the_primary_serves(pg: PostgreSQL, heard: Heard) -> None:
     for alias in REPLICAS:
         take_out(alias)
     assert server_for(None) == "pg"
-    assert {one["reason"] for one in heard.of("primary_fallback")} == {"no_replica"}
+    assert {one["reason"] for one in heard.of("fell_back_to_primary")} == {"no_replica"}
 
 
 @pytest.mark.usefixtures("unreachable")

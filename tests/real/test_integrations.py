@@ -70,7 +70,7 @@ def test_both_panels_after_a_replica_died(pg: PostgreSQL, two_reads: Any) -> Non
     pg.wait_for()
     failed = two_reads(lambda alias: pg[alias].stop("immediate"))
     first, second = last()["reads"]
-    assert (first["served"], first["reason"]) == (failed, "turn")
+    assert (first["served"], first["reason"]) == (failed, "round_robin")
     assert (second["alias"], second["served"], second["reason"]) == (
         failed,
         OTHER[failed],
@@ -78,7 +78,7 @@ def test_both_panels_after_a_replica_died(pg: PostgreSQL, two_reads: Any) -> Non
     )
     assert [query["alias"] for query in last("SQLPanel")["queries"]] == [failed, failed]
     state = {row["alias"]: row for row in last()["servers"]}
-    assert (state[failed]["state"], state[failed]["reason"]) == ("out", "connect")
+    assert (state[failed]["state"], state[failed]["reason"]) == ("out", "unreachable")
 
 
 def test_both_panels_after_a_connection_was_lost(pg: PostgreSQL, two_reads: Any) -> None:
@@ -125,7 +125,7 @@ def test_the_position_that_a_request_leaves(
     pg.wait_for()
     browser.get(f"/sync/{do(titles)}/")
     (read,) = last()["reads"]
-    assert read["reason"] == "position"
+    assert read["reason"] == "caught_up"
     (carried,) = last()["pins"]["carried"]
     assert carried["position"] == pin["position"]
 

@@ -10,7 +10,7 @@ import pytest
 from django.db import connections, transaction
 from django.test import override_settings
 
-from pinning_middleware import direct, pin_this_request, use_replica
+from pinning_middleware import no_failover, pin_this_request, use_replica
 from pinning_middleware.testing import (
     StaleRead,
     assert_reads_from,
@@ -39,7 +39,7 @@ def as_before() -> Iterator[None]:
 
 
 def count(alias: str) -> int:
-    with direct():
+    with no_failover():
         return Book.objects.using(alias).count()
 
 
@@ -50,7 +50,7 @@ def test_a_lag_is_a_real_pause(pg: PostgreSQL) -> None:
     pg.wait_for("pg2")
     assert (count("pg1"), count("pg2")) == (0, 1)
     for _ in range(3):
-        with stranger(token), assert_reads_from("pg2", "position"):
+        with stranger(token), assert_reads_from("pg2", "caught_up"):
             Book.objects.count()
     replicas.catch_up("pg1")
     assert count("pg1") == 1
@@ -61,11 +61,11 @@ def test_a_lag_of_all_sends_a_pin_to_the_primary(pg: PostgreSQL) -> None:
     look_around()
     with replicas.lag():
         token = write()
-        with stranger(token), assert_reads_from("primary", "behind"):
+        with stranger(token), assert_reads_from("primary", "not_caught_up"):
             Book.objects.count()
-        with stranger(), assert_reads_from("replica", "turn"):
+        with stranger(), assert_reads_from("replica", "round_robin"):
             Book.objects.count()
-    with stranger(token), assert_reads_from("replica", "position"):
+    with stranger(token), assert_reads_from("replica", "caught_up"):
         Book.objects.count()
 
 
@@ -74,7 +74,7 @@ def test_what_a_replica_had_before_it_still_serves(pg: PostgreSQL) -> None:
     pg.wait_for()
     look_around()
     replicas.lag()
-    with stranger(token), assert_reads_from("replica", "position"):
+    with stranger(token), assert_reads_from("replica", "caught_up"):
         Book.objects.count()
 
 
@@ -99,7 +99,7 @@ def test_a_killed_replica_is_out_of_reach_until_it_is_revived(pg: PostgreSQL) ->
     look_around()
     replicas.kill("pg1")
     for _ in range(3):
-        with stranger(), assert_reads_from("pg2", "turn"):
+        with stranger(), assert_reads_from("pg2", "round_robin"):
             Book.objects.count()
     # Whoever names it meets what a site meets: no connection, and another node serves.
     with stranger(), capture_reads() as reads:

@@ -183,14 +183,14 @@ def test_nothing_is_left_of_a_frozen_cluster_whose_process_ends(
     ) as process:
         assert process.stdout is not None
         folder, *pids = process.stdout.readline().split()
-        family = {one for pid in pids for one in (int(pid), *_descendants(int(pid)))}
-        assert len(family) > 4
+        dialect = {one for pid in pids for one in (int(pid), *_descendants(int(pid)))}
+        assert len(dialect) > 4
         process.send_signal(number)
         process.wait(30)
         try:
-            assert eventually(lambda: not family & set(_processes()))
+            assert eventually(lambda: not dialect & set(_processes()))
         finally:
-            for pid in family & set(_processes()):
+            for pid in dialect & set(_processes()):
                 os.kill(pid, signal.SIGKILL)
             subprocess.run(["rm", "-rf", folder], check=True)
 
@@ -451,11 +451,11 @@ def test_no_program_outlives_the_process_that_started_it(number: int, reachable:
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        family = set(_descendants(process.pid))
-        assert len(family) == 4  # with their watchers
+        dialect = set(_descendants(process.pid))
+        assert len(dialect) == 4  # with their watchers
         process.send_signal(number)
         process.wait(30)
-        assert eventually(lambda: not family & set(_processes()))
+        assert eventually(lambda: not dialect & set(_processes()))
     assert eventually(lambda: not list(reachable.iterdir()))
 
 

@@ -186,7 +186,7 @@ def test_waiting_in_vain(my: Servers, heard: Heard) -> None:
     token = write()
     with stranger(token):
         assert [read(), read()] == [("my", ["new"])] * 2
-    (waited,) = heard.of("replica_waited")
+    (waited,) = heard.of("replica_wait_finished")
     assert not waited["reached"]
 
 
@@ -317,7 +317,7 @@ def test_a_promotion_that_lost_a_commit(own: Servers) -> None:
         with stranger(lost), pytest.raises(OperationalError):
             server()
     assert pool().out == {"my1"}
-    assert endpoint("my1").out == "role"
+    assert endpoint("my1").out_of_rotation == "promoted"
 
     # It has: `my` is the promoted server now.
     connections["my"].close()
@@ -341,8 +341,8 @@ def test_a_killed_connection(one_book: Servers, heard: Heard) -> None:
         first = server()
         one_book.terminate(first)
         assert read() == (first, ["one"])
-    assert [(one["failed"], one["served"]) for one in heard.of("read_rerun")] == [(first, first)]
-    assert heard.of("replica_left_out") == []
+    assert [(one["failed"], one["served"]) for one in heard.of("read_retried")] == [(first, first)]
+    assert heard.of("replica_removed") == []
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -353,12 +353,12 @@ def test_a_server_that_dies(one_book: Servers, heard: Heard, chunked: bool) -> N
         books = Book.objects.values_list("title", flat=True)
         assert list(books.iterator(chunk_size=1) if chunked else books) == ["one"]
         assert server() == OTHER[first]
-    assert heard.of("read_rerun")[0]["served"] == OTHER[first]
-    assert heard.of("replica_left_out")[0]["reason"] == "connect"
+    assert heard.of("read_retried")[0]["served"] == OTHER[first]
+    assert heard.of("replica_removed")[0]["reason"] == "unreachable"
     one_book[first].start()
     look_again(first)
     assert eventually(lambda: server_for(None) == first)
-    assert heard.of("replica_taken_back") == [{"sender": "my", "replica": first}]
+    assert heard.of("replica_restored") == [{"sender": "my", "replica": first}]
 
 
 def test_a_server_that_dies_during_a_query(one_book: Servers) -> None:
@@ -440,7 +440,7 @@ def test_nothing_is_run_again_inside_a_transaction_on_the_replica(
         assert Book.objects.using("my1").count() == 1
         one_book.terminate("my1")
         Book.objects.using("my1").count()
-    assert heard.of("read_rerun") == []
+    assert heard.of("read_retried") == []
 
 
 def test_a_write_is_never_run_again(one_book: Servers) -> None:
@@ -467,7 +467,7 @@ def test_the_freshest_replica_serves_for_the_primary(one_book: Servers, heard: H
     one_book["my"].stop()
     with override_settings(PINNING_PRIMARY_DOWN="stale"):
         assert [titles(token) for _ in range(2)] == [["one", "two"]] * 2
-    assert heard.of("primary_fallback")[-1]["served"] == "my2"
+    assert heard.of("fell_back_to_primary")[-1]["served"] == "my2"
 
 
 # Lag

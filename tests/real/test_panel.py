@@ -172,7 +172,7 @@ def test_the_panel(pg: PostgreSQL, window: Window, tmp_path: Path) -> None:
     window.open()
     (first, why), (counted, asked_for) = window.reads()
     assert (first, counted) in {("replica1", "replica1"), ("replica2", "replica2")}
-    assert (why, asked_for) == ("turn", "use_replica")
+    assert (why, asked_for) == ("round_robin", "use_replica")
 
     pg.pause()
     text = window.add("A book that only the primary has")
@@ -180,7 +180,7 @@ def test_the_panel(pg: PostgreSQL, window: Window, tmp_path: Path) -> None:
     assert "leaves" in text
 
     window.open()
-    assert window.reads()[0] == ("default", "behind")
+    assert window.reads()[0] == ("default", "not_caught_up")
     assert window.reads()[1][1] == "use_replica"
     made = window.picture(height=680)
     assert len(made) < LARGEST
@@ -198,7 +198,7 @@ def test_the_panel(pg: PostgreSQL, window: Window, tmp_path: Path) -> None:
     window.open()
     found = window.reads()[0]
     assert found[0] in ("replica1", "replica2")
-    assert found[1] == "position"
+    assert found[1] == "caught_up"
     assert window.complaints() == []
 
 

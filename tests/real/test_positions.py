@@ -25,7 +25,7 @@ from pinning_middleware import (
 from pinning_middleware.pins import Pin
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.scope import enter
-from pinning_middleware.servers import prober
+from pinning_middleware.servers import monitor
 from tests.app.models import Book
 from tests.conftest import Visit
 
@@ -143,7 +143,7 @@ def test_one_replica_serves_the_whole_scope(pg: PostgreSQL) -> None:
             assert len({server() for _ in range(5)}) == 1
 
 
-@override_settings(PINNING_SPREAD="query")
+@override_settings(PINNING_BALANCE_BY="query")
 def test_spread_over_queries_never_reaches_the_one_behind(pg: PostgreSQL) -> None:
     pg.pause("pg1")
     token = write()
@@ -173,7 +173,7 @@ def test_a_replica_behind_is_named_as_the_reason(pg: PostgreSQL, heard: Heard) -
     heard.clear()
     assert server_for(token) == "pg"
     assert heard == [
-        ("primary_fallback", {"sender": "pg", "served": "pg", "reason": "behind"}),
+        ("fell_back_to_primary", {"sender": "pg", "served": "pg", "reason": "not_caught_up"}),
     ]
 
 
@@ -341,24 +341,24 @@ def test_waiting_until_a_replica_has_it(pg: PostgreSQL, heard: Heard) -> None:
     thread = threading.Thread(target=resume)
     thread.start()
 
-    begin = prober.wait_for
+    begin = monitor.wait_for
 
     def begun(*args: Any) -> Any:
         waiting.set()
         return begin(*args)
 
     with pytest.MonkeyPatch.context() as patch, stranger(token):
-        patch.setattr(prober, "wait_for", begun)
+        patch.setattr(monitor, "wait_for", begun)
         assert read() == ("pg1", ["new"])
     thread.join()
-    (waited,) = heard.of("replica_waited")
+    (waited,) = heard.of("replica_wait_finished")
     assert waited == {
         "sender": "pg",
         "replica": "pg1",
         "seconds": waited["seconds"],
         "reached": True,
     }
-    assert heard.of("primary_fallback") == []
+    assert heard.of("fell_back_to_primary") == []
 
 
 @override_settings(PINNING_WAIT=0.05)
@@ -368,10 +368,10 @@ def test_waiting_in_vain(pg: PostgreSQL, heard: Heard) -> None:
     with stranger(token):
         # Once for a scope, not at every read.
         assert [read(), read()] == [("pg", ["new"])] * 2
-    (waited,) = heard.of("replica_waited")
+    (waited,) = heard.of("replica_wait_finished")
     assert not waited["reached"]
     assert waited["seconds"] >= 0.05
-    assert [one["reason"] for one in heard.of("primary_fallback")] == ["behind"]
+    assert [one["reason"] for one in heard.of("fell_back_to_primary")] == ["not_caught_up"]
 
 
 def test_nobody_waits_where_nothing_is_to_be_waited_for(pg: PostgreSQL, heard: Heard) -> None:
@@ -380,7 +380,7 @@ def test_nobody_waits_where_nothing_is_to_be_waited_for(pg: PostgreSQL, heard: H
     with override_settings(PINNING_WAIT=30):
         assert server_for(token) in REPLICAS
         assert server_for(None) in REPLICAS
-    assert heard.of("replica_waited") == []
+    assert heard.of("replica_wait_finished") == []
 
 
 # Traps of positions
@@ -839,7 +839,7 @@ def test_each_pool_has_its_own_position(pg: PostgreSQL) -> None:
 
 @pytest.fixture
 def monotonic(pg: PostgreSQL) -> Iterator[None]:
-    with override_settings(PINNING_GUARANTEE="monotonic-reads"):
+    with override_settings(PINNING_CONSISTENCY="monotonic-reads"):
         yield
 
 

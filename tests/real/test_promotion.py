@@ -35,7 +35,7 @@ pytestmark = pytest.mark.real
 
 @pytest.fixture(params=["superuser", "plain"])
 def role(own_pg: PostgreSQL, request: pytest.FixtureRequest) -> None:
-    """Who Django connects as: a plain role is not told which timeline a replica replays."""
+    """Identification Django connects as: a plain role is not told which timeline a replica replays."""
     if request.param == "superuser":
         return
     own_pg["pg"].execute("CREATE ROLE plain LOGIN")
@@ -129,14 +129,14 @@ def test_a_write_after_the_promotion_keeps_the_old_promise(switched: str) -> Non
 def test_a_promoted_replica_is_noticed_and_left_out(promoted: str) -> None:
     """The site has not heard of it yet. One read finds the old connections lost, the next looks."""
     # A plain role's watcher may have met the follower while it was being restarted.
-    if endpoint("pg2").out:
+    if endpoint("pg2").out_of_rotation:
         look_again("pg2")
-        assert eventually(lambda: not endpoint("pg2").out)
+        assert eventually(lambda: not endpoint("pg2").out_of_rotation)
     assert {server_for(None) for _ in range(3)} <= {"pg1", "pg2"}
     assert {server_for(None) for _ in range(6)} == {"pg2"}
     assert pool().out == {"pg1"}
     # A plain role's watcher may have met it while it was down.
-    assert endpoint("pg1").out in ("role", "connect")
+    assert endpoint("pg1").out_of_rotation in ("promoted", "unreachable")
 
 
 def test_neither_the_promoted_nor_its_follower_has_the_lost_commit(promoted: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from django.db import connections
 
-from pinning_middleware.servers.questions import link_of, look
+from pinning_middleware.servers.probe import probe, state_of
 
 from .conftest import PostgreSQL, as_layout, server_of, write
 from .layouts import database, pgbouncer
@@ -24,7 +24,7 @@ def prepared(alias: str) -> dict[str, int]:
 
 def ask(alias: str, times: int) -> None:
     for _ in range(times):
-        seen = look(connections[alias])
+        seen = probe(connections[alias])
         assert seen is not None
         assert seen.report is not None
 
@@ -48,7 +48,7 @@ def test_it_tells_what_the_plain_question_does(pg: PostgreSQL) -> None:
 
 
 def connections_position() -> object:
-    seen = look(connections["pg"])
+    seen = probe(connections["pg"])
     assert seen is not None
     assert seen.report is not None
     return seen.report.written
@@ -77,5 +77,5 @@ def test_behind_a_pooler_nothing_is_prepared(pg: PostgreSQL) -> None:
         as_layout(pg, pooled=database(bouncer, conn_max_age=None)),
     ):
         ask("pooled", 6)
-        assert link_of(connections["pooled"]).is_pooled
+        assert state_of(connections["pooled"]).behind_pooler
     assert pg["pg1"].execute("SELECT count(*) FROM pg_prepared_statements") == [(0,)]

@@ -141,7 +141,7 @@ class Dramatiq(Queue):
         from dramatiq.brokers.redis import RedisBroker
         from dramatiq.rate_limits.backends import StubBackend
 
-        from pinning_middleware.contrib.dramatiq import carry_pins
+        from pinning_middleware.contrib.dramatiq import propagate_pins
 
         middleware = [
             dramatiq.middleware.GroupCallbacks(StubBackend()),
@@ -149,7 +149,7 @@ class Dramatiq(Queue):
             dramatiq.middleware.Retries(max_retries=0, min_backoff=1, max_backoff=1),
         ]
         self.broker = RedisBroker(url=url, middleware=middleware)
-        carry_pins(self.broker)
+        propagate_pins(self.broker)
         self.actors = {
             function: dramatiq.actor(function, broker=self.broker) for function in FUNCTIONS
         }

@@ -150,8 +150,8 @@ def test_the_story(new_window: NewWindow) -> None:
         assert ada.shows_lag(alias, "caught up")
         ada.toggle(alias, "Pause")
 
-    ada.post("Seen by me alone")
-    assert ada.sees("Seen by me alone")
+    ada.post("ProbeResult by me alone")
+    assert ada.sees("ProbeResult by me alone")
     assert ada.answered_by() == {"primary"}
     assert ada.text("#pin-badge") == "pinned"
     assert "s more" in ada.text("#pin-left")
@@ -159,20 +159,20 @@ def test_the_story(new_window: NewWindow) -> None:
     assert ada.shows_lag("replica1", "behind")
 
     visitor = new_window()
-    assert not visitor.sees("Seen by me alone")
+    assert not visitor.sees("ProbeResult by me alone")
 
     ada.click_and_leave("#pinning")
-    assert not ada.sees("Seen by me alone")
+    assert not ada.sees("ProbeResult by me alone")
     assert ada.text("#pin-badge") == "pinning off"
     assert ada.find("#missing").is_displayed()
     ada.click_and_leave("#pinning")
-    assert ada.sees("Seen by me alone")
+    assert ada.sees("ProbeResult by me alone")
 
     for alias in REPLICAS:
         ada.toggle(alias, "Resume")
         assert ada.shows_lag(alias, "caught up")
     visitor.open("/")
-    assert visitor.sees("Seen by me alone")
+    assert visitor.sees("ProbeResult by me alone")
     assert [*ada.complaints(), *visitor.complaints()] == []
 
 

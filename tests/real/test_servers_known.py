@@ -13,9 +13,9 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.test import override_settings
 from freezegun.api import FrozenDateTimeFactory
 
-from pinning_middleware.routing.nodes import Nodes
-from pinning_middleware.servers.questions import Seen
-from pinning_middleware.servers.server import Server
+from pinning_middleware.routing.replica_set import Nodes
+from pinning_middleware.servers.probe import ProbeResult
+from pinning_middleware.servers.registry import Server
 from sample_site.cluster import Cluster
 
 from .conftest import (
@@ -117,7 +117,7 @@ def test_a_replica_that_comes_back_behind_serves_nobody(pg: PostgreSQL, heard: H
         for _ in range(4):
             titles()
         assert pool().out == {"pg1"}
-        assert heard.of("replica_left_out")[-1]["reason"] == "behind"
+        assert heard.of("replica_removed")[-1]["reason"] == "stale_restart"
         assert {server_for(None) for _ in range(4)} == {"pg2"}
     finally:
         rejoin(pg["pg1"])
@@ -234,7 +234,7 @@ def test_a_plain_role_s_replica_that_had_not_all_is_asked_once_more(
         write("another's")
         look_at, looks = Nodes.look_at, list[str]()
 
-        def moving_on(nodes: Nodes, connection: BaseDatabaseWrapper) -> Seen | None:
+        def moving_on(nodes: Nodes, connection: BaseDatabaseWrapper) -> ProbeResult | None:
             if connection.alias == "site" and "site" not in looks:
                 pg.resume("pg1")
                 pg.wait_for("pg1")
@@ -397,7 +397,7 @@ def test_a_promoted_replica_is_noticed_on_an_open_connection(
         promote(own_pg["pg1"])
         assert eventually(is_noticed, 10)
     assert "pg" not in asked.by_requests
-    assert [one["reason"] for one in heard.of("replica_left_out")] == ["role"]
+    assert [one["reason"] for one in heard.of("replica_removed")] == ["promoted"]
 
 
 # Lag
@@ -432,8 +432,8 @@ def test_a_replica_that_stands_still_under_writes_lags(
         pg.pause("pg1")
         assert eventually(lambda: write("more") and port_for(None) and pool().out == {"r1"})
         # Another thread has taken it out, and is about to say so.
-        assert eventually(lambda: heard.of("replica_left_out"))
-        assert heard.of("replica_left_out")[-1]["reason"] == "lag"
+        assert eventually(lambda: heard.of("replica_removed"))
+        assert heard.of("replica_removed")[-1]["reason"] == "lag"
         assert {port_for(None) for _ in range(4)} == {pg["pg2"].port}
         pg.resume("pg1")
         assert eventually(lambda: port_for(None) and pool().out == frozenset())

@@ -13,7 +13,7 @@ from django.db.backends.signals import connection_created
 from django.test import override_settings
 from psycopg import sql
 
-from pinning_middleware import direct, ignore_writes, use_replica
+from pinning_middleware import ignore_writes, no_failover, use_replica
 from pinning_middleware.scopes.scope import current_scope
 from tests.app.models import Book
 
@@ -65,19 +65,19 @@ def test_a_read_of_an_altered_session_is_not_run_elsewhere(
     pg: PostgreSQL, heard: Heard, statement: str
 ) -> None:
     """It would have other rights, other settings or no lock there: the node's error stands."""
-    with stranger(), direct():
+    with stranger(), no_failover():
         run("pg1", statement)
     pg.terminate("pg1")
     with stranger(), pytest.raises(OperationalError):
         run("pg1", WHICH)
-    assert heard.of("read_rerun") == []
+    assert heard.of("read_retried") == []
     connections["pg1"].close()
     # A new session is nobody's yet.
     with stranger():
         assert run("pg1", WHICH) == [(pg["pg1"].port,)]
         pg.terminate("pg1")
         assert run("pg1", WHICH) == [(pg["pg1"].port,)]
-    assert len(heard.of("read_rerun")) == 1
+    assert len(heard.of("read_retried")) == 1
 
 
 @pytest.mark.parametrize("statement", ["LISTEN news", "PREPARE one AS SELECT 1"])
@@ -94,7 +94,7 @@ def test_nobody_stands_in_for_the_primary_in_an_altered_session(
         assert run("pg", WHICH) == [(pg["pg"].port,)]
         pg["pg"].stop("immediate")
         assert run("pg", WHICH) != [(pg["pg"].port,)]
-    assert len(heard.of("read_rerun")) == 1
+    assert len(heard.of("read_retried")) == 1
 
 
 @pytest.mark.parametrize("statement", MILD.values(), ids=list(MILD))
@@ -105,7 +105,7 @@ def test_a_read_of_a_session_as_it_was_is_run_elsewhere(
         run("pg1", statement)
         pg["pg1"].stop("immediate")
         assert run("pg1", WHICH) == [(pg["pg2"].port,)]
-    assert len(heard.of("read_rerun")) == 1
+    assert len(heard.of("read_retried")) == 1
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_what_every_connection_is_given_does_not_count(pg: PostgreSQL, heard: He
         pg["pg1"].stop("immediate")
         assert run("pg1", WHICH) == [(pg["pg2"].port,)]
         assert run("pg1", "SHOW statement_timeout") == [("30s",)]
-    assert heard.of("read_rerun")[0]["served"] == "pg2"
+    assert heard.of("read_retried")[0]["served"] == "pg2"
 
 
 @pytest.mark.usefixtures("receiver")
@@ -148,20 +148,20 @@ def test_what_every_connection_is_given_does_not_count_in_a_pool(
             run("r1", WHICH)
             pg["pg1"].stop("immediate")
             assert run("r1", WHICH) == [(pg["pg2"].port,)]
-    assert heard.of("read_rerun")[0]["served"] == "r2"
+    assert heard.of("read_retried")[0]["served"] == "r2"
 
 
 @pytest.mark.usefixtures("receiver")
 def test_what_a_site_has_altered_stays_so_in_a_pool(pg: PostgreSQL, heard: Heard) -> None:
     with as_layout(pg, r1=pooled(pg["pg1"]), r2=pooled(pg["pg2"])):
-        with stranger(), direct():
+        with stranger(), no_failover():
             run("r1", "SET search_path = public")
             connections["r1"].close()
             connections["r1"].ensure_connection()
         pg["pg1"].stop("immediate")
         with stranger(), pytest.raises(OperationalError):
             run("r1", WHICH)
-    assert heard.of("read_rerun") == []
+    assert heard.of("read_retried") == []
 
 
 # The settings of the aliases
@@ -188,12 +188,12 @@ def test_where_sessions_differ_the_node_s_error_is_the_answer(
         r2=database(pg["pg2"], conn_max_age=None),
     ):
         if connected:
-            with direct():
+            with no_failover():
                 run("r1", WHICH)
         pg["pg1"].stop("immediate")
         with stranger(), pytest.raises(OperationalError):
             run("r1", WHICH)
-        assert heard.of("read_rerun") == []
+        assert heard.of("read_retried") == []
 
 
 def test_where_sessions_differ_a_read_that_may_not_be_there_is_not_elsewhere(
@@ -238,27 +238,27 @@ def test_where_only_the_way_there_differs_reads_move(
             assert run("r1", WHICH) == [(pg["pg2"].port,)]
             pg["pg2"].stop("immediate")
             assert run("r1", WHICH) == [(pg["pg"].port,)]
-        assert heard.of("read_rerun")[0]["failed"] == "r1"
+        assert heard.of("read_retried")[0]["failed"] == "r1"
 
 
-# direct()
+# no_failover()
 
 
 def test_inside_direct_nobody_stands_in(pg: PostgreSQL, heard: Heard) -> None:
-    @direct()
+    @no_failover()
     def decorated() -> Any:
         return run("pg1", WHICH)
 
     for act in (decorated, lambda: run("pg1", WHICH)):
         pg["pg1"].start()
-        with stranger(), direct():
+        with stranger(), no_failover():
             connections["pg1"].close()
             assert act() == [(pg["pg1"].port,)]
             pg["pg1"].stop("immediate")
             for _ in range(2):
                 with pytest.raises(OperationalError):
                     act()
-    assert heard.of("read_rerun") == []
+    assert heard.of("read_retried") == []
 
 
 def test_inside_direct_an_alias_is_its_node(pg: PostgreSQL) -> None:
@@ -266,13 +266,13 @@ def test_inside_direct_an_alias_is_its_node(pg: PostgreSQL) -> None:
     pg.pause("pg1")
     with stranger():
         Book.objects.create(title="one")
-        with direct():
+        with no_failover():
             assert run("pg1", WHICH) == [(pg["pg1"].port,)]
             assert Book.objects.using("pg1").count() == 0
         assert Book.objects.using("pg1").count() == 1
     token = write("two")
     take_out("pg1")
-    with stranger(token), direct():
+    with stranger(token), no_failover():
         connections["pg1"].close()
         assert run("pg1", WHICH) == [(pg["pg1"].port,)]
         assert Book.objects.using("pg1").count() == 0
@@ -304,8 +304,8 @@ def test_a_replica_without_room_for_a_connection_is_passed_by(pg: PostgreSQL, he
             with stranger():
                 assert run("r1", WHICH) == [(pg["pg2"].port,)]
             assert {use_and_tell() for _ in range(4)} == {pg["pg2"].port}
-            assert {one["served"] for one in heard.of("read_rerun")} == {"r2"}
-            assert "too many connections" in str(heard.of("read_rerun")[0]["error"])
+            assert {one["served"] for one in heard.of("read_retried")} == {"r2"}
+            assert "too many connections" in str(heard.of("read_retried")[0]["error"])
     finally:
         pg["pg"].execute(f"ALTER ROLE {user} CONNECTION LIMIT -1")
 
@@ -332,7 +332,7 @@ def test_a_query_that_is_too_much_for_one_replica_runs_on_another(
         for name in ("temp_file_limit", "work_mem"):
             pg["pg1"].execute(f"ALTER SYSTEM RESET {name}")
         pg["pg1"].execute("SELECT pg_reload_conf()")
-    (rerun,) = heard.of("read_rerun")
+    (rerun,) = heard.of("read_retried")
     assert rerun["failed"] == "pg1"
     assert "temp_file_limit" in str(rerun["error"])
     assert pool().out == frozenset()
@@ -344,7 +344,7 @@ def test_a_timeout_is_the_query_s_own(pg: PostgreSQL, heard: Heard) -> None:
         connections.settings[alias]["OPTIONS"]["options"] = "-c statement_timeout=50"
     with stranger(), pytest.raises(OperationalError, match="statement timeout"):
         run("pg1", "SELECT pg_sleep(10)")
-    assert heard.of("read_rerun") == heard.of("replica_left_out") == []
+    assert heard.of("read_retried") == heard.of("replica_removed") == []
 
 
 FORMS: dict[str, Callable[[], Any]] = {
@@ -399,7 +399,7 @@ def test_a_scope_that_has_written_reads_no_replica_by_any_way(pg: PostgreSQL, wa
         assert count() == 1
         with use_replica():
             assert LATER[way]()() == 0
-        with direct():
+        with no_failover():
             assert LATER[way]()() == 0
         assert LATER[way]()() == 1
     with stranger():
@@ -431,4 +431,4 @@ def test_a_transaction_on_a_replica_is_none_of_this(pg: PostgreSQL, heard: Heard
         run("pg1", WHICH)
         pg.terminate("pg1")
         run("pg1", WHICH)
-    assert heard.of("read_rerun") == []
+    assert heard.of("read_retried") == []

@@ -15,10 +15,10 @@ from django.db import Error, OperationalError, close_old_connections, connection
 from django.db.backends.postgresql.base import DatabaseWrapper
 from django.test import override_settings
 
-from pinning_middleware import direct
+from pinning_middleware import no_failover
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.servers import silence
-from pinning_middleware.servers.questions import endpoint_of
+from pinning_middleware.servers import liveness
+from pinning_middleware.servers.probe import endpoint_for
 from tests.app.models import Book
 
 from .conftest import (
@@ -164,10 +164,10 @@ def test_a_frozen_replica_holds_up_visitors_once(
             later = visitors.go_on(50)
         assert max(one.seconds for one in found) < ONCE
         # After the first, nobody waits.
-        known = [one for one in (*found, *later) if one.out]
+        known = [one for one in (*found, *later) if one.out_of_rotation]
         assert max(one.seconds for one in known) < USUAL
         assert {one.port for one in later} == {pg["pg2"].port}
-        assert {one["replica"] for one in heard.of("replica_left_out")} == {"r1"}
+        assert {one["replica"] for one in heard.of("replica_removed")} == {"r1"}
         look_again("r1")
         assert eventually(lambda: pool().out == frozenset())
         assert {one.port for one in visitors.go_on()} == {pg["pg1"].port, pg["pg2"].port}
@@ -187,9 +187,9 @@ def test_a_black_hole_holds_up_visitors_once(pg: PostgreSQL, heard: Heard) -> No
         assert pool().out == {"hole"}
         later = visitors.go_on(50)
         assert max(one.seconds for one in found) < ONCE
-        assert max(one.seconds for one in (*found, *later) if one.out) < USUAL
+        assert max(one.seconds for one in (*found, *later) if one.out_of_rotation) < USUAL
         assert {one.port for one in (*found, *later)} == {pg["pg2"].port}
-    assert [one["reason"] for one in heard.of("replica_left_out")] == ["connect"]
+    assert [one["reason"] for one in heard.of("replica_removed")] == ["unreachable"]
 
 
 def test_a_pool_of_connections_to_a_black_hole_is_given_up_soon(pg: PostgreSQL) -> None:
@@ -213,7 +213,7 @@ def test_a_frozen_replica_is_found_out_by_django_s_health_check(
     """Once: what was told to be silent is not connected to."""
     entries = on_replicas(pg, conn_max_age=None, CONN_HEALTH_CHECKS=True)
     with as_layout(pg, **entries):
-        with stranger(), direct():
+        with stranger(), no_failover():
             for alias in entries:
                 connections[alias].ensure_connection()
         # As a new request does.
@@ -285,7 +285,7 @@ def test_a_replica_that_falls_silent_after_an_error_is_lost(
 LAYOUTS: dict[str, dict[str, Any]] = {
     "plain settings": {},
     "max_lag": {"PINNING_MAX_LAG": 5},
-    "monotonic": {"PINNING_GUARANTEE": "monotonic-reads"},
+    "monotonic": {"PINNING_CONSISTENCY": "monotonic-reads"},
 }
 
 
@@ -383,7 +383,7 @@ def test_a_question_does_not_wait_until_a_silent_primary_takes_a_connection(
                 with override_settings(PINNING_SECONDS=30), frozen(pg["pg"]):
                     # Of what this process knew, nothing is left.
                     assert threads.submit(in_thread, lambda: decide(token)).result(ONCE) < ONCE
-                    assert endpoint_of(connections["site"]).out == "connect"
+                    assert endpoint_for(connections["site"]).out_of_rotation == "unreachable"
                 if pooling is not None:
                     assert connections["site"].pool.timeout > ONCE
         finally:
@@ -432,7 +432,7 @@ def test_a_silent_primary_that_has_a_stand_in(pg: PostgreSQL, conn_max_age: int 
             assert [titles(token) for _ in range(5)] == [["one"]] * 5
             assert time.monotonic() - began < USUAL
         assert eventually(lambda: titles(token) == ["one", "two"], 5)
-        assert not pool().endpoint.out
+        assert not pool().endpoint.out_of_rotation
 
 
 # A slow query is no silence
@@ -448,13 +448,13 @@ WHERE query LIKE '%inet_server_port() AS port, %pg_sleep%' AND state = 'active'
 
 def note_answers(monkeypatch: pytest.MonkeyPatch) -> list[bool | None]:
     """What was found when a read had to be looked into, from here on."""
-    answers, looked_into = silence._answers, list[bool | None]()
+    answers, looked_into = liveness._answers, list[bool | None]()
 
     def noted(*args: Any) -> bool | None:
         looked_into.append(answers(*args))
         return looked_into[-1]
 
-    monkeypatch.setattr(silence, "_answers", noted)
+    monkeypatch.setattr(liveness, "_answers", noted)
     return looked_into
 
 
@@ -506,8 +506,8 @@ def test_reads_that_wait_on_a_frozen_server_run_elsewhere(pg: PostgreSQL, heard:
         served = [one.result(30) for one in waiting]
         assert time.monotonic() - began < ONCE
     assert served == [pg["pg2"].port] * 4
-    (left,) = heard.of("replica_left_out")
-    assert (left["replica"], left["reason"]) == ("pg1", "silent")
+    (left,) = heard.of("replica_removed")
+    assert (left["replica"], left["reason"]) == ("pg1", "unresponsive")
     pg["pg1"].execute(f"SELECT pg_terminate_backend(pid) FROM ({PIDS}) AS waiting")
 
 
@@ -667,8 +667,8 @@ def test_a_lost_session_says_nothing_of_its_server(pg: PostgreSQL, heard: Heard)
             assert port() == pg["pg1"].port
             assert time.monotonic() - began < ONCE
         address.over.set()
-    assert len(heard.of("read_rerun")) == 1
-    assert heard.of("replica_left_out") == []
+    assert len(heard.of("read_retried")) == 1
+    assert heard.of("replica_removed") == []
 
 
 def test_a_server_without_room_for_a_connection_is_not_silent(
@@ -677,7 +677,7 @@ def test_a_server_without_room_for_a_connection_is_not_silent(
     looked_into = note_answers(monkeypatch)
     user = make_role(pg.cluster)
     with as_layout(pg, r1=database(pg["pg1"], conn_max_age=None, user=user)), stranger():
-        with direct():
+        with no_failover():
             connections["r1"].ensure_connection()
         pg["pg"].execute(f"ALTER ROLE {user} CONNECTION LIMIT 1")
         pg.wait_for("pg1")
@@ -707,8 +707,8 @@ def test_a_question_that_is_not_answered_takes_the_server_out(pg: PostgreSQL, he
         assert [server_for(token) for _ in range(4)] == ["pg"] * 4
         assert in_thread(lambda: titles(token)) == ["one"]
         assert time.monotonic() - began < USUAL
-    (left,) = heard.of("replica_left_out")
-    assert (left["replica"], left["reason"]) == ("pg1", "silent")
+    (left,) = heard.of("replica_removed")
+    assert (left["replica"], left["reason"]) == ("pg1", "unresponsive")
 
 
 def test_a_thawed_replica_is_taken_back_by_its_watcher(
@@ -727,7 +727,7 @@ def test_a_thawed_replica_is_taken_back_by_its_watcher(
     assert {server_for(None) for _ in range(4)} == REPLICAS
 
 
-@pytest.mark.parametrize("how", ["direct", "transaction"])
+@pytest.mark.parametrize("how", ["no_failover", "transaction"])
 def test_a_replica_that_answers_again_may_take_its_time_before_it_is_back(
     pg: PostgreSQL, how: str
 ) -> None:
@@ -735,11 +735,11 @@ def test_a_replica_that_answers_again_may_take_its_time_before_it_is_back(
     with frozen(pg["pg1"]):
         assert not pool().asked_has("pg1", position_in(write()))
     endpoint("pg1").retry_at = time.monotonic() + 1000
-    with stranger(), direct() if how == "direct" else transaction.atomic(using="pg1"):
+    with stranger(), no_failover() if how == "direct" else transaction.atomic(using="pg1"):
         connections["pg1"].ensure_connection()
         (book,) = Book.objects.using("pg1").raw(SLEEP, [1.5])
         assert (book.slept, book.port) == ("", pg["pg1"].port)
-        assert endpoint("pg1").out == "silent"
+        assert endpoint("pg1").out_of_rotation == "unresponsive"
 
 
 def test_a_replica_comes_back_where_every_visitor_is_pinned(

@@ -15,10 +15,11 @@ from django.core.management import CommandError, call_command
 from django.db import connections
 from django.test import override_settings
 
-from pinning_middleware import counters, stats
-from pinning_middleware.management import asking, live
+from pinning_middleware import stats
+from pinning_middleware.management import live_check, poll
 from pinning_middleware.management.commands import pinning_check
-from pinning_middleware.routing.decider import Pool
+from pinning_middleware.routing.policy import Pool
+from pinning_middleware.utils import counters
 from tests.sight.test_commands import run
 
 from .conftest import PostgreSQL, as_layout, look_around, stranger, titles, write
@@ -86,7 +87,7 @@ def test_a_stopped_replica(pg: PostgreSQL) -> None:
     pg["pg1"].stop()
     code, rows = status()
     assert code == stats.DEGRADED
-    assert (rows["pg1"]["state"], rows["pg1"]["reason"]) == ("out", "connect")
+    assert (rows["pg1"]["state"], rows["pg1"]["reason"]) == ("out", "unreachable")
     assert rows["pg1"]["error"]
     assert rows["pg1"]["retry_in"] >= 0
     assert time.time() - rows["pg1"]["since"] < PROMISED
@@ -97,7 +98,7 @@ def test_frozen_servers(pg: PostgreSQL) -> None:
     with frozen(pg["pg1"]):
         code, rows = status()
         assert code == stats.DEGRADED
-        assert (rows["pg1"]["state"], rows["pg1"]["reason"]) == ("out", "connect")
+        assert (rows["pg1"]["state"], rows["pg1"]["reason"]) == ("out", "unreachable")
         assert rows["pg2"]["state"] == "in"
     with frozen(*pg.cluster.nodes.values()):
         code, rows = status()
@@ -106,11 +107,11 @@ def test_frozen_servers(pg: PostgreSQL) -> None:
 
 
 def test_one_that_freezes_while_it_is_watched(pg: PostgreSQL) -> None:
-    with asking.Asker() as asker:
+    with poll.Asker() as asker:
         assert stats.verdict(asker.ask()) == stats.WELL
         with frozen(pg["pg1"]):
             rows = {row.alias: row for row in asker.ask()}
-            assert (rows["pg1"].state, rows["pg1"].reason) == ("out", "silent")
+            assert (rows["pg1"].state, rows["pg1"].reason) == ("out", "unresponsive")
             assert rows["pg2"].state == "in"
         assert eventually(lambda: stats.verdict(asker.ask()) == stats.WELL)
 
@@ -123,7 +124,7 @@ def test_no_replica_and_no_primary(pg: PostgreSQL) -> None:
     pg["pg"].stop()
     code, rows = status()
     assert code == stats.DOWN
-    assert (rows["pg"]["state"], rows["pg"]["reason"]) == ("out", "connect")
+    assert (rows["pg"]["state"], rows["pg"]["reason"]) == ("out", "unreachable")
 
 
 def test_a_promoted_replica(own_pg: PostgreSQL) -> None:
@@ -131,7 +132,7 @@ def test_a_promoted_replica(own_pg: PostgreSQL) -> None:
     code, rows = status()
     assert code == stats.DEGRADED
     assert (rows["pg1"]["role"], rows["pg1"]["configured"]) == ("primary", "replica")
-    assert (rows["pg1"]["state"], rows["pg1"]["reason"]) == ("out", "role")
+    assert (rows["pg1"]["state"], rows["pg1"]["reason"]) == ("out", "promoted")
     assert "primary!" in run("pinning_status")[1]
 
 
@@ -147,7 +148,7 @@ def test_an_address_that_never_answers(pg: PostgreSQL) -> None:
     ):
         code, rows = status()
         assert code == stats.DEGRADED
-        assert (rows["hole"]["state"], rows["hole"]["reason"]) == ("out", "silent")
+        assert (rows["hole"]["state"], rows["hole"]["reason"]) == ("out", "unresponsive")
         assert rows["hole"]["address"] == f"127.0.0.1:{hole.port}"
         assert rows["replica"]["state"] == "in"
 
@@ -158,7 +159,7 @@ def test_without_positions_it_is_at_least_connected_to(pg: PostgreSQL) -> None:
         pg["pg1"].stop()
         code, rows = status()
         assert code == stats.DEGRADED
-        assert (rows["pg1"]["state"], rows["pg1"]["reason"]) == ("out", "connect")
+        assert (rows["pg1"]["state"], rows["pg1"]["reason"]) == ("out", "unreachable")
 
 
 def test_drained_is_no_fault(pg: PostgreSQL) -> None:
@@ -195,7 +196,7 @@ def check(*arguments: str) -> tuple[int, dict[str, Any]]:
     return code, {found["alias"]: found for found in pool["replicas"]} | {"pool": pool}
 
 
-def left_behind(pg: PostgreSQL) -> list[str]:
+def outgoing_pins(pg: PostgreSQL) -> list[str]:
     """The marker tables that any server still has."""
     pg.wait_for()
     sql = "SELECT relname FROM pg_class WHERE relname LIKE 'pinning_check%'"
@@ -217,8 +218,8 @@ def test_how_long_each_replica_takes(pg: PostgreSQL) -> None:
         assert found[alias]["address"] == f"127.0.0.1:{pg[alias].port}"
         assert 0 < found[alias]["shown_after"] <= found[alias]["known_after"] < 5
         last = found[alias]["moments"][-1]
-        assert (last["served"], last["reason"], last["is_there"]) == ("replica", "position", True)
-    assert left_behind(pg) == []
+        assert (last["served"], last["reason"], last["is_there"]) == ("replica", "caught_up", True)
+    assert outgoing_pins(pg) == []
     assert "there after" in run("pinning_check", "--live")[1]
 
 
@@ -230,7 +231,11 @@ def test_a_replica_that_is_paused_until_later(pg: PostgreSQL) -> None:
     resume.join()
     assert code == 0
     first, *_, last = found["pg1"]["moments"]
-    assert (first["served"], first["reason"], first["is_there"]) == ("primary", "behind", False)
+    assert (first["served"], first["reason"], first["is_there"]) == (
+        "primary",
+        "not_caught_up",
+        False,
+    )
     assert (last["served"], last["is_there"]) == ("replica", True)
     assert found["pg1"]["shown_after"] > 0.5 > found["pg2"]["shown_after"]
 
@@ -243,7 +248,7 @@ def test_a_replica_that_stays_paused(pg: PostgreSQL) -> None:
     assert {moment["served"] for moment in found["pg1"]["moments"]} == {"primary"}
     assert found["pg2"]["shown_after"] is not None
     pg.resume("pg1")
-    assert left_behind(pg) == []
+    assert outgoing_pins(pg) == []
 
 
 def test_a_window_that_is_too_short(pg: PostgreSQL) -> None:
@@ -270,7 +275,7 @@ def test_silent_servers_hold_nothing_up(pg: PostgreSQL) -> None:
     with frozen(pg["pg1"]):
         started = time.monotonic()
         code, found = check("--timeout", "1")
-        assert time.monotonic() - started < PROMISED + 1 + live.GRACE
+        assert time.monotonic() - started < PROMISED + 1 + live_check.GRACE
     assert code == stats.DEGRADED
     assert found["pg1"]["error"]
     assert found["pg2"]["known_after"] is not None
@@ -324,7 +329,7 @@ def test_what_is_interrupted_leaves_nothing_behind(pg: PostgreSQL, number: int) 
     assert number == signal.SIGINT or ended.value.code == 128 + number
     assert eventually(lambda: not any("pinning-check" in t.name for t in threading.enumerate()), 5)
     pg.resume()
-    assert left_behind(pg) == []
+    assert outgoing_pins(pg) == []
 
 
 def test_an_unknown_pool(pg: PostgreSQL) -> None:

@@ -60,4 +60,4 @@ def test_a_stopped_replica(my: Servers) -> None:
     my["my1"].stop()
     code, rows = status()
     assert code == stats.DEGRADED
-    assert (rows["my1"]["state"], rows["my1"]["reason"]) == ("out", "connect")
+    assert (rows["my1"]["state"], rows["my1"]["reason"]) == ("out", "unreachable")

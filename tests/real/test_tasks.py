@@ -80,7 +80,7 @@ def immediate(valkey: str) -> Iterator[None]:
         pins_in(redis_cache(valkey)),
     ):
         caches["pins"].clear()
-        carrying.carry_pins()
+        carrying.propagate_pins()
         yield
         signals = module(".signals")
         for name in ("enqueued", "started", "finished"):
@@ -284,7 +284,7 @@ def test_with_neither_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(carrying, "import_module", nothing)
     with pytest.raises(ImproperlyConfigured, match="install django-tasks"):
-        carrying.carry_pins()
+        carrying.propagate_pins()
 
 
 def test_outside_a_scope_nothing_is_sent(pg: PostgreSQL) -> None:

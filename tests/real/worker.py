@@ -7,7 +7,7 @@ from typing import Any
 
 from celery import Celery
 
-from pinning_middleware.celery import carry_pins
+from pinning_middleware.celery import propagate_pins
 
 app = Celery("tests.real.worker")
 app.conf.update(
@@ -18,7 +18,7 @@ app.conf.update(
     worker_hijack_root_logger=False,
 )
 if os.environ.get("WORKER_CARRIES", "1") == "1":
-    carry_pins(app)
+    propagate_pins(app)
 
 
 class OnPostgreSQL:

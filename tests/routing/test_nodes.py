@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from pinning_middleware.routing.decider import Pool
+from pinning_middleware.routing.policy import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.routing.rotation import Rotation
-from pinning_middleware.servers import prober
-from pinning_middleware.servers.server import Identity, Server, registry
+from pinning_middleware.servers import monitor
+from pinning_middleware.servers.registry import Identity, Server, registry
 from tests.real.conftest import as_databases
 
 
@@ -21,8 +21,8 @@ from tests.real.conftest import as_databases
 def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
     """One of servers that nobody connects to."""
     for work in ("tend", "sample"):
-        monkeypatch.setattr(prober, work, lambda *args: None)
-    monkeypatch.setattr(prober.Watcher, "_ask", lambda *args: None)
+        monkeypatch.setattr(monitor, work, lambda *args: None)
+    monkeypatch.setattr(monitor.Monitor, "_ask", lambda *args: None)
     entry = {"ENGINE": "django.db.backends.postgresql", "NAME": "site", "HOST": "10.0.0.1"}
     with as_databases({alias: {**entry, "PORT": PORTS[alias]} for alias in PORTS}):
         yield pools().by_primary["pg"]
@@ -32,20 +32,20 @@ PORTS = {"pg": "1", "pg1": "2", "pg2": "3"}
 
 
 def meet(alias: str, started: str = "1") -> Server:
-    return registry.meet(alias, Identity(started, "10.0.0.1", int(PORTS[alias])), "ff")
+    return registry.register(alias, Identity(started, "10.0.0.1", int(PORTS[alias])), "ff")
 
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """For how many seconds somebody waited, each time."""
     found: list[float] = []
-    wait_for = prober.wait_for
+    wait_for = monitor.wait_for
 
     def noted(aliases: Any, primary: str, judge: Any, seconds: float, over: Any) -> Any:
         found.append(seconds)
         return wait_for(aliases, primary, judge, seconds, over)
 
-    monkeypatch.setattr(prober, "wait_for", noted)
+    monkeypatch.setattr(monitor, "wait_for", noted)
     return found
 
 
@@ -60,13 +60,13 @@ def test_nobody_waits_for_a_lag_that_can_t_be_told(
     pool: Pool, waits: list[float], who: tuple[str, ...]
 ) -> None:
     for alias in who:
-        meet(alias).tells = False
+        meet(alias).reports_position = False
     assert pool.within(60, None) is None
     assert waits == []
 
 
 def test_a_slower_count_does_not_have_the_last_word(pool: Pool) -> None:
-    registry.fail(pool.endpoints["pg2"], "connect", 1000, "by the test")
+    registry.mark_down(pool.endpoints["pg2"], "unreachable", 1000, "by the test")
     began, go_on = threading.Event(), threading.Event()
     leave_out = pool.rotation.leave_out
 
@@ -80,7 +80,7 @@ def test_a_slower_count_does_not_have_the_last_word(pool: Pool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Rotation, "leave_out", lambda self, names: slow(names))
         fail = threading.Thread(
-            target=registry.fail, args=(pool.endpoints["pg1"], "connect", 9, "")
+            target=registry.fail, args=(pool.endpoints["pg1"], "unreachable", 9, "")
         )
         fail.start()
         assert began.wait(5)

@@ -27,8 +27,8 @@ from pinning_middleware import (
     use_primary,
     use_replica,
 )
-from pinning_middleware.routing.statements import statement
-from pinning_middleware.scopes.blocks import open_blocks
+from pinning_middleware.backend.execute import statement
+from pinning_middleware.scopes.overrides import open_blocks
 from tests.app.models import Author, Book, OwnBook, Tag
 from tests.conftest import Visit, is_replica, where
 
@@ -261,7 +261,7 @@ def test_a_function_of_the_request_is_asked_once_and_only_where_it_matters(
         assert len(ASKED) == 1
 
 
-@override_settings(PINNING_OFFLOAD_OUTSIDE=False)
+@override_settings(PINNING_OFFLOAD_OUTSIDE_REQUESTS=False)
 def test_outside_any_scope_the_primary_may_be_read() -> None:
     assert where() == "default"
     with offload():

@@ -15,15 +15,15 @@ from django.test import Client, RequestFactory, override_settings
 from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware import (
-    carry_scope,
     is_pinned,
     pin_keys,
     pin_this_request,
     pinning_scope,
+    propagate_scope,
     use_primary,
 )
 from pinning_middleware.middleware import PinningMiddleware
-from pinning_middleware.routing.leaving import left_behind
+from pinning_middleware.routing.outgoing import outgoing_pins
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.scope import current_scope, enter, entered_scope
 from pinning_middleware.stores import cache
@@ -78,7 +78,7 @@ def test_an_open_write_of_another_thread_holds_the_pin() -> None:
         connections.close_all()
 
     with pinning_scope() as scope:
-        thread = threading.Thread(target=carry_scope(work))
+        thread = threading.Thread(target=propagate_scope(work))
         thread.start()
         assert begun.wait(20)
         facts = current_scope()["default"]
@@ -145,7 +145,7 @@ def test_what_a_thread_writes_after_its_request_is_saved() -> None:
     def view(request: Any) -> Any:
         from django.http import HttpResponse
 
-        threads.append(threading.Thread(target=carry_scope(late)))
+        threads.append(threading.Thread(target=propagate_scope(late)))
         threads[0].start()
         return HttpResponse()
 
@@ -328,7 +328,7 @@ def test_a_carried_coroutine_function(visit: Visit) -> None:
         return await sync_to_async(where)()
 
     with pinning_scope() as scope, use_primary():
-        carried = carry_scope(work)
+        carried = propagate_scope(work)
     enter(None)
     assert async_to_sync(carried)() == "default"
     assert entered_scope() is None
@@ -340,4 +340,4 @@ def test_unpinning_is_by_value() -> None:
         pin_this_request()
     with pinning_scope(scope.token, isolated=True) as later:
         assert is_pinned()
-        assert left_behind(current_scope()) == later.pins
+        assert outgoing_pins(current_scope()) == later.pins

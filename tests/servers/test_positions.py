@@ -1,4 +1,4 @@
-"""Positions of every family, as far as they need no server."""
+"""Positions of every dialect, as far as they need no server."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 from django.db import OperationalError, connections
 
 from pinning_middleware.pins import OPTIONAL, Pin, merge_positions
-from pinning_middleware.servers.positions import FAMILIES, CannotTell, Family, family_of
-from pinning_middleware.servers.positions.mysql import (
-    Either,
+from pinning_middleware.servers.dialects import DIALECTS, Dialect, PositionUnavailable, dialect_for
+from pinning_middleware.servers.dialects.mysql import (
+    MySQL,
     parse_gtids,
     parse_last,
     parse_mariadb,
 )
-from pinning_middleware.servers.positions.postgresql import (
+from pinning_middleware.servers.dialects.postgresql import (
     LSN,
     XID,
     XID_ALONE,
@@ -26,7 +26,7 @@ from pinning_middleware.servers.positions.postgresql import (
     end_of_record,
     parse_lsn,
 )
-from pinning_middleware.servers.server import Identity, Report, Server
+from pinning_middleware.servers.registry import Identity, Report, Server
 
 A, B = "3e11fa47-71ca-11e1-9e33-c80aa9429562", "4f22fb58-82db-22f2-af44-d91bb0530673"
 
@@ -37,9 +37,9 @@ def answers(*rows: Any) -> Callable[[str], tuple[Any, ...]]:
     return lambda sql: left.pop(0)  # type: ignore[no-any-return]
 
 
-def server(system: str = "", is_discreet: bool = False) -> Server:
+def server(system: str = "", lacks_timeline_privilege: bool = False) -> Server:
     made = Server(Identity("now", "127.0.0.1", 5432), system)
-    made.is_discreet = is_discreet
+    made.lacks_timeline_privilege = lacks_timeline_privilege
     return made
 
 
@@ -84,8 +84,8 @@ def test_the_header_of_a_page_is_no_record(inserted: int, end: int) -> None:
     assert end_of_record(inserted) == end
 
 
-def postgresql(*row: Any, way: int = LSN, is_discreet: bool = False) -> Report:
-    return PostgreSQL().read(row, server("ff", is_discreet), way)
+def postgresql(*row: Any, way: int = LSN, lacks_timeline_privilege: bool = False) -> Report:
+    return PostgreSQL().read(row, server("ff", lacks_timeline_privilege), way)
 
 
 def test_what_a_primary_of_postgresql_says() -> None:
@@ -100,13 +100,15 @@ def test_what_a_replica_of_postgresql_says() -> None:
 
 
 def test_a_role_without_rights_is_not_told_the_timeline() -> None:
-    assert postgresql(True, "0/3000060", None, is_discreet=True).hidden
-    assert not postgresql(True, "0/3000060", "1", is_discreet=True).hidden
-    assert not postgresql(False, "0/3000060", "0000000100", is_discreet=True).hidden
+    assert postgresql(True, "0/3000060", None, lacks_timeline_privilege=True).timeline_hidden
+    assert not postgresql(True, "0/3000060", "1", lacks_timeline_privilege=True).timeline_hidden
+    assert not postgresql(
+        False, "0/3000060", "0000000100", lacks_timeline_privilege=True
+    ).timeline_hidden
 
 
 def test_one_that_replays_no_log_cannot_tell() -> None:
-    with pytest.raises(CannotTell):
+    with pytest.raises(PositionUnavailable):
         postgresql(True, None, None)
 
 
@@ -115,12 +117,12 @@ def test_transaction_ids_are_positions_of_another_log() -> None:
     replica = postgresql(True, "757", "10", way=XID)
     assert primary.written == {"ffx-10": 758}
     assert replica.replayed == {"ffx-10": 757}
-    family = PostgreSQL()
-    assert not family.reached(primary.written, replica.replayed)
-    assert family.reached(primary.written, {"ffx-10": 758})
+    dialect = PostgreSQL()
+    assert not dialect.reached(primary.written, replica.replayed)
+    assert dialect.reached(primary.written, {"ffx-10": 758})
     # Never of an LSN, nor of another timeline.
     for log in ("ff-10", "ffx-1", "ffx-", "ffx"):
-        assert not family.reached(primary.written, {log: 99999})
+        assert not dialect.reached(primary.written, {log: 99999})
 
 
 def test_where_not_even_the_timeline_may_be_asked() -> None:
@@ -142,7 +144,7 @@ def test_where_not_even_the_timeline_may_be_asked() -> None:
     ],
 )
 def test_the_ways_of_postgresql(choice: Any, ways: tuple[int, ...]) -> None:
-    assert PostgreSQL().ways(choice) == ways
+    assert PostgreSQL().strategies(choice) == ways
 
 
 def test_which_server_of_postgresql() -> None:
@@ -158,13 +160,13 @@ def test_which_server_of_postgresql() -> None:
 
 
 def test_postgresql_compares_within_a_timeline_of_a_cluster() -> None:
-    family = PostgreSQL()
-    assert family.reached({"ff-1": 10}, {"ff-1": 10})
-    assert not family.reached({"ff-1": 11}, {"ff-1": 10})
+    dialect = PostgreSQL()
+    assert dialect.reached({"ff-1": 10}, {"ff-1": 10})
+    assert not dialect.reached({"ff-1": 11}, {"ff-1": 10})
     for other in ("ff-2", "ff-11", "fe-1", "ff-", ""):
-        assert not family.reached({"ff-1": 10}, {other: 99})
-        assert not family.reached({other: 10}, {"ff-1": 99})
-    assert not family.reached({"ff-1": 10}, {})
+        assert not dialect.reached({"ff-1": 10}, {other: 99})
+        assert not dialect.reached({other: 10}, {"ff-1": 99})
+    assert not dialect.reached({"ff-1": 10}, {})
 
 
 @pytest.mark.parametrize("attribute", ["sqlstate", "pgcode"])
@@ -176,7 +178,7 @@ def test_postgresql_error_codes_of_both_drivers(attribute: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "is_lost", "is_passing"),
+    ("code", "is_lost", "is_retryable"),
     [
         ("40001", False, True),  # conflict with recovery
         ("40P01", False, True),  # a deadlock with recovery
@@ -191,11 +193,11 @@ def test_postgresql_error_codes_of_both_drivers(attribute: str) -> None:
         (None, False, False),
     ],
 )
-def test_errors_of_postgresql(code: str | None, is_lost: bool, is_passing: bool) -> None:
+def test_errors_of_postgresql(code: str | None, is_lost: bool, is_retryable: bool) -> None:
     error = OperationalError("no")
     error.__cause__ = type("DriverError", (Exception,), {"sqlstate": code})()
     assert PostgreSQL().is_lost(error) is is_lost
-    assert PostgreSQL().is_passing(error) is is_passing
+    assert PostgreSQL().is_retryable(error) is is_retryable
 
 
 # MariaDB
@@ -215,7 +217,7 @@ def test_gtids_of_mariadb(text: str, position: dict[str, int]) -> None:
 
 
 def mariadb(*row: Any) -> Report:
-    return Either().read(row, server("mariadb"), 0)
+    return MySQL().read(row, server("mariadb"), 0)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +257,7 @@ def test_the_role_of_mariadb(row: tuple[Any, ...], is_replica: bool | None) -> N
 
 
 def test_mariadb_without_gtids_cannot_tell() -> None:
-    with pytest.raises(CannotTell):
+    with pytest.raises(PositionUnavailable):
         mariadb("", "", 1, 0, "")
 
 
@@ -282,11 +284,11 @@ def test_mariadb_without_gtids_cannot_tell() -> None:
 def test_mariadb_compares_shared_domains(
     wanted: dict[str, int], known: dict[str, int], reached: bool
 ) -> None:
-    assert Either().reached(wanted, known) is reached
+    assert MySQL().reached(wanted, known) is reached
 
 
 def test_mariadb_compares_as_numbers() -> None:
-    assert Either().reached({"0-1": 9}, {"0-1": 10})
+    assert MySQL().reached({"0-1": 9}, {"0-1": 10})
 
 
 # MySQL
@@ -314,7 +316,7 @@ def test_gtids_of_mysql(text: str, position: dict[str, int]) -> None:
 
 
 def mysql(executed: str, uuid: str, read_only: int, mode: str = "ON") -> Report:
-    return Either().read((executed, uuid, read_only, mode), server("mysql"), 0)
+    return MySQL().read((executed, uuid, read_only, mode), server("mysql"), 0)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +340,7 @@ def test_mysql_under_group_replication_tells_none() -> None:
 
 
 def test_mysql_without_gtids_cannot_tell() -> None:
-    with pytest.raises(CannotTell):
+    with pytest.raises(PositionUnavailable):
         mysql("", A, 0, "OFF_PERMISSIVE")
 
 
@@ -357,40 +359,40 @@ def test_the_role_of_mysql(row: tuple[str, str, int], is_replica: bool | None) -
 
 
 def test_mysql_reached() -> None:
-    family = Either()
-    assert family.reached({A: 5}, parse_gtids(f"{A}:1-5"))
-    assert family.reached({A: 5}, parse_gtids(f"{A}:1-10,{B}:1-3"))
-    assert not family.reached({A: 6}, parse_gtids(f"{A}:1-5:7-9"))
-    assert not family.reached({A: 5}, parse_gtids(f"{B}:1-10"))
-    assert not family.reached({A: 5}, parse_gtids(f"{A}:7"))
-    assert not family.reached({f"{A}:backup": 2}, parse_gtids(f"{A}:1-10"))
+    dialect = MySQL()
+    assert dialect.reached({A: 5}, parse_gtids(f"{A}:1-5"))
+    assert dialect.reached({A: 5}, parse_gtids(f"{A}:1-10,{B}:1-3"))
+    assert not dialect.reached({A: 6}, parse_gtids(f"{A}:1-5:7-9"))
+    assert not dialect.reached({A: 5}, parse_gtids(f"{B}:1-10"))
+    assert not dialect.reached({A: 5}, parse_gtids(f"{A}:7"))
+    assert not dialect.reached({f"{A}:backup": 2}, parse_gtids(f"{A}:1-10"))
 
 
 @pytest.mark.parametrize("code", [2006, 2013, 1053, 1927, 2002])
 def test_lost_connections_of_mysql(code: int) -> None:
     error = OperationalError(code, "gone")
-    assert Either().error_code(error) in Either.passing_errors
+    assert MySQL().error_code(error) in MySQL.retryable_errors
 
 
 @pytest.mark.parametrize("error", [OperationalError(1317, "interrupted"), OperationalError(3024)])
 def test_a_cancelled_query_is_none_of_them(error: OperationalError) -> None:
-    assert Either().error_code(error) not in Either.passing_errors
+    assert MySQL().error_code(error) not in MySQL.retryable_errors
 
 
 def test_errors_without_a_number() -> None:
-    assert Either().error_code(OperationalError()) is None
-    assert Either().error_code(OperationalError("gone")) is None
+    assert MySQL().error_code(OperationalError()) is None
+    assert MySQL().error_code(OperationalError("gone")) is None
 
 
 # Families
 
 
 def test_mariadb_and_mysql_share_a_vendor() -> None:
-    family = Either()
-    who, row = family.identify(answers(("db1", 3306, 12, 7, 1700000000)), ("", 0), None)
+    dialect = MySQL()
+    who, row = dialect.identify(answers(("db1", 3306, 12, 7, 1700000000)), ("", 0), None)
     assert who == (Identity("mariadb 7 1700000000", "db1", 3306), 12, False)
     assert row == ()
-    assert family.system(answers(), who.identity) == "mariadb"
+    assert dialect.system(answers(), who.identity) == "mariadb"
     # MySQL does not know what MariaDB is asked.
     asked = [OperationalError(1193, "Unknown system variable"), ("db1", 3306, 12, A, 17, "x")]
 
@@ -400,51 +402,51 @@ def test_mariadb_and_mysql_share_a_vendor() -> None:
             raise answer
         return answer
 
-    who, row = family.identify(ask, ("", 0), 0)
+    who, row = dialect.identify(ask, ("", 0), 0)
     assert who.identity.started == f"mysql {A} 17"
     assert row == ("x",)
-    assert family.system(answers(), who.identity) == "mysql"
+    assert dialect.system(answers(), who.identity) == "mysql"
 
 
 def test_comparing_and_choosing_take_no_connection() -> None:
     """The server may not be there."""
-    family = family_of(SimpleNamespace(vendor="mysql"))  # type: ignore[arg-type]
-    assert family is not None
-    assert family.connect_timeout == "connect_timeout"
-    assert family.reached({A: 5, f"{A}:backup": 1}, {A: 5, f"{A}:backup": 1})
-    assert not family.reached({A: 5}, {A: 4})
-    assert not family.reached({A: 5}, {B: 9})
-    assert family.reached({"0-1": 8, "?5-1": 3}, {"0-1": 8})
-    assert not family.reached({"0-1": 8}, {"0-2": 9})
+    dialect = dialect_for(SimpleNamespace(vendor="mysql"))  # type: ignore[arg-type]
+    assert dialect is not None
+    assert dialect.connect_timeout == "connect_timeout"
+    assert dialect.reached({A: 5, f"{A}:backup": 1}, {A: 5, f"{A}:backup": 1})
+    assert not dialect.reached({A: 5}, {A: 4})
+    assert not dialect.reached({A: 5}, {B: 9})
+    assert dialect.reached({"0-1": 8, "?5-1": 3}, {"0-1": 8})
+    assert not dialect.reached({"0-1": 8}, {"0-2": 9})
 
 
 def test_postgresql_is_one_object() -> None:
     connection: Any = SimpleNamespace(vendor="postgresql")
-    assert type(family_of(connection)) is PostgreSQL
-    assert family_of(connection) is family_of(connection)
+    assert type(dialect_for(connection)) is PostgreSQL
+    assert dialect_for(connection) is dialect_for(connection)
 
 
 def test_sqlite_has_none() -> None:
-    assert family_of(connections["default"]) is None
+    assert dialect_for(connections["default"]) is None
 
 
-class Numbers(Family):
+class Numbers(Dialect):
     """What a site may add."""
 
 
 def test_a_site_may_add_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FAMILIES, "numbers", f"{__name__}.Numbers")
-    family: Any = family_of(SimpleNamespace(vendor="numbers"))  # type: ignore[arg-type]
-    assert type(family) is Numbers
-    assert family.reached({"log": 1}, {"log": 1})
-    assert not family.reached({"log": 2}, {"log": 1})
-    assert family.system(answers(), Identity("", "", 0)) == ""
+    monkeypatch.setitem(DIALECTS, "numbers", f"{__name__}.Numbers")
+    dialect: Any = dialect_for(SimpleNamespace(vendor="numbers"))  # type: ignore[arg-type]
+    assert type(dialect) is Numbers
+    assert dialect.reached({"log": 1}, {"log": 1})
+    assert not dialect.reached({"log": 2}, {"log": 1})
+    assert dialect.system(answers(), Identity("", "", 0)) == ""
     with pytest.raises(NotImplementedError):
-        family.report(answers(), server(), 0)
+        dialect.report(answers(), server(), 0)
     with pytest.raises(NotImplementedError):
-        family.read((), server(), 0)
+        dialect.read((), server(), 0)
     with pytest.raises(NotImplementedError):
-        family.identify(answers(), ("", 0), 0)
+        dialect.identify(answers(), ("", 0), 0)
 
 
 # Merging
@@ -464,10 +466,10 @@ def test_the_order_in_which_positions_are_merged_does_not_matter() -> None:
         left = merge_positions(merge_positions(one, two), three)
         right = merge_positions(one, merge_positions(three, two))
         assert left == right
-        family = Either()
+        dialect = MySQL()
         for known in ({"0-1": 4, "5-1": 4, "7-2": 4}, {"0-1": 2, "5-1": 3, "7-2": 1}):
-            if family.reached(left or {}, known):
-                assert all(family.reached(position, known) for position in positions)
+            if dialect.reached(left or {}, known):
+                assert all(dialect.reached(position, known) for position in positions)
 
 
 def test_a_replica_needs_what_either_needs() -> None:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 from django.test import override_settings
 
-from pinning_middleware.servers import prober
-from pinning_middleware.servers.prober import FIRST_PAUSE, SAMPLE_EVERY, Watcher
-from pinning_middleware.servers.server import HURRY, Endpoint, registry
+from pinning_middleware.servers import monitor
+from pinning_middleware.servers.monitor import FIRST_PAUSE, SAMPLE_EVERY, Monitor
+from pinning_middleware.servers.registry import LAST_REPLICA_RETRY_INTERVAL, Endpoint, registry
 
 
 @pytest.fixture(autouse=True)
@@ -21,18 +21,18 @@ def nothing_known() -> Iterator[None]:
         yield
 
 
-def out(alias: str, reason: str = "connect") -> Endpoint:
+def out(alias: str, reason: str = "unreachable") -> Endpoint:
     endpoint = registry.endpoint(alias)
-    registry.fail(endpoint, reason, 1000, "by the test")
+    registry.mark_down(endpoint, reason, 1000, "by the test")
     return endpoint
 
 
-def watcher_of(alias: str) -> Watcher:
+def watcher_of(alias: str) -> Monitor:
     """One whose thread does not run."""
-    return Watcher(alias, "default", lambda endpoint, server: None)
+    return Monitor(alias, "default", lambda endpoint, server: None)
 
 
-def due(watcher: Watcher) -> float:
+def due(watcher: Monitor) -> float:
     """In how many seconds it looks again, had it just looked."""
     watcher._looked = time.monotonic()
     at = watcher._next(watcher._looked, FIRST_PAUSE)
@@ -44,30 +44,30 @@ def test_a_retry_whose_time_comes_during_a_trial_is_still_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What a trial finds out takes nobody back, so it puts nothing off either."""
-    endpoint = out("replica1", "silent")
+    endpoint = out("replica1", "unresponsive")
     watcher = watcher_of("replica1")
 
-    def ask(self: Watcher, alias: str, is_trial: bool = False) -> None:
+    def ask(self: Monitor, alias: str, is_trial: bool = False) -> None:
         assert is_trial
         endpoint.retry_at = time.monotonic()
 
-    monkeypatch.setattr(Watcher, "_ask", ask)
+    monkeypatch.setattr(Monitor, "_ask", ask)
     watcher._look()
     assert due(watcher) == 0
 
 
 @override_settings(PINNING_RETRY_AFTER=0)
 def test_a_retry_after_no_time_is_no_busy_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Watcher, "_ask", lambda *args: None)
-    monkeypatch.setattr(Watcher, "_reaches", lambda *args: False)
+    monkeypatch.setattr(Monitor, "_ask", lambda *args: None)
+    monkeypatch.setattr(Monitor, "_reaches", lambda *args: False)
     endpoint = out("replica1")
     endpoint.retry_at = time.monotonic()
     watcher = watcher_of("replica1")
     watcher._look()
-    assert endpoint.retry_at - watcher._looked >= HURRY * 0.9
+    assert endpoint.retry_at - watcher._looked >= LAST_REPLICA_RETRY_INTERVAL * 0.9
 
 
-@pytest.mark.parametrize(("weight", "pause"), [(1, SAMPLE_EVERY), (0, HURRY)])
+@pytest.mark.parametrize(("weight", "pause"), [(1, SAMPLE_EVERY), (0, LAST_REPLICA_RETRY_INTERVAL)])
 def test_one_of_weight_0_serves_nobody_meanwhile(weight: int, pause: float) -> None:
     """The primary has the reads of all, so the one that is out is looked at in a hurry."""
     with override_settings(PINNING_REPLICAS={"default": {"replica1": 1, "replica2": weight}}):
@@ -77,7 +77,7 @@ def test_one_of_weight_0_serves_nobody_meanwhile(weight: int, pause: float) -> N
         assert due(watcher_of("replica1")) == pytest.approx(pause)
 
 
-class Leaving(Watcher):
+class Leaving(Monitor):
     """One that leaves for want of work, between being found and being given some."""
 
     def need(self, sampling: bool = False, dating: bool = False) -> bool:
@@ -94,13 +94,13 @@ def test_what_one_that_is_leaving_was_asked_is_done_by_the_next(
     monkeypatch: pytest.MonkeyPatch, work: str
 ) -> None:
     leaving = Leaving("replica1", "default", lambda endpoint, server: None)
-    monkeypatch.setattr(prober, "_watchers", {"replica1": leaving})
+    monkeypatch.setattr(monitor, "_watchers", {"replica1": leaving})
     if work == "sample":
-        prober.sample("default", ("replica1",), leaving.judge)
+        monitor.sample_lag("default", ("replica1",), leaving.judge)
     elif work == "wait_for":
-        prober.wait_for(("replica1",), "default", leaving.judge, 1, lambda: True)
+        monitor.wait_for(("replica1",), "default", leaving.judge, 1, lambda: True)
     else:
-        getattr(prober, work)("replica1", "default", leaving.judge)
+        getattr(monitor, work)("replica1", "default", leaving.judge)
     assert leaving.is_over
-    assert not prober._watchers["replica1"].is_over
-    prober.stop()
+    assert not monitor._watchers["replica1"].is_over
+    monitor.stop()

@@ -8,35 +8,42 @@ from typing import Any
 
 import pytest
 
-from pinning_middleware.servers.server import Endpoint, Identity, Report, Server, Servers, registry
+from pinning_middleware.servers.registry import (
+    Endpoint,
+    Identity,
+    Report,
+    Server,
+    ServerRegistry,
+    registry,
+)
 
 SYSTEM = "ff"
 
 
 @pytest.fixture
-def servers() -> Servers:
-    return Servers()
+def servers() -> ServerRegistry:
+    return ServerRegistry()
 
 
-def meet(servers: Servers, alias: str, started: str = "a", port: int = 1) -> Server:
+def meet(servers: ServerRegistry, alias: str, started: str = "a", port: int = 1) -> Server:
     servers.endpoint(alias)
-    return servers.meet(alias, Identity(started, "10.0.0.1", port), SYSTEM)
+    return servers.register(alias, Identity(started, "10.0.0.1", port), SYSTEM)
 
 
-def replica_says(servers: Servers, server: Server, point: int) -> None:
-    report = Report(True, {f"{SYSTEM}-": point}, hidden=True)
-    servers.take_in(server, report, time.monotonic())
+def replica_says(servers: ServerRegistry, server: Server, point: int) -> None:
+    report = Report(True, {f"{SYSTEM}-": point}, timeline_hidden=True)
+    servers.apply_report(server, report, time.monotonic())
 
 
-def primary_says(servers: Servers, server: Server, end: int, timeline: int = 1) -> None:
+def primary_says(servers: ServerRegistry, server: Server, end: int, timeline: int = 1) -> None:
     position = {f"{SYSTEM}-{timeline}": end}
-    servers.take_in(server, Report(False, position, position), time.monotonic())
+    servers.apply_report(server, Report(False, position, position), time.monotonic())
 
 
 class Hidden:
     """A replica whose role is not told the timeline, and its primary."""
 
-    def __init__(self, servers: Servers) -> None:
+    def __init__(self, servers: ServerRegistry) -> None:
         self._servers = servers
         self.primary = meet(servers, "default", port=1)
         self.replica = meet(servers, "replica", port=2)
@@ -48,7 +55,7 @@ class Hidden:
         return self.replica.position
 
 
-def test_a_primary_dates_a_replica_that_moves_with_it(servers: Servers) -> None:
+def test_a_primary_dates_a_replica_that_moves_with_it(servers: ServerRegistry) -> None:
     hidden = Hidden(servers)
     assert hidden.sandwich(10, 10, 10) == {}
     assert hidden.sandwich(20, 20, 20) == {"ff-1": 20}
@@ -56,7 +63,7 @@ def test_a_primary_dates_a_replica_that_moves_with_it(servers: Servers) -> None:
     assert hidden.sandwich(25, 27, 30) == {"ff-1": 27}
 
 
-def test_one_that_stands_still_is_passed_and_not_dated(servers: Servers) -> None:
+def test_one_that_stands_still_is_passed_and_not_dated(servers: ServerRegistry) -> None:
     """It is ahead on a timeline that was lost, and the new primary's log grows past it."""
     hidden = Hidden(servers)
     for end in range(80, 130, 10):
@@ -65,28 +72,28 @@ def test_one_that_stands_still_is_passed_and_not_dated(servers: Servers) -> None
 
 @pytest.mark.parametrize(("timeline", "known"), [(1, {}), (2, {"ff-2": 10}), (12, {})])
 def test_one_that_is_on_no_older_timeline_is_dated_at_once(
-    servers: Servers, timeline: int, known: dict[str, int]
+    servers: ServerRegistry, timeline: int, known: dict[str, int]
 ) -> None:
     hidden = Hidden(servers)
-    hidden.replica.followed = "2"
+    hidden.replica.checkpoint_timeline = "2"
     assert hidden.sandwich(10, 10, 10, timeline) == known
 
 
-def test_what_is_ahead_or_behind_is_not_dated(servers: Servers) -> None:
+def test_what_is_ahead_or_behind_is_not_dated(servers: ServerRegistry) -> None:
     hidden = Hidden(servers)
     hidden.sandwich(10, 10, 10)
     assert hidden.sandwich(20, 15, 30) == {}
     assert hidden.sandwich(20, 35, 30) == {}
 
 
-def test_an_answer_counts_only_from_before_and_after(servers: Servers) -> None:
+def test_an_answer_counts_only_from_before_and_after(servers: ServerRegistry) -> None:
     hidden = Hidden(servers)
     hidden.sandwich(10, 10, 10)
     replica_says(servers, hidden.replica, 20)
     assert hidden.replica.position == {}
 
 
-def test_a_promotion_in_between_dates_nothing(servers: Servers) -> None:
+def test_a_promotion_in_between_dates_nothing(servers: ServerRegistry) -> None:
     hidden = Hidden(servers)
     hidden.sandwich(10, 10, 10)
     primary_says(servers, hidden.primary, 20, timeline=1)
@@ -95,73 +102,73 @@ def test_a_promotion_in_between_dates_nothing(servers: Servers) -> None:
     assert hidden.replica.position == {}
 
 
-def test_a_restart_makes_another_server_with_a_floor(servers: Servers) -> None:
+def test_a_restart_makes_another_server_with_a_floor(servers: ServerRegistry) -> None:
     before = meet(servers, "replica", "monday")
-    servers.take_in(before, Report(True, {"ff-1": 100}), time.monotonic())
+    servers.apply_report(before, Report(True, {"ff-1": 100}), time.monotonic())
     after = meet(servers, "replica", "tuesday")
     assert after is not before
     assert after.position == {}
-    assert after.floor == {"ff-1": 100}
+    assert after.minimum_position == {"ff-1": 100}
     assert servers.endpoint("replica").server is after
     # It never got that far: the floor stays.
     again = meet(servers, "replica", "wednesday")
-    assert again.floor == {"ff-1": 100}
+    assert again.minimum_position == {"ff-1": 100}
 
 
-def test_the_same_server_is_the_same(servers: Servers) -> None:
+def test_the_same_server_is_the_same(servers: ServerRegistry) -> None:
     assert meet(servers, "replica") is meet(servers, "replica") is meet(servers, "other")
 
 
-def test_an_alias_may_lead_to_several(servers: Servers) -> None:
+def test_an_alias_may_lead_to_several(servers: ServerRegistry) -> None:
     one, other = meet(servers, "pool", port=1), meet(servers, "pool", port=2)
     endpoint = servers.endpoint("pool")
     assert endpoint.server is None
-    assert set(endpoint.current) == {one, other}
-    servers.mark(one, "silent", 10)
-    assert endpoint.out == ""
-    servers.mark(other, "lag", 10)
-    assert endpoint.out
-    servers.mark(one, "")
-    assert endpoint.out == ""
+    assert set(endpoint.recent_servers) == {one, other}
+    servers.set_status(one, "unresponsive", 10)
+    assert endpoint.out_of_rotation == ""
+    servers.set_status(other, "lag", 10)
+    assert endpoint.out_of_rotation
+    servers.set_status(one, "")
+    assert endpoint.out_of_rotation == ""
 
 
-def test_listeners_hear_of_news_only(servers: Servers) -> None:
+def test_listeners_hear_of_news_only(servers: ServerRegistry) -> None:
     heard: list[str] = []
-    servers.listeners.append(lambda endpoint: heard.append(endpoint.out))
+    servers.listeners.append(lambda endpoint: heard.append(endpoint.out_of_rotation))
     endpoint = servers.endpoint("replica", "default")
-    servers.fail(endpoint, "connect", 10, "refused")
-    servers.fail(endpoint, "connect", 10, "refused")
-    assert (endpoint.error, endpoint.suspect) == ("refused", True)
-    servers.succeed(endpoint)
-    servers.succeed(endpoint)
-    assert heard == ["connect", ""]
+    servers.mark_down(endpoint, "unreachable", 10, "refused")
+    servers.mark_down(endpoint, "unreachable", 10, "refused")
+    assert (endpoint.error, endpoint.must_reidentify) == ("refused", True)
+    servers.mark_up(endpoint)
+    servers.mark_up(endpoint)
+    assert heard == ["unreachable", ""]
 
 
-def test_positions_only_grow(servers: Servers) -> None:
+def test_positions_only_grow(servers: ServerRegistry) -> None:
     server = meet(servers, "replica")
     for point in (10, 30, 20):
-        servers.take_in(server, Report(True, {"ff-1": point}), time.monotonic())
+        servers.apply_report(server, Report(True, {"ff-1": point}), time.monotonic())
     assert server.position == {"ff-1": 30}
 
 
-def test_a_timeline_that_nobody_could_tell_counts_for_nothing(servers: Servers) -> None:
+def test_a_timeline_that_nobody_could_tell_counts_for_nothing(servers: ServerRegistry) -> None:
     server = meet(servers, "replica")
-    servers.take_in(server, Report(True, {"ff-": 30}), time.monotonic())
+    servers.apply_report(server, Report(True, {"ff-": 30}), time.monotonic())
     assert server.position == {}
 
 
 def test_what_was_known_before_the_settings_changed_says_nothing_more(
-    servers: Servers, caplog: pytest.LogCaptureFixture
+    servers: ServerRegistry, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Who looked at it then, and fails only now, takes nobody out."""
     before = servers.endpoint("replica", "default")
     servers.clear()
     heard: list[Endpoint] = []
     servers.listeners.append(heard.append)
-    servers.fail(before, "connect", 10, "refused")
+    servers.mark_down(before, "unreachable", 10, "refused")
     assert (heard, caplog.messages) == ([], [])
-    servers.fail(servers.endpoint("replica", "default"), "connect", 10, "refused")
-    assert [endpoint.out for endpoint in heard] == ["connect"]
+    servers.mark_down(servers.endpoint("replica", "default"), "unreachable", 10, "refused")
+    assert [endpoint.out_of_rotation for endpoint in heard] == ["unreachable"]
     assert len(caplog.messages) == 1
 
 
@@ -174,60 +181,60 @@ def test_a_fork_in_the_middle_of_a_meeting_leaves_no_lock_behind() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_who_is_met_after_the_settings_changed_is_nobody_s(servers: Servers) -> None:
+def test_who_is_met_after_the_settings_changed_is_nobody_s(servers: ServerRegistry) -> None:
     """An alias that is made anew by who was asking would be a pool of its own."""
     servers.endpoint("replica", "default")
     servers.clear()
-    met = servers.meet("replica", Identity("a", "10.0.0.1", 1), SYSTEM)
-    assert servers.find(met.identity) is None
+    met = servers.register("replica", Identity("a", "10.0.0.1", 1), SYSTEM)
+    assert servers.get(met.identity) is None
     assert servers.endpoint("replica", "default").pool == "default"
-    assert servers.endpoint("replica").current == []
+    assert servers.endpoint("replica").recent_servers == []
 
 
-def test_two_at_one_address_are_two(servers: Servers) -> None:
+def test_two_at_one_address_are_two(servers: ServerRegistry) -> None:
     """Containers of two hosts, behind one balancer."""
     older = meet(servers, "replica", "1000.5")
-    servers.take_in(older, Report(True, {"ff-1": 100}), time.monotonic())
+    servers.apply_report(older, Report(True, {"ff-1": 100}), time.monotonic())
     # As long as the older one is not met again, it may have been restarted.
     younger = meet(servers, "replica", "2000.25")
-    assert younger.floor == {"ff-1": 100}
+    assert younger.minimum_position == {"ff-1": 100}
     again = meet(servers, "replica", "1000.5")
-    assert (younger.floor, again.floor) == ({}, {})
+    assert (younger.minimum_position, again.minimum_position) == ({}, {})
     for started in ("2000.25", "1000.5", "2000.25"):
         meet(servers, "replica", started)
-    assert servers.endpoint("replica").current == [younger, again]
-    assert (younger.floor, again.floor) == ({}, {})
+    assert servers.endpoint("replica").recent_servers == [younger, again]
+    assert (younger.minimum_position, again.minimum_position) == ({}, {})
     # One of them is restarted: it may have been either.
     for server, point in ((younger, 200), (again, 300)):
-        servers.take_in(server, Report(True, {"ff-1": point}), time.monotonic())
+        servers.apply_report(server, Report(True, {"ff-1": point}), time.monotonic())
     restarted = meet(servers, "replica", "3000.0")
     assert servers.endpoint("replica").server is restarted
-    assert restarted.floor == {"ff-1": 300}
+    assert restarted.minimum_position == {"ff-1": 300}
     # It was the younger one, since the older is still there.
     meet(servers, "replica", "1000.5")
-    assert restarted.floor == {"ff-1": 200}
+    assert restarted.minimum_position == {"ff-1": 200}
 
 
-def test_a_restart_is_noticed_by_every_alias_that_leads_there(servers: Servers) -> None:
+def test_a_restart_is_noticed_by_every_alias_that_leads_there(servers: ServerRegistry) -> None:
     for alias in ("replica", "other"):
         before = meet(servers, alias, "1000.0")
-    servers.take_in(before, Report(True, {"ff-1": 100}), time.monotonic())
+    servers.apply_report(before, Report(True, {"ff-1": 100}), time.monotonic())
     for alias in ("replica", "other"):
         after = meet(servers, alias, "2000.0")
         assert servers.endpoint(alias).server is after
-    assert after.floor == {"ff-1": 100}
+    assert after.minimum_position == {"ff-1": 100}
 
 
 @pytest.mark.parametrize(("point", "is_back"), [(99, False), (100, True), (101, True)])
 def test_without_a_primary_a_restarted_replica_s_own_word_is_enough(
-    servers: Servers, point: int, is_back: bool
+    servers: ServerRegistry, point: int, is_back: bool
 ) -> None:
     """To serve again, not for a pin: nobody can tell the timeline."""
     before = meet(servers, "replica", "1.0")
-    servers.take_in(before, Report(True, {"ff-1": 100}), time.monotonic())
+    servers.apply_report(before, Report(True, {"ff-1": 100}), time.monotonic())
     after = meet(servers, "replica", "2.0")
-    assert not after.is_back_at(after.floor)
-    servers.take_in(after, Report(True, {"ff-": point}), time.monotonic())
-    assert after.is_back_at(after.floor) is is_back
-    assert not after.is_back_at({"ee-1": 1})
+    assert not after.reached_without_timeline(after.minimum_position)
+    servers.apply_report(after, Report(True, {"ff-": point}), time.monotonic())
+    assert after.reached_without_timeline(after.minimum_position) is is_back
+    assert not after.reached_without_timeline({"ee-1": 1})
     assert after.position == {}

@@ -12,11 +12,11 @@ from django.core.management import call_command
 from django.db import connections
 from django.test import override_settings
 
-from pinning_middleware import counters
-from pinning_middleware.management import asking
+from pinning_middleware.management import poll
 from pinning_middleware.management.commands import pinning_check, pinning_status
 from pinning_middleware.stats import DEGRADED, DOWN, ServerState
 from pinning_middleware.testing import replicas
+from pinning_middleware.utils import counters
 
 ALIASES = ["default", "replica1", "replica2"]
 pytestmark = pytest.mark.django_db(databases=ALIASES, transaction=True)
@@ -55,7 +55,7 @@ WELL = PRIMARY._replace(
 OUT = WELL._replace(
     alias="replica2",
     state="out",
-    reason="connect",
+    reason="unreachable",
     retry_in=9.6,
     age=None,
     behind_bytes=646160,
@@ -68,7 +68,7 @@ OUT = WELL._replace(
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[ServerState]:
     """What asking tells, however often."""
     found = [PRIMARY, WELL, OUT]
-    monkeypatch.setattr(asking.Asker, "ask", lambda self: list(found))
+    monkeypatch.setattr(poll.Asker, "ask", lambda self: list(found))
     return found
 
 
@@ -145,7 +145,7 @@ def test_watch(rows: list[ServerState], three_times: list[float]) -> None:
 def test_exit_statuses(rows: list[ServerState]) -> None:
     del rows[2]
     assert run("pinning_status")[0] == 0
-    rows[0] = rows[0]._replace(state="out", reason="silent")
+    rows[0] = rows[0]._replace(state="out", reason="unresponsive")
     assert run("pinning_status")[0] == DOWN
 
 
@@ -162,7 +162,7 @@ def test_a_database_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     code, text = run("pinning_status", "--json")
     assert code == DEGRADED
     found = {row["alias"]: row for row in json.loads(text)["servers"]}
-    assert (found["replica1"]["state"], found["replica1"]["reason"]) == ("out", "connect")
+    assert (found["replica1"]["state"], found["replica1"]["reason"]) == ("out", "unreachable")
     assert "unable to open" in found["replica1"]["error"]
 
 

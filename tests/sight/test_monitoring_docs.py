@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import pytest
 
 import pinning_middleware
-from pinning_middleware import reasons, signals, stats, status_page
-from pinning_middleware.management import live
+from pinning_middleware import signals, stats, status_page
+from pinning_middleware.management import live_check
 from pinning_middleware.management.commands import pinning_check, pinning_status
+from pinning_middleware.reasons import Reason
 
 FOLDER = Path(pinning_middleware.__file__).parent
 # The package may be an installed one; the page is the checkout's.
@@ -85,7 +86,7 @@ def _line(node: ast.Call, loggers: dict[str, Any], named: dict[str, Any]) -> Lin
             if isinstance(message, ast.Constant):
                 known = LEVELS.get(level, level.upper())
                 return Line(loggers[name], known, str(message.value), extra)
-        case ast.Name(id="once_a_minute"):
+        case ast.Name(id="log_rate_limited"):
             logger, how, _, message = node.args[:4]
             if isinstance(logger, ast.Name) and isinstance(message, ast.Constant):
                 level = ast.unparse(how).rpartition(".")[2]
@@ -148,7 +149,7 @@ def test_what_is_counted() -> None:
         *the("fallbacks")["reads"]["default"]["replica1"]["10.0.0.2:5432"],
         *the("fallbacks")["fallbacks"]["default"],
     ]
-    assert set(named) <= set(reasons.ALL)
+    assert set(named) <= set(Reason)
 
 
 def test_the_rows_of_the_status() -> None:
@@ -162,9 +163,9 @@ def test_the_rows_of_the_status() -> None:
 def test_the_check() -> None:
     pool = the("checks")["pools"]["default"]
     (found,) = pool["replicas"]
-    assert tuple(found) == live.Finding._fields
-    assert tuple(found["moments"][0]) == (*live.Moment._fields, "is_true")
-    assert tuple(pool["missing_rights"][0]) == live.Right._fields
+    assert tuple(found) == live_check.Finding._fields
+    assert tuple(found["moments"][0]) == (*live_check.Moment._fields, "is_true")
+    assert tuple(pool["missing_rights"][0]) == live_check.Right._fields
     source = inspect.getsource(pinning_check)
     assert all(f'"{name}"' in source for name in [*the("checks"), *the("checks")["checks"][0]])
 

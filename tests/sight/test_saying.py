@@ -5,19 +5,21 @@ import logging
 import pytest
 from freezegun.api import FrozenDateTimeFactory
 
-from pinning_middleware import saying
-from pinning_middleware.saying import once_a_minute
+from pinning_middleware.utils import logging as rate_limit
+from pinning_middleware.utils.logging import log_rate_limited
 
 logger = logging.getLogger("pinning_middleware.sight_tests")
 
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saying, "_said", {})
+    monkeypatch.setattr(rate_limit, "_said", {})
 
 
 def say(key: object = "a", level: int = logging.WARNING) -> bool:
-    return once_a_minute(logger, level, key, "%s is out", "replica1", extra={"alias": "replica1"})
+    return log_rate_limited(
+        logger, level, key, "%s is out", "replica1", extra={"alias": "replica1"}
+    )
 
 
 def test_a_state_is_said_once_a_minute(
@@ -48,15 +50,15 @@ def test_what_nobody_listens_to_is_not_remembered(caplog: pytest.LogCaptureFixtu
 
 
 def test_only_so_many_states_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saying, "MOST", 2)
+    monkeypatch.setattr(rate_limit, "MOST", 2)
     for key in "abc":
         say(key)
-    assert len(saying._said) == 2
+    assert len(rate_limit._said) == 2
     assert say("a")
     assert not say("c")
 
 
 def test_an_error_may_come_along(caplog: pytest.LogCaptureFixture) -> None:
     error = OSError("gone")
-    assert once_a_minute(logger, logging.ERROR, "a", "It broke", exc_info=error)
+    assert log_rate_limited(logger, logging.ERROR, "a", "It broke", exc_info=error)
     assert "OSError: gone" in caplog.text

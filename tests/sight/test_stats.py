@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from django.test import override_settings
 
-from pinning_middleware import counters, reasons, signals, stats
+from pinning_middleware import signals, stats
+from pinning_middleware.reasons import Reason
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.servers.server import Identity, Report, Server, registry
+from pinning_middleware.servers.registry import Identity, Report, Server, registry
 from pinning_middleware.stats import DEGRADED, DOWN, WELL, ServerState
+from pinning_middleware.utils import counters
 from tests.app.models import Book
 
 
@@ -42,8 +44,8 @@ def row(alias: str) -> ServerState:
 
 def meet(alias: str, address: str = "10.0.0.1", port: int = 5432, **known: Any) -> Server:
     """Let a server be known at an alias; how the settings' SQLite would never be."""
-    server = registry.meet(alias, Identity("today", address, port), "cluster")
-    server.told = time.monotonic()
+    server = registry.register(alias, Identity("today", address, port), "cluster")
+    server.last_probed = time.monotonic()
     for name, value in known.items():
         setattr(server, name, value)
     return server
@@ -58,7 +60,7 @@ def test_before_anything_is_known() -> None:
     ]
     one = row("replica1")
     assert one.address.endswith("replica1.sqlite3")
-    assert (one.role, one.since, one.weight, one.reads, one.error) == (None, None, 1, 0, "")
+    assert (one.role, one.status_since, one.weight, one.reads, one.error) == (None, None, 1, 0, "")
     assert (one.position, one.behind_bytes, one.lag, one.age, one.retry_in) == (None,) * 5
 
 
@@ -75,21 +77,21 @@ def test_several_servers_behind_one_alias() -> None:
     pools()
     meet("replica1", "10.0.0.1", lag=0.5, is_replica=True)
     lagging = meet("replica1", "10.0.0.2", is_replica=True)
-    registry.mark(lagging, "lag")
-    counters.reads["default", "replica1", lagging, reasons.TURN] += 3
+    registry.set_status(lagging, "lag")
+    counters.reads["default", "replica1", lagging, Reason.ROUND_ROBIN] += 3
     first, second = [each for each in stats.servers() if each.alias == "replica1"]
     assert (first.address, first.state, first.reason, first.lag) == ("10.0.0.1:5432", "in", "", 0.5)
     assert (second.address, second.state, second.reason) == ("10.0.0.2:5432", "out", "lag")
     assert (first.reads, second.reads) == (0, 3)
-    assert second.since == pytest.approx(time.time(), abs=5)
+    assert second.status_since == pytest.approx(time.time(), abs=5)
 
 
 def test_an_endpoint_that_leads_nowhere() -> None:
     pools()
     meet("replica1", is_replica=True)
-    registry.fail(registry.endpoint("replica1", "default"), "connect", 10, "refused")
+    registry.mark_down(registry.endpoint("replica1", "default"), "unreachable", 10, "refused")
     out = row("replica1")
-    assert (out.state, out.reason, out.error) == ("out", "connect", "refused")
+    assert (out.state, out.reason, out.error) == ("out", "unreachable", "refused")
     assert out.retry_in is not None
     assert 9 < out.retry_in < 13
 
@@ -100,8 +102,8 @@ def test_drained_unless_something_is_wrong() -> None:
         assert row("replica2").state == "unknown"
         meet("replica2", is_replica=True)
         assert row("replica2")[5:7] == ("out", "drained")
-        registry.fail(registry.endpoint("replica2", "default"), "silent", 10, "")
-        assert row("replica2").reason == "silent"
+        registry.mark_down(registry.endpoint("replica2", "default"), "unresponsive", 10, "")
+        assert row("replica2").reason == "unresponsive"
 
 
 @pytest.mark.parametrize(
@@ -118,8 +120,8 @@ def test_positions_as_the_database_writes_them(
     vendor: str, system: str, way: int, position: dict[str, int], text: str | None
 ) -> None:
     server = Server(Identity("today", "10.0.0.1", 1), system)
-    server.way = way
-    server.saw(Report(True, position), time.monotonic())
+    server.strategy = way
+    server.apply_report(Report(True, position), time.monotonic())
     assert stats.format_position(server, vendor) == text
 
 
@@ -127,13 +129,13 @@ def test_how_far_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stats, "_vendor", lambda alias: "postgresql")
     pools()
     primary, replica = meet("default", "10.0.0.9"), meet("replica1")
-    primary.saw(Report(False, {"c-1": 5000}, {"c-1": 5000}), time.monotonic())
-    replica.saw(Report(True, {"c-1": 4000}), time.monotonic())
+    primary.apply_report(Report(False, {"c-1": 5000}, {"c-1": 5000}), time.monotonic())
+    replica.apply_report(Report(True, {"c-1": 4000}), time.monotonic())
     assert row("replica1").behind_bytes == 1000
     assert row("default").behind_bytes is None
     assert row("replica1").role == "replica"
     assert row("default").role == "primary"
-    replica.saw(Report(True, {"c-1": 6000}), time.monotonic())
+    replica.apply_report(Report(True, {"c-1": 6000}), time.monotonic())
     assert row("replica1").behind_bytes == 0
 
 
@@ -148,23 +150,23 @@ def test_an_address_of_version_six() -> None:
 
 def test_signals_are_counted() -> None:
     for _ in range(2):
-        signals.primary_fallback.send("default", served="default", reason="behind")
-    signals.read_rerun.send(
+        signals.fell_back_to_primary.send("default", served="default", reason="not_caught_up")
+    signals.read_retried.send(
         "default", failed="replica1", served="replica2", error=OSError("gone\nfor good")
     )
-    signals.replica_waited.send("default", replica="replica1", seconds=0.25, reached=True)
-    signals.replica_waited.send("default", replica="replica1", seconds=0.5, reached=False)
-    signals.replica_left_out.send("default", replica="replica1", reason="connect", seconds=10)
-    signals.replica_taken_back.send("default", replica="replica1")
+    signals.replica_wait_finished.send("default", replica="replica1", seconds=0.25, reached=True)
+    signals.replica_wait_finished.send("default", replica="replica1", seconds=0.5, reached=False)
+    signals.replica_removed.send("default", replica="replica1", reason="unreachable", seconds=10)
+    signals.replica_restored.send("default", replica="replica1")
     known = stats.get_stats()
-    assert known["fallbacks"] == {"default": {"behind": 2}}
+    assert known["fallbacks"] == {"default": {"not_caught_up": 2}}
     assert known["reruns"] == {"default": {"replica1": {"replica2": 1}}}
     assert known["waits"] == {"default": {"count": 2, "reached": 1, "seconds": 0.75}}
     assert [event[1:] for event in stats.recent] == [
-        ("primary_fallback", "default", "", "default", "behind", 2),
-        ("read_rerun", "default", "replica1", "replica2", "gone", 1),
-        ("replica_left_out", "default", "replica1", "", "connect", 1),
-        ("replica_taken_back", "default", "replica1", "", "", 1),
+        ("fell_back_to_primary", "default", "", "default", "not_caught_up", 2),
+        ("read_retried", "default", "replica1", "replica2", "gone", 1),
+        ("replica_removed", "default", "replica1", "", "unreachable", 1),
+        ("replica_restored", "default", "replica1", "", "", 1),
     ]
 
 
@@ -179,10 +181,10 @@ def test_pins_and_tokens() -> None:
 def test_it_is_json() -> None:
     pools()
     server = meet("replica1")
-    counters.reads["default", "replica1", server, reasons.TURN] += 1
-    counters.reads["default", "replica1", None, reasons.TURN] += 2
+    counters.reads["default", "replica1", server, Reason.ROUND_ROBIN] += 1
+    counters.reads["default", "replica1", None, Reason.ROUND_ROBIN] += 2
     assert json.loads(json.dumps(stats.get_stats()))["reads"] == {
-        "default": {"replica1": {"10.0.0.1:5432": {"turn": 1}, "": {"turn": 2}}}
+        "default": {"replica1": {"10.0.0.1:5432": {"round_robin": 1}, "": {"round_robin": 2}}}
     }
     assert json.loads(json.dumps([each._asdict() for each in stats.servers()]))
 
@@ -202,14 +204,14 @@ WELL_PRIMARY, WELL_REPLICA = state("primary"), state("replica")
     [
         ([], WELL),
         ([WELL_PRIMARY, WELL_REPLICA], WELL),
-        ([WELL_PRIMARY, WELL_REPLICA, state("replica", "out", reason="connect")], DEGRADED),
+        ([WELL_PRIMARY, WELL_REPLICA, state("replica", "out", reason="unreachable")], DEGRADED),
         ([WELL_PRIMARY, WELL_REPLICA, state("replica", "out", reason="drained")], WELL),
         ([WELL_PRIMARY, WELL_REPLICA, state("replica", "unknown")], DEGRADED),
         ([WELL_PRIMARY, WELL_REPLICA, state("replica", lag=14.0)], WELL),
         ([WELL_PRIMARY, WELL_REPLICA, state("replica", lag=16.0)], DEGRADED),
         ([WELL_PRIMARY, WELL_REPLICA, state("replica", error="paused")], DEGRADED),
         ([WELL_PRIMARY, state("replica", "out", reason="drained")], DOWN),
-        ([state("primary", "out", reason="silent"), WELL_REPLICA], DOWN),
+        ([state("primary", "out", reason="unresponsive"), WELL_REPLICA], DOWN),
         ([WELL_PRIMARY._replace(role="replica"), WELL_REPLICA], DOWN),
         ([WELL_PRIMARY], DOWN),
     ],

@@ -17,9 +17,11 @@ from django.test.utils import CaptureQueriesContext
 from freezegun.api import FrozenDateTimeFactory
 
 import pinning_middleware
-from pinning_middleware import counters, reasons, signals, stats, status_page
+from pinning_middleware import signals, stats, status_page
+from pinning_middleware.reasons import Reason
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.servers.server import registry
+from pinning_middleware.servers.registry import registry
+from pinning_middleware.utils import counters
 
 pytestmark = pytest.mark.django_db(databases=["default", "replica1", "replica2"], transaction=True)
 
@@ -158,24 +160,27 @@ def test_the_page_reads_the_user_from_the_primary(staff: Client) -> None:
 
 def test_servers_reads_and_events(staff: Client) -> None:
     pools()
-    registry.fail(registry.endpoint("replica1", "default"), "connect", 10, "<refused>")
-    counters.reads["default", "replica2", None, reasons.TURN] += 3
-    signals.primary_fallback.send("default", served="default", reason="no_replica")
+    registry.mark_down(registry.endpoint("replica1", "default"), "unreachable", 10, "<refused>")
+    counters.reads["default", "replica2", None, Reason.ROUND_ROBIN] += 3
+    signals.fell_back_to_primary.send("default", served="default", reason="no_replica")
     html = staff.get(PAGE).content.decode()
     assert "default: 1 of 2 replicas serve. replica1 cannot be connected to." in html
     assert 'class="summary degraded"' in html
     assert "&lt;refused&gt;" in html
     assert re.search(r"<b>turn</b> <span>a replica, by turns</span></th>\s*<td[^>]*>3</td>", html)
-    assert reasons.MEANINGS[reasons.NO_REPLICA] in html
+    assert Reason.NO_REPLICA.description in html
     known = staff.get(DATA).json()
     assert {server["alias"]: server["state"] for server in known["servers"]} == {
         "default": "in",
         "replica1": "out",
         "replica2": "in",
     }
-    assert known["by_reason"][0]["name"] == "turn"
+    assert known["by_reason"][0]["name"] == "round_robin"
     assert known["by_server"][2]["reads"] == 3
-    assert [event["kind"] for event in known["events"]] == ["primary_fallback", "replica_left_out"]
+    assert [event["kind"] for event in known["events"]] == [
+        "fell_back_to_primary",
+        "replica_removed",
+    ]
 
 
 def test_a_site_without_replicas(staff: Client) -> None:
@@ -186,11 +191,11 @@ def test_a_site_without_replicas(staff: Client) -> None:
 
 
 def test_every_reason_has_words() -> None:
-    assert set(reasons.MEANINGS) == {*reasons.ALL, reasons.EXPLICIT}
+    assert all(reason.description for reason in Reason)
 
 
 def test_every_event_has_words() -> None:
-    known = {"primary_fallback", "read_rerun", "replica_left_out", "replica_taken_back"}
+    known = {"fell_back_to_primary", "read_retried", "replica_removed", "replica_restored"}
     assert set(status_page.EVENTS) == known
 
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import assert_type
 
 from pinning_middleware import (
-    carry_scope,
     ignore_writes,
     is_pinned,
     pinning_scope,
+    propagate_scope,
     use_primary,
     use_replica,
 )
@@ -35,5 +35,5 @@ async def check() -> None:
     assert_type(is_pinned(using="default"), bool)
     with use_primary("default"), pinning_scope() as scope:
         assert_type(scope.token, str | None)
-    work: Callable[[int], str] = carry_scope(bare)
+    work: Callable[[int], str] = propagate_scope(bare)
     assert_type(work(1), str)

@@ -6,8 +6,8 @@ from typing import Any
 import pglast
 import pytest
 
-from pinning_middleware.writes import sql as sql_module
-from pinning_middleware.writes.sql import Kind, alters_session, kind_of, table_of
+from pinning_middleware import sql as sql_module
+from pinning_middleware.sql import Kind, alters_session, kind_of, table_of
 
 NEITHER, READ, LOCK, WRITE = Kind
 VENDORS = ("postgresql", "mysql", "sqlite", "microsoft", "oracle", "")

@@ -19,10 +19,9 @@ from typing import Any
 
 from django.db import DEFAULT_DB_ALIAS
 
+from pinning_middleware.contrib.multidb.pinning import db_write, this_thread_is_pinned
 from pinning_middleware.routers import PinningRouter
 from pinning_middleware.routing.pools import pools
-
-from .pinning import db_write, this_thread_is_pinned
 
 __all__ = [
     "DEFAULT_DB_ALIAS",

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import iscoroutinefunction, sync_to_async
 
+from pinning_middleware.api import pin_this_request
 from pinning_middleware.conf import conf
+from pinning_middleware.contrib.multidb.pinning import pin_this_thread, unpin_this_thread
 from pinning_middleware.middleware import PinningMiddleware
 from pinning_middleware.pins import Pin
-from pinning_middleware.routing.leaving import left_behind
+from pinning_middleware.routing.outgoing import outgoing_pins
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.scope import Scope, current_scope, enter
-from pinning_middleware.verbs import pin_this_request
-
-from .pinning import pin_this_thread, unpin_this_thread
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
@@ -75,7 +74,7 @@ class PinningRouterMiddleware(PinningMiddleware):
 
     def process_request(self, request: HttpRequest) -> HttpResponseBase | None:
         """Take up the pin of a cookie without a position or an end."""
-        if not _is_ours(request):
+        if not _needs_timeout(request):
             _begin(request)
         if request.COOKIES.get(conf.cookie_name) == _YES:
             # The older cookie does not say since when, so it may be since now.
@@ -89,8 +88,8 @@ class PinningRouterMiddleware(PinningMiddleware):
         """Pin what follows a response that somebody has marked."""
         if getattr(response, "_db_write", False):
             pin_this_request()
-        if not _is_ours(request):
-            pins = left_behind(current_scope())
+        if not _needs_timeout(request):
+            pins = outgoing_pins(current_scope())
             for store in conf.stores if pins else ():
                 store.save(request, response, pins)
         return response
@@ -113,7 +112,7 @@ class PinningRouterMiddleware(PinningMiddleware):
         return await sync_to_async(hook)(*args)
 
 
-def _is_ours(request: HttpRequest) -> bool:
+def _needs_timeout(request: HttpRequest) -> bool:
     """Return whether ``__call__`` has opened the scope that this request is in."""
     return hasattr(request, "_pinning_is_inside")
 

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 from asgiref.sync import iscoroutinefunction
 from django.db import DEFAULT_DB_ALIAS
 
-from pinning_middleware.blocks import Block
-from pinning_middleware.scopes.blocks import Kind, open_blocks, override
+from pinning_middleware.api import is_pinned, pin_this_request, unpin_this_request
+from pinning_middleware.decorators import Block
+from pinning_middleware.scopes.overrides import Kind, open_blocks, override
 from pinning_middleware.scopes.scope import current_scope, entered_scope
-from pinning_middleware.verbs import is_pinned, pin_this_request, unpin_this_request
 
 __all__ = [
     "db_write",

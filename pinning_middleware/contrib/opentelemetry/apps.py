@@ -15,6 +15,6 @@ class OpenTelemetryConfig(AppConfig):
         except ModuleNotFoundError:
             # One list of apps for every machine, also for those without it.
             return
-        from .instruments import instrument
+        from pinning_middleware.contrib.opentelemetry.instruments import instrument
 
         instrument()

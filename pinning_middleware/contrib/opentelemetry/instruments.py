@@ -14,10 +14,10 @@ from typing import Any, Final
 from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation, get_meter
 from opentelemetry.trace import TracerProvider, get_tracer
 
-from pinning_middleware import counters, stats
-from pinning_middleware.signals import replica_waited
-
-from .spans import annotate, waits
+from pinning_middleware import stats
+from pinning_middleware.contrib.opentelemetry.spans import annotate, waits
+from pinning_middleware.signals import replica_wait_finished
+from pinning_middleware.utils import counters
 
 __all__ = ["Instruments", "instrument"]
 
@@ -53,13 +53,13 @@ class Instruments:
         """Watch reads and waits from now on. Again changes nothing."""
         if annotate not in counters.observers:
             counters.observers.append(annotate)
-        replica_waited.connect(self._waited, weak=False, dispatch_uid=NAME)
+        replica_wait_finished.connect(self._waited, weak=False, dispatch_uid=NAME)
 
     def stop(self) -> None:
         """Leave reads and waits alone."""
         if annotate in counters.observers:
             counters.observers.remove(annotate)
-        replica_waited.disconnect(self._waited, dispatch_uid=NAME)
+        replica_wait_finished.disconnect(self._waited, dispatch_uid=NAME)
 
     def _waited(
         self, sender: str, replica: str, seconds: float, reached: bool, **kwargs: Any

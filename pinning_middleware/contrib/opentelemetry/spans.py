@@ -14,7 +14,7 @@ from typing import Any, Final
 from opentelemetry.trace import SpanKind, Tracer, get_current_span
 from opentelemetry.util.types import AttributeValue
 
-from pinning_middleware.counters import Read
+from pinning_middleware.utils.counters import Read
 
 __all__ = ["annotate", "waits"]
 
@@ -56,7 +56,7 @@ def _place(read: Read) -> tuple[str, int]:
 
 
 def waits(tracer: Tracer) -> Callable[..., None]:
-    """Return a receiver of ``replica_waited`` that makes a span of each wait in a trace."""
+    """Return a receiver of ``replica_wait_finished`` that makes a span of each wait in a trace."""
 
     def receive(sender: str, replica: str, seconds: float, reached: bool, **kwargs: Any) -> None:
         if not get_current_span().is_recording():

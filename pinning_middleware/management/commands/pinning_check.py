@@ -16,11 +16,11 @@ from django.core.checks import ERROR, WARNING, CheckMessage, run_checks
 from django.core.management.base import BaseCommand, CommandError
 from django.db import Error
 
-from pinning_middleware.checks.values import TAG
+from pinning_middleware.checks.settings import TAG
 from pinning_middleware.conf import conf
-from pinning_middleware.management.asking import Asker, quiet
-from pinning_middleware.management.live import Finding, Right, missing_rights, try_pool
-from pinning_middleware.routing.decider import Pool
+from pinning_middleware.management.live_check import Finding, Right, missing_rights, try_pool
+from pinning_middleware.management.poll import Asker, quiet
+from pinning_middleware.routing.policy import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.stats import DEGRADED, DOWN
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 from django.core.management.base import BaseCommand
 
 from pinning_middleware.conf import conf
-from pinning_middleware.management.asking import Asker, quiet
+from pinning_middleware.management.poll import Asker, quiet
 from pinning_middleware.stats import (
     DEGRADED,
     DOWN,
@@ -35,7 +35,7 @@ WORDS: Final = {0: "well", DEGRADED: "degraded", DOWN: "down"}
 
 class Command(BaseCommand):
     help = (
-        "Ask every database of every pool, and say what it is, whether reads go there and how far "
+        "Query every database of every pool, and say what it is, whether reads go there and how far "
         "it is. Exit status: 0 all is well, 1 degraded, 2 a pool has no usable replica or its "
         "primary is out."
     )
@@ -54,7 +54,7 @@ class Command(BaseCommand):
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
-        """Ask, print, and again with ``--watch``; the exit status is that of the last answer."""
+        """Query, print, and again with ``--watch``; the exit status is that of the last answer."""
         status, watch = 0, options["watch"]
         with quiet(), Asker() as asker, contextlib.suppress(KeyboardInterrupt):
             while True:

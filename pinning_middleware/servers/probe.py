@@ -20,53 +20,65 @@ from django.db import DatabaseError, InterfaceError, OperationalError
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.conf import conf, on_change
-
-from .links import Link
-from .positions import Ask, CannotTell, Family, Row, Who, family_of
-from .server import Endpoint, Identity, Report, Server, registry
-from .silence import Silent, begin, end, listen_to
+from pinning_middleware.reasons import Fault
+from pinning_middleware.servers.connection_state import ConnectionState
+from pinning_middleware.servers.dialects import (
+    Dialect,
+    Identification,
+    PositionUnavailable,
+    Query,
+    Row,
+    dialect_for,
+)
+from pinning_middleware.servers.liveness import (
+    ServerUnresponsive,
+    clear_deadline,
+    start_deadline,
+    watch_waits,
+)
+from pinning_middleware.servers.registry import Endpoint, Identity, Report, Server, registry
 
 __all__ = [
-    "FAILURES",
-    "Seen",
-    "asking",
-    "endpoint_of",
-    "hurried",
-    "link_of",
-    "look",
-    "may_ask",
-    "one_node",
+    "CONNECTION_ERRORS",
+    "ProbeResult",
+    "endpoint_for",
+    "failover_disabled",
+    "probe",
+    "probing",
+    "probing_allowed",
+    "state_of",
+    "without_failover",
 ]
 
 logger = logging.getLogger("pinning_middleware.servers")
 
 # Each question, at the level DEBUG: they stand in no other log.
-asked = logging.getLogger("pinning_middleware.questions")
+probe_logger = logging.getLogger("pinning_middleware.questions")
 
-FAILURES = (OperationalError, InterfaceError)
+CONNECTION_ERRORS = (OperationalError, InterfaceError)
 # The name of the one statement that is prepared on a connection.
 _PREPARED = b"pinning_position"
 
 # Set while a question is asked of one node.
-asking: ContextVar[bool] = ContextVar("pinning_asking", default=False)
+failover_disabled: ContextVar[bool] = ContextVar("pinning_asking", default=False)
 # Set while a question of ours connects, which is not to wait for as long as the site may.
-hurried: ContextVar[bool] = ContextVar("pinning_hurried", default=False)
+probing: ContextVar[bool] = ContextVar("pinning_hurried", default=False)
 
-_links: WeakKeyDictionary[Any, Link] = WeakKeyDictionary()
+_links: WeakKeyDictionary[Any, ConnectionState] = WeakKeyDictionary()
 
 
 @contextmanager
-def one_node() -> Iterator[None]:
+def without_failover() -> Iterator[None]:
     """Let nobody stand in for a node that is talked to inside the block."""
-    previous = asking.get()
-    asking.set(True)
+    previous = failover_disabled.get()
+    failover_disabled.set(True)
     try:
         yield
     finally:
-        asking.set(previous)
+        failover_disabled.set(previous)
 
 
-def may_ask(connection: BaseDatabaseWrapper) -> bool:
+def probing_allowed(connection: BaseDatabaseWrapper) -> bool:
     """
     Return whether this is a place for questions. An event loop's thread is not, nor is a test
     that forbids queries, nor an open transaction, in which rows stay as they were.
@@ -80,117 +92,117 @@ def may_ask(connection: BaseDatabaseWrapper) -> bool:
     return False
 
 
-def endpoint_of(connection: BaseDatabaseWrapper) -> Endpoint:
+def endpoint_for(connection: BaseDatabaseWrapper) -> Endpoint:
     """Return what is known of where this connection's alias leads."""
     return registry.endpoint(connection.alias, conf.primary_of.get(connection.alias, ""))
 
 
-def link_of(connection: BaseDatabaseWrapper, raw: Any = None) -> Link:
+def state_of(connection: BaseDatabaseWrapper, raw: Any = None) -> ConnectionState:
     """Return what is known of the connection that is open now, or of the one just made."""
     raw = connection.connection if raw is None else raw
     kept = connection.__dict__.get("_pinning_link")
-    if kept is not None and kept[0] is raw and kept[1].endpoint.is_known:
+    if kept is not None and kept[0] is raw and kept[1].endpoint.is_current:
         return kept[1]  # type: ignore[no-any-return]
     link = _links.get(raw)
-    if link is None or not link.endpoint.is_known:
-        endpoint = endpoint_of(connection)
+    if link is None or not link.endpoint.is_current:
+        endpoint = endpoint_for(connection)
         is_ours = "_pinning_private" in connection.__dict__
-        fresh = Link(endpoint, is_ours or endpoint.alias != endpoint.pool, raw)
+        fresh = ConnectionState(endpoint, is_ours or endpoint.alias != endpoint.pool, raw)
         if link is not None:
-            fresh.is_altered = link.is_altered
-        listen_to(raw, fresh)
+            fresh.session_modified = link.session_modified
+        watch_waits(raw, fresh)
         link = _links[raw] = fresh
-    link.was_altered = link.is_altered
+    link.session_modified_at_checkout = link.session_modified
     connection.__dict__["_pinning_link"] = (raw, link)
     return link
 
 
-class Seen(NamedTuple):
+class ProbeResult(NamedTuple):
     """Which server answered, and what it said; ``None`` from one that can't tell."""
 
     server: Server
     report: Report | None
 
 
-def look(connection: BaseDatabaseWrapper, is_trial: bool = False) -> Seen | None:
+def probe(connection: BaseDatabaseWrapper, is_trial: bool = False) -> ProbeResult | None:
     """
-    Ask how far the server of this connection is, and who it is where that is not known. ``None``
+    Query how far the server of this connection is, and who it is where that is not known. ``None``
     where this is no place to ask, or the database has no positions.
 
     Raises ``OperationalError`` and ``InterfaceError`` where it can't be reached, or did not answer
     within the deadline: that is then known of it. A trial of one that is out neither takes it back
     nor puts off its retry.
     """
-    family = family_of(connection)
-    if family is None or not conf.positions or not may_ask(connection):
+    dialect = dialect_for(connection)
+    if dialect is None or not conf.positions or not probing_allowed(connection):
         return None
-    before = asking.get()
-    asking.set(True)
+    before = failover_disabled.get()
+    failover_disabled.set(True)
     try:
-        return _look(connection, family, is_trial)
-    except FAILURES as error:
+        return _probe_once(connection, dialect, is_trial)
+    except CONNECTION_ERRORS as error:
         is_made = connection.connection is not None
-        if not is_made or isinstance(error, Silent) or connection.is_usable():
+        if not is_made or isinstance(error, ServerUnresponsive) or connection.is_usable():
             raise
         # It was lost while nobody looked, or cut off at once.
         connection.close()
-        return _look(connection, family, is_trial)
+        return _probe_once(connection, dialect, is_trial)
     finally:
-        asking.set(before)
+        failover_disabled.set(before)
 
 
-def _look(connection: BaseDatabaseWrapper, family: Family, is_trial: bool) -> Seen:
-    endpoint = endpoint_of(connection)
-    token = hurried.set(True)
+def _probe_once(connection: BaseDatabaseWrapper, dialect: Dialect, is_trial: bool) -> ProbeResult:
+    endpoint = endpoint_for(connection)
+    token = probing.set(True)
     try:
         connection.ensure_connection()
-    except FAILURES as error:
+    except CONNECTION_ERRORS as error:
         if not is_trial:
-            registry.fail(endpoint, "connect", conf.retry_after, error)
+            registry.mark_down(endpoint, Fault.UNREACHABLE, conf.retry_after, error)
         raise
     finally:
-        hurried.reset(token)
-    link = link_of(connection)
+        probing.reset(token)
+    link = state_of(connection)
     ask = _asker(connection, link)
     try:
         asked_at = time.monotonic()
-        server, row = _identify(connection, family, link, ask)
+        server, row = _identify(connection, dialect, link, ask)
         report = None
-        if server.tells is not False:
-            report = _report(family, server, link, ask, row, asked_at)
-    except Silent as error:
+        if server.reports_position is not False:
+            report = _report(dialect, server, link, ask, row, asked_at)
+    except ServerUnresponsive as error:
         if is_trial:
             pass
         elif link.server is not None:
-            registry.mark(link.server, "silent", conf.retry_after, error)
+            registry.set_status(link.server, Fault.UNRESPONSIVE, conf.retry_after, error)
         else:
-            registry.fail(endpoint, "silent", conf.retry_after, error)
+            registry.mark_down(endpoint, Fault.UNRESPONSIVE, conf.retry_after, error)
         # What was asked may still be answered: nobody is to take that for another answer.
         connection.close()
         raise
     if not is_trial:
-        endpoint.suspect = False
-        registry.succeed(endpoint)
-    return Seen(server, report)
+        endpoint.must_reidentify = False
+        registry.mark_up(endpoint)
+    return ProbeResult(server, report)
 
 
-def _asker(connection: BaseDatabaseWrapper, link: Link) -> Ask:
+def _asker(connection: BaseDatabaseWrapper, link: ConnectionState) -> Query:
     raw = connection.connection
     fetch = _by_protocol if hasattr(raw, "pgconn") else _by_cursor
 
     def ask(sql: str) -> tuple[Any, ...]:
-        asked.debug("%s: %s", link.alias, sql)
-        guard = begin(raw, link)
+        probe_logger.debug("%s: %s", link.alias, sql)
+        guard = start_deadline(raw, link)
         try:
             with connection.wrap_database_errors:
                 return fetch(raw, sql, link)
         finally:
-            end(link, guard)
+            clear_deadline(link, guard)
 
     return ask
 
 
-def _by_cursor(raw: Any, sql: str, link: Link) -> Row:
+def _by_cursor(raw: Any, sql: str, link: ConnectionState) -> Row:
     cursor = raw.cursor()
     try:
         cursor.execute(sql)
@@ -199,9 +211,9 @@ def _by_cursor(raw: Any, sql: str, link: Link) -> Row:
         cursor.close()
 
 
-def _by_protocol(raw: Any, sql: str, link: Link) -> Row:
+def _by_protocol(raw: Any, sql: str, link: ConnectionState) -> Row:
     """
-    Ask over psycopg 3 without a cursor, which takes half of the time; values are text. What is
+    Query over psycopg 3 without a cursor, which takes half of the time; values are text. What is
     asked a third time on a connection is prepared there.
     """
     from psycopg import errors, generators, pq
@@ -210,14 +222,14 @@ def _by_protocol(raw: Any, sql: str, link: Link) -> Row:
     with raw.lock:
         if link.prepared == sql:
             pgconn.send_query_prepared(_PREPARED, [])
-        elif link.repeated == sql and not link.is_pooled:
+        elif link.next_prepared == sql and not link.behind_pooler:
             pgconn.send_prepare(_PREPARED, sql.encode())
             is_done = raw.wait(generators.execute(pgconn))[-1].status == pq.ExecStatus.COMMAND_OK
             # What the site itself prepared in that name is not ours: then never.
-            link.prepared, link.repeated = sql if is_done else "", ""
+            link.prepared, link.next_prepared = sql if is_done else "", ""
             pgconn.send_query(sql.encode())
         else:
-            link.repeated = sql if link.server is not None and link.prepared is None else ""
+            link.next_prepared = sql if link.server is not None and link.prepared is None else ""
             pgconn.send_query(sql.encode())
         result = raw.wait(generators.execute(pgconn))[-1]
     if result.status != pq.ExecStatus.TUPLES_OK:
@@ -232,32 +244,36 @@ def _by_protocol(raw: Any, sql: str, link: Link) -> Row:
 
 
 def _identify(
-    connection: BaseDatabaseWrapper, family: Family, link: Link, ask: Ask
+    connection: BaseDatabaseWrapper, dialect: Dialect, link: ConnectionState, ask: Query
 ) -> tuple[Server, Row]:
     """Return the server, and what it said of itself where one statement asked both."""
-    if link.server is not None and not link.is_pooled:
+    if link.server is not None and not link.behind_pooler:
         return link.server, ()
-    who, row = _introduce(connection, family, link, ask)
-    server = registry.find(who.identity)
+    who, row = _introduce(connection, dialect, link, ask)
+    server = registry.get(who.identity)
     if server is None:
         system, followed = link.endpoint.pool, ""
         try:
-            system = family.system(ask, who.identity)
-            if who.is_discreet:
-                followed = family.followed(ask)
-        except FAILURES:
+            system = dialect.system(ask, who.identity)
+            if who.lacks_timeline_privilege:
+                followed = dialect.checkpoint_timeline(ask)
+        except CONNECTION_ERRORS:
             raise
         except DatabaseError as error:
             logger.debug("%s does not say what it belongs to: %s", link.alias, error)
-        server = registry.meet(link.alias, who.identity, system)
-        server.followed = followed
+        server = registry.register(link.alias, who.identity, system)
+        server.checkpoint_timeline = followed
     else:
-        registry.meet(link.alias, who.identity, server.system)
-    server.is_discreet = who.is_discreet
+        registry.register(link.alias, who.identity, server.system)
+    server.lacks_timeline_privilege = who.lacks_timeline_privilege
     own = _session_of(connection)
-    link.is_pooled = who.session is not None and own is not None and who.session != own
-    if link.is_pooled and len(link.endpoint.current) > 1 and not link.endpoint.balances:
-        link.endpoint.balances = True
+    link.behind_pooler = who.session is not None and own is not None and who.session != own
+    if (
+        link.behind_pooler
+        and len(link.endpoint.recent_servers) > 1
+        and not link.endpoint.pooler_mixes_servers
+    ):
+        link.endpoint.pooler_mixes_servers = True
         logger.warning(
             "%s leads to several servers behind a pooler: the window serves for it.", link.alias
         )
@@ -266,45 +282,47 @@ def _identify(
 
 
 def _introduce(
-    connection: BaseDatabaseWrapper, family: Family, link: Link, ask: Ask
-) -> tuple[Who, Row]:
+    connection: BaseDatabaseWrapper, dialect: Dialect, link: ConnectionState, ask: Query
+) -> tuple[Identification, Row]:
     where = _where(connection)
     # The best way first; one that is refused leaves at least the name.
-    for way in (next(iter(family.ways(conf.positions)), None), None):
+    for way in (next(iter(dialect.strategies(conf.positions)), None), None):
         try:
-            return family.identify(ask, where, way)
-        except FAILURES as error:
-            if family.error_code(error) not in family.refusals:
+            return dialect.identify(ask, where, way)
+        except CONNECTION_ERRORS as error:
+            if dialect.error_code(error) not in dialect.permission_errors:
                 raise
         except DatabaseError as error:
             logger.debug("%s does not say which server it is: %s", link.alias, error)
-    return Who(Identity("", *where)), ()
+    return Identification(Identity("", *where)), ()
 
 
 def _report(
-    family: Family, server: Server, link: Link, ask: Ask, row: Row, asked_at: float
+    dialect: Dialect, server: Server, link: ConnectionState, ask: Query, row: Row, asked_at: float
 ) -> Report | None:
-    ways = family.ways(conf.positions)
+    ways = dialect.strategies(conf.positions)
     why: object = f"PINNING_POSITIONS = {conf.positions!r} is no way of this database"
     # What came with the name came by the first way.
-    for way in ways if row else ways[ways.index(server.way) if server.way in ways else 0 :]:
+    for way in (
+        ways if row else ways[ways.index(server.strategy) if server.strategy in ways else 0 :]
+    ):
         try:
             if not row:
                 asked_at = time.monotonic()
-                row = family.report(ask, server, way)
-            report = family.read(row, server, way)
-        except CannotTell as error:
+                row = dialect.report(ask, server, way)
+            report = dialect.read(row, server, way)
+        except PositionUnavailable as error:
             why = error
             break
         except DatabaseError as error:
-            if family.error_code(error) not in family.refusals:
+            if dialect.error_code(error) not in dialect.permission_errors:
                 raise
             why = error
         else:
-            server.way, server.tells = way, True
-            registry.take_in(server, report, asked_at)
+            server.strategy, server.reports_position = way, True
+            registry.apply_report(server, report, asked_at)
             return report
-    server.tells = False
+    server.reports_position = False
     logger.info("%s does not tell how far it is, the window serves: %s", link.alias, why)
     return None
 

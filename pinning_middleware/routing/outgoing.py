@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from asgiref.sync import sync_to_async
 
-from pinning_middleware import clock, tokens
+from pinning_middleware import tokens
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import SEEN, Pin, Pins, live
+from pinning_middleware.routing.policy import Pool
+from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.scope import Facts, Scope, entered_scope
 from pinning_middleware.stores import cache
-
-from .decider import Pool
-from .pools import pools
+from pinning_middleware.utils import clock
 
 __all__ = [
     "akeep_keys",
@@ -20,7 +20,7 @@ __all__ = [
     "current_token",
     "has_changed",
     "keep_keys",
-    "left_behind",
+    "outgoing_pins",
     "pin_of_now",
 ]
 
@@ -40,14 +40,14 @@ def count_changes(scope: Scope) -> int:
 
 
 def asks_database(scope: Scope) -> bool:
-    """Return whether ``left_behind`` will ask a primary for its position."""
+    """Return whether ``outgoing_pins`` will ask a primary for its position."""
     return bool(scope.pinned_keys) or any(
-        pool.tells_positions and (facts.is_pinned or facts.served)
+        pool.supports_positions and (facts.is_pinned or facts.served)
         for pool, facts in _touched(scope)
     )
 
 
-def left_behind(scope: Scope) -> dict[str, Pin]:
+def outgoing_pins(scope: Scope) -> dict[str, Pin]:
     """
     Return the pins that what follows this scope has to honour, by their primaries' aliases.
 
@@ -111,7 +111,7 @@ def current_token() -> str | None:
     message say; ``None``: nothing. It may ask the primary for its position.
     """
     scope = entered_scope()
-    pins = left_behind(scope) if scope is not None else {}
+    pins = outgoing_pins(scope) if scope is not None else {}
     return tokens.dumps(pins) if pins else None
 
 
@@ -123,7 +123,7 @@ def _pins_of_keys(scope: Scope) -> dict[str | None, tuple[list[str], dict[str, P
     Return the scope's keys and what they are to be pinned by, for each ``using`` that they were
     given with: what the scope leaves behind, else what the primary has by now.
     """
-    pins: Pins = left_behind(scope)
+    pins: Pins = outgoing_pins(scope)
     return {
         using: (
             [key for key, of in scope.pinned_keys if of == using],

@@ -12,23 +12,22 @@ from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
-from pinning_middleware import reasons
-from pinning_middleware.counters import Read, observers, reads
+from pinning_middleware.backend.failover import run
+from pinning_middleware.backend.writes import alias_of, begin, end, examine, text_of
+from pinning_middleware.reasons import Reason
+from pinning_middleware.routing.policy import Pool
+from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.scope import Facts, entered_scope
-from pinning_middleware.servers.questions import link_of
-from pinning_middleware.writes.sql import Kind
-from pinning_middleware.writes.watch import alias_of, begin, end, examine, text_of
-
-from .decider import Pool
-from .failover import run
-from .pools import pools
+from pinning_middleware.servers.probe import state_of
+from pinning_middleware.sql import Kind
+from pinning_middleware.utils.counters import Read, observers, reads
 
 __all__ = ["install", "statement"]
 
 # How many changes of route a scope remembers.
 MOST_ROUTES: Final = 16
 # Where a replica was meant, also if it is a mirror of the primary.
-_BY_REPLICA = (reasons.TURN, reasons.POSITION, reasons.USE_REPLICA)
+_BY_REPLICA = (Reason.ROUND_ROBIN, Reason.CAUGHT_UP, Reason.USE_REPLICA)
 
 
 def statement(
@@ -43,8 +42,8 @@ def statement(
     cursor = context["cursor"]
     meant = alias_of(cursor)
     kind, alters = examine(connection, sql)
-    if alters and pool.family is not None:
-        link_of(connection).is_altered = True
+    if alters and pool.dialect is not None:
+        state_of(connection).session_modified = True
     notes = begin(connection, meant, kind, sql) if kind >= Kind.LOCK else None
     moving = known.moving.get(connection.alias)
     failed = True
@@ -68,7 +67,7 @@ def _count(pool: Pool, meant: str, kind: Kind, cursor: Any, sql: Any) -> None:
     served = connection.alias
     scope = entered_scope()
     facts = None if scope is None else scope.get(pool.key)
-    reason = pool.otherwise
+    reason: str = pool.otherwise
     if facts is not None:
         decided = facts.decided
         if decided is None:
@@ -79,9 +78,9 @@ def _count(pool: Pool, meant: str, kind: Kind, cursor: Any, sql: Any) -> None:
             if decided[0] == meant:
                 reason = decided[1]
     if served != meant or "pinning_reason" in cursor.__dict__:
-        reason = cursor.__dict__.get("pinning_reason", reasons.FAILOVER)
+        reason = cursor.__dict__.get("pinning_reason", Reason.FAILOVER)
     elif kind is Kind.LOCK:
-        reason = reasons.LOCK
+        reason = Reason.LOCK
     if facts is not None:
         routes, route = facts.routes, (served, reason)
         if len(routes) < MOST_ROUTES and routes[-1:] != (route,):

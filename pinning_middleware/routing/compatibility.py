@@ -7,7 +7,7 @@ from typing import Any
 
 from django.db import connections
 
-__all__ = ["same_session"]
+__all__ = ["is_interchangeable"]
 
 # Of a database's settings and options, those that say how to get there and not what is there.
 _SETTINGS = ("ENGINE", "NAME", "USER", "TIME_ZONE", "AUTOCOMMIT")
@@ -18,7 +18,7 @@ _TRANSPORT = re.compile(
 )
 
 
-def same_session(one: str, other: str) -> bool:
+def is_interchangeable(one: str, other: str) -> bool:
     """Return whether nothing but the node changes between two aliases, as far as SQL can see."""
     first, second = connections.settings[one], connections.settings[other]
     if any(first[part] != second[part] for part in _SETTINGS):

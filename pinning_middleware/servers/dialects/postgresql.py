@@ -19,9 +19,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Final
 
-from pinning_middleware.servers.server import Identity, Report, Server
-
-from .base import Ask, CannotTell, Family, Row, Who
+from pinning_middleware.servers.dialects.base import (
+    Dialect,
+    Identification,
+    PositionUnavailable,
+    Query,
+    Row,
+)
+from pinning_middleware.servers.registry import Identity, Report, Server
 
 __all__ = ["LSN", "STARTED", "XID", "XID_ALONE", "PostgreSQL", "end_of_record", "parse_lsn"]
 
@@ -93,39 +98,47 @@ def _is_true(value: Any) -> bool:
     return value is True or value == "t"
 
 
-class PostgreSQL(Family):
+class PostgreSQL(Dialect):
     # Conflict with recovery; shutdown, crash, starting up; a lost connection; no room for one.
-    lost_errors: ClassVar[frozenset[Any]] = frozenset({"57P01", "57P02", "57P03", "57P05"})
-    passing_errors: ClassVar[frozenset[Any]] = lost_errors | {"40001", "40P01", "57P04"}
-    refusals: ClassVar[frozenset[Any]] = frozenset({"0A000", "42501", "42883"})
+    connection_lost_errors: ClassVar[frozenset[Any]] = frozenset(
+        {"57P01", "57P02", "57P03", "57P05"}
+    )
+    retryable_errors: ClassVar[frozenset[Any]] = connection_lost_errors | {
+        "40001",
+        "40P01",
+        "57P04",
+    }
+    permission_errors: ClassVar[frozenset[Any]] = frozenset({"0A000", "42501", "42883"})
 
-    def ways(self, choice: bool | str) -> tuple[int, ...]:
+    def strategies(self, choice: bool | str) -> tuple[int, ...]:
         if choice == "lsn":
             return (LSN,)
         if choice == "xid":
             return XID, XID_ALONE
         return () if choice == "gtid" or not choice else (LSN, XID, XID_ALONE)
 
-    def identify(self, ask: Ask, driver: tuple[str, int], way: int | None) -> tuple[Who, Row]:
+    def identify(
+        self, ask: Query, driver: tuple[str, int], way: int | None
+    ) -> tuple[Identification, Row]:
         wanted = IDENTITY if way is None else f"{IDENTITY}, {REPORTS[way]}"
         started, address, port, pid, sees_all, *row = ask(f"SELECT {wanted}")
         # Over a Unix socket a server has no address but the socket's.
         identity = Identity(started, address or driver[0], int(port or driver[1]))
-        return Who(identity, int(pid), not _is_true(sees_all)), tuple(row)
+        return Identification(identity, int(pid), not _is_true(sees_all)), tuple(row)
 
-    def system(self, ask: Ask, identity: Identity) -> str:
+    def system(self, ask: Query, identity: Identity) -> str:
         return f"{int(ask(SYSTEM)[0]):x}"
 
-    def followed(self, ask: Ask) -> str:
+    def checkpoint_timeline(self, ask: Query) -> str:
         return str(int(ask(FOLLOWED)[0]))
 
-    def report(self, ask: Ask, server: Server, way: int) -> Row:
+    def report(self, ask: Query, server: Server, way: int) -> Row:
         return ask(f"SELECT {REPORTS[way]}")
 
     def read(self, row: Row, server: Server, way: int) -> Report:
         in_recovery, point, timeline = _is_true(row[0]), row[1], row[2]
         if point is None:
-            raise CannotTell("it replays no log")
+            raise PositionUnavailable("it replays no log")
         system = server.system
         if way == LSN:
             value, log = parse_lsn(point), f"{system}-"
@@ -135,7 +148,9 @@ class PostgreSQL(Family):
             return Report(in_recovery, {f"{system}x": value}, {f"{system}x": value})
         if in_recovery:
             name = log if timeline is None else log + timeline
-            return Report(True, {name: value}, None, timeline is None and server.is_discreet)
+            return Report(
+                True, {name: value}, None, timeline is None and server.lacks_timeline_privilege
+            )
         log += str(int(timeline[:8], 16))
         return Report(False, {log: value}, {log: end_of_record(value) if way == LSN else value})
 
@@ -145,8 +160,8 @@ class PostgreSQL(Family):
 
     def is_lost(self, error: BaseException) -> bool:
         code = self.error_code(error)
-        return code in self.lost_errors or str(code).startswith("08")
+        return code in self.connection_lost_errors or str(code).startswith("08")
 
-    def is_passing(self, error: BaseException) -> bool:
+    def is_retryable(self, error: BaseException) -> bool:
         code = str(self.error_code(error))
-        return code in self.passing_errors or code.startswith(("08", "53"))
+        return code in self.retryable_errors or code.startswith(("08", "53"))

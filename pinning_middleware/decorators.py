@@ -11,9 +11,9 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from asgiref.sync import iscoroutinefunction
 
-from .scopes.blocks import Kind, close, open_block
+from pinning_middleware.scopes.overrides import Kind, close, open_block
 
-__all__ = ["Block", "abody_of", "aparts_inside", "end_inside", "parts_inside"]
+__all__ = ["Block", "aiterate_within", "async_body_of", "close_within", "iterate_within"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -140,11 +140,11 @@ class Block(AbstractContextManager[None]):
     def _lazily(self, result: Any) -> Any:
         if getattr(result, "streaming", False):
             if getattr(result, "file_to_stream", None) is None:
-                end_inside(self, result)
+                close_within(self, result)
                 if result.is_async:
-                    result.streaming_content = aparts_inside(self, *abody_of(result))
+                    result.streaming_content = aiterate_within(self, *async_body_of(result))
                 else:
-                    result.streaming_content = parts_inside(self, result.streaming_content)
+                    result.streaming_content = iterate_within(self, result.streaming_content)
         elif getattr(result, "is_rendered", True) is False:
             render = result.render
 
@@ -159,7 +159,7 @@ class Block(AbstractContextManager[None]):
         return result
 
 
-def end_inside(block: AbstractContextManager[object], response: Any) -> None:
+def close_within(block: AbstractContextManager[object], response: Any) -> None:
     """
     Let what a streaming body does at its end be done inside a block, also where the client went
     away: a server then closes the response, and that the generators, before the parts' own.
@@ -173,12 +173,12 @@ def end_inside(block: AbstractContextManager[object], response: Any) -> None:
     closers[:] = [functools.partial(inside, close) for close in closers]
 
 
-def abody_of(response: Any) -> tuple[AsyncIterator[bytes], Any]:
+def async_body_of(response: Any) -> tuple[AsyncIterator[bytes], Any]:
     """Return the parts of an async body, and what they come from: to end them does not end that."""
     return response.streaming_content, response._iterator
 
 
-def parts_inside(
+def iterate_within(
     block: AbstractContextManager[object], content: Iterator[bytes]
 ) -> Iterator[bytes]:
     """Make each part of a streaming body inside a block, and end the body there too."""
@@ -195,10 +195,10 @@ def parts_inside(
             getattr(content, "close", bool)()
 
 
-async def aparts_inside(
+async def aiterate_within(
     block: AbstractContextManager[object], content: AsyncIterator[bytes], source: Any
 ) -> AsyncIterator[bytes]:
-    """Do what ``parts_inside`` does, for an async body."""
+    """Do what ``iterate_within`` does, for an async body."""
     over = object()
     try:
         while True:

@@ -12,7 +12,7 @@ from typing import Any
 from django.core.handlers.base import BaseHandler
 from django.db import connections
 
-from .scope import entered_scope
+from pinning_middleware.scopes.scope import entered_scope
 
 __all__ = ["install"]
 

@@ -16,12 +16,15 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.utils import load_backend
 
 from pinning_middleware.conf import conf
+from pinning_middleware.servers.dialects import dialect_for
+from pinning_middleware.servers.probe import CONNECTION_ERRORS, probing, state_of
+from pinning_middleware.servers.psycopg_pool import (
+    apply_pool_timeouts,
+    get_live_connection,
+    has_pool,
+)
 
-from .pooling import bound_pool, checked_out, has_pool
-from .positions import family_of
-from .questions import FAILURES, hurried, link_of
-
-__all__ = ["CONNECT_TIMEOUT", "bound", "private", "refused"]
+__all__ = ["CONNECT_TIMEOUT", "apply_timeouts", "dedicated_connection", "unreachable_in_tests"]
 
 # Seconds. Drivers otherwise wait for minutes; a value in OPTIONS has its way.
 CONNECT_TIMEOUT = 2
@@ -29,28 +32,28 @@ CONNECT_TIMEOUT = 2
 AT_ONCE = 0.5
 
 # Aliases that a test has made unreachable.
-refused: set[str] = set()
+unreachable_in_tests: set[str] = set()
 
 
-def bound(connection: BaseDatabaseWrapper) -> None:
+def apply_timeouts(connection: BaseDatabaseWrapper) -> None:
     """Let attempts of this connection, and its wait for Django's pool, end after a while."""
-    family = family_of(connection)
-    if family is None:
+    dialect = dialect_for(connection)
+    if dialect is None:
         return
     made: Any = connection
     made.get_connection_params = functools.partial(
-        _parameters, connection, family.connect_timeout, made.get_connection_params
+        _parameters, connection, dialect.connect_timeout, made.get_connection_params
     )
     made.get_new_connection = functools.partial(_connect, made, made.get_new_connection)
     made.connect = functools.partial(_connect_again, made, made.connect)
 
 
-def _is_ours(connection: BaseDatabaseWrapper) -> bool:
+def _needs_timeout(connection: BaseDatabaseWrapper) -> bool:
     """Return whether somebody else could serve, or nobody is to wait."""
-    return hurried.get() or _is_always_ours(connection)
+    return probing.get() or _always_needs_timeout(connection)
 
 
-def _is_always_ours(connection: BaseDatabaseWrapper) -> bool:
+def _always_needs_timeout(connection: BaseDatabaseWrapper) -> bool:
     alias = connection.alias
     return (
         alias in conf.primary_of
@@ -64,19 +67,19 @@ def _parameters(
 ) -> dict[str, Any]:
     chosen = parameters()
     # A pool's are those of all its connections, whoever makes it.
-    if _is_always_ours(connection) or (hurried.get() and not has_pool(connection)):
+    if _always_needs_timeout(connection) or (probing.get() and not has_pool(connection)):
         chosen.setdefault(option, CONNECT_TIMEOUT)
     return chosen
 
 
 def _connect(connection: Any, connect: Callable[..., Any], parameters: dict[str, Any]) -> Any:
-    if connection.alias in refused:
+    if connection.alias in unreachable_in_tests:
         raise OperationalError(f"{connection.alias} was cut off by a test")
-    if not _is_ours(connection):
+    if not _needs_timeout(connection):
         return connect(parameters)
     if has_pool(connection):
-        bound_pool(connection, _is_always_ours(connection), CONNECT_TIMEOUT)
-        raw = checked_out(
+        apply_pool_timeouts(connection, _always_needs_timeout(connection), CONNECT_TIMEOUT)
+        raw = get_live_connection(
             connection.pool,
             functools.partial(connect, parameters),
             functools.partial(_try, connection.alias),
@@ -84,12 +87,12 @@ def _connect(connection: Any, connect: Callable[..., Any], parameters: dict[str,
     else:
         raw = connect(parameters)
     # Before Django sets its session up, which is a wait too.
-    link_of(connection, raw)
+    state_of(connection, raw)
     return raw
 
 
 def _try(alias: str) -> None:
-    with contextlib.closing(private(alias)) as other:
+    with contextlib.closing(dedicated_connection(alias)) as other:
         other.ensure_connection()
 
 
@@ -100,14 +103,14 @@ def _connect_again(connection: Any, connect: Callable[[], None]) -> None:
         # Django turns the driver's errors into its own around all of this.
         with connection.wrap_database_errors:
             connect()
-    except FAILURES:
-        if time.monotonic() - began >= AT_ONCE or not _is_ours(connection):
+    except CONNECTION_ERRORS:
+        if time.monotonic() - began >= AT_ONCE or not _needs_timeout(connection):
             raise
         connection.close()
         connect()
 
 
-def private(alias: str) -> BaseDatabaseWrapper:
+def dedicated_connection(alias: str) -> BaseDatabaseWrapper:
     """Return a connection of our own, from no pool, that any thread may use."""
     settings = connections.settings[alias]
     options = {name: value for name, value in settings["OPTIONS"].items() if name != "pool"}
@@ -115,5 +118,5 @@ def private(alias: str) -> BaseDatabaseWrapper:
     connection = backend.DatabaseWrapper({**settings, "OPTIONS": options}, alias)
     connection.inc_thread_sharing()
     connection.__dict__["_pinning_private"] = True
-    bound(connection)
+    apply_timeouts(connection)
     return connection  # type: ignore[no-any-return]

@@ -14,13 +14,13 @@ from typing import Final, NamedTuple
 
 from django.db import DatabaseError, Error, InterfaceError, OperationalError, connections
 
-from pinning_middleware import reasons
+from pinning_middleware.api import ignore_writes, no_failover
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Position
-from pinning_middleware.routing.decider import Pool
-from pinning_middleware.servers.questions import link_of
+from pinning_middleware.reasons import Fault, Reason
+from pinning_middleware.routing.policy import Pool
+from pinning_middleware.servers.probe import state_of
 from pinning_middleware.stats import DRAINED, address_of
-from pinning_middleware.verbs import direct, ignore_writes
 
 __all__ = ["Finding", "Moment", "Right", "missing_rights", "try_pool"]
 
@@ -102,7 +102,7 @@ def _marker(pool: Pool) -> Iterator[tuple[str, Position | None, float]]:
 
 
 def _run(pool: Pool, sql: str) -> None:
-    with ignore_writes(), direct(), connections[pool.primary].cursor() as cursor:
+    with ignore_writes(), no_failover(), connections[pool.primary].cursor() as cursor:
         cursor.execute(sql)
 
 
@@ -132,7 +132,7 @@ class _Observer(threading.Thread):
         # Why no read goes there, whatever is known of it.
         self.unused = "" if pool.rotation.weights[alias] else DRAINED
         if not conf.enabled:
-            self.unused = reasons.DISABLED
+            self.unused = Reason.DISABLED
         self.until = 0.0
         self.finding = Finding(alias, address_of(alias, None), None, None, ())
 
@@ -166,31 +166,31 @@ class _Observer(threading.Thread):
         if is_there and served == "replica" and found.known_after is None:
             found = found._replace(known_after=at)
         server = None
-        if self.pool.family is not None:
-            server = link_of(connections[self.alias]).server
+        if self.pool.dialect is not None:
+            server = state_of(connections[self.alias]).server
         self.finding = found._replace(address=address_of(self.alias, server), error="")
 
     def _decide(self) -> tuple[str, str]:
         """Return who would be read by somebody who carries the pin of this write, and why."""
         endpoint = self.pool.endpoints[self.alias]
         if time.monotonic() - self.committed >= conf.seconds:
-            if endpoint.out and endpoint.out != "lag":
-                return "primary", endpoint.out
-            return "replica", reasons.TURN
+            if endpoint.out_of_rotation and endpoint.out_of_rotation != Fault.LAG:
+                return "primary", endpoint.out_of_rotation
+            return "replica", Reason.ROUND_ROBIN
         if self.position is None:
-            return "primary", reasons.PINNED
+            return "primary", Reason.PINNED
         if self.pool.asked_has(self.alias, self.position):
-            return "replica", reasons.POSITION
-        return "primary", endpoint.out or reasons.BEHIND
+            return "replica", Reason.CAUGHT_UP
+        return "primary", endpoint.out_of_rotation or Reason.NOT_CAUGHT_UP
 
     def _is_there(self) -> bool | None:
         """Return whether the row can be read, ``None``: the replica can't be asked."""
         endpoint = self.pool.endpoints[self.alias]
-        if endpoint.out in ("connect", "silent"):
-            self.finding = self.finding._replace(error=endpoint.error or endpoint.out)
+        if endpoint.out_of_rotation in (Fault.UNREACHABLE, Fault.UNRESPONSIVE):
+            self.finding = self.finding._replace(error=endpoint.error or endpoint.out_of_rotation)
             return None
         try:
-            with direct(), connections[self.alias].cursor() as cursor:
+            with no_failover(), connections[self.alias].cursor() as cursor:
                 cursor.execute(self.sql)
                 return bool(cursor.fetchone()[0])
         except (OperationalError, InterfaceError) as error:
@@ -221,18 +221,18 @@ def missing_rights(pool: Pool) -> list[Right]:
     found = []
     for endpoint in (pool.endpoint, *pool.endpoints.values()):
         alias = endpoint.alias
-        if endpoint.out in ("connect", "silent"):
+        if endpoint.out_of_rotation in (Fault.UNREACHABLE, Fault.UNRESPONSIVE):
             continue
-        if any(server.is_discreet for server in endpoint.current):
+        if any(server.lacks_timeline_privilege for server in endpoint.recent_servers):
             found.append(Right(alias, "pg_read_all_stats", _TIMELINE))
         if connections[alias].vendor == "mysql" and alias != pool.primary:
             try:
-                with direct(), connections[alias].cursor() as cursor:
+                with no_failover(), connections[alias].cursor() as cursor:
                     cursor.execute("SHOW SLAVE STATUS")
             except DatabaseError as error:
-                if pool.family is not None and pool.family.error_code(error) == 1227:
+                if pool.dialect is not None and pool.dialect.error_code(error) == 1227:
                     right = "REPLICATION CLIENT"
-                    if any(server.system == "mariadb" for server in endpoint.current):
+                    if any(server.system == "mariadb" for server in endpoint.recent_servers):
                         right = "SLAVE MONITOR"
                     found.append(Right(alias, right, _REPLICATION))
     return found

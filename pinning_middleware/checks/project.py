@@ -14,9 +14,8 @@ from django.core.checks import CheckMessage, register
 from django.db import router
 from django.utils.module_loading import import_string
 
+from pinning_middleware.checks.settings import TAG, spelled, value_of
 from pinning_middleware.conf import conf, parse_replicas
-
-from .values import TAG, spelled, value_of
 
 __all__: list[str] = []
 
@@ -313,7 +312,7 @@ def check_ignored_tables_fit(**kwargs: Any) -> list[CheckMessage]:
 
 @register(TAG)
 def check_guarantee_fits(**kwargs: Any) -> list[CheckMessage]:
-    guarantee = value_of("PINNING_GUARANTEE")
+    guarantee = value_of("PINNING_CONSISTENCY")
     if guarantee != "monotonic-reads" or value_of("PINNING_POSITIONS") is not False:
         return []
     if not _replicas():
@@ -321,8 +320,8 @@ def check_guarantee_fits(**kwargs: Any) -> list[CheckMessage]:
     return [
         _warning(
             14,
-            f"PINNING_GUARANTEE is {guarantee!r} and PINNING_POSITIONS is False: without "
+            f"PINNING_CONSISTENCY is {guarantee!r} and PINNING_POSITIONS is False: without "
             "positions nobody knows what a client has seen, and only its writes pin it.",
-            "Leave PINNING_POSITIONS out, or PINNING_GUARANTEE.",
+            "Leave PINNING_POSITIONS out, or PINNING_CONSISTENCY.",
         )
     ]

@@ -9,17 +9,17 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from .questions import hurried
-from .silence import is_ready
+from pinning_middleware.servers.liveness import is_ready
+from pinning_middleware.servers.probe import probing
 
-__all__ = ["bound_pool", "checked_out", "has_pool"]
+__all__ = ["apply_pool_timeouts", "get_live_connection", "has_pool"]
 
 
 def has_pool(connection: Any) -> bool:
     return bool(connection.settings_dict["OPTIONS"].get("pool"))
 
 
-def bound_pool(connection: Any, is_ours: bool, timeout: float) -> None:
+def apply_pool_timeouts(connection: Any, is_ours: bool, timeout: float) -> None:
     """
     Let the wait for a pool's connection end after so many seconds, unless the site has said when:
     it waits for its own thread, which bounds nothing. Of one that is not ours, a primary's, only a
@@ -42,15 +42,17 @@ def bound_pool(connection: Any, is_ours: bool, timeout: float) -> None:
 def _getconn(
     getconn: Callable[..., Any], longest: float | None, timeout: float | None = None
 ) -> Any:
-    return getconn(longest if hurried.get() and longest is not None else timeout)
+    return getconn(longest if probing.get() and longest is not None else timeout)
 
 
 def _check(check: Callable[[Any], None], raw: Any) -> None:
-    if not hurried.get():
+    if not probing.get():
         check(raw)
 
 
-def checked_out(pool: Any, connect: Callable[[], Any], is_there: Callable[[], object]) -> Any:
+def get_live_connection(
+    pool: Any, connect: Callable[[], Any], is_there: Callable[[], object]
+) -> Any:
     """
     Return a connection of a pool that was not cut off. ``is_there`` raises where there is nothing
     to connect to: then the pool would be waited for in vain.

@@ -15,13 +15,12 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.utils import CursorWrapper
 
 from pinning_middleware.conf import conf
-from pinning_middleware.counters import write_observers
 from pinning_middleware.exceptions import ReplicaWriteError
-from pinning_middleware.scopes.blocks import ignores_writes
+from pinning_middleware.scopes.overrides import ignores_writes
 from pinning_middleware.scopes.scope import Scope, Write, current_scope
-from pinning_middleware.servers.server import registry
-
-from .sql import Kind, alters_session, kind_of, table_of
+from pinning_middleware.servers.registry import registry
+from pinning_middleware.sql import Kind, alters_session, kind_of, table_of
+from pinning_middleware.utils.counters import write_observers
 
 __all__ = ["alias_of", "begin", "end", "examine", "install", "noted", "text_of"]
 
@@ -115,8 +114,8 @@ def end(connection: BaseDatabaseWrapper, notes: Notes | None, failed: bool = Fal
     scope, writes = notes
     for write in writes:
         write.end()
-    if not failed and (endpoint := registry.endpoint(connection.alias)).out:
-        registry.succeed(endpoint)
+    if not failed and (endpoint := registry.endpoint(connection.alias)).out_of_rotation:
+        registry.mark_up(endpoint)
     if scope.ended is not None:
         _save_late(scope, connection)
 

@@ -18,11 +18,16 @@ from typing import Any, ClassVar
 from django.db import DatabaseError
 
 from pinning_middleware.pins import OPTIONAL, Position
-from pinning_middleware.servers.server import Identity, Report, Server
+from pinning_middleware.servers.dialects.base import (
+    Dialect,
+    Identification,
+    PositionUnavailable,
+    Query,
+    Row,
+)
+from pinning_middleware.servers.registry import Identity, Report, Server
 
-from .base import Ask, CannotTell, Family, Row, Who
-
-__all__ = ["Either", "parse_gtids", "parse_last", "parse_mariadb"]
+__all__ = ["MySQL", "parse_gtids", "parse_last", "parse_mariadb"]
 
 # Connection lost, killed, shutting down; the server went away while it was asked.
 LOST = {1053, 1077, 1079, 1152, 1184, 1927, 2002, 2003, 2006, 2013, 2055}
@@ -85,15 +90,15 @@ def parse_last(executed: str, uuid: str) -> Position | None:
     return {log: found[-1][1] for log, found in logs if log.partition(":")[0] == own} or None
 
 
-class Either(Family):
+class MySQL(Dialect):
     """
     MariaDB's or MySQL's questions: both have one vendor in Django, and which of them it is takes
     a connection to tell. To compare takes none: a UUID has no domain, and is never optional.
     """
 
-    lost_errors: ClassVar[frozenset[Any]] = frozenset(LOST)
-    passing_errors: ClassVar[frozenset[Any]] = frozenset(LOST | CROWDED)
-    refusals: ClassVar[frozenset[Any]] = frozenset(REFUSED)
+    connection_lost_errors: ClassVar[frozenset[Any]] = frozenset(LOST)
+    retryable_errors: ClassVar[frozenset[Any]] = frozenset(LOST | CROWDED)
+    permission_errors: ClassVar[frozenset[Any]] = frozenset(REFUSED)
 
     # A start's second is exact: both clocks are those of the statement.
     IDENTITY: ClassVar[dict[str, str]] = {
@@ -115,31 +120,33 @@ class Either(Family):
         ),
     }
 
-    def ways(self, choice: bool | str) -> tuple[int, ...]:
+    def strategies(self, choice: bool | str) -> tuple[int, ...]:
         return (0,) if choice in (True, "gtid") else ()
 
-    def identify(self, ask: Ask, driver: tuple[str, int], way: int | None) -> tuple[Who, Row]:
+    def identify(
+        self, ask: Query, driver: tuple[str, int], way: int | None
+    ) -> tuple[Identification, Row]:
         kind = "mariadb"
         try:
             host, port, session, server, started, *row = self._ask(ask, kind, way)
         except DatabaseError as error:
-            if self.error_code(error) not in self.refusals:
+            if self.error_code(error) not in self.permission_errors:
                 raise
             # A variable that this one does not have.
             kind = "mysql"
             host, port, session, server, started, *row = self._ask(ask, kind, way)
         identity = Identity(f"{kind} {server} {float(started):.0f}", host, int(port))
-        return Who(identity, int(session)), tuple(row)
+        return Identification(identity, int(session)), tuple(row)
 
-    def _ask(self, ask: Ask, kind: str, way: int | None) -> Row:
+    def _ask(self, ask: Query, kind: str, way: int | None) -> Row:
         report = "" if way is None else f", {self.REPORT[kind]}"
         return ask(f"SELECT {self.IDENTITY[kind]}{report}")
 
-    def system(self, ask: Ask, identity: Identity) -> str:
+    def system(self, ask: Query, identity: Identity) -> str:
         # GTIDs name the servers that wrote them, so no cluster needs a name.
         return identity.started.partition(" ")[0]
 
-    def report(self, ask: Ask, server: Server, way: int) -> Row:
+    def report(self, ask: Query, server: Server, way: int) -> Row:
         return ask(f"SELECT {self.REPORT[server.system]}")
 
     def read(self, row: Row, server: Server, way: int) -> Report:
@@ -149,7 +156,7 @@ class Either(Family):
         slave, binlog, server, read_only, last = row
         replayed, written = parse_mariadb(slave or ""), parse_mariadb(binlog or "")
         if not replayed and not written:
-            raise CannotTell("it has no GTIDs")
+            raise PositionUnavailable("it has no GTIDs")
         has_written = any(log.endswith(f"-{server}") for log in written)
         domains = {_domain(log) for log in parse_mariadb(last or "")}
         # What others wrote in a domain that replicas may not follow is no reason to wait.
@@ -163,7 +170,7 @@ class Either(Family):
     def _mysql(self, row: Row) -> Report:
         executed, uuid, read_only, mode = row
         if not str(mode).upper().startswith("ON"):
-            raise CannotTell("its GTIDs are off")
+            raise PositionUnavailable("its GTIDs are off")
         replayed = parse_gtids(executed)
         # The last number, not the end of the first interval: all that this server has committed.
         written = parse_last(executed, uuid)

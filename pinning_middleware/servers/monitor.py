@@ -23,14 +23,27 @@ from django.db import DatabaseError, InterfaceError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.conf import conf, on_change
+from pinning_middleware.reasons import Fault
+from pinning_middleware.servers.connect import dedicated_connection
+from pinning_middleware.servers.dialects import dialect_for
+from pinning_middleware.servers.liveness import clear_deadline, start_deadline
+from pinning_middleware.servers.probe import probe, state_of
+from pinning_middleware.servers.registry import (
+    LAST_REPLICA_RETRY_INTERVAL,
+    Endpoint,
+    Server,
+    registry,
+)
 
-from .connecting import private
-from .positions import family_of
-from .questions import link_of, look
-from .server import HURRY, Endpoint, Server, registry
-from .silence import begin, end
-
-__all__ = ["Judge", "date", "measure", "sample", "stop", "tend", "wait_for"]
+__all__ = [
+    "Judge",
+    "measure_lag",
+    "resolve_timeline",
+    "retry_until_up",
+    "sample_lag",
+    "stop",
+    "wait_for",
+]
 
 T = TypeVar("T")
 
@@ -49,7 +62,7 @@ DATING = 0.05
 Judge = Callable[[Endpoint, Server], None]
 
 
-class Watcher:
+class Monitor:
     """Looks at what one alias leads to, as long as there is a reason."""
 
     def __init__(self, alias: str, primary: str, judge: Judge) -> None:
@@ -71,7 +84,7 @@ class Watcher:
 
     # What others ask of it, from their threads; false: it is leaving, and will not do it
 
-    def need(self, sampling: bool = False, dating: bool = False) -> bool:
+    def schedule(self, sampling: bool = False, dating: bool = False) -> bool:
         with self.changed:
             if self.is_over:
                 return False
@@ -83,7 +96,7 @@ class Watcher:
             self.changed.notify_all()
         return True
 
-    def waiting(self, by: int) -> bool:
+    def add_waiter(self, by: int) -> bool:
         with self.changed:
             if self.is_over:
                 return False
@@ -147,8 +160,8 @@ class Watcher:
         if now < self._sampling_until:
             times.append(self._looked + SAMPLE_EVERY)
         endpoint = registry.endpoint(self.alias, self.primary)
-        if endpoint.out:
-            pause = HURRY if _nobody_else_serves(endpoint) else SAMPLE_EVERY
+        if endpoint.out_of_rotation:
+            pause = LAST_REPLICA_RETRY_INTERVAL if _nobody_else_serves(endpoint) else SAMPLE_EVERY
             times.append(min(endpoint.retry_at, self._looked + pause))
             self._busy_until = now + IDLE
         return min(times) if times else None
@@ -160,39 +173,39 @@ class Watcher:
         answers = server is not None or self._reaches(endpoint, is_trial)
         self._looked = time.monotonic()
         if is_trial:
-            endpoint.answers = answers
+            endpoint.is_reachable_again = answers
         elif server is not None:
-            measure(server, self.primary)
-            if server.lag and not endpoint.out:
+            measure_lag(server, self.primary)
+            if server.lag and not endpoint.out_of_rotation:
                 server = self._once_more(server)
             self.judge(endpoint, server)
-        if not is_trial and endpoint.out and endpoint.retry_at <= self._looked:
-            registry.retry(endpoint, _pause_of(endpoint))
+        if not is_trial and endpoint.out_of_rotation and endpoint.retry_at <= self._looked:
+            registry.schedule_retry(endpoint, _pause_of(endpoint))
         with self.changed:
             self.looks += 1
             self.changed.notify_all()
 
     def _once_more(self, server: Server) -> Server:
         """
-        Ask one that seems to be behind again, a moment later: samples are a second apart, so one
+        Query one that seems to be behind again, a moment later: samples are a second apart, so one
         that is milliseconds late for the newest would be taken to lag by all of that second.
         """
         with self.changed:
-            self.changed.wait(HURRY)
+            self.changed.wait(LAST_REPLICA_RETRY_INTERVAL)
         again = self._ask(self.alias)
         if again is None:
             return server
-        measure(again, self.primary)
+        measure_lag(again, self.primary)
         return again
 
     def _date(self) -> None:
-        """Ask the primary, the replica until it has what the primary had, and the primary."""
+        """Query the primary, the replica until it has what the primary had, and the primary."""
         before = self._ask(self.primary)
         if before is not None:
             until = time.monotonic() + DATING
             wanted = dict(before.position)
-            while (server := self._ask(self.alias)) is not None and server.hidden:
-                if server.claims(wanted) or time.monotonic() >= until:
+            while (server := self._ask(self.alias)) is not None and server.timeline_hidden:
+                if server.reported_at_least(wanted) or time.monotonic() >= until:
                     self._ask(self.primary)
                     break
                 time.sleep(FIRST_PAUSE)
@@ -201,22 +214,22 @@ class Watcher:
             self.changed.notify_all()
 
     def _ask(self, alias: str, is_trial: bool = False) -> Server | None:
-        seen = self._try(alias, lambda connection: look(connection, is_trial))
+        seen = self._try(alias, lambda connection: probe(connection, is_trial))
         return None if seen is None else seen.server
 
     def _reaches(self, endpoint: Endpoint, is_trial: bool) -> bool:
         """Return whether one that is out, and that nobody may ask how far it is, is there again."""
-        tells = conf.positions and family_of(self._connection(self.alias)) is not None
-        if tells or not endpoint.out or not self._try(self.alias, _answers):
+        tells = conf.positions and dialect_for(self._connection(self.alias)) is not None
+        if tells or not endpoint.out_of_rotation or not self._try(self.alias, _answers):
             return False
         if not is_trial:
-            registry.succeed(endpoint)
+            registry.mark_up(endpoint)
         return True
 
     def _connection(self, alias: str) -> BaseDatabaseWrapper:
         connection = self._connections.get(alias)
         if connection is None:
-            connection = self._connections[alias] = private(alias)
+            connection = self._connections[alias] = dedicated_connection(alias)
         return connection
 
     def _try(self, alias: str, ask: Callable[[BaseDatabaseWrapper], T]) -> T | None:
@@ -243,19 +256,19 @@ class Watcher:
                 connection.close()
 
 
-def measure(server: Server, primary: str) -> None:
+def measure_lag(server: Server, primary: str) -> None:
     """Note for how long a replica has been behind: the age of what it has reached."""
-    server.measured = time.monotonic()
+    server.lag_measured = time.monotonic()
     samples = registry.samples(server.system)
     if not samples or not server.is_replica:
         server.lag = None if not samples else 0.0
         return
     newest = samples[0][0]
-    family = family_of(connections[primary])
+    dialect = dialect_for(connections[primary])
     for at, position in samples:
         # Of one that hides its timeline, its word will do for this.
-        if server.claims(position) or (
-            family is not None and family.reached(position, server.position)
+        if server.reported_at_least(position) or (
+            dialect is not None and dialect.reached(position, server.position)
         ):
             server.lag = newest - at
             return
@@ -268,25 +281,28 @@ def _answers(connection: BaseDatabaseWrapper) -> bool:
     connection.close()
     connection.ensure_connection()
     raw = connection.connection
-    link = link_of(connection)
-    guard = begin(raw, link)
+    link = state_of(connection)
+    guard = start_deadline(raw, link)
     try:
         return connection.is_usable()
     finally:
-        end(link, guard)
+        clear_deadline(link, guard)
 
 
 def _pause_of(endpoint: Endpoint) -> float:
     """Return for how many seconds an endpoint that is out is left alone."""
-    if endpoint.out in ("behind", "lag") or endpoint.alias == endpoint.pool:
+    if (
+        endpoint.out_of_rotation in (Fault.STALE_RESTART, Fault.LAG)
+        or endpoint.alias == endpoint.pool
+    ):
         return SAMPLE_EVERY
-    return max(conf.retry_after, HURRY)
+    return max(conf.retry_after, LAST_REPLICA_RETRY_INTERVAL)
 
 
 def _is_early(endpoint: Endpoint) -> bool:
     """Return whether one that failed is to stay out for now, whatever it answers."""
     return (
-        endpoint.out in ("connect", "silent")
+        endpoint.out_of_rotation in (Fault.UNREACHABLE, Fault.UNRESPONSIVE)
         and endpoint.retry_at > time.monotonic()
         and not _nobody_else_serves(endpoint)
     )
@@ -296,37 +312,39 @@ def _nobody_else_serves(endpoint: Endpoint) -> bool:
     """Return whether every replica of a pool is out, so that the primary has the reads of all."""
     weights = conf.replicas.get(endpoint.pool, {})
     return all(
-        mate.out for mate in registry.replicas_of(endpoint.pool) if weights.get(mate.alias, 1)
+        mate.out_of_rotation
+        for mate in registry.replicas_of(endpoint.pool)
+        if weights.get(mate.alias, 1)
     )
 
 
 _lock = threading.Lock()
-_watchers: dict[str, Watcher] = {}
+_watchers: dict[str, Monitor] = {}
 # What a fork left behind: to close it would close the parent's.
 _inherited: list[Any] = []
 
 
-def _watcher(alias: str, primary: str, judge: Judge, accepts: Callable[[Watcher], bool]) -> Watcher:
+def _watcher(alias: str, primary: str, judge: Judge, accepts: Callable[[Monitor], bool]) -> Monitor:
     """Return the watcher of an alias that has accepted some work."""
     while not accepts(watcher := _running(alias, primary, judge)):
         pass
     return watcher
 
 
-def _running(alias: str, primary: str, judge: Judge) -> Watcher:
+def _running(alias: str, primary: str, judge: Judge) -> Monitor:
     watcher = _watchers.get(alias)
     if watcher is None or watcher.is_over:
         with _lock:
             watcher = _watchers.get(alias)
             if watcher is None or watcher.is_over:
-                watcher = _watchers[alias] = Watcher(alias, primary, judge)
+                watcher = _watchers[alias] = Monitor(alias, primary, judge)
                 watcher.start()
     return watcher
 
 
-def tend(alias: str, primary: str, judge: Judge) -> None:
+def retry_until_up(alias: str, primary: str, judge: Judge) -> None:
     """Look at an alias that is out until it serves again."""
-    _watcher(alias, primary, judge, lambda watcher: watcher.need())
+    _watcher(alias, primary, judge, lambda watcher: watcher.schedule())
     # Who waits for a retry far away may be the only one left by now.
     for other in tuple(_watchers.values()):
         if other.primary == primary and other.alias != alias:
@@ -334,15 +352,15 @@ def tend(alias: str, primary: str, judge: Judge) -> None:
                 other.changed.notify_all()
 
 
-def sample(primary: str, aliases: tuple[str, ...], judge: Judge) -> None:
+def sample_lag(primary: str, aliases: tuple[str, ...], judge: Judge) -> None:
     """Measure how far these replicas lag, for the next while."""
     for alias in (primary, *aliases):
-        _watcher(alias, primary, judge, lambda watcher: watcher.need(sampling=True))
+        _watcher(alias, primary, judge, lambda watcher: watcher.schedule(sampling=True))
 
 
-def date(alias: str, primary: str, judge: Judge) -> None:
+def resolve_timeline(alias: str, primary: str, judge: Judge) -> None:
     """Find out of which timeline a replica's position is that its role may not see."""
-    _watcher(alias, primary, judge, lambda watcher: watcher.need(dating=True))
+    _watcher(alias, primary, judge, lambda watcher: watcher.schedule(dating=True))
 
 
 def wait_for(
@@ -354,7 +372,7 @@ def wait_for(
     """
     until = time.monotonic() + seconds
     watchers = [
-        _watcher(alias, primary, judge, lambda watcher: watcher.waiting(1)) for alias in aliases
+        _watcher(alias, primary, judge, lambda watcher: watcher.add_waiter(1)) for alias in aliases
     ]
     if not watchers:
         return over()
@@ -367,7 +385,7 @@ def wait_for(
         return found
     finally:
         for watcher in watchers:
-            watcher.waiting(-1)
+            watcher.add_waiter(-1)
 
 
 def stop() -> None:

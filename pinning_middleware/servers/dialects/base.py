@@ -4,20 +4,20 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from pinning_middleware.pins import Position
-from pinning_middleware.servers.server import Identity, Report, Server
+from pinning_middleware.servers.registry import Identity, Report, Server
 
-__all__ = ["Ask", "CannotTell", "Family", "Row", "Who"]
+__all__ = ["Dialect", "Identification", "PositionUnavailable", "Query", "Row"]
 
 Row: TypeAlias = tuple[Any, ...]
 # Runs one statement on one connection and returns its first row, `()` for none.
-Ask: TypeAlias = Callable[[str], Row]
+Query: TypeAlias = Callable[[str], Row]
 
 
-class CannotTell(Exception):
+class PositionUnavailable(Exception):
     """This server does not say how far it is: a fact of it, and no failure."""
 
 
-class Who(NamedTuple):
+class Identification(NamedTuple):
     """
     Which server a connection leads to, the id of the session there (``None``: there is none to
     compare), and whether it hides from this role on which timeline it is.
@@ -25,29 +25,31 @@ class Who(NamedTuple):
 
     identity: Identity
     session: int | None = None
-    is_discreet: bool = False
+    lacks_timeline_privilege: bool = False
 
 
-class Family:
+class Dialect:
     """
-    The questions to a family of databases, as statements and what their rows mean. They run in
+    The questions to a dialect of databases, as statements and what their rows mean. They run in
     autocommit, one at a time.
     """
 
     # The driver's parameters that bound a connection attempt, in seconds.
     connect_timeout: ClassVar[str] = "connect_timeout"
     # What a replica raises by design, and another node would not: SQLSTATEs or error numbers.
-    passing_errors: ClassVar[frozenset[Any]] = frozenset()
+    retryable_errors: ClassVar[frozenset[Any]] = frozenset()
     # Of those, what says that the connection is gone.
-    lost_errors: ClassVar[frozenset[Any]] = frozenset()
+    connection_lost_errors: ClassVar[frozenset[Any]] = frozenset()
     # Codes by which a server refuses a question for good.
-    refusals: ClassVar[frozenset[Any]] = frozenset()
+    permission_errors: ClassVar[frozenset[Any]] = frozenset()
 
-    def ways(self, choice: bool | str) -> tuple[int, ...]:
+    def strategies(self, choice: bool | str) -> tuple[int, ...]:
         """Return the ways to tell positions that a setting allows, the best first."""
         return (0,)
 
-    def identify(self, ask: Ask, driver: tuple[str, int], way: int | None) -> tuple[Who, Row]:
+    def identify(
+        self, ask: Query, driver: tuple[str, int], way: int | None
+    ) -> tuple[Identification, Row]:
         """
         Return which server a connection leads to and, where one statement tells both, the row
         that ``read`` takes. ``driver``: the host and port that the driver knows. ``way``: how to
@@ -55,23 +57,23 @@ class Family:
         """
         raise NotImplementedError
 
-    def system(self, ask: Ask, identity: Identity) -> str:
+    def system(self, ask: Query, identity: Identity) -> str:
         """Return the name that all servers of one cluster share, empty for none."""
         return ""
 
-    def followed(self, ask: Ask) -> str:
+    def checkpoint_timeline(self, ask: Query) -> str:
         """
         Return the timeline that a server is on or has passed, of one that hides from this role
         which it is on now; empty: it can't be told.
         """
         return ""
 
-    def report(self, ask: Ask, server: Server, way: int) -> Row:
-        """Ask a server what ``read`` takes."""
+    def report(self, ask: Query, server: Server, way: int) -> Row:
+        """Query a server what ``read`` takes."""
         raise NotImplementedError
 
     def read(self, row: Row, server: Server, way: int) -> Report:
-        """Return what a server says of itself. Raises ``CannotTell`` for one that does not."""
+        """Return what a server says of itself. Raises ``PositionUnavailable`` for one that does not."""
         raise NotImplementedError
 
     def reached(self, wanted: Position, known: Position) -> bool:
@@ -84,8 +86,8 @@ class Family:
 
     def is_lost(self, error: BaseException) -> bool:
         """Return whether an error says that the connection is gone."""
-        return self.error_code(error) in self.lost_errors
+        return self.error_code(error) in self.connection_lost_errors
 
-    def is_passing(self, error: BaseException) -> bool:
+    def is_retryable(self, error: BaseException) -> bool:
         """Return whether another node would not share an error."""
-        return self.error_code(error) in self.passing_errors
+        return self.error_code(error) in self.retryable_errors

@@ -30,33 +30,41 @@ from typing import Any, ClassVar
 from django.db import OperationalError
 
 from pinning_middleware.conf import conf
+from pinning_middleware.reasons import Fault
+from pinning_middleware.servers.connection_state import ConnectionState
+from pinning_middleware.servers.dialects.postgresql import STARTED
+from pinning_middleware.servers.registry import registry
 
-from .links import Link
-from .positions.postgresql import STARTED
-from .server import registry
-
-__all__ = ["DEADLINE", "PATIENCE", "Silent", "begin", "end", "is_ready", "listen_to"]
+__all__ = [
+    "DEADLINE",
+    "FIRST_CHECK_AFTER",
+    "ServerUnresponsive",
+    "clear_deadline",
+    "is_ready",
+    "start_deadline",
+    "watch_waits",
+]
 
 # Seconds: for a question of ours; before a read that is not answered is looked into, and again.
 DEADLINE = 1.0
-PATIENCE = 1.0
-AGAIN = 5.0
+FIRST_CHECK_AFTER = 1.0
+NEXT_CHECK_AFTER = 5.0
 # How often a fresh connection may lead to another server than the one that is waited for.
 TRIES = 20
 
 
-class Silent(OperationalError):
+class ServerUnresponsive(OperationalError):
     """A server did not answer in time."""
 
 
-class Gone(OperationalError):
+class ServerGone(OperationalError):
     """What is at the other end has ended without a farewell; another one may be there now."""
 
     # A lost connection, to whoever looks.
     sqlstate = "08006"
 
 
-def listen_to(raw: Any, link: Link) -> None:
+def watch_waits(raw: Any, link: ConnectionState) -> None:
     """Watch the waiting of a driver's connection, where the driver allows it."""
     wait = getattr(type(raw), "wait", None)
     if wait is None or not hasattr(raw, "pgconn"):
@@ -67,67 +75,73 @@ def listen_to(raw: Any, link: Link) -> None:
 
     def watched(generator: Any, *args: Any, **kwargs: Any) -> Any:
         me = known()
-        return wait(me, _watch(generator, me, link), *args, **kwargs)
+        return wait(me, _watch_wait(generator, me, link), *args, **kwargs)
 
     raw.wait = watched
     link.is_watched = True
 
 
-def _watch(generator: Generator[Any, Any, Any], raw: Any, link: Link) -> Generator[Any, Any, Any]:
+def _watch_wait(
+    generator: Generator[Any, Any, Any], raw: Any, link: ConnectionState
+) -> Generator[Any, Any, Any]:
     try:
         wanted = next(generator)
-        since, patience = 0.0, PATIENCE
+        since, patience = 0.0, FIRST_CHECK_AFTER
         was_out = _is_out(link)
         while True:
             ready = yield wanted
             if ready:
-                since, patience = 0.0, PATIENCE
+                since, patience = 0.0, FIRST_CHECK_AFTER
             else:
                 now = time.monotonic()
                 since = since or now
                 if link.deadline:
                     if now >= link.deadline:
-                        raise Silent(f"{link.alias} did not answer within {DEADLINE} s")
-                elif link.has_stand_in:
+                        raise ServerUnresponsive(f"{link.alias} did not answer within {DEADLINE} s")
+                elif link.may_fail_over:
                     # It may answer again to whoever asks it all the same.
                     is_out = _is_out(link)
                     if is_out and not was_out:
-                        raise Silent(f"{link.alias} does not answer")
+                        raise ServerUnresponsive(f"{link.alias} does not answer")
                     was_out = is_out
                     if now - since >= patience:
-                        answers = _answers(raw, link)
+                        answers = _check_shared(raw, link)
                         if answers is None:
-                            raise Gone(f"{link.alias} does not know this connection any more")
+                            raise ServerGone(f"{link.alias} does not know this connection any more")
                         if not answers:
-                            _say(link)
-                            raise Silent(f"{link.alias} does not answer")
-                        since, patience = time.monotonic(), AGAIN
+                            _mark_unresponsive(link)
+                            raise ServerUnresponsive(f"{link.alias} does not answer")
+                        since, patience = time.monotonic(), NEXT_CHECK_AFTER
             wanted = generator.send(ready)
     except StopIteration as stop:
         return stop.value
 
 
-def _is_out(link: Link) -> bool:
+def _is_out(link: ConnectionState) -> bool:
     """Return whether what a connection leads to is known to be silent."""
     server = link.server
-    return link.endpoint.out == "silent" or (server is not None and server.out == "silent")
+    return link.endpoint.out_of_rotation == Fault.UNRESPONSIVE or (
+        server is not None and server.out_of_rotation == Fault.UNRESPONSIVE
+    )
 
 
-def _say(link: Link) -> None:
+def _mark_unresponsive(link: ConnectionState) -> None:
     """Take what does not answer out: the server where it is known, else what leads to it."""
     if link.server is not None:
-        registry.mark(link.server, "silent", conf.retry_after, "it does not answer")
+        registry.set_status(link.server, Fault.UNRESPONSIVE, conf.retry_after, "it does not answer")
     else:
-        registry.fail(link.endpoint, "silent", conf.retry_after, "it does not answer")
+        registry.mark_down(
+            link.endpoint, Fault.UNRESPONSIVE, conf.retry_after, "it does not answer"
+        )
 
 
-def begin(raw: Any, link: Link) -> _Guard | None:
+def start_deadline(raw: Any, link: ConnectionState) -> _Guard | None:
     """Let a question over this connection end within the deadline; ``end`` says that it has."""
     link.deadline = time.monotonic() + DEADLINE
     return None if link.is_watched else _watchdog.guard(raw, link.deadline)
 
 
-def end(link: Link, guard: _Guard | None) -> None:
+def clear_deadline(link: ConnectionState, guard: _Guard | None) -> None:
     link.deadline = 0.0
     if guard is not None:
         guard.done = True
@@ -148,7 +162,7 @@ _lock = threading.Lock()
 _checks: dict[object, _Check] = {}
 
 
-def _answers(raw: Any, link: Link) -> bool | None:
+def _check_shared(raw: Any, link: ConnectionState) -> bool | None:
     """
     Return whether a server answers on a fresh connection; asked once for all who wait. ``None``:
     what answers there does not know this session.
@@ -162,9 +176,9 @@ def _answers(raw: Any, link: Link) -> bool | None:
     if not mine:
         check.over.wait(DEADLINE + 0.5)
         # That another one's session is not known says nothing of this one's.
-        return _connects(raw, link) if check.answers is None else check.answers
+        return _check_session_alive(raw, link) if check.answers is None else check.answers
     try:
-        check.answers = _connects(raw, link)
+        check.answers = _check_session_alive(raw, link)
     finally:
         check.over.set()
         with _lock:
@@ -172,7 +186,7 @@ def _answers(raw: Any, link: Link) -> bool | None:
     return check.answers
 
 
-def _connects(raw: Any, link: Link) -> bool | None:
+def _check_session_alive(raw: Any, link: ConnectionState) -> bool | None:
     """
     Return whether the server of a connection is there: it says within the deadline that it has
     this session. ``None``: what answers has not, or is another server.
@@ -201,10 +215,12 @@ def _connects(raw: Any, link: Link) -> bool | None:
             if verdict == pq.PollingStatus.OK:
                 row = _ask(connection, sql, until)
                 # A pooler makes up the id of the session that it offers.
-                is_pooled = link.is_pooled or (row and row[1] != str(connection.backend_pid))
+                behind_pooler = link.behind_pooler or (
+                    row and row[1] != str(connection.backend_pid)
+                )
                 if row is None:
                     return False
-                if not row or is_pooled:
+                if not row or behind_pooler:
                     # It answers, and can't tell more.
                     return True
                 has_session = row[2] == "t"

@@ -16,19 +16,24 @@ from typing import ClassVar, Final
 from django.db import DatabaseError, InterfaceError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from pinning_middleware import reasons
 from pinning_middleware.conf import PoolSpec, conf
 from pinning_middleware.pins import Position
-from pinning_middleware.saying import once_a_minute
-from pinning_middleware.servers import prober
-from pinning_middleware.servers.links import Link
-from pinning_middleware.servers.positions import family_of
-from pinning_middleware.servers.questions import FAILURES, Seen, link_of, look, may_ask
-from pinning_middleware.servers.server import Endpoint, Server, registry
-
-from .mirrors import Mirrors
-from .rotation import Rotation
-from .sessions import same_session
+from pinning_middleware.reasons import Fault, Reason
+from pinning_middleware.routing.compatibility import is_interchangeable
+from pinning_middleware.routing.mirrors import Mirrors
+from pinning_middleware.routing.rotation import Rotation
+from pinning_middleware.servers import monitor
+from pinning_middleware.servers.connection_state import ConnectionState
+from pinning_middleware.servers.dialects import dialect_for
+from pinning_middleware.servers.probe import (
+    CONNECTION_ERRORS,
+    ProbeResult,
+    probe,
+    probing_allowed,
+    state_of,
+)
+from pinning_middleware.servers.registry import Endpoint, Server, registry
+from pinning_middleware.utils.logging import log_rate_limited
 
 __all__ = ["Nodes"]
 
@@ -57,7 +62,7 @@ class Nodes:
         self.primary = spec.primary
         self.rotation = Rotation(spec.weights)
         self.replicas = tuple(spec.weights)
-        self.family = family_of(connections[spec.primary])
+        self.dialect = dialect_for(connections[spec.primary])
         self.endpoint = registry.endpoint(spec.primary)
         self.endpoints = {alias: registry.endpoint(alias, spec.primary) for alias in self.replicas}
         # The aliases out of the rotation; replaced as a whole.
@@ -81,9 +86,9 @@ class Nodes:
         return alias is None or alias == self.primary or alias in self.endpoints
 
     @property
-    def tells_positions(self) -> bool:
+    def supports_positions(self) -> bool:
         """Whether this pool's database may say where it is."""
-        return self.family is not None and bool(self.family.ways(conf.positions))
+        return self.dialect is not None and bool(self.dialect.strategies(conf.positions))
 
     # Who has what
 
@@ -92,7 +97,7 @@ class Nodes:
         endpoint = self.endpoints.get(alias)
         if endpoint is None:
             return alias == self.primary
-        if endpoint.balances or endpoint.out or alias in self.held_back:
+        if endpoint.pooler_mixes_servers or endpoint.out_of_rotation or alias in self.held_back:
             return False
         connection = connections[alias]
         if connection.in_atomic_block:
@@ -100,23 +105,23 @@ class Nodes:
             return False
         servers: Iterable[Server]
         if connection.connection is not None:
-            server = link_of(connection).server
+            server = state_of(connection).server
             if server is None:
                 return None
             servers = (server,)
         else:
-            servers = endpoint.current
-            if not servers or not same_session(self.primary, alias):
+            servers = endpoint.recent_servers
+            if not servers or not is_interchangeable(self.primary, alias):
                 # Where no other alias is the same, a read can't be moved once it is there.
                 return None
         return all(self._reached(server, wanted) for server in servers) or None
 
     def _reached(self, server: Server, wanted: Position) -> bool:
-        if server.out or self.family is None:
+        if server.out_of_rotation or self.dialect is None:
             return False
         if server is self.endpoint.server and not server.is_replica:
             return True
-        return self.family.reached(wanted, server.position)
+        return self.dialect.reached(wanted, server.position)
 
     def holder(self, wanted: Position, ask: bool) -> str | None:
         """Return a replica that has a position; where none is known to, ask each in turn."""
@@ -131,29 +136,33 @@ class Nodes:
         return None
 
     def asked_has(self, alias: str, wanted: Position) -> bool:
-        """Ask a replica whether it has a position, on the connection that a read would use."""
+        """Query a replica whether it has a position, on the connection that a read would use."""
         endpoint = self.endpoints[alias]
         known = endpoint.server
-        if endpoint.balances or endpoint.out or alias in self.held_back:
+        if endpoint.pooler_mixes_servers or endpoint.out_of_rotation or alias in self.held_back:
             return False
-        if known is not None and known.tells is False:
+        if known is not None and known.reports_position is False:
             return False
         connection = connections[alias]
         met: set[Server] = set()
         for _ in range(MOST_TRIES):
             try:
                 seen = self.look_at(connection)
-            except FAILURES:
+            except CONNECTION_ERRORS:
                 return False
-            if seen is None or endpoint.balances:
+            if seen is None or endpoint.pooler_mixes_servers:
                 return False
             if self._reached(seen.server, wanted):
                 return True
-            if seen.server.hidden and self._dated(alias, seen.server, wanted):
+            if seen.server.timeline_hidden and self._dated(alias, seen.server, wanted):
                 return True
             met.add(seen.server)
-            others = [each for each in endpoint.current if each not in met and not each.out]
-            if not others or link_of(connection).is_altered:
+            others = [
+                each
+                for each in endpoint.recent_servers
+                if each not in met and not each.out_of_rotation
+            ]
+            if not others or state_of(connection).session_modified:
                 return False
             # Another connection of this alias may lead to one of them.
             connection.close()
@@ -166,21 +175,21 @@ class Nodes:
         less than the read that it would have instead. One that had the position, but not all that
         the primary had by then, is asked once more: it has moved on since.
         """
-        with suppress(*FAILURES):
+        with suppress(*CONNECTION_ERRORS):
             for is_last in (False, True):
-                if not server.claims(wanted) or self.endpoint.out:
+                if not server.reported_at_least(wanted) or self.endpoint.out_of_rotation:
                     break
                 self.look_at(connections[self.primary])
                 if self._reached(server, wanted):
                     return True
                 if not is_last:
                     self.look_at(connections[alias])
-        prober.date(alias, self.primary, self.judge)
+        monitor.resolve_timeline(alias, self.primary, self.judge)
         return False
 
-    def look_at(self, connection: BaseDatabaseWrapper) -> Seen | None:
-        """Ask the server of a connection, and judge it. Raises what ``look`` raises."""
-        seen = look(connection)
+    def look_at(self, connection: BaseDatabaseWrapper) -> ProbeResult | None:
+        """Query the server of a connection, and judge it. Raises what ``probe`` raises."""
+        seen = probe(connection)
         if seen is not None:
             self.judge(registry.endpoint(connection.alias, self.primary), seen.server)
         return seen
@@ -188,26 +197,29 @@ class Nodes:
     def judge(self, endpoint: Endpoint, server: Server) -> None:
         """Take a server out that is of no use to this pool, or back."""
         reason = "" if endpoint is self.endpoint else self._fault(server)
-        if reason != server.out:
-            registry.mark(server, reason, _pause(reason))
+        if reason != server.out_of_rotation:
+            registry.set_status(server, reason, _pause(reason))
         elif not reason:
-            registry.succeed(endpoint)
+            registry.mark_up(endpoint)
 
     def is_back(self, connection: BaseDatabaseWrapper, server: Server) -> bool:
         """
-        Ask a server that is out, and that others serve beside: its alias is not, so that no
+        Query a server that is out, and that others serve beside: its alias is not, so that no
         watcher looks for it. One read does, when its time has come.
         """
         now = time.monotonic()
-        if registry.endpoint(connection.alias, self.primary).out or now < server.retry_at:
+        if (
+            registry.endpoint(connection.alias, self.primary).out_of_rotation
+            or now < server.retry_at
+        ):
             return False
-        server.retry_at = now + _pause(server.out)
-        with suppress(*FAILURES):
+        server.retry_at = now + _pause(server.out_of_rotation)
+        with suppress(*CONNECTION_ERRORS):
             found = self.measured_at(connection)
-            return found is not None and not found.out
+            return found is not None and not found.out_of_rotation
         return False
 
-    def is_only(self, link: Link, is_certain: bool) -> bool:
+    def is_only(self, link: ConnectionState, is_certain: bool) -> bool:
         """
         Return whether who answers there is the one server that its alias's watcher meets, for
         certain or as far as is known without a question.
@@ -222,8 +234,8 @@ class Nodes:
         seen = self.look_at(connection)
         if seen is None:
             return None
-        if not self.is_only(link_of(connection), True):
-            prober.measure(seen.server, self.primary)
+        if not self.is_only(state_of(connection), True):
+            monitor.measure_lag(seen.server, self.primary)
             self.judge(registry.endpoint(connection.alias, self.primary), seen.server)
         return seen.server
 
@@ -232,35 +244,38 @@ class Nodes:
         Return why the server of a connection is too far behind, empty: it is not. The watcher of
         an alias meets one server of several: any other is asked here, every other second.
         """
-        if connection.in_atomic_block or not self.tells_positions:
+        if connection.in_atomic_block or not self.supports_positions:
             return ""
-        server, now = link_of(connection).server, time.monotonic()
-        if server is None or now - server.measured > 2 * prober.SAMPLE_EVERY:
+        server, now = state_of(connection).server, time.monotonic()
+        if server is None or now - server.lag_measured > 2 * monitor.SAMPLE_EVERY:
             if server is not None:
-                server.measured = now
+                server.lag_measured = now
             server = self.measured_at(connection)
         if server is None:
             return ""
-        if server.out and (server.out != "lag" or self.rotation):
-            return server.out
+        if server.out_of_rotation and (server.out_of_rotation != Fault.LAG or self.rotation):
+            return server.out_of_rotation
         is_late = max_lag is not None and (server.lag is None or server.lag > max_lag)
-        return reasons.BEHIND if is_late and not self.is_only(link_of(connection), True) else ""
+        return (
+            Reason.NOT_CAUGHT_UP if is_late and not self.is_only(state_of(connection), True) else ""
+        )
 
     def _fault(self, server: Server) -> str:
-        if server.tells is False or self.family is None:
+        if server.reports_position is False or self.dialect is None:
             return ""
         if server.is_replica is False and self._is_promoted(server):
-            return "role"
-        if server.floor:
-            has = self.family.reached(server.floor, server.position) or (
-                server.claims(server.floor) or server.is_back_at(server.floor)
+            return Fault.PROMOTED
+        if server.minimum_position:
+            has = self.dialect.reached(server.minimum_position, server.position) or (
+                server.reported_at_least(server.minimum_position)
+                or server.reached_without_timeline(server.minimum_position)
             )
-            if has or server.position.keys() - server.floor.keys():
-                server.floor = {}
+            if has or server.position.keys() - server.minimum_position.keys():
+                server.minimum_position = {}
             else:
-                return "behind"
+                return Fault.STALE_RESTART
         if conf.max_lag is not None and (server.lag or 0.0) > conf.max_lag:
-            return "lag"
+            return Fault.LAG
         return ""
 
     def _is_promoted(self, server: Server) -> bool:
@@ -269,7 +284,7 @@ class Nodes:
         if primary is None:
             # Whoever is to tell has to be met first, and this one looked at again then.
             self._sample()
-            written = registry.written(server.system) or {}
+            written = registry.primary_position(server.system) or {}
             return not written or server.position.keys() != written.keys()
         return primary is not server and primary.system == server.system
 
@@ -281,25 +296,25 @@ class Nodes:
         def over() -> str | None:
             return next((alias for alias in order if self._known_has(alias, wanted)), None)
 
-        found: str | None = prober.wait_for(order, self.primary, self.judge, seconds, over)
+        found: str | None = monitor.wait_for(order, self.primary, self.judge, seconds, over)
         return found
 
     def _known_has(self, alias: str, wanted: Position) -> bool:
-        servers = self.endpoints[alias].current
+        servers = self.endpoints[alias].recent_servers
         return bool(servers) and all(self._reached(server, wanted) for server in servers)
 
     def sample(self) -> None:
         """Have lag measured for the next while."""
         now = time.monotonic()
-        if now >= self._sample_at and self.tells_positions:
-            self._sample_at = now + prober.SAMPLE_EVERY
+        if now >= self._sample_at and self.supports_positions:
+            self._sample_at = now + monitor.SAMPLE_EVERY
             self._sample()
 
     def _sample(self) -> None:
         # Nobody drops a test's database to which a watcher is connected.
         aliases = tuple(alias for alias in self.replicas if not self.is_mirror(alias))
         if aliases:
-            prober.sample(self.primary, aliases, self.judge)
+            monitor.sample_lag(self.primary, aliases, self.judge)
 
     def within(self, max_lag: float, preferred: str | None) -> str | None:
         """Return a replica that lags no more than this, the preferred one first."""
@@ -308,17 +323,19 @@ class Nodes:
             order = (preferred, *order)
         if any(self.is_mirror(alias) for alias in order):
             return next((alias for alias in order if alias not in self.held_back), None)
-        if not self.tells_positions:
+        if not self.supports_positions:
             return None
         self.sample()
         now = time.monotonic()
         since, until = self._lag_wanted
         # Who comes later does not wait for what the first did not get.
         since = since if now < until else now
-        self._lag_wanted = since, now + prober.NEEDED
+        self._lag_wanted = since, now + monitor.NEEDED
         left = since + FIRST_LAG - now
-        if left > 0 and not self._is_lag_told(order) and may_ask(connections[self.primary]):
-            prober.wait_for(order, self.primary, self.judge, left, lambda: self._is_lag_told(order))
+        if left > 0 and not self._is_lag_told(order) and probing_allowed(connections[self.primary]):
+            monitor.wait_for(
+                order, self.primary, self.judge, left, lambda: self._is_lag_told(order)
+            )
         for alias in order:
             # Of several servers, the one of a connection is judged when it is read from.
             if any(lag is not None and lag <= max_lag for lag in self._lags(alias)):
@@ -338,18 +355,18 @@ class Nodes:
 
     def _lags(self, alias: str) -> list[float | None]:
         endpoint = self.endpoints[alias]
-        if endpoint.out not in ("", "lag") or alias in self.cut_off:
+        if endpoint.out_of_rotation not in ("", Fault.LAG) or alias in self.cut_off:
             return []
         if alias in self.held_back:
             return [math.inf]
-        return [server.lag for server in endpoint.current]
+        return [server.lag for server in endpoint.recent_servers]
 
     # While the primary is down
 
     @property
     def is_headless(self) -> bool:
         """Whether a replica is to stand in for a primary that can't be reached."""
-        return bool(self.endpoint.out) and conf.primary_down == "stale"
+        return bool(self.endpoint.out_of_rotation) and conf.primary_down == "stale"
 
     def stand_in(self) -> str | None:
         """Return the freshest replica, found out once a second."""
@@ -357,16 +374,16 @@ class Nodes:
         until, alias = self._stand_in
         if now >= until or alias in self.out:
             alias = next(iter(self.by_freshness()), None)
-            self._stand_in = now + prober.SAMPLE_EVERY, alias
+            self._stand_in = now + monitor.SAMPLE_EVERY, alias
         return alias
 
     def by_freshness(self) -> list[str]:
-        """Ask the replicas that can be reached how far they are; return the freshest first."""
-        usable = [e for e in self.endpoints.values() if e.out in ("", "lag")]
+        """Query the replicas that can be reached how far they are; return the freshest first."""
+        usable = [e for e in self.endpoints.values() if e.out_of_rotation in ("", Fault.LAG)]
         for endpoint in usable:
             with suppress(DatabaseError, InterfaceError):
                 self.look_at(connections[endpoint.alias])
-        usable = [e for e in usable if e.out in ("", "lag")]
+        usable = [e for e in usable if e.out_of_rotation in ("", Fault.LAG)]
         return [e.alias for e in sorted(usable, key=_replayed, reverse=True)]
 
     # Turns
@@ -383,15 +400,19 @@ class Nodes:
         for name in self.out:
             endpoint = self.endpoints[name]
             is_overdue = endpoint.retry_at + OVERDUE < now
-            if is_overdue and endpoint.out in ("connect", "silent") and self.rotation.weights[name]:
+            if (
+                is_overdue
+                and endpoint.out_of_rotation in (Fault.UNREACHABLE, Fault.UNRESPONSIVE)
+                and self.rotation.weights[name]
+            ):
                 # Nobody looks after it: threads do not run here. Let a read try it.
-                endpoint.suspect = True
-                registry.succeed(endpoint)
+                endpoint.must_reidentify = True
+                registry.mark_up(endpoint)
                 return name
         if alias is None:
             # All of them lag: whoever has no pin has no claim to a fresh state, and the primary
             # would not stand the reads of all replicas.
-            lagging = [e for e in self.endpoints.values() if e.out == "lag"]
+            lagging = [e for e in self.endpoints.values() if e.out_of_rotation == Fault.LAG]
             alias = min(lagging, key=_lag_of).alias if lagging else None
         return alias
 
@@ -401,12 +422,14 @@ class Nodes:
         be told: then the window serves.
         """
         connection = connections[self.primary]
-        if not self.tells_positions or (connection.connection is None and self.endpoint.out):
+        if not self.supports_positions or (
+            connection.connection is None and self.endpoint.out_of_rotation
+        ):
             return None
         try:
             seen = self.look_at(connection)
         except (DatabaseError, InterfaceError) as error:
-            once_a_minute(
+            log_rate_limited(
                 logger,
                 logging.WARNING,
                 ("position", self.primary),
@@ -421,7 +444,7 @@ class Nodes:
     def count(self) -> None:
         """Find out anew who is in the rotation."""
         with self._counting:
-            out = {e.alias for e in self.endpoints.values() if e.out} | self.cut_off
+            out = {e.alias for e in self.endpoints.values() if e.out_of_rotation} | self.cut_off
             if self._max_lag is not None:
                 out |= self.held_back
             self.out = frozenset(out & self.endpoints.keys())
@@ -432,45 +455,45 @@ class Nodes:
         self._counting = threading.Lock()
         self.rotation.draw()
         for endpoint in self.endpoints.values():
-            endpoint.draw()
-            if endpoint.out:
-                prober.tend(endpoint.alias, self.primary, self.judge)
+            endpoint.draw_jitter()
+            if endpoint.out_of_rotation:
+                monitor.retry_until_up(endpoint.alias, self.primary, self.judge)
 
     def _recount(self, endpoint: Endpoint) -> None:
         if endpoint.alias in self.endpoints:
             self.count()
         elif endpoint is not self.endpoint:
             return
-        if endpoint.out:
+        if endpoint.out_of_rotation:
             if not self.rotation:
                 self._take_back()
             if endpoint is self.endpoint:
                 # Nobody can stand in for it for long.
-                registry.retry(endpoint, prober.SAMPLE_EVERY)
-            prober.tend(endpoint.alias, self.primary, self.judge)
+                registry.schedule_retry(endpoint, monitor.SAMPLE_EVERY)
+            monitor.retry_until_up(endpoint.alias, self.primary, self.judge)
 
     def _take_back(self) -> None:
         """Let those serve before their time that answer by now: nobody else does."""
         for endpoint in self.endpoints.values():
-            if endpoint.answers:
-                for server in endpoint.current:
+            if endpoint.is_reachable_again:
+                for server in endpoint.recent_servers:
                     self.judge(endpoint, server)
-                registry.succeed(endpoint)
+                registry.mark_up(endpoint)
 
 
 def _pause(reason: str) -> float:
     """Return for how many seconds a server that is out for this reason is left alone."""
-    return prober.SAMPLE_EVERY if reason in ("behind", "lag") else conf.retry_after
+    return monitor.SAMPLE_EVERY if reason in (Fault.STALE_RESTART, Fault.LAG) else conf.retry_after
 
 
 def _cannot_tell(endpoint: Endpoint) -> bool:
-    servers = endpoint.current
-    return bool(servers) and all(server.tells is False for server in servers)
+    servers = endpoint.recent_servers
+    return bool(servers) and all(server.reports_position is False for server in servers)
 
 
 def _lag_of(endpoint: Endpoint) -> float:
-    return max((server.lag or 0.0 for server in endpoint.current), default=0.0)
+    return max((server.lag or 0.0 for server in endpoint.recent_servers), default=0.0)
 
 
 def _replayed(endpoint: Endpoint) -> int:
-    return max((server.farthest for server in endpoint.current), default=0)
+    return max((server.replayed_offset for server in endpoint.recent_servers), default=0)

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 from asgiref.sync import iscoroutinefunction, sync_to_async
 
-from . import tokens
-from .pins import Pins
-from .routing.leaving import akeep_keys, has_changed, keep_keys, left_behind
-from .scopes.blocks import Open, enter_blocks, open_blocks
-from .scopes.scope import Scope, current_scope, enter, entered_scope
+from pinning_middleware import tokens
+from pinning_middleware.pins import Pins
+from pinning_middleware.routing.outgoing import akeep_keys, has_changed, keep_keys, outgoing_pins
+from pinning_middleware.scopes.overrides import Open, enter_blocks, open_blocks
+from pinning_middleware.scopes.scope import Scope, current_scope, enter, entered_scope
 
-__all__ = ["PinningScope", "carry_scope", "pinning_scope"]
+__all__ = ["PinningScope", "pinning_scope", "propagate_scope"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,7 +55,7 @@ class PinningScope:
         The token of what this scope leaves behind, ``None`` where that is nothing. May be asked
         inside the block and after it; it may ask the primary for its position.
         """
-        pins = left_behind(self._scope)
+        pins = outgoing_pins(self._scope)
         return tokens.dumps(pins) if pins else None
 
     async def atoken(self) -> str | None:
@@ -65,7 +65,7 @@ class PinningScope:
     @property
     def pins(self) -> Pins:
         """The pins of ``token``."""
-        return left_behind(self._scope)
+        return outgoing_pins(self._scope)
 
     def __enter__(self) -> PinningScope:
         before, blocks = entered_scope(), open_blocks()
@@ -154,12 +154,12 @@ def pinning_scope(token: str | None = None, isolated: bool = False) -> PinningSc
     return PinningScope(token, isolated)
 
 
-def carry_scope(function: Callable[P, R]) -> Callable[P, R]:
+def propagate_scope(function: Callable[P, R]) -> Callable[P, R]:
     """
     Return the function, or coroutine function, bound to the scope and the blocks that are open
     now, to be run by another thread or task::
 
-        executor.submit(carry_scope(work), argument)
+        executor.submit(propagate_scope(work), argument)
 
     What it writes pins this scope, as long as that lasts, and it reads what this scope may read.
     """

@@ -9,7 +9,7 @@ import time
 from collections.abc import Hashable, Mapping
 from typing import Any, Final
 
-__all__ = ["EVERY", "once_a_minute"]
+__all__ = ["EVERY", "log_rate_limited"]
 
 # Seconds between two lines of one state; how many states are remembered.
 EVERY: Final = 60.0
@@ -20,7 +20,7 @@ _lock = threading.Lock()
 _said: dict[tuple[str, Hashable], tuple[float, int]] = {}
 
 
-def once_a_minute(
+def log_rate_limited(
     logger: logging.Logger,
     level: int,
     key: Hashable,

@@ -5,7 +5,7 @@ Three moments tell that the node which an alias leads to will not do: it can't b
 server turns out to be of no use to this scope, or a statement fails because of the node. Each ends
 in ``serve_elsewhere``. It never happens where that would change more than the node: inside a
 transaction, in a session that the site has altered, between aliases whose sessions differ, for
-anything but a read, or inside ``direct()``. There the node's own error is the answer.
+anything but a read, or inside ``no_failover()``. There the node's own error is the answer.
 """
 
 from __future__ import annotations
@@ -19,24 +19,29 @@ from django.db import OperationalError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
-from pinning_middleware import reasons
+from pinning_middleware.backend.writes import alias_of
 from pinning_middleware.conf import conf
-from pinning_middleware.saying import once_a_minute
-from pinning_middleware.scopes.blocks import Kind as BlockKind
-from pinning_middleware.scopes.blocks import is_direct, open_blocks, override
+from pinning_middleware.reasons import Fault, Reason
+from pinning_middleware.routing.compatibility import is_interchangeable
+from pinning_middleware.routing.policy import Pool
+from pinning_middleware.routing.pools import pools
+from pinning_middleware.scopes.overrides import Kind as BlockKind
+from pinning_middleware.scopes.overrides import failover_suppressed, open_blocks, override
 from pinning_middleware.scopes.scope import Scope, entered_scope
-from pinning_middleware.servers.connecting import bound
-from pinning_middleware.servers.positions import family_of
-from pinning_middleware.servers.questions import FAILURES, asking, endpoint_of, link_of, one_node
-from pinning_middleware.servers.server import registry
-from pinning_middleware.servers.silence import Silent
-from pinning_middleware.signals import primary_fallback, read_rerun
-from pinning_middleware.writes.sql import Kind
-from pinning_middleware.writes.watch import alias_of
-
-from .decider import Pool
-from .pools import pools
-from .sessions import same_session
+from pinning_middleware.servers.connect import apply_timeouts
+from pinning_middleware.servers.dialects import dialect_for
+from pinning_middleware.servers.liveness import ServerUnresponsive
+from pinning_middleware.servers.probe import (
+    CONNECTION_ERRORS,
+    endpoint_for,
+    failover_disabled,
+    state_of,
+    without_failover,
+)
+from pinning_middleware.servers.registry import registry
+from pinning_middleware.signals import fell_back_to_primary, fell_back_to_replica, read_retried
+from pinning_middleware.sql import Kind
+from pinning_middleware.utils.logging import log_rate_limited
 
 __all__ = ["install", "run", "serve_elsewhere"]
 
@@ -45,7 +50,7 @@ logger = logging.getLogger("pinning_middleware.reads")
 # How often a connection is opened that is found to be lost before anything has run on it.
 MOST_TRIES = 3
 # Reasons that only the primary answers, and that are no failure of anybody.
-_PRIMARY_ONLY = (reasons.WROTE, reasons.LOCK, reasons.PINNED)
+_PRIMARY_ONLY = (Reason.WROTE, Reason.LOCK, Reason.PINNED)
 
 
 def open_cursor(
@@ -60,8 +65,8 @@ def open_cursor(
     if (
         pool is None
         or connection.in_atomic_block
-        or asking.get()
-        or (open_blocks() is not None and is_direct())
+        or failover_disabled.get()
+        or (open_blocks() is not None and failover_suppressed())
     ):
         return cursor(name)
     scope = entered_scope()
@@ -71,7 +76,7 @@ def open_cursor(
         # Nearly every read: the connection is there, and its server will do.
         try:
             return cursor(name)
-        except FAILURES as error:
+        except CONNECTION_ERRORS as error:
             logger.debug("The connection to %s has to be looked into: %s", alias, error)
             failure = error
     endpoint = pool.endpoints[alias] if is_replica else pool.endpoint
@@ -86,9 +91,9 @@ def open_cursor(
         return serve_elsewhere(pool, connection, attempt, why)
 
     if is_replica and alias in conf.guarded and _has_written(pool, scope):
-        return elsewhere(reasons.WROTE)
+        return elsewhere(Reason.WROTE)
     before = connection.connection
-    if before is None and endpoint.out in ("connect", "silent"):
+    if before is None and endpoint.out_of_rotation in (Fault.UNREACHABLE, Fault.UNRESPONSIVE):
         return elsewhere(endpoint.error)
     try:
         if failure is not None:
@@ -98,15 +103,23 @@ def open_cursor(
             return opened
         made = connection.connection
         why = pool.refusal(connection, scope)
-    except FAILURES as error:
+    except CONNECTION_ERRORS as error:
         if not _is_lost(connection, error):
             raise
-        is_silent, was_made = isinstance(error, Silent), connection.connection is not None
+        is_silent, was_made = (
+            isinstance(error, ServerUnresponsive),
+            connection.connection is not None,
+        )
         connection.close()
         if was_made and not is_silent and tries < MOST_TRIES:
             # It was lost while nobody looked, or cut off at once: again, on a new one.
             return open_cursor(connection, cursor, name, tries + 1)
-        registry.fail(endpoint, "silent" if is_silent else "connect", conf.retry_after, error)
+        registry.mark_down(
+            endpoint,
+            Fault.UNRESPONSIVE if is_silent else Fault.UNREACHABLE,
+            conf.retry_after,
+            error,
+        )
         return elsewhere(error)
     if why:
         opened.close()
@@ -146,38 +159,40 @@ def run(
         cursor = context["cursor"]
         if alias_of(cursor) == pool.primary:
             # A replica stands in for the primary, but for reads only: here is its own error.
-            with one_node():
+            with without_failover():
                 fresh = connections[pool.primary].cursor()
             cursor.cursor, cursor.db = fresh.cursor, fresh.db
         elif kind is Kind.LOCK and _may_move(connection):
-            return _again(pool, execute, call, context, reasons.LOCK)
+            return _again(pool, execute, call, context, Reason.LOCK)
     stale = None
     if not is_replica and conf.primary_down == "stale" and _may_move(connection):
-        stale = link_of(connection)
-        stale.has_stand_in = kind is Kind.READ
+        stale = state_of(connection)
+        stale.may_fail_over = kind is Kind.READ
     try:
         result = execute(*call, context)
-    except FAILURES as error:
+    except CONNECTION_ERRORS as error:
         if (
             call[2]
             or kind is not Kind.READ
             or not _may_move(connection)
-            or link_of(connection).is_altered
+            or state_of(connection).session_modified
         ):
             raise
         is_lost = _is_lost(connection, error)
-        family = family_of(connection)
-        if not is_lost and (family is None or not family.is_passing(error)):
+        dialect = dialect_for(connection)
+        if not is_lost and (dialect is None or not dialect.is_retryable(error)):
             raise
-        endpoint = endpoint_of(connection)
+        endpoint = endpoint_for(connection)
         if is_lost:
             connection.close()
-            endpoint.suspect = True
-        is_silent = isinstance(error, Silent) or (is_replica and endpoint.out == "silent")
+            endpoint.must_reidentify = True
+        is_silent = isinstance(error, ServerUnresponsive) or (
+            is_replica and endpoint.out_of_rotation == Fault.UNRESPONSIVE
+        )
         return _again(pool, execute, call, context, error, is_lost and not is_silent)
     finally:
         if stale is not None:
-            stale.has_stand_in = False
+            stale.may_fail_over = False
     if pool.minds_servers:
         _note(pool, connection.alias)
     return result
@@ -187,7 +202,7 @@ def _note(pool: Pool, alias: str) -> None:
     """Note who answered a read, where that is worth knowing."""
     scope = entered_scope()
     facts = None if scope is None else scope.get(pool.key)
-    if facts is not None and not asking.get():
+    if facts is not None and not failover_disabled.get():
         if conf.spread_by_query:
             facts.replica = None
         pool.note_served(facts, alias)
@@ -196,7 +211,10 @@ def _note(pool: Pool, alias: str) -> None:
 def _may_move(connection: BaseDatabaseWrapper) -> bool:
     """Return whether a statement of this connection may run on another one."""
     return not (
-        connection.in_atomic_block or not connection.autocommit or asking.get() or is_direct()
+        connection.in_atomic_block
+        or not connection.autocommit
+        or failover_disabled.get()
+        or failover_suppressed()
     )
 
 
@@ -220,7 +238,7 @@ def _again(
         cursor.pinning_reason = _reason(why)
         if other.alias != failed != pool.primary:
             cursor.pinning_alias = failed
-        if why == reasons.LOCK:
+        if why == Reason.LOCK:
             # It locks there, so the scope stays there.
             cursor.__dict__.pop("pinning_alias", None)
             return fresh.execute(call[0], call[1])
@@ -245,7 +263,7 @@ def serve_elsewhere(
     scope = entered_scope()
     error: Exception | None = why if isinstance(why, Exception) else None
     for alias in _candidates(pool, failed.alias, why, same_first):
-        if alias != failed.alias and not same_session(failed.alias, alias):
+        if alias != failed.alias and not is_interchangeable(failed.alias, alias):
             continue
         other = connections[alias]
         # One that was lost while nobody looked is tried once more, on a new connection. A new one
@@ -253,25 +271,28 @@ def serve_elsewhere(
         for is_again in (False, True):
             was_open, has_run = other.connection is not None, False
             try:
-                with one_node():
+                with without_failover():
                     other.close_if_health_check_failed()
                     other.ensure_connection()
                     if alias != pool.primary and pool.refusal(other, scope):
                         break
                     has_run = True
                     result = attempt(other)
-            except FAILURES as next_error:
+            except CONNECTION_ERRORS as next_error:
                 error = next_error
                 if other.in_atomic_block or not _is_lost(other, next_error):
                     break
-                is_silent, was_made = isinstance(next_error, Silent), other.connection is not None
+                is_silent, was_made = (
+                    isinstance(next_error, ServerUnresponsive),
+                    other.connection is not None,
+                )
                 other.close()
                 is_news = was_open or not has_run
                 if was_made and is_news and not is_silent and not is_again:
-                    endpoint_of(other).suspect = True
+                    endpoint_for(other).must_reidentify = True
                     continue
-                reason = "silent" if is_silent else "connect"
-                registry.fail(endpoint_of(other), reason, conf.retry_after, next_error)
+                reason = Fault.UNRESPONSIVE if is_silent else Fault.UNREACHABLE
+                registry.mark_down(endpoint_for(other), reason, conf.retry_after, next_error)
                 break
             _tell(pool, scope, failed.alias, alias, why)
             return result
@@ -302,7 +323,7 @@ def _candidates(pool: Pool, failed: str, why: object, same_first: bool) -> Itera
 
 
 def _reason(why: object) -> str:
-    return why if isinstance(why, str) and why in reasons.ALL else reasons.FAILOVER
+    return Reason(why) if isinstance(why, str) and why in set(Reason) else Reason.FAILOVER
 
 
 def _has_written(pool: Pool, scope: Scope | None) -> bool:
@@ -316,24 +337,24 @@ def _has_written(pool: Pool, scope: Scope | None) -> bool:
 
 
 def _is_lost(connection: BaseDatabaseWrapper, error: Exception) -> bool:
-    if isinstance(error, Silent) or connection.connection is None:
+    if isinstance(error, ServerUnresponsive) or connection.connection is None:
         return True
-    family = family_of(connection)
-    if family is not None and family.is_lost(error):
+    dialect = dialect_for(connection)
+    if dialect is not None and dialect.is_lost(error):
         return True
-    with one_node():
+    with without_failover():
         try:
             return not connection.is_usable()
-        except Silent:
+        except ServerUnresponsive:
             return True
 
 
 def _tell(pool: Pool, scope: Scope | None, failed: str, alias: str, why: object) -> None:
     """Say who served instead, and let the rest of the scope go there at once."""
-    if why in (*_PRIMARY_ONLY, reasons.BEHIND):
+    if why in (*_PRIMARY_ONLY, Reason.NOT_CAUGHT_UP):
         logger.debug("A read of %s went to %s: %s", failed, alias, why)
     else:
-        once_a_minute(
+        log_rate_limited(
             logger,
             logging.WARNING,
             (pool.primary, failed, alias),
@@ -349,15 +370,15 @@ def _tell(pool: Pool, scope: Scope | None, failed: str, alias: str, why: object)
                 "error": str(why),
             },
         )
-        read_rerun.send_robust(pool.primary, failed=failed, served=alias, error=why)
+        read_retried.send_robust(pool.primary, failed=failed, served=alias, error=why)
         if failed == pool.primary != alias:
-            primary_fallback.send_robust(pool.primary, served=alias, reason=reasons.PRIMARY_DOWN)
+            fell_back_to_replica.send_robust(pool.primary, served=alias, reason=Reason.PRIMARY_DOWN)
         elif alias == pool.primary != failed:
-            primary_fallback.send_robust(pool.primary, served=alias, reason=reasons.NO_REPLICA)
+            fell_back_to_primary.send_robust(pool.primary, served=alias, reason=Reason.NO_REPLICA)
     facts = None if scope is None else scope.get(pool.key)
     if facts is None or alias == failed:
         return
-    if failed in pool.out or why == reasons.BEHIND:
+    if failed in pool.out or why == Reason.NOT_CAUGHT_UP:
         facts.leave(failed)
     if pool.minds_servers:
         _note(pool, alias)
@@ -367,8 +388,8 @@ def _tell(pool: Pool, scope: Scope | None, failed: str, alias: str, why: object)
 
 
 def _meet(*, connection: BaseDatabaseWrapper, **kwargs: Any) -> None:
-    if family_of(connection) is not None and connection.alias in pools().aliases:
-        link_of(connection)
+    if dialect_for(connection) is not None and connection.alias in pools().aliases:
+        state_of(connection)
 
 
 def install() -> None:
@@ -389,12 +410,12 @@ def install() -> None:
 
 
 def _prepare(connection: BaseDatabaseWrapper) -> BaseDatabaseWrapper:
-    if family_of(connection) is None:
+    if dialect_for(connection) is None:
         return connection
     made: Any = connection
     made._cursor = functools.partial(open_cursor, connection, made._cursor)
     made.connect = functools.partial(_connect, connection, made.connect)
-    bound(connection)
+    apply_timeouts(connection)
     return connection
 
 
@@ -405,4 +426,4 @@ def _connect(connection: BaseDatabaseWrapper, connect: Callable[[], None]) -> No
     # What the receivers of `connection_created` did to the session belongs to every one of them.
     kept = connection.__dict__.get("_pinning_link")
     if kept is not None:
-        kept[1].is_altered = kept[1].was_altered
+        kept[1].session_modified = kept[1].session_modified_at_checkout

@@ -8,20 +8,20 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 from django.db import transaction
 
-from .blocks import Block
-from .routing.decider import Pool
-from .routing.leaving import pin_of_now
-from .routing.pools import pools
-from .scopes.blocks import Kind
-from .scopes.scope import current_scope, entered_scope
-from .stores import cache
+from pinning_middleware.decorators import Block
+from pinning_middleware.routing.outgoing import pin_of_now
+from pinning_middleware.routing.policy import Pool
+from pinning_middleware.routing.pools import pools
+from pinning_middleware.scopes.overrides import Kind
+from pinning_middleware.scopes.scope import current_scope, entered_scope
+from pinning_middleware.stores import cache
 
 __all__ = [
-    "acarry_keys",
-    "carry_keys",
-    "direct",
+    "afollow_keys",
+    "follow_keys",
     "ignore_writes",
     "is_pinned",
+    "no_failover",
     "offload",
     "offload_this_request",
     "pin_keys",
@@ -89,7 +89,7 @@ def offload_this_request() -> None:
 def pin_keys(*keys: str, using: str | None = None) -> None:
     """
     Pin what this scope writes under keys of your choosing, ``"order:42"`` say, for everybody who
-    takes them up with ``carry_keys``. Kept in the cache ``PINNING_CACHE`` when the scope ends;
+    takes them up with ``follow_keys``. Kept in the cache ``PINNING_CACHE`` when the scope ends;
     outside any scope at once, or when the open transaction commits.
 
     ``using`` is a primary's alias, ``None`` every pool; ``ValueError`` for any other alias, or a
@@ -109,13 +109,13 @@ def pin_keys(*keys: str, using: str | None = None) -> None:
         transaction.on_commit(functools.partial(keep, pool), using=pool.primary)
 
 
-def carry_keys(*keys: str) -> None:
+def follow_keys(*keys: str) -> None:
     """Let this scope read what was written under these keys, from now on."""
     current_scope().carry(cache.fetch("key", keys))
 
 
-async def acarry_keys(*keys: str) -> None:
-    """Do what ``carry_keys`` does, in async code."""
+async def afollow_keys(*keys: str) -> None:
+    """Do what ``follow_keys`` does, in async code."""
     scope = current_scope()
     scope.carry(await cache.afetch("key", keys))
 
@@ -176,15 +176,15 @@ def offload(using: Any = None) -> Any:
 
 
 @overload
-def direct(function: Callable[P, R]) -> Callable[P, R]: ...
+def no_failover(function: Callable[P, R]) -> Callable[P, R]: ...
 @overload
-def direct(function: None = None) -> Block: ...
-def direct(function: Any = None) -> Any:
+def no_failover(function: None = None) -> Block: ...
+def no_failover(function: Any = None) -> Any:
     """
     Talk to the very node that an alias names, inside the block or the decorated function:
     nothing stands in for it, and its own error is the answer. For monitoring.
     """
-    return Block(Kind.DIRECT)(function) if callable(function) else Block(Kind.DIRECT)
+    return Block(Kind.NO_FAILOVER)(function) if callable(function) else Block(Kind.NO_FAILOVER)
 
 
 @overload

@@ -14,12 +14,13 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Position
-from pinning_middleware.routing.decider import Pool
+from pinning_middleware.reasons import Fault
+from pinning_middleware.routing.policy import Pool
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.servers import connecting
-from pinning_middleware.servers.questions import endpoint_of, link_of, look
-from pinning_middleware.servers.server import Server, registry
-from pinning_middleware.servers.silence import begin, end
+from pinning_middleware.servers import connect
+from pinning_middleware.servers.liveness import clear_deadline, start_deadline
+from pinning_middleware.servers.probe import endpoint_for, probe, state_of
+from pinning_middleware.servers.registry import Server, registry
 from pinning_middleware.stats import DRAINED, ServerState, servers
 
 __all__ = ["TIMEOUT", "Asker", "quiet"]
@@ -55,7 +56,7 @@ class Asker:
         self._primaries: dict[str, list[tuple[float, Position]]] = {}
 
     def ask(self, seconds: float = TIMEOUT) -> list[ServerState]:
-        """Ask everybody once, for so many seconds at most; return ``stats.servers()`` then."""
+        """Query everybody once, for so many seconds at most; return ``stats.servers()`` then."""
         until = time.monotonic() + seconds
         answers: dict[str, _Answer] = {}
         known = [pool for pool in pools().all if pool.replicas]
@@ -114,8 +115,8 @@ class Asker:
     def _look(self, alias: str) -> _Answer:
         connection = self._connections.get(alias)
         if connection is None:
-            connection = self._connections[alias] = connecting.private(alias)
-        seen = look(connection)
+            connection = self._connections[alias] = connect.dedicated_connection(alias)
+        seen = probe(connection)
         if seen is None:
             self._reach(connection)
             return _Answer()
@@ -126,15 +127,15 @@ class Asker:
 
     def _reach(self, connection: BaseDatabaseWrapper) -> None:
         """Find out whether one that tells no position can be connected to at all."""
-        endpoint = endpoint_of(connection)
+        endpoint = endpoint_for(connection)
         try:
             if connection.connection is not None and not connection.is_usable():
                 connection.close()
             connection.ensure_connection()
         except (DatabaseError, InterfaceError) as error:
-            registry.fail(endpoint, "connect", conf.retry_after, error)
+            registry.mark_down(endpoint, Fault.UNREACHABLE, conf.retry_after, error)
             raise
-        registry.succeed(endpoint)
+        registry.mark_up(endpoint)
 
     def _drop(self, alias: str) -> None:
         connection = self._connections.pop(alias, None)
@@ -148,7 +149,7 @@ class Asker:
         server = pool.endpoint.server
         if server is not None and server.position and not server.is_replica:
             met = self._primaries.setdefault(pool.primary, [])
-            met.append((server.told, dict(server.position)))
+            met.append((server.last_probed, dict(server.position)))
             del met[:-600]
 
     def _said(
@@ -156,7 +157,7 @@ class Asker:
     ) -> ServerState:
         if is_late and row.state != "out":
             error = "it has not answered in time"
-            return row._replace(state="out", reason="silent", since=None, error=error)
+            return row._replace(state="out", reason=Fault.UNRESPONSIVE, since=None, error=error)
         if answer is None:
             return row
         if row.state == "unknown":
@@ -177,12 +178,14 @@ class Asker:
     def _lag(self, pool: Pool, answer: _Answer) -> tuple[bool, float | None]:
         """Return whether a replica has all that its primary had, and for how long it has not."""
         server, met = answer.server, self._primaries.get(pool.primary, [])
-        if server is None or not met or pool.family is None:
+        if server is None or not met or pool.dialect is None:
             return False, None
         newest = met[-1][0]
         for at, position in reversed(met):
             # Of one that hides its timeline, its word will do for this.
-            if server.claims(position) or pool.family.reached(position, server.position):
+            if server.reported_at_least(position) or pool.dialect.reached(
+                position, server.position
+            ):
                 return at == newest, newest - at
         said = answer.replay[2] if answer.replay else None
         if said is not None:
@@ -191,16 +194,16 @@ class Asker:
 
 
 def _ask(connection: BaseDatabaseWrapper, sql: str) -> tuple[Any, ...]:
-    """Ask past Django's cursors, within the deadline of every question."""
+    """Query past Django's cursors, within the deadline of every question."""
     raw: Any = connection.connection
-    link = link_of(connection)
-    guard = begin(raw, link)
+    link = state_of(connection)
+    guard = start_deadline(raw, link)
     try:
         with connection.wrap_database_errors, raw.cursor() as cursor:
             cursor.execute(sql)
             return tuple(cursor.fetchone() or ())
     finally:
-        end(link, guard)
+        clear_deadline(link, guard)
 
 
 @contextlib.contextmanager

@@ -15,16 +15,20 @@ from typing import TYPE_CHECKING, Any, Final
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from pinning_middleware import clock, reasons
 from pinning_middleware.conf import PoolSpec, conf
 from pinning_middleware.pins import Pin
-from pinning_middleware.scopes.blocks import Kind, Open, lifts, open_blocks, override
+from pinning_middleware.reasons import Fault, Reason
+from pinning_middleware.routing.replica_set import Nodes
+from pinning_middleware.scopes.overrides import Kind, Open, lifts, open_blocks, override
 from pinning_middleware.scopes.scope import Facts, Scope, current_scope, entered_scope
-from pinning_middleware.servers.links import Link
-from pinning_middleware.servers.questions import link_of, may_ask
-from pinning_middleware.signals import primary_fallback, replica_waited
-
-from .nodes import Nodes
+from pinning_middleware.servers.connection_state import ConnectionState
+from pinning_middleware.servers.probe import probing_allowed, state_of
+from pinning_middleware.signals import (
+    fell_back_to_primary,
+    fell_back_to_replica,
+    replica_wait_finished,
+)
+from pinning_middleware.utils import clock
 
 if TYPE_CHECKING:
     from django.db.models import Model
@@ -36,8 +40,8 @@ Route = tuple[str, str]
 
 # Seconds between two questions of one scope that lasts.
 ASK_AGAIN: Final = 1.0
-_BY_BLOCK: Final = (reasons.USE_PRIMARY, reasons.USE_REPLICA)
-_SAID: Final = (reasons.BEHIND, reasons.NO_REPLICA, reasons.PRIMARY_DOWN)
+_BY_BLOCK: Final = (Reason.USE_PRIMARY, Reason.USE_REPLICA)
+_SAID: Final = (Reason.NOT_CAUGHT_UP, Reason.NO_REPLICA, Reason.PRIMARY_DOWN)
 
 
 class Pool(Nodes):
@@ -46,11 +50,11 @@ class Pool(Nodes):
     # Whether what a client has seen moves its position.
     is_monotonic = False
     # The reason for a read that nobody decided.
-    otherwise = reasons.EXPLICIT
+    otherwise = Reason.EXPLICIT
 
     def __init__(self, spec: PoolSpec) -> None:
         super().__init__(spec)
-        self._by_transaction = self.primary, reasons.TRANSACTION
+        self._by_transaction = self.primary, Reason.TRANSACTION
         # Whether a decision depends on the model; and of which it is known how.
         self.minds_models = bool(conf.primary_models)
         self._verdicts: dict[Any, bool] = {}
@@ -141,7 +145,7 @@ class Pool(Nodes):
         """
         route = self._decide(connection or connections[self.primary])
         if self.minds_models and route[1] not in _BY_BLOCK and _is_of_primary(model):
-            return self.primary, reasons.MODEL
+            return self.primary, Reason.PRIMARY_MODEL
         return route
 
     def _decide(self, connection: BaseDatabaseWrapper) -> Route:
@@ -155,7 +159,7 @@ class Pool(Nodes):
             and (connection.in_atomic_block or not connection.autocommit)
             and self._in_transaction(connection, scope)
         ):
-            return self.primary, reasons.TRANSACTION
+            return self.primary, Reason.TRANSACTION
         if facts.answer is not None and block is None:
             return facts.answer, facts.reason
         is_lifted = lifts(block, self.primary)
@@ -177,35 +181,35 @@ class Pool(Nodes):
 
     def _in_block(self, block: Open, facts: Facts) -> Route:
         if block.kind is Kind.PRIMARY:
-            return self.primary, reasons.USE_PRIMARY
+            return self.primary, Reason.USE_PRIMARY
         if block.max_lag is None:
             alias = self._replica(facts)
         else:
             alias = self.within(block.max_lag, facts.replica)
             if alias is not None and self.is_mirror(alias):
                 facts.meant, alias = alias, self.primary
-        return (alias, reasons.USE_REPLICA) if alias else (self.primary, reasons.NO_REPLICA)
+        return (alias, Reason.USE_REPLICA) if alias else (self.primary, Reason.NO_REPLICA)
 
     def _settle(self, scope: Scope, facts: Facts, is_lifted: bool = False) -> Route:
         """Decide by the rules that stay the same for a while, and remember what may be."""
         if facts.writes or facts.by_hand or facts.held:
             writes = dict(facts.writes)
             if self.has_written(scope, facts) or self.is_headless:
-                return self._primary(reasons.WROTE if writes else reasons.BY_HAND)
+                return self._primary(Reason.WROTE if writes else Reason.MANUAL)
             facts.settle(writes)
         if facts.is_locked and not scope.is_lasting:
-            return self._primary(reasons.LOCK)
+            return self._primary(Reason.LOCK)
         is_lifted = is_lifted or scope.lifted
         may_keep = not (is_lifted or self._may_not_keep or scope.is_lasting)
         if not is_lifted:
             if scope.from_primary and not facts.is_lifted:
-                return self._keep(facts, self._primary(reasons.METHOD), may_keep)
+                return self._keep(facts, self._primary(Reason.HTTP_METHOD), may_keep)
             if (scope.is_lasting or not self._offloads_all) and not self._offloads(scope):
-                return self._primary(reasons.NOT_OFFLOADED)
+                return self._primary(Reason.NOT_OFFLOADED)
         if facts.carried is not None or facts.seen is not None:
             route = self._carried(scope, facts)
             if route is not None:
-                is_reached = route[1] == reasons.POSITION and not self._by_query
+                is_reached = route[1] == Reason.CAUGHT_UP and not self._by_query
                 return self._keep(facts, route, may_keep and is_reached)
         if scope.is_lasting:
             # It has no next scope that would get the next replica.
@@ -214,8 +218,8 @@ class Pool(Nodes):
                 facts.replica, facts.turned = None, now
         alias = self._replica(facts)
         if alias is None:
-            return self._primary(reasons.NO_REPLICA)
-        return self._keep(facts, (alias, reasons.TURN), may_keep and not self._by_query)
+            return self._primary(Reason.NO_REPLICA)
+        return self._keep(facts, (alias, Reason.ROUND_ROBIN), may_keep and not self._by_query)
 
     def _keep(self, facts: Facts, route: Route, may_keep: bool) -> Route:
         # Where a mirror is meant, what else is read from the primary is to be told from that.
@@ -245,8 +249,8 @@ class Pool(Nodes):
     def _carried(self, scope: Scope, facts: Facts) -> Route | None:
         """Return who serves under the pins of earlier scopes, ``None``: they are over."""
         is_held, wanted = facts.wanted(clock.now())
-        if is_held or (wanted is not None and not self.tells_positions):
-            return self._primary(reasons.PINNED)
+        if is_held or (wanted is not None and not self.supports_positions):
+            return self._primary(Reason.PINNED)
         if wanted is None:
             return None
         now = clock.monotonic()
@@ -255,17 +259,17 @@ class Pool(Nodes):
         alias = facts.replica if facts.replica and self.has(facts.replica, wanted) else None
         alias = alias or self.holder(wanted, ask)
         wait = conf.wait if scope.wait is None else scope.wait
-        if alias is None and ask and wait and may_ask(connections[self.primary]):
+        if alias is None and ask and wait and probing_allowed(connections[self.primary]):
             alias = self.wait_for(wanted, wait)
             facts.waited = alias, clock.monotonic() - now
         if alias is None:
             if ask:
                 facts.looked = now
-            return self._primary(reasons.BEHIND)
+            return self._primary(Reason.NOT_CAUGHT_UP)
         if self.is_mirror(alias):
             facts.meant, alias = alias, self.primary
         facts.replica = alias
-        return alias, reasons.POSITION
+        return alias, Reason.CAUGHT_UP
 
     def _replica(self, facts: Facts) -> str | None:
         """Return this scope's replica, or the next one's; ``None`` where none is usable."""
@@ -280,18 +284,18 @@ class Pool(Nodes):
     def _primary(self, reason: str) -> Route:
         """Return the primary, or who stands in while it can't be reached."""
         if self.is_headless and (alias := self.stand_in()) is not None:
-            return alias, reasons.PRIMARY_DOWN
+            return alias, Reason.PRIMARY_DOWN
         return self.primary, reason
 
     def _told(self, route: Route, facts: Facts) -> str:
         """Say what is worth a signal, now that it is decided; once for a scope."""
         alias, reason = route
         facts.decided = route
-        if reason is reasons.TURN:
+        if reason is Reason.ROUND_ROBIN:
             return alias
         if facts.waited is not None:
             (found, seconds), facts.waited = facts.waited, None
-            replica_waited.send_robust(
+            replica_wait_finished.send_robust(
                 self.primary,
                 replica=found or self.replicas[0],
                 seconds=seconds,
@@ -299,7 +303,8 @@ class Pool(Nodes):
             )
         if reason in _SAID and facts.said != reason:
             facts.said = reason
-            primary_fallback.send_robust(self.primary, served=alias, reason=reason)
+            signal = fell_back_to_replica if reason == Reason.PRIMARY_DOWN else fell_back_to_primary
+            signal.send_robust(self.primary, served=alias, reason=reason)
         return alias
 
     # What the connection at hand is good for
@@ -325,26 +330,30 @@ class Pool(Nodes):
         kept = connection.__dict__.get("_pinning_link")
         if kept is None or kept[0] is not connection.connection:
             return False
-        link: Link = kept[1]
+        link: ConnectionState = kept[1]
         in_block = open_blocks() is not None
         if (in_block or self._max_lag is not None) and not self.is_only(link, in_block):
             return False
         endpoint, server = link.endpoint, link.server
-        is_bad = endpoint.suspect if server is None else server.out
-        return not is_bad and endpoint.is_known and not link.has_left_recovery()
+        is_bad = endpoint.must_reidentify if server is None else server.out_of_rotation
+        return not is_bad and endpoint.is_current and not link.was_promoted()
 
     def refusal(self, connection: BaseDatabaseWrapper, scope: Scope | None) -> str:
         """
         Return why the server of a replica's connection will not serve this scope, empty: it will.
         Asks it where that is not known. Raises what ``look`` raises.
         """
-        link = link_of(connection)
+        link = state_of(connection)
         server = link.server
-        if server is not None and server.out and (server.out != "lag" or self.rotation):
-            reason = server.out
+        if (
+            server is not None
+            and server.out_of_rotation
+            and (server.out_of_rotation != Fault.LAG or self.rotation)
+        ):
+            reason = server.out_of_rotation
             if not self.is_back(connection, server):
                 return reason
-            link = link_of(connection)
+            link = state_of(connection)
             server = link.server
         block = override(open_blocks(), self.primary)
         max_lag = None if block is None else block.max_lag
@@ -352,14 +361,14 @@ class Pool(Nodes):
         if minds_lag and not self.is_only(link, max_lag is not None):
             if why := self.lags(connection, max_lag):
                 return why
-            link = link_of(connection)
+            link = state_of(connection)
             server = link.server
-        is_promoted = link.has_left_recovery()
-        if is_promoted or (server is None and link.endpoint.suspect):
+        is_promoted = link.was_promoted()
+        if is_promoted or (server is None and link.endpoint.must_reidentify):
             seen = self.look_at(connection)
-            link.is_known_as_primary = is_promoted
-            if seen is not None and seen.server.out not in ("", "lag"):
-                return seen.server.out
+            link.promotion_seen = is_promoted
+            if seen is not None and seen.server.out_of_rotation not in ("", Fault.LAG):
+                return seen.server.out_of_rotation
         if scope is None or self.is_headless or connection.alias not in conf.guarded:
             # Of the older interface's replicas `using` has the last word.
             return ""
@@ -373,11 +382,11 @@ class Pool(Nodes):
         if block is not None:
             return ""
         is_held, wanted = facts.wanted(clock.now())
-        if is_held or (wanted is not None and not self.tells_positions):
-            return reasons.PINNED
+        if is_held or (wanted is not None and not self.supports_positions):
+            return Reason.PINNED
         if wanted is None or self.has(connection.alias, wanted):
             return ""
-        return "" if self.asked_has(connection.alias, wanted) else reasons.BEHIND
+        return "" if self.asked_has(connection.alias, wanted) else Reason.NOT_CAUGHT_UP
 
     def note_served(self, facts: Facts, alias: str) -> None:
         """Note who answered a read, where that is worth knowing."""
@@ -411,7 +420,7 @@ class PrimaryOnly(Pool):
 
     def __init__(self, spec: PoolSpec) -> None:
         super().__init__(spec)
-        self.otherwise = reasons.NO_REPLICA if conf.enabled else reasons.DISABLED
+        self.otherwise = Reason.NO_REPLICA if conf.enabled else Reason.DISABLED
 
     def db_for_read(self, model: Any = None, **hints: Any) -> str | None:
         instance = hints.get("instance")

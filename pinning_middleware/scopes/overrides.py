@@ -1,5 +1,5 @@
 """
-The blocks that are open: ``use_primary``, ``use_replica``, ``offload``, ``direct`` and
+The blocks that are open: ``use_primary``, ``use_replica``, ``offload``, ``no_failover`` and
 ``ignore_writes``. They live in a context variable of their own, as a chain of values.
 """
 
@@ -14,8 +14,8 @@ __all__ = [
     "Open",
     "close",
     "enter_blocks",
+    "failover_suppressed",
     "ignores_writes",
-    "is_direct",
     "lifts",
     "open_block",
     "open_blocks",
@@ -27,7 +27,7 @@ class Kind(Enum):
     PRIMARY = "use_primary"
     REPLICA = "use_replica"
     OFFLOAD = "offload"
-    DIRECT = "direct"
+    NO_FAILOVER = "no_failover"
     IGNORE = "ignore_writes"
 
 
@@ -90,9 +90,9 @@ def lifts(block: Open | None, primary: str) -> bool:
     return False
 
 
-def is_direct() -> bool:
+def failover_suppressed() -> bool:
     """Return whether aliases name the very nodes that are talked to."""
-    return _has(Kind.DIRECT)
+    return _has(Kind.NO_FAILOVER)
 
 
 def ignores_writes() -> bool:

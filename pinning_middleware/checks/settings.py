@@ -21,9 +21,9 @@ __all__ = ["TAG", "spelled", "value_of"]
 
 TAG = "pinning"
 CHOICES = {
-    "PINNING_SPREAD": ("request", "query"),
+    "PINNING_BALANCE_BY": ("request", "query"),
     "PINNING_PRIMARY_DOWN": ("error", "stale"),
-    "PINNING_GUARANTEE": ("read-your-writes", "monotonic-reads"),
+    "PINNING_CONSISTENCY": ("read-your-writes", "monotonic-reads"),
 }
 _SAMESITE = ("lax", "strict", "none")
 # A round of turns is kept, and has as many as the weights together.
@@ -161,7 +161,7 @@ def check_seconds(**kwargs: Any) -> list[CheckMessage]:
 
 @register(TAG)
 def check_switches(**kwargs: Any) -> list[CheckMessage]:
-    names = ("PINNING_ENABLED", "PINNING_OFFLOAD_OUTSIDE", "PINNING_COOKIE_HTTPONLY")
+    names = ("PINNING_ENABLED", "PINNING_OFFLOAD_OUTSIDE_REQUESTS", "PINNING_COOKIE_HTTPONLY")
     return _judge(
         6,
         names,
@@ -297,10 +297,10 @@ def check_cache(**kwargs: Any) -> list[CheckMessage]:
 def check_key(**kwargs: Any) -> list[CheckMessage]:
     return _judge(
         12,
-        ("PINNING_KEY",),
+        ("PINNING_USER_KEY",),
         _is_path_of_callable,
         "must be the dotted path of a function key(request) -> str or None",
-        f"The default is {DEFAULTS['PINNING_KEY']!r}, the logged-in user's id.",
+        f"The default is {DEFAULTS['PINNING_USER_KEY']!r}, the logged-in user's id.",
     )
 
 

@@ -18,9 +18,18 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from pinning_middleware.pins import OPTIONAL, Position, merge_positions
-from pinning_middleware.signals import replica_left_out, replica_taken_back
+from pinning_middleware.signals import replica_removed, replica_restored
 
-__all__ = ["HURRY", "Endpoint", "Identity", "Report", "Server", "Servers", "Told", "registry"]
+__all__ = [
+    "LAST_REPLICA_RETRY_INTERVAL",
+    "Endpoint",
+    "Identity",
+    "PrimarySample",
+    "Report",
+    "Server",
+    "ServerRegistry",
+    "registry",
+]
 
 logger = logging.getLogger("pinning_middleware.servers")
 
@@ -29,7 +38,7 @@ CURRENT_FOR = 60.0
 # How many servers are remembered behind one alias.
 MOST_SERVERS = 64
 # Seconds between two tries while nobody else could serve.
-HURRY = 0.05
+LAST_REPLICA_RETRY_INTERVAL = 0.05
 # How many answers of a primary are kept to date what replicas say.
 REMEMBERED = 32
 # Of what a primary had written, how many samples are kept, and how many seconds apart at least.
@@ -58,17 +67,17 @@ class Identity(NamedTuple):
 class Report(NamedTuple):
     """
     What a server says of itself: whether it replays another's log (``None``: it does not know),
-    what it has replayed and, of a primary, what it has written. ``hidden``: the role may not see
+    what it has replayed and, of a primary, what it has written. ``timeline_hidden``: the role may not see
     of which timeline that is.
     """
 
     is_replica: bool | None
     replayed: Position
     written: Position | None = None
-    hidden: bool = False
+    timeline_hidden: bool = False
 
 
-class Told(NamedTuple):
+class PrimarySample(NamedTuple):
     """An answer of a primary, and when it was asked and had answered (monotonic clock)."""
 
     asked: float
@@ -80,27 +89,27 @@ class Server:
     """One running process of a database, as this process knows it."""
 
     __slots__ = (
-        "_before",
-        "_claims",
-        "_met",
-        "_word",
-        "farthest",
-        "floor",
-        "followed",
-        "hidden",
+        "_first_resolved",
+        "_last_reported",
+        "_predecessors",
+        "_undated_reports",
+        "checkpoint_timeline",
         "identity",
-        "is_discreet",
         "is_replica",
+        "lacks_timeline_privilege",
         "lag",
-        "measured",
-        "out",
+        "lag_measured",
+        "last_probed",
+        "minimum_position",
+        "out_of_rotation",
         "position",
+        "replayed_offset",
+        "reports_position",
         "retry_at",
-        "since",
+        "status_since",
+        "strategy",
         "system",
-        "tells",
-        "told",
-        "way",
+        "timeline_hidden",
     )
 
     def __init__(self, identity: Identity, system: str = "") -> None:
@@ -111,75 +120,77 @@ class Server:
         # What it has replayed, with the log's name certain. It only grows.
         self.position: Position = {}
         # When it was last asked with success, and how far it was, of whatever log.
-        self.told = 0.0
-        self.farthest = 0
+        self.last_probed = 0.0
+        self.replayed_offset = 0
         # What a server at this place had before it; until that is here again this one serves
         # nobody.
-        self.floor: Position = {}
-        self._before: dict[Identity, Position] = {}
+        self.minimum_position: Position = {}
+        self._predecessors: dict[Identity, Position] = {}
         # Why it serves nobody ("silent", "role", "behind", "lag"), empty: it does; since when.
-        self.out = ""
-        self.since = 0.0
+        self.out_of_rotation = ""
+        self.status_since = 0.0
         # When who is connected to it may ask it again.
         self.retry_at = 0.0
         # Seconds behind the primary, None: not known.
         self.lag: float | None = None
         # When that was last found out.
-        self.measured = 0.0
-        # Whether it can say how far it is, None: not asked yet; by which of the family's ways.
-        self.tells: bool | None = None
-        self.way = 0
-        self.hidden = False
+        self.lag_measured = 0.0
+        # Whether it can say how far it is, None: not asked yet; by which of the dialect's ways.
+        self.reports_position: bool | None = None
+        self.strategy = 0
+        self.timeline_hidden = False
         # The timeline that it is on, or has passed: then it is on no older one. Empty: not known.
-        self.followed = ""
+        self.checkpoint_timeline = ""
         # Whether it hides that from the role that we have there.
-        self.is_discreet = False
+        self.lacks_timeline_privilege = False
         # What it has replayed of a log whose name it could not see, until a primary dates it.
-        self._claims: deque[tuple[float, float, str, int]] = deque(maxlen=8)
+        self._undated_reports: deque[tuple[float, float, str, int]] = deque(maxlen=8)
         # What it said last that it had replayed, with or without the log's name.
-        self._word: Position = {}
+        self._last_reported: Position = {}
         # Of each log, the first point at which it met a primary that dates it.
-        self._met: dict[str, int] = {}
+        self._first_resolved: dict[str, int] = {}
 
     def __repr__(self) -> str:
         return f"<Server {self.identity.address}:{self.identity.port}>"
 
-    def saw(self, report: Report, asked: float) -> None:
+    def apply_report(self, report: Report, asked: float) -> None:
         """Take in what it said of itself, asked at that time of the monotonic clock."""
-        self.is_replica, self.hidden = report.is_replica, report.hidden
-        self.told = time.monotonic()
-        self.farthest = sum(report.replayed.values())
-        self._word = report.replayed
+        self.is_replica, self.timeline_hidden = report.is_replica, report.timeline_hidden
+        self.last_probed = time.monotonic()
+        self.replayed_offset = sum(report.replayed.values())
+        self._last_reported = report.replayed
         replayed = report.replayed
         if not report.is_replica and report.written:
             replayed = {log.removeprefix(OPTIONAL): end for log, end in report.written.items()}
-        if report.hidden and report.is_replica:
+        if report.timeline_hidden and report.is_replica:
             for log, point in replayed.items():
-                self._claims.append((asked, self.told, log, point))
+                self._undated_reports.append((asked, self.last_probed, log, point))
             return
         # One whose name ends openly is on a timeline that nobody could tell.
         certain = {log: point for log, point in replayed.items() if not log.endswith("-")}
         if certain:
             self.position = merge_positions(self.position, certain) or {}
 
-    def follow(self, other: Server) -> None:
+    def replaces(self, other: Server) -> None:
         """Take the other for what this one was before it was restarted."""
-        self._before[other.identity] = merge_positions(other.floor, other.position) or {}
-        self.floor = _merged(self._before.values())
+        self._predecessors[other.identity] = (
+            merge_positions(other.minimum_position, other.position) or {}
+        )
+        self.minimum_position = _merged(self._predecessors.values())
 
-    def follow_no_more(self, identity: Identity) -> None:
+    def undo_replaces(self, identity: Identity) -> None:
         """Know that one which this was taken for after a restart still runs."""
-        if self._before.pop(identity, None):
-            self.floor = _merged(self._before.values())
+        if self._predecessors.pop(identity, None):
+            self.minimum_position = _merged(self._predecessors.values())
 
-    def claims(self, wanted: Position) -> bool:
+    def reported_at_least(self, wanted: Position) -> bool:
         """Return whether it was last at or after a point, if it follows that log at all."""
-        if not self._claims:
+        if not self._undated_reports:
             return False
-        _, _, log, point = self._claims[-1]
+        _, _, log, point = self._undated_reports[-1]
         return any(name.startswith(log) and point >= end for name, end in wanted.items())
 
-    def is_back_at(self, floor: Position) -> bool:
+    def reached_without_timeline(self, floor: Position) -> bool:
         """
         Return whether by its own word it is as far as what was here before it, on a timeline that
         nobody can tell as long as its primary is away. That says nothing of a pin.
@@ -187,12 +198,12 @@ class Server:
         return bool(floor) and all(
             any(
                 log.endswith("-") and name.startswith(log) and point >= end
-                for log, point in self._word.items()
+                for log, point in self._last_reported.items()
             )
             for name, end in floor.items()
         )
 
-    def date(self, answers: Iterable[Told]) -> None:
+    def resolve_timeline(self, answers: Iterable[PrimarySample]) -> None:
         """
         Let what a primary said before and after name the log of what this one has replayed.
 
@@ -200,7 +211,7 @@ class Server:
         One that stands still on a lost timeline is passed by the primary once, so it has to be
         met at two points; or it is known to be on no older timeline than the primary.
         """
-        for asked, answered, log, point in tuple(self._claims):
+        for asked, answered, log, point in tuple(self._undated_reports):
             before = {
                 name: end
                 for told in answers
@@ -217,8 +228,8 @@ class Server:
             }
             for name in before.keys() & after.keys():
                 if before[name] <= point <= after[name] and len(before.keys() | after.keys()) == 1:
-                    first = self._met.setdefault(name, point)
-                    if point > first or name.endswith(f"-{self.followed}"):
+                    first = self._first_resolved.setdefault(name, point)
+                    if point > first or name.endswith(f"-{self.checkpoint_timeline}"):
                         self.position = merge_positions(self.position, {name: point}) or {}
 
 
@@ -238,30 +249,30 @@ class Endpoint:
         self.pool = pool
         self.servers: dict[Server, float] = {}
         # Why it serves nobody ("connect", or what its servers are out for), empty: it does.
-        self.out = ""
-        self.since = 0.0
+        self.out_of_rotation = ""
+        self.status_since = 0.0
         self.error = ""
         self.retry_at = 0.0
         # It is out, and answers by now: it waits for its time, or until nobody else serves.
-        self.answers = False
+        self.is_reachable_again = False
         # A connection was lost here; whoever connects next has to look who is there.
-        self.suspect = False
+        self.must_reidentify = False
         # Behind a pooler that hands out several servers; said once, and then the window serves.
-        self.balances = False
+        self.pooler_mixes_servers = False
         # Whether the settings that it was made for still hold.
-        self.is_known = True
-        self._own_out = ""
-        self.draw()
+        self.is_current = True
+        self._connection_fault = ""
+        self.draw_jitter()
 
     def __repr__(self) -> str:
         return f"<Endpoint {self.alias}>"
 
-    def draw(self) -> None:
+    def draw_jitter(self) -> None:
         """Draw the jitter, once for each process, so that they do not come back together."""
         self.jitter = random.uniform(1.0, 1.25)
 
     @property
-    def current(self) -> list[Server]:
+    def recent_servers(self) -> list[Server]:
         """The servers that it leads to, as far as is known."""
         servers = tuple(self.servers.items())
         if len(servers) < 2:
@@ -275,18 +286,18 @@ class Endpoint:
         servers = self.servers
         if len(servers) == 1:
             return next(iter(servers))
-        current = self.current
+        current = self.recent_servers
         return current[0] if len(current) == 1 else None
 
 
-class Servers:
+class ServerRegistry:
     """Everything that this process knows, and who wants to hear of what serves or does not."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._known: dict[Identity, Server] = {}
         self._endpoints: dict[str, Endpoint] = {}
-        self._told: dict[str, deque[Told]] = {}
+        self._primary_samples: dict[str, deque[PrimarySample]] = {}
         self._samples: dict[str, deque[tuple[float, Position]]] = {}
         self.listeners: list[Callable[[Endpoint], None]] = []
 
@@ -311,17 +322,17 @@ class Servers:
         """Forget everything: the settings were changed."""
         with self._lock:
             for endpoint in self._endpoints.values():
-                endpoint.is_known = False
+                endpoint.is_current = False
             self._known.clear()
             self._endpoints.clear()
-            self._told.clear()
+            self._primary_samples.clear()
             self._samples.clear()
             self.listeners.clear()
 
-    def find(self, identity: Identity) -> Server | None:
+    def get(self, identity: Identity) -> Server | None:
         return self._known.get(identity)
 
-    def meet(self, alias: str, identity: Identity, system: str) -> Server:
+    def register(self, alias: str, identity: Identity, system: str) -> Server:
         """Note that a connection of this alias leads to that server, and return it."""
         with self._lock:
             endpoint = self._endpoints.get(alias)
@@ -338,12 +349,12 @@ class Servers:
                 if identity.may_follow(other.identity):
                     # It was here before it was restarted, and what it had is not there by itself.
                     if other.system == system:
-                        server.follow(other)
+                        server.replaces(other)
                     del endpoint.servers[other]
                     self._known.pop(other.identity, None)
                 else:
                     # Both run, since two networks may use the same addresses.
-                    other.follow_no_more(identity)
+                    other.undo_replaces(identity)
             endpoint.servers[server] = time.monotonic()
             if len(endpoint.servers) > MOST_SERVERS:
                 oldest = min(endpoint.servers, key=endpoint.servers.__getitem__)
@@ -351,24 +362,24 @@ class Servers:
                 self._known.pop(oldest.identity, None)
         return server
 
-    def take_in(self, server: Server, report: Report, asked: float) -> None:
+    def apply_report(self, server: Server, report: Report, asked: float) -> None:
         """Take in what a server said of itself; of a primary, that dates what replicas said."""
-        server.saw(report, asked)
+        server.apply_report(report, asked)
         if report.written and not report.is_replica:
-            told = self._told.setdefault(server.system, deque(maxlen=REMEMBERED))
-            told.append(Told(asked, server.told, report.written))
+            told = self._primary_samples.setdefault(server.system, deque(maxlen=REMEMBERED))
+            told.append(PrimarySample(asked, server.last_probed, report.written))
             samples = self._samples.setdefault(server.system, deque(maxlen=SAMPLES))
             if not samples or asked - samples[-1][0] >= SAMPLE_EVERY:
                 samples.append((asked, report.written))
             for other in tuple(self._known.values()):
-                if other.hidden and other.system == server.system:
-                    other.date(tuple(told))
-        elif report.hidden:
-            server.date(tuple(self._told.get(server.system, ())))
+                if other.timeline_hidden and other.system == server.system:
+                    other.resolve_timeline(tuple(told))
+        elif report.timeline_hidden:
+            server.resolve_timeline(tuple(self._primary_samples.get(server.system, ())))
 
-    def written(self, system: str) -> Position | None:
+    def primary_position(self, system: str) -> Position | None:
         """Return what a primary of this system was last known to have written."""
-        told = self._told.get(system)
+        told = self._primary_samples.get(system)
         return told[-1].written if told else None
 
     def samples(self, system: str) -> tuple[tuple[float, Position], ...]:
@@ -377,48 +388,50 @@ class Servers:
 
     # Who serves
 
-    def mark(self, server: Server, reason: str, retry_in: float = 0.0, error: object = "") -> None:
+    def set_status(
+        self, server: Server, reason: str, retry_in: float = 0.0, error: object = ""
+    ) -> None:
         """Say why a server serves nobody, or by an empty reason that it does."""
-        if server.out != reason:
-            server.out, server.since = reason, time.time()
+        if server.out_of_rotation != reason:
+            server.out_of_rotation, server.status_since = reason, time.time()
         server.retry_at = time.monotonic() + retry_in
         for endpoint in tuple(self._endpoints.values()):
             if server in endpoint.servers:
-                self._settle(endpoint, retry_in, error)
+                self._publish(endpoint, retry_in, error)
 
-    def fail(self, endpoint: Endpoint, reason: str, retry_in: float, error: object) -> None:
+    def mark_down(self, endpoint: Endpoint, reason: str, retry_in: float, error: object) -> None:
         """Say that an endpoint leads nowhere now: it can't be connected to, or keeps silent."""
-        endpoint._own_out = reason
-        endpoint.suspect = True
-        self._settle(endpoint, retry_in, error)
+        endpoint._connection_fault = reason
+        endpoint.must_reidentify = True
+        self._publish(endpoint, retry_in, error)
 
-    def succeed(self, endpoint: Endpoint) -> None:
+    def mark_up(self, endpoint: Endpoint) -> None:
         """Say that an endpoint leads somewhere."""
-        if endpoint._own_out or endpoint.out:
-            endpoint._own_out = ""
-            self._settle(endpoint, 0.0, "")
+        if endpoint._connection_fault or endpoint.out_of_rotation:
+            endpoint._connection_fault = ""
+            self._publish(endpoint, 0.0, "")
 
-    def retry(self, endpoint: Endpoint, seconds: float) -> None:
+    def schedule_retry(self, endpoint: Endpoint, seconds: float) -> None:
         """Let an endpoint that is out be looked at again after so many seconds."""
         endpoint.retry_at = time.monotonic() + seconds * endpoint.jitter
 
-    def _settle(self, endpoint: Endpoint, retry_in: float, error: object) -> None:
-        if not endpoint.is_known:
+    def _publish(self, endpoint: Endpoint, retry_in: float, error: object) -> None:
+        if not endpoint.is_current:
             # Who still looks at it began before the settings were changed: nobody is to hear.
             return
-        reason = endpoint._own_out
+        reason = endpoint._connection_fault
         if not reason:
-            outs = [server.out for server in endpoint.current]
+            outs = [server.out_of_rotation for server in endpoint.recent_servers]
             reason = outs[0] if outs and all(outs) else ""
         with self._lock:
-            is_news, endpoint.out = endpoint.out != reason, reason
-            endpoint.answers = endpoint.answers and not is_news
+            is_news, endpoint.out_of_rotation = endpoint.out_of_rotation != reason, reason
+            endpoint.is_reachable_again = endpoint.is_reachable_again and not is_news
             if reason:
                 endpoint.error = str(error) or endpoint.error
                 if is_news or retry_in:
-                    self.retry(endpoint, retry_in)
+                    self.schedule_retry(endpoint, retry_in)
             if is_news:
-                endpoint.since = time.time()
+                endpoint.status_since = time.time()
         if not is_news:
             return
         for listener in tuple(self.listeners):
@@ -429,16 +442,16 @@ class Servers:
                 "%s serves nobody (%s): %s", endpoint.alias, reason, endpoint.error, extra=tell
             )
             if endpoint.alias != endpoint.pool:
-                replica_left_out.send_robust(
+                replica_removed.send_robust(
                     endpoint.pool, replica=endpoint.alias, reason=reason, seconds=retry_in
                 )
         else:
             endpoint.error = ""
             logger.info("%s serves again.", endpoint.alias, extra=tell)
             if endpoint.alias != endpoint.pool:
-                replica_taken_back.send_robust(endpoint.pool, replica=endpoint.alias)
+                replica_restored.send_robust(endpoint.pool, replica=endpoint.alias)
 
 
-registry = Servers()
+registry = ServerRegistry()
 
 os.register_at_fork(after_in_child=registry.begin_anew_after_fork)
