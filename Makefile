@@ -15,7 +15,7 @@ help:
 	@echo "make test             all tests, real servers included"
 	@echo "make lint             ruff and mypy"
 	@echo "make format           ruff, changing files"
-	@echo "make benchmarks       the figures of the README"
+	@echo "make benchmarks       measurements, among them the figures of the README"
 	@echo "make system-packages  MariaDB, HAProxy, PgBouncer, Chromium, on Debian and Ubuntu"
 	@echo "make clean            remove what the others made"
 
@@ -70,4 +70,4 @@ system-packages:
 	tests/system-packages
 
 clean:
-	rm -rf .demo .mypy_cache .pytest_cache .ruff_cache build dist $(VENV) .venv-*
+	rm -rf sample_site/.demo .mypy_cache .pytest_cache .ruff_cache build dist $(VENV) .venv-*

@@ -1,8 +1,8 @@
 """
 Read from replicas without ever showing a user a state older than what they just wrote.
 
-The names are imported at their first use, so that whoever needs one small part of the package (a
-tool of pytest, say) does not load Django for it.
+Names are imported at their first use, so that importing a part of the package (for example its
+pytest plugin) does not load Django.
 """
 
 from __future__ import annotations

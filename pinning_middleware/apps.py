@@ -20,22 +20,10 @@ class PinningConfig(AppConfig):
 
     def ready(self) -> None:
         from pinning_middleware import checks, stats  # noqa: F401
-        from pinning_middleware.backend import (
-            execute,
-            failover,
-            generic_relations,
-            instances,
-            view_transactions,
-            writes,
-        )
+        from pinning_middleware.backend import patches
         from pinning_middleware.stores import cache
 
-        failover.install()
-        writes.install()
-        execute.install()
-        generic_relations.install()
-        instances.install()
-        view_transactions.install()
+        patches.install()
         stats.install()
-        # A cache that is a table of the database is no part of what a user reads and writes.
-        cache.around = _on_primary
+        # Reads and writes of a database cache do not count as those of a user.
+        cache.db_cache_context = _on_primary

@@ -1,8 +1,12 @@
 """
 Celery: a task that is sent after a write reads that write.
 
-The pins travel in the message's headers. In the worker each task is a scope that begins with them
-and ends with the task; retries, chains and chords send on what it leaves behind.
+The pins travel in the headers of the message. In the worker, each task runs in a scope that begins
+with these pins. Retries, chains and chords inherit the pins of the tasks before them. A task of
+celery-batches begins with the pins of all of its messages.
+
+celery-singleton sends no message if the same task is already waiting. The pins of such a call are
+kept in ``PINNING_CACHE`` for the waiting task, so the workers have to share that cache.
 """
 
 from __future__ import annotations
@@ -16,108 +20,163 @@ from celery import Celery, current_task
 from celery.signals import before_task_publish, task_postrun, task_prerun
 from django.core import checks
 
-from pinning_middleware import tokens
+from pinning_middleware import handoff
 from pinning_middleware.pins import Pins, merge_pins
-from pinning_middleware.routing.outgoing import outgoing_pins, pin_of_now
-from pinning_middleware.routing.pools import pools
 from pinning_middleware.scope_blocks import PinningScope
-from pinning_middleware.scopes.scope import Scope, entered_scope
 
 __all__ = ["HEADER", "POLICIES", "propagate_pins"]
 
 HEADER = "pinning_token"
 POLICIES = ("sticky", "primary", "wait")
-# Seconds that a task with pinning="wait" waits unless it says pinning_wait.
-LONGEST_WAIT = 1.0
+# Maximum wait of a task with pinning="wait" and without pinning_wait (seconds).
+DEFAULT_WAIT = 1.0
 
 logger = logging.getLogger("pinning_middleware")
 
 
 def propagate_pins(app: Celery) -> None:
     """
-    Let the tasks of this app carry pins. A task says what it needs by ``@app.task(pinning=…)``:
+    Propagate pins to the tasks of this app.
 
-    - ``"sticky"``, the default: reads from a replica that has caught up, else from the primary;
-    - ``"primary"``: reads from the primary;
-    - ``"wait"``: waits for a replica to catch up, at most ``pinning_wait`` seconds (1), and reads
-      from the primary if none has.
+    A task chooses its policy with ``@app.task(pinning=…)``:
 
-    A task with another policy reads from the primary; it is an error of ``manage.py check``, and
-    of the log of whoever finalizes the app, a worker say.
+    - ``"sticky"``, the default: read from a replica that has caught up, else from the primary;
+    - ``"primary"``: read from the primary;
+    - ``"wait"``: wait for a replica to catch up, at most ``pinning_wait`` seconds (default: 1),
+      else read from the primary.
+
+    A task with another value reads from the primary. ``manage.py check`` reports it as an error,
+    and it is logged when the app is finalized, for example in a worker.
     """
-    before_task_publish.connect(_send, weak=False, dispatch_uid="pinning_middleware.send")
-    task_prerun.connect(_begin, weak=False, dispatch_uid="pinning_middleware.begin")
-    task_postrun.connect(_end, weak=False, dispatch_uid="pinning_middleware.end")
-    app.on_after_finalize.connect(_complain, weak=False)
-    checks.register(functools.partial(_check, app))
+    before_task_publish.connect(_add_token, weak=False, dispatch_uid="pinning_middleware.send")
+    task_prerun.connect(_open_scope, weak=False, dispatch_uid="pinning_middleware.begin")
+    task_postrun.connect(_close_scope, weak=False, dispatch_uid="pinning_middleware.end")
+    app.on_after_finalize.connect(_log_invalid_policies, weak=False)
+    checks.register(functools.partial(_check_policies, app))
+    _keep_pins_of_duplicates()
 
 
-def _mistakes(app: Celery) -> Iterator[str]:
-    known = ", ".join(map(repr, POLICIES))
+# Policies
+
+
+def _invalid_policies(app: Celery) -> Iterator[str]:
+    choices = ", ".join(map(repr, POLICIES))
     for name, task in app.tasks.items():
         policy = getattr(task, "pinning", "sticky")
         if policy not in POLICIES:
-            yield f"Task {name}: pinning must be one of {known}, not {policy!r}."
+            yield f"Task {name}: pinning must be one of {choices}, not {policy!r}."
 
 
-def _complain(sender: Celery, **kwargs: Any) -> None:
-    # Celery's signals swallow what their receivers raise.
-    for mistake in _mistakes(sender):
-        logger.error(mistake)
+def _log_invalid_policies(sender: Celery, **kwargs: Any) -> None:
+    # Celery suppresses exceptions of signal receivers, so log instead of raising.
+    for message in _invalid_policies(sender):
+        logger.error(message)
 
 
-def _check(app: Celery, **kwargs: Any) -> list[checks.CheckMessage]:
+def _check_policies(app: Celery, **kwargs: Any) -> list[checks.CheckMessage]:
+    hint = f"Set it to one of {', '.join(map(repr, POLICIES))}. The task reads from the primary."
     return [
-        checks.Error(mistake, hint="It reads from the primary.", id="pinning_middleware.E101")
-        for mistake in _mistakes(app)
+        checks.Error(message, hint=hint, id="pinning_middleware.E101")
+        for message in _invalid_policies(app)
     ]
 
 
-def _send(headers: dict[str, Any], **kwargs: Any) -> None:
-    scope = entered_scope()
-    pins = outgoing_pins(scope) if scope is not None else {}
-    if _ends_group():
-        pins = merge_pins(pins, _pins_of_group())
-    if pins:
-        headers[HEADER] = tokens.dumps(pins)
+# Messages
+
+
+def _add_token(sender: object, headers: dict[str, Any], **kwargs: Any) -> None:
+    others = [_pins_of_chord()] if _may_be_chord_body(sender) else []
+    token = handoff.token_to_send(*others)
+    if token is not None:
+        headers[HEADER] = token
     else:
         headers.pop(HEADER, None)
 
 
-def _ends_group() -> bool:
+def _may_be_chord_body(name: object) -> bool:
+    """
+    Return whether a message may belong to the body of a chord whose header has finished.
+
+    IDs cannot be compared, because the tasks of a group have none in the body's signature.
+    """
     if not current_task:
         return False
-    return bool(current_task.request.chord) or current_task.name == "celery.chord_unlock"
-
-
-def _pins_of_group() -> Pins:
-    """Return pins of all that the parts of a chord wrote: they are done, each in its own scope."""
     request = current_task.request
-    pins: Pins | None = request.__dict__.get("pinning_of_group")
+    body = request.chord
+    if current_task.name == "celery.chord_unlock":
+        # Result backends without native chords poll for the end of the header.
+        body = request.args[1] if len(request.args or ()) > 1 else request.kwargs.get("callback")
+    return bool(body) and name in set(_task_names(body))
+
+
+def _pins_of_chord() -> Pins:
+    """Return pins of all that the header of a chord wrote, queried once for all of its body."""
+    request = current_task.request
+    pins: Pins | None = request.__dict__.get("pinning_of_chord")
     if pins is None:
-        # Once for all messages that this run sends.
-        pins = {pool.primary: pin_of_now(pool) for pool in pools().by_primary.values()}
-        request.pinning_of_group = pins
+        pins = request.pinning_of_chord = handoff.pins_of_all_writes()
     return pins
 
 
-def _begin(task: Any, **kwargs: Any) -> None:
+def _task_names(signature: Any) -> Iterator[object]:
+    """Yield the names of all tasks of a signature, including nested ones and callbacks."""
+    if isinstance(signature, dict):
+        yield signature.get("task")
+        for part in signature.values():
+            yield from _task_names(part)
+    elif isinstance(signature, (list, tuple)):
+        for part in signature:
+            yield from _task_names(part)
+
+
+# Tasks
+
+
+def _open_scope(task: Any, args: Any = (), **kwargs: Any) -> None:
     request = task.request
-    token = getattr(request, HEADER, None)
-    scope = Scope.of(tokens.accept(token) if token else {})
+    pins = handoff.pins_of_tokens(getattr(request, HEADER, None), *_batch_tokens(args))
+    if hasattr(task, "on_duplicate") and request.id:
+        pins = merge_pins(pins, handoff.load_pins(request.id))
     policy = getattr(task, "pinning", "sticky")
-    if policy not in ("sticky", "wait"):
-        scope.read_primary()
-    elif policy == "wait":
-        scope.wait = getattr(task, "pinning_wait", LONGEST_WAIT)
-    # An eager task is part of who called it; a worker serves strangers by turns.
-    block = PinningScope(scope=scope, isolated=not request.is_eager)
+    block = handoff.task_scope(
+        pins,
+        # An eager task runs inside the caller's scope; a worker processes unrelated tasks.
+        isolated=not request.is_eager,
+        wait=getattr(task, "pinning_wait", DEFAULT_WAIT) if policy == "wait" else None,
+        prefer_primary=policy not in ("sticky", "wait"),
+    )
     block.__enter__()
-    # Of this run: a task's id is that of its retries too, and of a message that came twice.
+    # Stored in the request, because the ID of a task is also that of its retries.
     request.pinning_scope = block
 
 
-def _end(task: Any, **kwargs: Any) -> None:
+def _close_scope(task: Any, **kwargs: Any) -> None:
     block: PinningScope | None = task.request.__dict__.pop("pinning_scope", None)
     if block is not None:
         block.__exit__(None, None, None)
+
+
+def _batch_tokens(args: Any) -> Iterator[object]:
+    """Yield the tokens of the messages of a batch (celery-batches)."""
+    requests = args[0] if args and isinstance(args[0], list) else ()
+    for request in requests:
+        if isinstance(headers := getattr(request, "request_dict", None), dict):
+            yield headers.get(HEADER)
+
+
+def _keep_pins_of_duplicates() -> None:
+    """Keep the pins of calls that celery-singleton drops in favour of a waiting task."""
+    try:
+        from celery_singleton import Singleton
+    except ImportError:
+        return
+    original = Singleton.on_duplicate
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def on_duplicate(self: Any, existing_task_id: str, *args: Any, **kwargs: Any) -> Any:
+        handoff.save_pins(existing_task_id, handoff.pins_to_send())
+        return original(self, existing_task_id, *args, **kwargs)
+
+    Singleton.on_duplicate = on_duplicate

@@ -1,4 +1,4 @@
-"""The settings, each read once and forgotten on ``setting_changed``. Judged in ``checks`` only."""
+"""The settings, cached until `setting_changed`. They are validated in `checks` only."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from django.conf import settings
+from django.conf import global_settings, settings
 from django.core.signals import setting_changed
 from django.db import DEFAULT_DB_ALIAS
 from django.utils.module_loading import import_string
 
+from pinning_middleware.pins import PoolKey
+
 if TYPE_CHECKING:
+    from django.db.backends.base.base import BaseDatabaseWrapper
     from django.http import HttpRequest
 
 logger = logging.getLogger("pinning_middleware")
@@ -44,12 +47,14 @@ DEFAULTS: dict[str, Any] = {
     "PINNING_RETRY_AFTER": 10,
     "PINNING_PRIMARY_DOWN": "error",
     "PINNING_CONSISTENCY": "read-your-writes",
+    "PINNING_WRITING_FUNCTIONS": (),
+    "PINNING_SESSION_SETUP": None,
     "PINNING_ENABLED": True,
 }
 
-# What django-multidb-router calls them. Read only where a site names `contrib.multidb` in its
-# settings, and ours is not set.
-OLDER: dict[str, tuple[str, ...]] = {
+# Names of the settings in django-multidb-router. They are read only if the site uses
+# `contrib.multidb` and does not set the name of this package.
+MULTIDB_ALIASES: dict[str, tuple[str, ...]] = {
     "PINNING_REPLICAS": ("REPLICA_DATABASES", "SLAVE_DATABASES"),
     "PINNING_SECONDS": ("MULTIDB_PINNING_SECONDS",),
     "PINNING_COOKIE_NAME": ("MULTIDB_PINNING_COOKIE",),
@@ -57,69 +62,72 @@ OLDER: dict[str, tuple[str, ...]] = {
     "PINNING_COOKIE_SAMESITE": ("MULTIDB_PINNING_COOKIE_SAMESITE",),
     "PINNING_COOKIE_HTTPONLY": ("MULTIDB_PINNING_COOKIE_HTTPONLY",),
 }
-# Where its defaults differ: processes of before and after a deployment share one cookie.
-OLDER_DEFAULTS: dict[str, Any] = {
+# Its different defaults: old and new processes share a cookie during a deployment.
+MULTIDB_DEFAULTS: dict[str, Any] = {
     "PINNING_COOKIE_NAME": "multidb_pin_writes",
     "PINNING_COOKIE_HTTPONLY": False,
 }
 
 
 class PoolSpec(NamedTuple):
-    """A pool as the settings describe it. Its key in a scope begins with the primary's alias."""
+    """A pool as described by the settings. Its key in a scope begins with the primary's alias."""
 
-    key: str
-    primary: str
+    key: PoolKey
     weights: Mapping[str, int]
 
 
 def parse_replicas(value: object) -> dict[str, dict[str, int]]:
     """
-    Return ``PINNING_REPLICAS`` in its longest form: primary alias → {replica alias: weight}.
+    Return PINNING_REPLICAS in its most explicit form: primary's alias → {replica's alias: weight}.
 
-    ``ValueError``, with a sentence for people, where it has none of its three forms.
+    Raise ValueError, with a message that completes "PINNING_REPLICAS …", for any other value.
     """
     if isinstance(value, (list, tuple)):
         value = {DEFAULT_DB_ALIAS: value} if value else {}
     if not isinstance(value, Mapping):
-        raise ValueError("it must be a list of aliases, or a mapping of a primary's alias to one")
+        raise ValueError("should be a list of aliases, or map primaries' aliases to such lists")
     pools: dict[str, dict[str, int]] = {}
     for primary, replicas in value.items():
         if isinstance(replicas, (list, tuple)):
             if not all(isinstance(alias, str) for alias in replicas):
-                raise ValueError("aliases must be text")
+                raise ValueError("should contain aliases as strings")
             if len(set(replicas)) != len(replicas):
-                raise ValueError(f"a replica of {primary!r} is named twice; use {{alias: weight}}")
+                raise ValueError(
+                    f"should list each replica of {primary!r} once, or map it to a weight"
+                )
             replicas = dict.fromkeys(replicas, 1)
         if not isinstance(replicas, Mapping):
-            raise ValueError(f"the replicas of {primary!r} must be a list or {{alias: weight}}")
+            raise ValueError(f"should have a list or {{alias: weight}} for {primary!r}")
         for alias, weight in replicas.items():
             if not isinstance(alias, str) or not isinstance(primary, str):
-                raise ValueError("aliases must be text")
+                raise ValueError("should contain aliases as strings")
             if not isinstance(weight, int) or isinstance(weight, bool) or weight < 0:
-                raise ValueError(
-                    f"the weight of {alias!r} must be a whole number, 0 to watch it without use"
-                )
+                raise ValueError(f"should have an integer of 0 or more as the weight of {alias!r}")
         pools[primary] = dict(replicas)
     return pools
 
 
 class Conf:
     """
-    The settings as the package uses them. Reading an attribute computes it once; a change of
-    any setting through ``override_settings`` starts anew.
+    The settings as the package uses them. Each attribute is computed once, until a setting is
+    changed by `override_settings`.
     """
 
+    def effective_name(self, name: str) -> str:
+        """Return the name under which the site sets this: `name`, or one of `MULTIDB_ALIASES`."""
+        if name not in MULTIDB_ALIASES or not self.uses_multidb_names or hasattr(settings, name):
+            return name
+        return next((a for a in MULTIDB_ALIASES[name] if hasattr(settings, a)), name)
+
     def _get(self, name: str) -> Any:
-        if name in OLDER and self.reads_older and not hasattr(settings, name):
-            for older in OLDER[name]:
-                if hasattr(settings, older):
-                    return getattr(settings, older)
-            return OLDER_DEFAULTS.get(name, DEFAULTS[name])
-        return getattr(settings, name, DEFAULTS[name])
+        if hasattr(settings, effective := self.effective_name(name)):
+            return getattr(settings, effective)
+        defaults = MULTIDB_DEFAULTS if self.uses_multidb_names else DEFAULTS
+        return defaults.get(name, DEFAULTS[name])
 
     @cached_property
-    def reads_older(self) -> bool:
-        """Whether the site came from django-multidb-router, and names what stands in for it."""
+    def uses_multidb_names(self) -> bool:
+        """Whether the site uses `contrib.multidb`, and so the names of django-multidb-router."""
         paths = [*settings.DATABASE_ROUTERS, *settings.MIDDLEWARE]
         within = f"{__package__}.contrib.multidb."
         return any(isinstance(path, str) and path.startswith(within) for path in paths)
@@ -130,7 +138,7 @@ class Conf:
 
     @property
     def debug(self) -> bool:
-        # Not kept: a change of it is no reason to forget what is known of servers.
+        # Not cached: a change of DEBUG must not reset the listeners of `on_change`.
         return bool(settings.DEBUG)
 
     @cached_property
@@ -142,53 +150,56 @@ class Conf:
         try:
             return parse_replicas(self._get("PINNING_REPLICAS"))
         except ValueError as error:
-            # Raised here it would keep the system check from saying it with a hint.
-            logger.error("PINNING_REPLICAS: %s. Every read goes to the primary.", error)
+            # Raised here, it would prevent the system check from reporting it with a hint.
+            logger.error("PINNING_REPLICAS %s. All reads go to the primary.", error)
             return {}
 
     @cached_property
     def slave_databases(self) -> list[str] | None:
-        """The older interface's list of replicas; ``None`` where the site does not set it."""
+        """The legacy interface's list of replicas, or None if not set."""
         value = getattr(settings, "SLAVE_DATABASES", None)
         return None if value is None else list(value)
 
     @cached_property
     def pools(self) -> tuple[PoolSpec, ...]:
-        return tuple(PoolSpec(primary, primary, w) for primary, w in self.replicas.items() if w)
+        return tuple(PoolSpec(PoolKey(primary), w) for primary, w in self.replicas.items() if w)
 
     @cached_property
     def legacy_pool(self) -> PoolSpec:
-        """The pool of the older interface's managers."""
-        own = next((spec for spec in self.pools if spec.primary == DEFAULT_DB_ALIAS), None)
+        """The pool of the legacy interface's managers."""
+        own = next((spec for spec in self.pools if spec.key.primary == DEFAULT_DB_ALIAS), None)
         if self.slave_databases is None:
-            return own or PoolSpec(DEFAULT_DB_ALIAS, DEFAULT_DB_ALIAS, {})
+            return own or PoolSpec(PoolKey(DEFAULT_DB_ALIAS), {})
         weights = dict.fromkeys(self.slave_databases, 1)
         if own is not None and own.weights == weights:
             return own
-        # Another rotation, so another place in the scope's state; the pins are the same.
-        return PoolSpec(f"{DEFAULT_DB_ALIAS}\0SLAVE_DATABASES", DEFAULT_DB_ALIAS, weights)
+        # A separate rotation needs a separate state in the scope. The pins are the same.
+        return PoolSpec(PoolKey(DEFAULT_DB_ALIAS, legacy=True), weights)
 
     @cached_property
-    def watched(self) -> dict[str, tuple[PoolSpec, ...]]:
-        """Alias of a primary → the pools that its writes pin."""
-        watched: dict[str, tuple[PoolSpec, ...]] = {spec.primary: (spec,) for spec in self.pools}
+    def pools_by_primary(self) -> dict[str, tuple[PoolSpec, ...]]:
+        """Primary's alias → the pools that its writes pin."""
+        pools: dict[str, tuple[PoolSpec, ...]] = {spec.key.primary: (spec,) for spec in self.pools}
         legacy = self.legacy_pool
         if legacy.weights and legacy not in self.pools:
-            watched[legacy.primary] = (*watched.get(legacy.primary, ()), legacy)
-        return watched
+            pools[legacy.key.primary] = (*pools.get(legacy.key.primary, ()), legacy)
+        return pools
 
     @cached_property
-    def guarded(self) -> dict[str, str]:
+    def readonly_aliases(self) -> dict[str, str]:
         """
-        Alias of a replica → its primary's. Those that only ``SLAVE_DATABASES`` names stay
-        writable, and keep their instances.
+        Replica's alias → its primary's alias. Aliases listed only in SLAVE_DATABASES are writable,
+        and their instances keep them.
         """
-        return {alias: spec.primary for spec in self.pools for alias in spec.weights}
+        return {alias: spec.key.primary for spec in self.pools for alias in spec.weights}
 
     @cached_property
-    def primary_of(self) -> dict[str, str]:
-        """Alias of a replica, of the older interface too → its primary's."""
-        return {**dict.fromkeys(self.legacy_pool.weights, DEFAULT_DB_ALIAS), **self.guarded}
+    def primary_by_replica(self) -> dict[str, str]:
+        """Replica's alias, also of the legacy interface → its primary's alias."""
+        return {
+            **dict.fromkeys(self.legacy_pool.weights, DEFAULT_DB_ALIAS),
+            **self.readonly_aliases,
+        }
 
     @cached_property
     def seconds(self) -> float:
@@ -196,7 +207,7 @@ class Conf:
 
     @cached_property
     def positions(self) -> bool | str:
-        """``True``: the best way that the database has; ``"lsn"``, ``"gtid"``, ``"xid"``: that."""
+        """True for the best method of the database, False for none, or the name of a method."""
         value = self._get("PINNING_POSITIONS")
         return value if isinstance(value, str) else bool(value)
 
@@ -211,26 +222,38 @@ class Conf:
 
     @cached_property
     def seen_cookie_name(self) -> str:
-        """The cookie of what a client has seen, under ``monotonic-reads``."""
+        """The cookie of the positions that a client has read, with monotonic-reads."""
         return f"{self.cookie_name}-seen"
 
     @cached_property
     def stores_at_start(self) -> tuple[Any, ...]:
-        """Those that are asked before any other middleware."""
+        """The stores that are loaded before any other middleware."""
         return tuple(store for store in self.stores if not store.after_authentication)
 
     @cached_property
     def stores_at_view(self) -> tuple[Any, ...]:
-        """Those that are asked after authentication."""
+        """The stores that are loaded after authentication."""
         return tuple(store for store in self.stores if store.after_authentication)
 
     @cached_property
     def cookie_name(self) -> str:
-        return str(self._get("PINNING_COOKIE_NAME"))
+        """
+        PINNING_COOKIE_NAME. By default it follows a custom SESSION_COOKIE_NAME, since
+        another site on the same domain would otherwise read and overwrite the cookie.
+        """
+        name = str(self._get("PINNING_COOKIE_NAME"))
+        session = settings.SESSION_COOKIE_NAME
+        if (
+            hasattr(settings, "PINNING_COOKIE_NAME")
+            or self.uses_multidb_names
+            or session == global_settings.SESSION_COOKIE_NAME
+        ):
+            return name
+        return f"{session}-{name}"
 
     @cached_property
     def cookie(self) -> dict[str, Any]:
-        """The keyword arguments of ``HttpResponse.set_cookie`` that do not vary."""
+        """The constant keyword arguments of `HttpResponse.set_cookie`."""
         return {
             "domain": self._cookie("DOMAIN"),
             "path": self._cookie("PATH"),
@@ -257,12 +280,23 @@ class Conf:
         return frozenset(self._get("PINNING_PRIMARY_METHODS"))
 
     @cached_property
-    def spread_by_query(self) -> bool:
+    def balance_by_query(self) -> bool:
         return bool(self._get("PINNING_BALANCE_BY") == "query")
 
     @cached_property
     def ignored_tables(self) -> frozenset[str]:
         return frozenset(table.lower() for table in self._get("PINNING_IGNORED_TABLES"))
+
+    @cached_property
+    def writing_functions(self) -> frozenset[str]:
+        """Names of database functions that write, in upper case and without their schema."""
+        names = self._get("PINNING_WRITING_FUNCTIONS")
+        return frozenset(name.rpartition(".")[2].upper() for name in names)
+
+    @cached_property
+    def session_setup(self) -> Callable[[BaseDatabaseWrapper], Any] | None:
+        path = self._get("PINNING_SESSION_SETUP")
+        return None if path is None else import_string(path)
 
     @cached_property
     def max_lag(self) -> float | None:
@@ -280,7 +314,7 @@ class Conf:
 
     @cached_property
     def primary_models(self) -> frozenset[str]:
-        """Labels of apps and of models, in lower case."""
+        """Labels of apps and models, in lower case."""
         return frozenset(label.lower() for label in self._get("PINNING_PRIMARY_MODELS"))
 
     @cached_property
@@ -301,7 +335,7 @@ _listeners: list[Callable[[], None]] = []
 
 
 def on_change(listener: Callable[[], None]) -> Callable[[], None]:
-    """Call this whenever the settings were changed, after ``conf`` has forgotten the old ones."""
+    """Call `listener` whenever settings change, after `conf` has dropped the old ones."""
     _listeners.append(listener)
     return listener
 

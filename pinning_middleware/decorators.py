@@ -1,4 +1,4 @@
-"""``with`` blocks that are decorators too, of functions and generators, sync and async."""
+"""Context managers that are decorators too, of functions and generators, sync and async."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from asgiref.sync import iscoroutinefunction
 
-from pinning_middleware.scopes.overrides import Kind, close, open_block
+from pinning_middleware.backend.responses import render_within
+from pinning_middleware.scopes.overrides import Kind, pop, push
 
 __all__ = ["Block", "aiterate_within", "async_body_of", "close_within", "iterate_within"]
 
@@ -21,11 +22,11 @@ R = TypeVar("R")
 
 class Block(AbstractContextManager[None]):
     """
-    A ``with`` block and a decorator, of functions, coroutine functions and generators of both.
+    A context manager and a decorator, of functions, coroutine functions and generators of both.
 
-    What is open is kept in a context variable and not in here, so one object may be entered
-    again, by many threads and tasks at once. A lazy body (a streaming response, a template that
-    is still to be rendered) that leaves a decorated function belongs to its block.
+    What is active is kept in a context variable, so one object may be entered again, by many
+    threads and tasks at once. A streaming or template response that a decorated function returns is
+    produced inside the block.
     """
 
     def __init__(
@@ -39,9 +40,9 @@ class Block(AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         if self._check is not None:
-            # When it is entered: decorators are made before the settings are.
+            # On entry, since decorators run before the settings are complete.
             self._check(self._using)
-        open_block(self._kind, self, self._using, self._max_lag)
+        push(self._kind, self, self._using, self._max_lag)
 
     def __exit__(
         self,
@@ -49,48 +50,60 @@ class Block(AbstractContextManager[None]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        close(self)
+        pop(self)
+
+    async def __aenter__(self) -> None:
+        self.__enter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        pop(self)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         if isinstance(function, type):
             raise TypeError(
-                f"{function.__name__} is a class: decorate one of its methods, as in "
+                f"{function.__name__} is a class. Decorate one of its methods: "
                 f"@method_decorator({self._kind.value}, name='dispatch')"
             )
         if iscoroutinefunction(function):
-            wrapper: Any = self._awaiting(function)
+            wrapper: Any = self._wrap_coroutine(function)
         elif inspect.isgeneratorfunction(function):
-            wrapper = self._generating(function)
+            wrapper = self._wrap_generator(function)
         elif inspect.isasyncgenfunction(function):
-            wrapper = self._agenerating(function)
+            wrapper = self._wrap_async_generator(function)
         else:
-            wrapper = self._calling(function)
+            wrapper = self._wrap_function(function)
         return cast("Callable[P, R]", functools.wraps(function)(wrapper))
 
-    def _calling(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def calling(*args: Any, **kwargs: Any) -> Any:
+    def _wrap_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             with self:
                 result = function(*args, **kwargs)
-            # `dispatch` of an async view, say, is a plain function.
-            return self._awaited(result) if inspect.iscoroutine(result) else self._lazily(result)
+            # dispatch() of an async view is a plain function, for example.
+            is_coroutine = inspect.iscoroutine(result)
+            return self._await_inside(result) if is_coroutine else self._wrap_response(result)
 
-        return calling
+        return call
 
-    def _awaiting(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        async def awaiting(*args: Any, **kwargs: Any) -> Any:
-            return await self._awaited(function(*args, **kwargs))
+    def _wrap_coroutine(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            return await self._await_inside(function(*args, **kwargs))
 
-        return awaiting
+        return call
 
-    async def _awaited(self, coroutine: Awaitable[Any]) -> Any:
+    async def _await_inside(self, coroutine: Awaitable[Any]) -> Any:
         with self:
             result = await coroutine
-        return self._lazily(result)
+        return self._wrap_response(result)
 
-    # Between two of its values a generator's caller is outside the block.
+    # The caller of a generator is outside the block between two values.
 
-    def _generating(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def generating(*args: Any, **kwargs: Any) -> Any:
+    def _wrap_generator(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def generate(*args: Any, **kwargs: Any) -> Any:
             generator = function(*args, **kwargs)
             step = functools.partial(generator.send, None)
             while True:
@@ -110,10 +123,10 @@ class Block(AbstractContextManager[None]):
                 else:
                     step = functools.partial(generator.send, sent)
 
-        return generating
+        return generate
 
-    def _agenerating(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        async def generating(*args: Any, **kwargs: Any) -> Any:
+    def _wrap_async_generator(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        async def generate(*args: Any, **kwargs: Any) -> Any:
             generator = function(*args, **kwargs)
             step = functools.partial(generator.asend, None)
             while True:
@@ -133,12 +146,10 @@ class Block(AbstractContextManager[None]):
                 else:
                     step = functools.partial(generator.asend, sent)
 
-        return generating
+        return generate
 
-    # Bodies that are made later
-
-    def _lazily(self, result: Any) -> Any:
-        if getattr(result, "streaming", False):
+    def _wrap_response(self, result: Any) -> Any:
+        if getattr(result, "streaming", False) is True:
             if getattr(result, "file_to_stream", None) is None:
                 close_within(self, result)
                 if result.is_async:
@@ -146,23 +157,14 @@ class Block(AbstractContextManager[None]):
                 else:
                     result.streaming_content = iterate_within(self, result.streaming_content)
         elif getattr(result, "is_rendered", True) is False:
-            render = result.render
-
-            def render_inside() -> Any:
-                # A response is pickled by caches without what it was rendered by. Another block
-                # around this one has taken it away already.
-                result.__dict__.pop("render", None)
-                with self:
-                    return render()
-
-            result.render = render_inside
+            render_within(result, self)
         return result
 
 
 def close_within(block: AbstractContextManager[object], response: Any) -> None:
     """
-    Let what a streaming body does at its end be done inside a block, also where the client went
-    away: a server then closes the response, and that the generators, before the parts' own.
+    Run the closers of a streaming body inside a block. If the client disconnects, a server closes
+    the response, and so the generators, before the iterator of the parts.
     """
 
     def inside(close: Callable[[], object]) -> None:
@@ -174,20 +176,20 @@ def close_within(block: AbstractContextManager[object], response: Any) -> None:
 
 
 def async_body_of(response: Any) -> tuple[AsyncIterator[bytes], Any]:
-    """Return the parts of an async body, and what they come from: to end them does not end that."""
+    """Return the chunks of an async body, and their source, which must be closed separately."""
     return response.streaming_content, response._iterator
 
 
 def iterate_within(
     block: AbstractContextManager[object], content: Iterator[bytes]
 ) -> Iterator[bytes]:
-    """Make each part of a streaming body inside a block, and end the body there too."""
-    over = object()
+    """Produce each part of a streaming body inside a block, and close the body there too."""
+    end = object()
     try:
         while True:
             with block:
-                part: Any = next(content, over)
-            if part is over:
+                part: Any = next(content, end)
+            if part is end:
                 return
             yield part
     finally:
@@ -198,17 +200,17 @@ def iterate_within(
 async def aiterate_within(
     block: AbstractContextManager[object], content: AsyncIterator[bytes], source: Any
 ) -> AsyncIterator[bytes]:
-    """Do what ``iterate_within`` does, for an async body."""
-    over = object()
+    """Async version of ``iterate_within()``."""
+    end = object()
     try:
         while True:
             with block:
-                part: Any = await anext(content, over)
-            if part is over:
+                part: Any = await anext(content, end)
+            if part is end:
                 return
             yield part
     finally:
         with block:
-            for one in (content, source):
-                if hasattr(one, "aclose"):
-                    await one.aclose()
+            for iterator in (content, source):
+                if hasattr(iterator, "aclose"):
+                    await iterator.aclose()

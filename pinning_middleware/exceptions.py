@@ -6,7 +6,7 @@ __all__ = ["InvalidToken", "ReplicaWriteError"]
 
 
 class ReplicaWriteError(DatabaseError):
-    """A write was tried on a replica's connection, and was not sent."""
+    """A write on the connection of a replica was rejected before it was sent."""
 
 
 class InvalidToken(ValueError):

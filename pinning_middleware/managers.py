@@ -1,6 +1,6 @@
 """
-The older interface: a manager and a mixin that read from replicas and write to ``default``,
-without the router and the middleware. Where those are installed, their pins count here too.
+The legacy interface: a manager and a mixin that read from replicas and write to ``default``,
+without the router and the middleware. If those are installed, their pins count here too.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 
 from django.db import DEFAULT_DB_ALIAS, models
 
+from pinning_middleware.routing.policy import route
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.scope import current_scope
+from pinning_middleware.utils import clock
 
 __all__ = [
     "ReplicaManager",
@@ -25,13 +27,13 @@ T = TypeVar("T", bound=models.Model)
 
 
 class ReplicaQuerySet(models.QuerySet[T]):
-    """Reads from a replica by turns and writes to ``default``; ``using()`` has the last word."""
+    """Reads from replicas, round robin, and writes to ``default``, unless ``using()`` is called."""
 
-    # What Django's querysets have, and their stubs do not say.
+    # Attributes of Django's querysets that its stubs lack.
     _db: str | None
     _for_write: bool
     _hints: dict[str, Any]
-    # The replica whose turn it was.
+    # The selected replica.
     _chosen: str | None = None
 
     @property
@@ -41,13 +43,19 @@ class ReplicaQuerySet(models.QuerySet[T]):
             return self._db
         if self._for_write:
             return DEFAULT_DB_ALIAS
-        pool = pools().legacy
-        scope = current_scope()
-        if not scope.is_lasting or pool.is_shared:
-            return pool.db_for_read(self.model, **self._hints) or super().db
-        # Without scopes querysets go by turns one by one; some ask more than once for one read.
-        scope[pool.key].replica = self._chosen
-        alias = pool.db_for_read(self.model, **self._hints) or super().db
+        pool, scope = pools().legacy, current_scope()
+        instance = self._hints.get("instance")
+        if instance is not None and instance._state.db not in pool:
+            return super().db
+        if not scope.is_ambient or not pool.is_legacy:
+            return route(pool, self.model)
+        # Outside a scope each queryset uses the next replica. `db` is read several times for one
+        # read.
+        now = clock.monotonic()
+        scope.update(
+            pool.key, lambda state: state._replace(replica=self._chosen, replica_since=now)
+        )
+        alias = route(pool, self.model)
         if alias in pool.replicas:
             self._chosen = alias
         return alias
@@ -78,14 +86,14 @@ class ReplicaMixin:
     """For models, before ``models.Model``: writes go to ``default`` unless ``using`` is given."""
 
     def save(self, *args: Any, **kwargs: Any) -> None:
-        """Save to ``using``, by default to ``default``, wherever the instance came from."""
+        """Save to ``using``, by default ``default``, regardless of the instance's alias."""
         # `using` is the third of the positional arguments that Django 5.2 still takes.
         if len(args) < 3 and kwargs.get("using") is None:
             kwargs["using"] = DEFAULT_DB_ALIAS
         super().save(*args, **kwargs)  # type: ignore[misc]
 
     def delete(self, using: Any = None, keep_parents: bool = False) -> tuple[int, dict[str, int]]:
-        """Delete from ``using``, by default from ``default``, wherever the instance came from."""
+        """Delete from ``using``, by default ``default``, regardless of the instance's alias."""
         deleted: tuple[int, dict[str, int]] = super().delete(  # type: ignore[misc]
             using=using or DEFAULT_DB_ALIAS, keep_parents=keep_parents
         )

@@ -1,32 +1,33 @@
-"""Load, run, save: one scope for each request, sync or async."""
+"""
+Load, run, save: one scope for each request, sync or async.
+
+The steps are public methods, so that a subclass may override one of them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction, sync_to_async
-from django.core.signals import setting_changed
+from django.apps import apps
+from django.core.exceptions import ImproperlyConfigured
 
-from pinning_middleware.conf import conf, on_change
-from pinning_middleware.decorators import (
-    aiterate_within,
-    async_body_of,
-    close_within,
-    iterate_within,
-)
+from pinning_middleware.backend.responses import close_within
+from pinning_middleware.conf import conf
+from pinning_middleware.decorators import aiterate_within, async_body_of, iterate_within
+from pinning_middleware.pins import Pins
 from pinning_middleware.routing.outgoing import (
-    akeep_keys,
-    asks_database,
-    count_changes,
-    keep_keys,
+    asave_keys,
     outgoing_pins,
+    queries_primary,
+    save_keys,
 )
-from pinning_middleware.scopes.overrides import enter_blocks, open_blocks
+from pinning_middleware.scopes.overrides import Override, current_overrides, set_overrides
 from pinning_middleware.scopes.scope import Scope, enter, entered_scope
 from pinning_middleware.stores.base import log_store_error
 from pinning_middleware.utils import counters
@@ -41,299 +42,341 @@ __all__ = ["PinningMiddleware"]
 
 logger = logging.getLogger("pinning_middleware")
 
+# Minimum time for which code after a response belongs to its request (seconds).
+MIN_LATE_SECONDS = 1.0
+
 
 class PinningMiddleware:
-    """The first entry of ``MIDDLEWARE``: gives each request its scope and remembers its pins."""
+    """
+    The first entry of ``MIDDLEWARE``: gives each request a scope, loads its pins and saves them.
+
+    Raise ImproperlyConfigured if the app is not installed: writes would not be detected.
+    """
 
     sync_capable = True
     async_capable = True
 
     def __init__(self, get_response: Callable[[HttpRequest], Any]) -> None:
+        if not apps.is_installed("pinning_middleware"):
+            raise ImproperlyConfigured(
+                "PinningMiddleware requires 'pinning_middleware' in INSTALLED_APPS."
+            )
         self.get_response = get_response
-        self._is_async = iscoroutinefunction(get_response)
-        if self._is_async:
+        self.is_async = iscoroutinefunction(get_response)
+        if self.is_async:
             markcoroutinefunction(self)
-        self.process_view = self._aprocess_view if self._is_async else self._process_view
+
+    @property
+    def process_view(self) -> Callable[..., Any]:
+        """The hook that Django calls before the view, sync or async."""
+        return self.aprepare_view if self.is_async else self.prepare_view
 
     def __call__(self, request: HttpRequest) -> Any:
-        if self._is_async:
+        if self.is_async:
             return self.__acall__(request)
-        plan = _plan or _make_plan()
-        if not plan.is_enabled:
+        if not conf.enabled:
             return self.get_response(request)
-        outer, blocks, response = entered_scope(), open_blocks(), None
-        scope = _begin(plan, request, outer)
+        outer, response = (entered_scope(), current_overrides()), None
+        scope = self.open_scope(request)
         try:
-            for store in plan.at_start:
-                _load(scope, store, request)
-            response = self.get_response(request)
+            self.load_pins(scope, request, conf.stores_at_start)
+            response = self.respond(request)
             return response
         finally:
             try:
-                if _end(plan, scope, request, response):
-                    _save(scope, request, response)
+                self.close_scope(scope, request, response)
+                if scope.revision:
+                    self.save_pins(scope, request, response)
+            except Exception:
+                logger.exception(
+                    "Could not save the pins of a request; its response is not affected."
+                )
             finally:
-                enter(outer)
-                if open_blocks() is not blocks:
-                    # A generator that is still suspended has left one open.
-                    enter_blocks(blocks)
+                _restore(*outer)
 
     async def __acall__(self, request: HttpRequest) -> HttpResponseBase:
-        plan = _plan or _make_plan()
-        if not plan.is_enabled:
+        if not conf.enabled:
             return await self.get_response(request)  # type: ignore[no-any-return]
-        outer, blocks, response = entered_scope(), open_blocks(), None
-        scope = _begin(plan, request, outer)
+        outer, response = (entered_scope(), current_overrides()), None
+        scope = self.open_scope(request)
         try:
-            for store in plan.at_start:
-                await _aload(scope, store, request)
-            response = await self.get_response(request)
+            await self.aload_pins(scope, request, conf.stores_at_start)
+            response = await self.arespond(request)
             return response  # type: ignore[no-any-return]
         finally:
             try:
-                if _end(plan, scope, request, response):
-                    # A client that goes away takes the request with it, and not its pin.
-                    await asyncio.shield(_asave(scope, request, response))
+                self.close_scope(scope, request, response)
+                if scope.revision:
+                    # A client that disconnects cancels the request, but not its pin.
+                    await asyncio.shield(self.asave_pins(scope, request, response))
+            except Exception:
+                logger.exception(
+                    "Could not save the pins of a request; its response is not affected."
+                )
             finally:
-                enter(outer)
-                if open_blocks() is not blocks:
-                    enter_blocks(blocks)
+                _restore(*outer)
 
-    def _process_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
-        plan = _plan or _make_plan()
-        if plan.minds_user and (scope := _on_view(request)) is not None:
-            for store in plan.at_view:
-                _load(scope, store, request)
+    # The steps, in order
 
-    async def _aprocess_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
-        plan = _plan or _make_plan()
-        if plan.minds_user and (scope := _on_view(request)) is not None:
-            for store in plan.at_view:
-                await _aload(scope, store, request)
+    def open_scope(self, request: HttpRequest) -> Scope:
+        """Open the scope of a request and return it."""
+        scope, outer = Scope(), entered_scope()
+        # Isolated from the work of the thread, or of a test, outside of requests.
+        if outer is not None and not outer.is_ambient:
+            scope.parent = outer
+        scope.prefers_primary = request.method in conf.primary_methods
+        enter(scope)
+        return scope
+
+    def load_pins(self, scope: Scope, request: HttpRequest, stores: Iterable[BaseStore]) -> None:
+        """Let the scope inherit the pins of the request from these stores."""
+        for store in stores:
+            try:
+                _inherit(scope, store.load(request))
+            except Exception as error:
+                log_store_error(store, "load", error)
+
+    async def aload_pins(
+        self, scope: Scope, request: HttpRequest, stores: Iterable[BaseStore]
+    ) -> None:
+        """Async version of ``load_pins()``."""
+        for store in stores:
+            try:
+                _inherit(scope, await store.aload(request))
+            except Exception as error:
+                log_store_error(store, "load", error)
+
+    def respond(self, request: HttpRequest) -> Any:
+        """Return the response, inside the scope."""
+        return self.get_response(request)
+
+    async def arespond(self, request: HttpRequest) -> Any:
+        """Async version of ``respond()``."""
+        return await self.get_response(request)
+
+    def prepare_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
+        """Load the stores that depend on the user, after every other middleware."""
+        if conf.enabled and (scope := entered_scope()) is not None:
+            self.set_offload_predicate(scope, request)
+            self.load_pins(scope, request, conf.stores_at_view)
+
+    async def aprepare_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
+        """Async version of ``prepare_view()``."""
+        if conf.enabled and (scope := entered_scope()) is not None:
+            self.set_offload_predicate(scope, request)
+            await self.aload_pins(scope, request, conf.stores_at_view)
+
+    def set_offload_predicate(self, scope: Scope, request: HttpRequest) -> None:
+        """If PINNING_OFFLOAD is a function, let the first read call it."""
+        if callable(conf.offload):
+            scope.offload_predicate = functools.partial(_may_offload, request)
+
+    def close_scope(self, scope: Scope, request: HttpRequest, response: Any) -> None:
+        """End the scope of a request, or let the body and the end of the response belong to it."""
+        if scope.parent is not None:
+            scope.merge_into(scope.parent)
+        late_work = _PostResponse(self, scope, request)
+        if response is None:
+            late_work.finish()
+            return
+        if conf.debug or _is_staff(request):
+            self.add_server_timing(scope, response)
+        close_within(response, _Closing(late_work))
+        # A file needs no database, and servers send it faster without a wrapper.
+        if response.streaming and getattr(response, "file_to_stream", None) is None:
+            _follow_body(late_work, response)
+        else:
+            late_work.begin()
+
+    def add_server_timing(self, scope: Scope, response: HttpResponseBase) -> None:
+        """Report the servers and reasons of the reads in a Server-Timing header."""
+        routes = dict.fromkeys(scope.routes)
+        if routes:
+            description = ", ".join(f"{alias}: {reason}" for alias, reason in routes)
+            before = response.headers.get("Server-Timing")
+            own = f'pinning;desc="{description}"'
+            response.headers["Server-Timing"] = f"{before}, {own}" if before else own
+
+    def save_pins(
+        self, scope: Scope, request: HttpRequest, response: HttpResponseBase | None
+    ) -> None:
+        """Save the outgoing pins; without a response, only in stores that need none."""
+        pins = outgoing_pins(scope)
+        if scope.keys:
+            try:
+                save_keys(scope)
+            except Exception as error:
+                log_store_error("The cache of keys", "save", error)
+        for store in _stores_to_save(scope, pins, response):
+            try:
+                store.save(request, response, pins)
+            except Exception as error:
+                log_store_error(store, "save", error)
+
+    async def asave_pins(
+        self, scope: Scope, request: HttpRequest, response: HttpResponseBase | None
+    ) -> None:
+        """Async version of ``save_pins()``."""
+        if queries_primary(scope):
+            pins = await sync_to_async(outgoing_pins)(scope)
+        else:
+            pins = outgoing_pins(scope)
+        if scope.keys:
+            try:
+                await asave_keys(scope)
+            except Exception as error:
+                log_store_error("The cache of keys", "save", error)
+        for store in _stores_to_save(scope, pins, response):
+            try:
+                await store.asave(request, response, pins)
+            except Exception as error:
+                log_store_error(store, "save", error)
 
 
-class _Plan(NamedTuple):
-    """The settings that every request needs: a field of this costs less than one of ``conf``."""
-
-    is_enabled: bool
-    methods: frozenset[str]
-    at_start: tuple[BaseStore, ...]
-    at_view: tuple[BaseStore, ...]
-    # Whether there is anything to do when the user is known.
-    minds_user: bool
-    is_debug: bool
-
-
-_plan: _Plan | None = None
-
-
-def _make_plan() -> _Plan:
-    global _plan
-    at_start, at_view = conf.stores_at_start, conf.stores_at_view
-    minds_user = conf.enabled and bool(at_view or callable(conf.offload))
-    _plan = _Plan(conf.enabled, conf.primary_methods, at_start, at_view, minds_user, conf.debug)
-    return _plan
-
-
-@on_change
-def _forget_plan() -> None:
-    global _plan
-    _plan = None
-
-
-def _on_debug(*, setting: str, **kwargs: Any) -> None:
-    if setting == "DEBUG":
-        _forget_plan()
-
-
-setting_changed.connect(_on_debug, dispatch_uid="pinning_middleware.middleware")
-
-
-def _begin(plan: _Plan, request: HttpRequest, outer: Scope | None) -> Scope:
-    scope = Scope()
-    # What its server's thread, or a test, did outside of all requests is not its own.
-    if outer is not None and not outer.is_lasting:
-        scope.outer = outer
-    if request.method in plan.methods:
-        scope.read_primary()
+def _restore(scope: Scope | None, overrides: Override | None) -> None:
     enter(scope)
-    return scope
+    # A generator that is still suspended may have left an override active.
+    set_overrides(overrides)
 
 
-def _end(plan: _Plan, scope: Scope, request: HttpRequest, response: Any) -> bool:
-    """
-    End a request's scope, or let its body go on with it; return whether what follows it has to
-    know of something that it did.
-    """
-    if scope.outer is not None:
-        scope.tell(scope.outer)
-    if response is not None:
-        # Where Django keeps the user once somebody has asked for it; nobody is asked for its sake.
-        kept = request.__dict__
-        user = kept.get("_cached_user") or kept.get("_acached_user")
-        if plan.is_debug or (user is not None and _is_staff(user)):
-            _explain(scope, response)
-    if response is not None and response.streaming:
-        _follow(scope, request, response)
-    elif scope.from_primary:
-        scope.end(request)
-    else:
-        scope.ended = request
-    # As `has_changed` has it: every request comes by here.
-    for facts in scope.values():
-        if facts.changes:
-            return True
-    return bool(scope.pinned_keys)
+def _inherit(scope: Scope, pins: Pins) -> None:
+    if pins:
+        counters.pin_events["inherited"] += 1
+        scope.inherit(pins)
 
 
-def _is_staff(user: Any) -> bool:
-    return bool(getattr(user, "is_staff", False) and user.is_active)
+def _stores_to_save(
+    scope: Scope, pins: Pins, response: HttpResponseBase | None
+) -> tuple[BaseStore, ...]:
+    if pins == scope.inherited_pins:
+        return ()
+    counters.pin_events["set"] += bool(pins)
+    return tuple(store for store in conf.stores if response is not None or not store.needs_response)
 
 
-def _explain(scope: Scope, response: Any) -> None:
-    """Say where this request's reads went and why."""
-    routes = dict.fromkeys(route for facts in scope.values() for route in facts.routes)
-    if routes:
-        said = ", ".join(f"{alias}: {reason}" for alias, reason in routes)
-        before = response.headers.get("Server-Timing")
-        mine = f'pinning;desc="{said}"'
-        response.headers["Server-Timing"] = f"{before}, {mine}" if before else mine
-
-
-def _on_view(request: HttpRequest) -> Scope | None:
-    """Let who says what may be offloaded be asked from now on, when the user is known."""
-    scope = entered_scope()
-    offload = conf.offload
-    if scope is not None and callable(offload):
-        if iscoroutinefunction(offload):
-            offload = async_to_sync(offload)
-        scope.ask_offload = functools.partial(_asked, offload, request)
-    return scope
-
-
-def _asked(offload: Callable[[HttpRequest], Any], request: HttpRequest) -> bool:
+def _may_offload(request: HttpRequest) -> bool:
+    offload: Any = conf.offload
     try:
+        if iscoroutinefunction(offload):
+            return bool(async_to_sync(offload)(request))
         return bool(offload(request))
     except Exception:
-        logger.exception("PINNING_OFFLOAD failed; this request reads from the primary.")
+        logger.exception("PINNING_OFFLOAD failed; the request reads from the primary.")
         return False
 
 
-def _load(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
-    try:
-        if pins := store.load(request):
-            counters.pins["carried"] += 1
-            scope.carry(pins)
-    except Exception as error:
-        log_store_error(store, "load", error)
+def _is_staff(request: HttpRequest) -> bool:
+    # Django caches the evaluated user there; do not evaluate it here.
+    known = request.__dict__
+    user = known.get("_cached_user", known.get("_acached_user"))
+    return user is not None and _is_true(user, "is_staff") and _is_true(user, "is_active")
 
 
-async def _aload(scope: Scope, store: BaseStore, request: HttpRequest) -> None:
-    try:
-        if pins := await store.aload(request):
-            counters.pins["carried"] += 1
-            scope.carry(pins)
-    except Exception as error:
-        log_store_error(store, "load", error)
+def _is_true(user: Any, name: str) -> bool:
+    return getattr(user, name, False) is True
 
 
-def _save(scope: Scope, request: HttpRequest, response: HttpResponseBase | None) -> None:
-    pins = outgoing_pins(scope)
-    try:
-        if scope.pinned_keys:
-            keep_keys(scope)
-    except Exception as error:
-        log_store_error("The cache of keys", "save", error)
-    if pins == scope.carried:
-        return
-    counters.pins["set"] += bool(pins)
-    for store in conf.stores:
-        try:
-            store.save(request, response, pins)
-        except Exception as error:
-            log_store_error(store, "save", error)
-
-
-async def _asave(scope: Scope, request: HttpRequest, response: HttpResponseBase | None) -> None:
-    if asks_database(scope):
-        pins = await sync_to_async(outgoing_pins)(scope)
-    else:
-        pins = outgoing_pins(scope)
-    try:
-        if scope.pinned_keys:
-            await akeep_keys(scope)
-    except Exception as error:
-        log_store_error("The cache of keys", "save", error)
-    if pins == scope.carried:
-        return
-    counters.pins["set"] += bool(pins)
-    for store in conf.stores:
-        try:
-            await store.asave(request, response, pins)
-        except Exception as error:
-            log_store_error(store, "save", error)
-
-
-def _save_late(scope: Scope, request: HttpRequest) -> None:
-    """Save what a child task or a thread wrote after its request was over."""
-    _save(scope, request, None)
-
-
-Scope.saver = _save_late
-
-
-def _follow(scope: Scope, request: HttpRequest, response: Any) -> None:
-    """Let a streaming body be part of the scope, and save what it writes."""
-    if getattr(response, "file_to_stream", None) is not None:
-        return  # A file reads no database, and servers send it faster as it is.
-    inside = _Inside(scope)
-    close_within(inside, response)
-    if response.is_async:
-        parts: Any = aiterate_within(inside, *async_body_of(response))
-        response.streaming_content = _abody(scope, request, parts)
-    else:
-        parts = iterate_within(inside, response.streaming_content)
-        response.streaming_content = _body(scope, request, parts)
-
-
-class _Inside(AbstractContextManager[None]):
+class _PostResponse(AbstractContextManager[None]):
     """
-    The request's own scope and blocks, or those that its body has entered, for the making of a part
-    of the body: the server's context, between two parts, is not the request's.
+    The work of a request after the middleware has returned: streaming content, closing
+    the response, and background tasks for a while.
+
+    As a context manager it enters the request's scope, which a server's thread is not in.
     """
 
-    def __init__(self, scope: Scope) -> None:
-        self._scope: Scope | None = scope
-        self._blocks = open_blocks()
+    def __init__(self, middleware: PinningMiddleware, scope: Scope, request: HttpRequest) -> None:
+        self._middleware, self._scope, self._request = middleware, scope, request
+        self._entered: Scope | None = scope
+        self._overrides = current_overrides()
+        self._saved_revision = scope.revision
+        # Closing a response closes its body, so it may be entered inside itself.
+        self._outer: list[tuple[Scope | None, Override | None]] = []
 
     def __enter__(self) -> None:
-        self._outer = entered_scope(), open_blocks()
-        enter(self._scope)
-        enter_blocks(self._blocks)
+        self._scope.extend(_seconds())
+        self._outer.append((entered_scope(), current_overrides()))
+        enter(self._entered)
+        set_overrides(self._overrides)
 
     def __exit__(self, *exc_info: object) -> None:
-        self._scope, self._blocks = entered_scope(), open_blocks()
-        enter(self._outer[0])
-        enter_blocks(self._outer[1])
+        # Streaming content may be inside its own scope between two chunks.
+        self._entered, self._overrides = entered_scope(), current_overrides()
+        _restore(*self._outer.pop())
+
+    def begin(self) -> None:
+        """Close the scope: later writes are saved as soon as they end."""
+        save = functools.partial(_save_late, self._middleware, self._request)
+        self._scope.close(_seconds(), save)
+
+    def finish(self) -> None:
+        """Close the scope after streaming content, if any, and save its writes."""
+        if not self._scope.is_closed:
+            if self._scope.revision != self._saved_revision:
+                _save_late(self._middleware, self._request, self._scope)
+            self.begin()
+
+    async def afinish(self) -> None:
+        """Async version of ``finish()``."""
+        if not self._scope.is_closed:
+            if self._scope.revision != self._saved_revision:
+                await sync_to_async(_save_late)(self._middleware, self._request, self._scope)
+            self.begin()
 
 
-def _body(scope: Scope, request: HttpRequest, parts: Iterator[bytes]) -> Iterator[bytes]:
-    before = count_changes(scope), scope.pinned_keys
+def _save_late(middleware: PinningMiddleware, request: HttpRequest, scope: Scope) -> None:
+    """Save writes after the response, in the stores that need no response."""
+    if scope.parent is not None:
+        scope.merge_into(scope.parent)
+    if not scope.keys and all(store.needs_response for store in conf.stores):
+        # No store can save it, so do not query the primary's position.
+        return
+    try:
+        middleware.save_pins(scope, request, None)
+    except Exception:
+        logger.exception("Could not save the pins of a request after its response.")
+
+
+class _Closing(AbstractContextManager[None]):
+    """The context in which a response is closed."""
+
+    def __init__(self, late_work: _PostResponse) -> None:
+        self._late_work = late_work
+
+    def __enter__(self) -> None:
+        self._late_work.__enter__()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._late_work.__exit__()
+        # Streaming content that was not started, or was abandoned, has not finished the scope.
+        self._late_work.finish()
+
+
+def _seconds() -> float:
+    """Return how long background tasks belong to their request (seconds)."""
+    return max(conf.seconds, MIN_LATE_SECONDS)
+
+
+def _follow_body(late_work: _PostResponse, response: Any) -> None:
+    """Generate streaming content inside the request's scope."""
+    if response.is_async:
+        parts: Any = aiterate_within(late_work, *async_body_of(response))
+        response.streaming_content = _abody(late_work, parts)
+    else:
+        parts = iterate_within(late_work, response.streaming_content)
+        response.streaming_content = _body(late_work, parts)
+
+
+def _body(late_work: _PostResponse, parts: Iterator[bytes]) -> Iterator[bytes]:
     try:
         yield from parts
     finally:
-        if (count_changes(scope), scope.pinned_keys) != before:
-            _save(scope, request, None)
-        scope.end(request)
+        late_work.finish()
 
 
-async def _abody(scope: Scope, request: HttpRequest, parts: Any) -> AsyncIterator[bytes]:
-    before = count_changes(scope), scope.pinned_keys
+async def _abody(late_work: _PostResponse, parts: Any) -> AsyncIterator[bytes]:
     try:
         async for part in parts:
             yield part
     finally:
         await parts.aclose()
-        if (count_changes(scope), scope.pinned_keys) != before:
-            await asyncio.shield(_asave(scope, request, None))
-        scope.end(request)
+        await asyncio.shield(late_work.afinish())

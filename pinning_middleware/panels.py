@@ -1,10 +1,10 @@
 """
-Django Debug Toolbar: where each read of a request went and why, the pins that the request came with
-and leaves, and what is known of the servers::
+A panel for Django Debug Toolbar: the reads of a request with the alias that served each and its
+reason, the request's inherited and outgoing pins, and the state of the servers::
 
     DEBUG_TOOLBAR_PANELS = [..., "pinning_middleware.panels.PinningPanel"]
 
-``PinningMiddleware`` stands before the toolbar's in ``MIDDLEWARE``.
+``PinningMiddleware`` must come before the toolbar's middleware in ``MIDDLEWARE``.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from django.db import connections
 from django.http import HttpRequest
 
 from pinning_middleware import stats
-from pinning_middleware.pins import OPTIONAL, SEEN, Pins, Position
+from pinning_middleware.pins import PinKind, Pins, Position
 from pinning_middleware.reasons import Reason
-from pinning_middleware.routing.outgoing import asks_database, has_changed, outgoing_pins
+from pinning_middleware.routing.outgoing import outgoing_pins, queries_primary
 from pinning_middleware.scopes.scope import Scope, entered_scope
 from pinning_middleware.utils import clock
 from pinning_middleware.utils.counters import Read, observers
 
 __all__ = ["PinningPanel"]
 
-# Characters of a statement that are kept.
-LONGEST: Final = 300
+# Maximum length of a stored statement (characters).
+MAX_SQL_LENGTH: Final = 300
 
 _COLUMNS = re.compile(r"^SELECT .{20,}? FROM ")
 _panel: ContextVar[PinningPanel | None] = ContextVar("pinning_panel", default=None)
 _lock = threading.Lock()
-_watching: set[PinningPanel] = set()
+_active: set[PinningPanel] = set()
 
 
 def _observe(read: Read) -> None:
-    # The context is the request's own, in its threads and child tasks too.
+    # Threads and child tasks of a request share its context variables.
     if (panel := _panel.get()) is not None:
-        panel.note(read)
+        panel.record_read(read)
 
 
 class PinningPanel(Panel):
-    """A panel of the toolbar; its content comes from the toolbar's store alone."""
+    """A toolbar panel. Its content is rendered from the toolbar's store only."""
 
     is_async = True
     template = "pinning_middleware/panel.html"
@@ -63,34 +63,34 @@ class PinningPanel(Panel):
 
     @property
     def nav_subtitle(self) -> str:
-        """How many reads went to whom."""
-        known: dict[str, Any] = self.get_stats()  # type: ignore[no-untyped-call]
-        counts = Counter(read["role"] for read in known.get("reads", ()))
+        """Return the number of reads by role."""
+        panel_stats: dict[str, Any] = self.get_stats()  # type: ignore[no-untyped-call]
+        counts = Counter(read["role"] for read in panel_stats.get("reads", ()))
         return ", ".join(f"{number} {role}" for role, number in sorted(counts.items())) or "no read"
 
     def enable_instrumentation(self) -> None:
-        """Watch the reads of this request."""
+        """Start recording the reads of this request."""
         with _lock:
-            if self in _watching:
+            if self in _active:
                 return
-            if not _watching:
+            if not _active:
                 observers.append(_observe)
-            _watching.add(self)
+            _active.add(self)
         self._outer = _panel.get()
         _panel.set(self)
 
     def disable_instrumentation(self) -> None:
-        """Watch no longer; with the last request, nobody does."""
+        """Stop recording; remove the observer with the last active panel."""
         with _lock:
-            if self not in _watching:
+            if self not in _active:
                 return
-            _watching.discard(self)
-            if not _watching:
+            _active.discard(self)
+            if not _active:
                 observers.remove(_observe)
         _panel.set(self._outer)
 
-    def note(self, read: Read) -> None:
-        """Note a read, in the thread that made it."""
+    def record_read(self, read: Read) -> None:
+        """Record a read. Called in the thread that ran it."""
         self._reads.append(
             {
                 "pool": read.pool,
@@ -104,76 +104,79 @@ class PinningPanel(Panel):
         )
 
     def process_request(self, request: HttpRequest) -> Any:
-        """Look at the pins when the view and what is around it are over."""
+        """Record the pins after the view and the inner middleware have run."""
         response = super().process_request(request)  # type: ignore[no-untyped-call]
         if inspect.isawaitable(response):
-            return self._awaited(response)
+            return self._arecord_pins(response)
         if (scope := _scope_of_request()) is not None:
-            self._pins = _pins(scope, outgoing_pins(scope) if has_changed(scope) else None)
+            self._pins = _pins(scope, outgoing_pins(scope) if scope.revision else None)
         return response
 
-    async def _awaited(self, awaitable: Any) -> Any:
+    async def _arecord_pins(self, awaitable: Any) -> Any:
         response = await awaitable
         if (scope := _scope_of_request()) is not None:
-            left = None
-            if has_changed(scope) and asks_database(scope):
-                # The middleware asks for the same right after, and gets this very answer.
-                left = await sync_to_async(outgoing_pins)(scope)
-            elif has_changed(scope):
-                left = outgoing_pins(scope)
-            self._pins = _pins(scope, left)
+            outgoing = None
+            if scope.revision and queries_primary(scope):
+                # The result is cached in the scope, so the middleware does not query again.
+                outgoing = await sync_to_async(outgoing_pins)(scope)
+            elif scope.revision:
+                outgoing = outgoing_pins(scope)
+            self._pins = _pins(scope, outgoing)
         return response
 
     def generate_stats(self, request: HttpRequest, response: Any) -> None:
-        """Keep what was seen in the toolbar's store."""
+        """Save the recorded data in the toolbar's store."""
         reads = list(self._reads)
         counts = Counter((read["served"], read["reason"], read["meaning"]) for read in reads)
-        found = {
+        data = {
             "reads": reads,
             "counts": [(*key, number) for key, number in counts.most_common()],
             "pools": len({read["pool"] for read in reads}),
             "pins": self._pins,
             "servers": [state._asdict() for state in stats.servers()],
         }
-        self.record_stats(found)  # type: ignore[no-untyped-call]
+        self.record_stats(data)  # type: ignore[no-untyped-call]
 
 
 def _scope_of_request() -> Scope | None:
     scope = entered_scope()
-    return None if scope is None or scope.is_lasting else scope
+    return None if scope is None or scope.is_ambient else scope
 
 
 def _shortened(sql: str) -> str:
     text = _COLUMNS.sub("SELECT … FROM ", " ".join(sql.split()))
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    return text if len(text) <= MAX_SQL_LENGTH else f"{text[: MAX_SQL_LENGTH - 1]}…"
 
 
-def _pins(scope: Scope, left: Pins | None) -> dict[str, Any]:
+def _pins(scope: Scope, outgoing: Pins | None) -> dict[str, Any]:
     return {
-        "carried": _told(scope.carried),
-        "left": None if left is None or left == scope.carried else _told(left),
+        "inherited": _pin_rows(scope.inherited_pins),
+        "outgoing": (
+            None if outgoing is None or outgoing == scope.inherited_pins else _pin_rows(outgoing)
+        ),
     }
 
 
-def _told(pins: Pins) -> list[dict[str, Any]]:
+def _pin_rows(pins: Pins) -> list[dict[str, Any]]:
     now = clock.now()
     return [
         {
-            "pool": key.removeprefix(SEEN),
-            "is_seen": key.startswith(SEEN),
+            "pool": key.primary or "every pool",
+            "is_observed": key.kind is PinKind.OBSERVED,
             "seconds": max(0.0, pin.until - now),
-            "position": _written(key.removeprefix(SEEN), pin.waits_for(now)),
+            "position": _format_position(
+                key.primary or "", None if pin.is_primary_only(now) else pin.position
+            ),
         }
         for key, pin in pins.items()
     ]
 
 
-def _written(alias: str, position: Position | None) -> str:
-    """Return a position as its database writes it, empty where only time ends the pin."""
+def _format_position(alias: str, position: Position | None) -> str:
+    """Return a position in the database's own notation, or "" if there is none."""
     is_lsn = alias in connections and connections[alias].vendor == "postgresql"
     found = []
-    for log, point in (position or {}).items():
-        name = log.removeprefix(OPTIONAL)
+    for name, point in position.points.items() if position is not None else ():
         if not is_lsn:
             found.append(f"{name}:{point}")
         elif name.partition("-")[0].endswith("x"):

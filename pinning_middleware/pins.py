@@ -1,150 +1,258 @@
 """
-The pin: what a writer carries from one scope to the next, and how it is written down.
+Pins, which a scope that has written propagates to later scopes.
 
-Positions are maps from a log's name to a point in it. One log is a history in which a larger
-point includes every smaller one: a PostgreSQL timeline, a MariaDB domain as one server wrote it,
-a MySQL server's UUID. Points of different logs are never compared, so merging is the maximum of
-each log, and nothing here needs to know which database a position came from.
+A position maps the name of a log to an offset in it. One log is a history in which a larger
+offset includes every smaller one: a PostgreSQL timeline, a MariaDB domain as one server wrote it, a
+MySQL server's UUID. Offsets of different logs are never compared, so merging takes the maximum
+for each log, and nothing here depends on the database that a position came from.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from enum import StrEnum
+from typing import Any, Final, NamedTuple, TypeAlias
 
 __all__ = [
-    "OPTIONAL",
-    "SEEN",
+    "POSITION_LIFETIME",
     "Pin",
+    "PinKey",
+    "PinKind",
     "Pins",
+    "Points",
+    "PoolKey",
     "Position",
     "live",
+    "merge_optional",
     "merge_pins",
+    "merge_points",
     "merge_positions",
     "pack",
+    "pins_of",
     "unpack",
+    "within_window",
 ]
 
-Position: TypeAlias = Mapping[str, int]
-# Before the name of a log that counts only for a replica that follows it at all.
-OPTIONAL = "?"
-# Before a primary's alias: what a client has seen there, which is no write of its own.
-SEEN = "~"
+# Seconds after a write for which a position is honoured until a replica has reached it.
+POSITION_LIFETIME: Final = 86_400.0
+
+# Log name → offset: what a server has replayed.
+Points: TypeAlias = Mapping[str, int]
+
+
+class Position(NamedTuple):
+    """
+    A point in a primary's log that a replica may have reached.
+
+    ``points``: log name → offset, never empty. ``optional``: those of the logs that count only for
+    a replica that replicates them at all.
+    """
+
+    points: Points
+    optional: frozenset[str] = frozenset()
+
+
+class PoolKey(NamedTuple):
+    """
+    Identifies a pool: the alias of its primary, and whether its rotation is that of
+    ``SLAVE_DATABASES``. Both rotations of one primary share their pins.
+    """
+
+    primary: str
+    legacy: bool = False
+
+
+class PinKind(StrEnum):
+    """
+    What a pin protects: what a client has written, or what it has read (``monotonic-reads``). The
+    value is that of the serialised form.
+    """
+
+    WRITTEN = "w"
+    OBSERVED = "o"
+
+
+class PinKey(NamedTuple):
+    """
+    Identifies a pin: the alias of a primary, and the kind of the pin. The alias is None, for every
+    pool, only inside a token that would be too long with all of them.
+    """
+
+    primary: str | None
+    kind: PinKind = PinKind.WRITTEN
+
+    def dump(self) -> str:
+        """Return the serialised form, which ``load()`` takes."""
+        return self.kind.value if self.primary is None else f"{self.kind.value}:{self.primary}"
+
+    @classmethod
+    def load(cls, text: str) -> PinKey:
+        """Return the key of a serialised form. Raise ValueError if it is not one."""
+        kind, colon, primary = text.partition(":")
+        return cls(primary if colon else None, PinKind(kind))
 
 
 class Pin(NamedTuple):
     """
-    A pool's reads belong to the primary until ``until`` (seconds since the epoch), or to a
-    replica that has replayed ``position``. Until ``held`` a position does not count: that is the
-    part of the window that came from a write whose position is not known. ``Pin(until)``, without
-    a position, is held until then.
+    The reads of a pool go to the primary until ``until`` (seconds since the epoch), or to a replica
+    that has reached ``position``.
+
+    ``primary_only_until``: until when a position does not count, because part of the window came
+    from a write whose position is unknown; None: it counts at once. A pin without a position
+    requires the primary until its end.
     """
 
     until: float
-    held: float = 0.0
+    primary_only_until: float | None = None
     position: Position | None = None
 
     @property
-    def held_until(self) -> float:
-        """Until when only the primary will do, in seconds since the epoch."""
-        return self.held if self.position else self.until
+    def primary_only_end(self) -> float:
+        """The end of the time in which only the primary may be read (seconds since the epoch)."""
+        return self.until if self.position is None else self.primary_only_until or -math.inf
+
+    def is_primary_only(self, now: float) -> bool:
+        """Return whether only the primary may be read at this time."""
+        return self.primary_only_end > now
+
+    def is_live(self, now: float, window: float = 0.0) -> bool:
+        """
+        Return whether the pin still counts. A position counts until it is reached, for at most
+        ``POSITION_LIFETIME`` after the write, which was ``window`` seconds before ``until``.
+        """
+        if self.until > now:
+            return True
+        return self.position is not None and self.until - window + POSITION_LIFETIME > now
 
     def merge(self, other: Pin) -> Pin:
-        """Return the pin that keeps both promises: the latest ends and the newest position."""
-        newer, older = (self, other) if self.until >= other.until else (other, self)
-        held = max(self.held_until, other.held_until)
+        """
+        Return a pin that includes both: the latest ends and the newest position. The order
+        of two pins does not matter; that of several does only if their logs differ.
+        """
+        older, newer = sorted((self, other), key=_age)
+        end = max(self.primary_only_end, other.primary_only_end)
         if not _comparable(self.position, other.position):
-            # The older log may be one that no replica will follow any more: let time end it.
-            held = max(held, older.until)
-            return Pin(newer.until, held, newer.position)
-        return Pin(newer.until, held, merge_positions(self.position, other.position))
-
-    def waits_for(self, now: float) -> Position | None:
-        """Return the position that frees this pin before its end; ``None``: only time does."""
-        return self.position if self.position and self.held <= now else None
+            # Replicas may never follow the older log again, so only its window ends the pin.
+            end = max(end, older.until)
+            return _pin(newer.until, end, newer.position)
+        return _pin(newer.until, end, merge_positions(self.position, other.position))
 
 
-Pins: TypeAlias = Mapping[str, Pin]
+def _age(pin: Pin) -> tuple[float, list[tuple[str, int]]]:
+    return pin.until, sorted(pin.position.points.items()) if pin.position else []
+
+
+def _pin(until: float, primary_only_end: float, position: Position | None) -> Pin:
+    return Pin(until, primary_only_end if math.isfinite(primary_only_end) else None, position)
+
+
+Pins: TypeAlias = Mapping[PinKey, Pin]
+
+
+def pins_of(pins: Pins, primary: str) -> tuple[Pin | None, Pin | None]:
+    """Return the pins of one pool: for what was written, and for what was read."""
+    return pins.get(PinKey(primary)), pins.get(PinKey(primary, PinKind.OBSERVED))
+
+
+def merge_points(one: Points, other: Points) -> Points:
+    """Return the larger offset of each log."""
+    if not one or not other:
+        return one or other
+    return {log: max(one.get(log, -1), other.get(log, -1)) for log in (*one, *other)}
 
 
 def merge_positions(one: Position | None, other: Position | None) -> Position | None:
     """Return the smallest position that includes both."""
-    if not one or not other:
+    if one is None or other is None:
         return one or other
-    if one.keys() == other.keys():
-        return {log: max(point, other[log]) for log, point in one.items()}
-    points: dict[str, int] = {}
-    for log, point in (*one.items(), *other.items()):
-        name = log.removeprefix(OPTIONAL)
-        points[name] = max(points.get(name, -1), point)
-    required = {log for log in (*one, *other) if not log.startswith(OPTIONAL)}
-    return {n if n in required else OPTIONAL + n: point for n, point in points.items()}
+    required = (one.points.keys() - one.optional) | (other.points.keys() - other.optional)
+    points = merge_points(one.points, other.points)
+    return Position(points, frozenset(points.keys() - required))
 
 
 def _comparable(one: Position | None, other: Position | None) -> bool:
-    names = [{log.removeprefix(OPTIONAL) for log in position or ()} for position in (one, other)]
-    return not all(names) or names[0] == names[1]
+    return one is None or other is None or one.points.keys() == other.points.keys()
 
 
-def merge_pins(*several: Pins) -> dict[str, Pin]:
-    """Return the pins of all, merged by their primary's alias."""
-    merged: dict[str, Pin] = {}
+def merge_optional(one: Pin | None, other: Pin | None) -> Pin | None:
+    """Return the merged pin, or None if both are None."""
+    if one is None or other is None:
+        return one if other is None else other
+    return one.merge(other)
+
+
+def merge_pins(*several: Pins) -> dict[PinKey, Pin]:
+    """Return the pins of all, merged by their keys."""
+    merged: dict[PinKey, Pin] = {}
     for pins in several:
-        for alias, pin in pins.items():
-            known = merged.get(alias)
-            merged[alias] = pin if known is None else known.merge(pin)
+        for key, pin in pins.items():
+            known = merged.get(key)
+            merged[key] = pin if known is None else known.merge(pin)
     return merged
 
 
-def live(pins: Pins, now: float) -> dict[str, Pin]:
-    """Return the pins whose window has not ended."""
-    return {alias: pin for alias, pin in pins.items() if pin.until > now}
+def live(pins: Pins, now: float, window: float = 0.0) -> dict[PinKey, Pin]:
+    """Return the pins that still count; ``window`` as for ``Pin.is_live()``."""
+    return {key: pin for key, pin in pins.items() if pin.is_live(now, window)}
+
+
+def within_window(pins: Pins, now: float) -> dict[PinKey, Pin]:
+    """Return the pins whose window has not ended, for stores that keep them no longer."""
+    return {key: pin for key, pin in pins.items() if pin.until > now}
 
 
 def pack(pins: Pins) -> dict[str, list[Any]]:
-    """Return what ``unpack`` takes: lists that JSON can say, trailing blanks left out."""
-    packed: dict[str, list[Any]] = {}
-    for alias, pin in pins.items():
-        row: list[Any] = [round(pin.until, 3)]
-        if pin.held or pin.position:
-            row.append(round(pin.held, 3))
-        if pin.position:
-            row.append(dict(pin.position))
-        packed[alias] = row
-    return packed
+    """
+    Return the pins in a form for JSON, which ``unpack()`` takes. Times are in seconds since the
+    epoch, rounded to milliseconds.
+    """
+    return {key.dump(): _pack_pin(pin) for key, pin in pins.items()}
 
 
-def unpack(packed: object) -> dict[str, Pin]:
-    """Return the pins that ``pack`` wrote; ``ValueError`` for anything else."""
+def _pack_pin(pin: Pin) -> list[Any]:
+    row: list[Any] = [round(pin.until, 3)]
+    if pin.position is not None:
+        end = pin.primary_only_until
+        row += [None if end is None else round(end, 3), dict(pin.position.points)]
+        if pin.position.optional:
+            row.append(sorted(pin.position.optional))
+    return row
+
+
+def unpack(packed: object) -> dict[PinKey, Pin]:
+    """Return the pins from the output of ``pack()``. Raise ValueError for anything else."""
     if not isinstance(packed, dict):
-        raise ValueError("pins are a mapping")
-    return {_text(alias): _pin(row) for alias, row in packed.items()}
+        raise ValueError("pins must be a mapping")
+    return {PinKey.load(_text(key)): _unpack_pin(row) for key, row in packed.items()}
 
 
-def _pin(row: object) -> Pin:
-    if not isinstance(row, list) or not 1 <= len(row) <= 3:
-        raise ValueError("a pin is a list of one to three values")
-    held = row[1] if len(row) > 1 else 0.0
-    position = row[2] if len(row) > 2 else None
-    return Pin(_number(row[0]), _number(held), _position(position))
+def _unpack_pin(row: object) -> Pin:
+    if not isinstance(row, list) or len(row) not in (1, 3, 4):
+        raise ValueError("a pin must be a list of one, three or four values")
+    if len(row) == 1:
+        return Pin(_number(row[0]))
+    end = None if row[1] is None else _number(row[1])
+    return Pin(_number(row[0]), end, _unpack_position(*row[2:]))
 
 
-def _position(position: object) -> Position | None:
-    if position is None:
-        return None
-    if not isinstance(position, dict) or not all(type(p) is int for p in position.values()):
-        raise ValueError("a position maps names of logs to whole numbers")
-    return {_text(log): point for log, point in position.items()}
+def _unpack_position(points: object, optional: object = ()) -> Position:
+    if not isinstance(points, dict) or not points:
+        raise ValueError("a position must map names of logs to offsets")
+    if not all(type(offset) is int for offset in points.values()):
+        raise ValueError("offsets must be integers")
+    if not isinstance(optional, (list, tuple)):
+        raise ValueError("optional logs must be a list")
+    return Position({_text(log): n for log, n in points.items()}, frozenset(map(_text, optional)))
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise ValueError("names are text")
+        raise ValueError("names must be strings")
     return value
 
 
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError("times are finite numbers")
+        raise ValueError("times must be finite numbers")
     return value

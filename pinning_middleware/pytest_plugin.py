@@ -1,6 +1,7 @@
 """
-Fixtures and a marker for pytest, found by its entry point. Nothing of the package, and nothing of
-Django, is imported before a test asks for it.
+Fixtures and a marker for pytest, registered by an entry point.
+
+Neither Django nor the rest of the package is imported before a test uses one of them.
 """
 
 from __future__ import annotations
@@ -21,13 +22,32 @@ __all__ = [
     "pinning_replicas",
 ]
 
+# Tests that use one of these fixtures, or the marker, start without pins in the cache.
+FIXTURES = {
+    "capture_reads",
+    "django_assert_num_reads",
+    "django_assert_reads_from",
+    "pinning_replicas",
+}
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "pinning(lag=None, *, forbid_stale_reads=True): run the test while replicas lag: an alias, "
-        "several, or True for all of them; a read of them that is stale fails it.",
+        "pinning(lag=None, *, forbid_stale_reads=True): run the test while replicas lag (an alias, "
+        "a list of aliases, or True for all). Stale reads fail the test.",
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    used = FIXTURES.intersection(getattr(item, "fixturenames", ()))
+    if not used and item.get_closest_marker("pinning") is None:
+        return (yield)
+    from pinning_middleware.testing import isolated_pins
+
+    with isolated_pins():
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -47,7 +67,7 @@ def _marked(
     from pinning_middleware import testing
 
     if more:
-        raise TypeError(f"pinning() takes one alias, a list of them or True, not also {more!r}")
+        raise TypeError(f"pinning() takes one alias, a list of aliases or True, not also {more!r}")
     stack = ExitStack()
     if lag:
         chosen = [lag] if isinstance(lag, str) else lag
@@ -61,7 +81,7 @@ def _marked(
 
 @pytest.fixture
 def capture_reads() -> Callable[[], AbstractContextManager[list[Read]]]:
-    """Return a block that yields a list of the reads inside it."""
+    """Return a context manager that yields a list of the reads inside it."""
     from pinning_middleware.testing import capture_reads
 
     return capture_reads
@@ -69,7 +89,7 @@ def capture_reads() -> Callable[[], AbstractContextManager[list[Read]]]:
 
 @pytest.fixture
 def django_assert_reads_from() -> Callable[..., AbstractContextManager[list[Read]]]:
-    """Return a block that fails where a read goes elsewhere: ``(where, reason=None)``."""
+    """Return a context manager that asserts where reads go: ``(where, reason=None)``."""
     from pinning_middleware.testing import assert_reads_from
 
     return assert_reads_from
@@ -77,7 +97,7 @@ def django_assert_reads_from() -> Callable[..., AbstractContextManager[list[Read
 
 @pytest.fixture
 def django_assert_num_reads() -> Callable[..., AbstractContextManager[list[Read]]]:
-    """Return a block that fails for other numbers: ``(primary=None, replica=None)``."""
+    """Return a context manager that counts reads: ``(primary=None, replica=None)``."""
     from pinning_middleware.testing import assert_num_reads
 
     return assert_num_reads
@@ -85,10 +105,10 @@ def django_assert_num_reads() -> Callable[..., AbstractContextManager[list[Read]
 
 @pytest.fixture
 def pinning_replicas() -> Iterator[Replicas]:
-    """Return the replicas, which lag and die as the test says, and have it end with the test."""
+    """Return the object that controls replicas; reset it at the end of the test."""
     from pinning_middleware.testing import replicas
-    from pinning_middleware.testing.clock import reset_step
+    from pinning_middleware.testing.clock import reset_window
 
     yield replicas
     replicas.reset()
-    reset_step()
+    reset_window()

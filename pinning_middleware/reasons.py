@@ -1,4 +1,4 @@
-"""Why a read went where it went, and why a server is out of rotation."""
+"""Reasons for routing decisions, and faults of servers out of rotation."""
 
 from __future__ import annotations
 
@@ -59,5 +59,6 @@ class Fault(StrEnum):
     UNREACHABLE = "unreachable", "connecting to it fails"
     UNRESPONSIVE = "unresponsive", "it accepts connections but does not answer"
     PROMOTED = "promoted", "it is not a replica of this pool's primary"
+    DEMOTED = "demoted", "the primary's alias has resolved to another server since"
     STALE_RESTART = "stale_restart", "it has restarted and not yet replayed what it had before"
     LAG = "lag", "it lags more than PINNING_MAX_LAG"

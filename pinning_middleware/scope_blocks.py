@@ -1,4 +1,4 @@
-"""How scopes outside requests begin and end: blocks, threads."""
+"""Scopes outside requests: ``pinning_scope()``, and propagation to threads."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import functools
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 from asgiref.sync import iscoroutinefunction, sync_to_async
 
 from pinning_middleware import tokens
+from pinning_middleware.conf import conf
 from pinning_middleware.pins import Pins
-from pinning_middleware.routing.outgoing import akeep_keys, has_changed, keep_keys, outgoing_pins
-from pinning_middleware.scopes.overrides import Open, enter_blocks, open_blocks
+from pinning_middleware.routing.outgoing import announce, asave_keys, outgoing_pins, save_keys
+from pinning_middleware.scopes.overrides import Override, current_overrides, set_overrides
 from pinning_middleware.scopes.scope import Scope, current_scope, enter, entered_scope
 
 __all__ = ["PinningScope", "pinning_scope", "propagate_scope"]
@@ -21,45 +22,40 @@ __all__ = ["PinningScope", "pinning_scope", "propagate_scope"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-
-class _Entry(NamedTuple):
-    """Who was entered, what was there before, and the scope that is told what this one did."""
-
-    owner: PinningScope
-    scope: Scope | None
-    blocks: Open | None
-    outer: Scope | None
-    below: _Entry | None
-
-
-_entries: ContextVar[_Entry | None] = ContextVar("pinning_entries", default=None)
+# The innermost pinning_scope() of this context.
+_innermost: ContextVar[PinningScope | None] = ContextVar("pinning_scope_block", default=None)
 
 
 class PinningScope:
     """
-    A scope outside a request, as a block; it begins with the pins of a token.
+    A scope outside a request, as a context manager; it begins with the pins of a token.
 
-    A token that this site did not sign is ignored, as a cookie would be. One object may be
-    entered again, and by many threads at once: it is one scope.
+    A token that this site did not sign is ignored, like a cookie.
     """
 
     def __init__(
-        self, token: str | None = None, isolated: bool = False, scope: Scope | None = None
+        self,
+        token: str | None = None,
+        isolated: bool = False,
+        scope: Scope | None = None,
     ) -> None:
-        self._scope = Scope.of(tokens.accept(token) if token else {}) if scope is None else scope
+        self._scope = Scope(tokens.accept(token) if token else {}) if scope is None else scope
         self._is_isolated = isolated
+        # If isolated, called with the scope for writes after the end of the block.
+        self.on_late_change: Callable[[Scope], None] = _report
+        self._outer: tuple[Scope | None, Override | None, PinningScope | None] | None = None
 
     @property
     def token(self) -> str | None:
         """
-        The token of what this scope leaves behind, ``None`` where that is nothing. May be asked
-        inside the block and after it; it may ask the primary for its position.
+        The token of the outgoing pins, or None if there are none. It may be used inside
+        the block and after it, and may query the primary's position.
         """
         pins = outgoing_pins(self._scope)
         return tokens.dumps(pins) if pins else None
 
     async def atoken(self) -> str | None:
-        """Return ``token``, in async code."""
+        """Async version of ``token``."""
         return await sync_to_async(lambda: self.token)()
 
     @property
@@ -68,14 +64,18 @@ class PinningScope:
         return outgoing_pins(self._scope)
 
     def __enter__(self) -> PinningScope:
-        before, blocks = entered_scope(), open_blocks()
-        outer = None
+        if self._outer is not None:
+            raise RuntimeError(
+                "This pinning_scope() was entered before. Call pinning_scope() again; pass it the "
+                "token of the first one to continue its pins."
+            )
+        outer, overrides = entered_scope(), current_overrides()
+        self._outer = outer, overrides, _innermost.get()
         if self._is_isolated:
-            enter_blocks(None)
-        elif before is not None and not before.is_inside(self._scope):
-            outer = before
-            self._scope.begin_in(outer)
-        _entries.set(_Entry(self, before, blocks, outer, _entries.get()))
+            set_overrides(None)
+        elif outer is not None:
+            self._scope.attach_to(outer)
+        _innermost.set(self)
         enter(self._scope)
         return self
 
@@ -86,8 +86,8 @@ class PinningScope:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if self._scope.pinned_keys:
-                keep_keys(self._scope)
+            if self._scope.keys:
+                save_keys(self._scope)
         finally:
             self._leave()
 
@@ -101,95 +101,97 @@ class PinningScope:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if self._scope.pinned_keys:
-                await akeep_keys(self._scope)
+            if self._scope.keys:
+                await asave_keys(self._scope)
         finally:
             self._leave()
 
     def _leave(self) -> None:
-        """
-        Leave this scope, and no other; nothing where the context has moved on, as for a generator
-        that is collected in another request.
-        """
-        above: list[_Entry] = []
-        entry = _entries.get()
-        while entry is not None and entry.owner is not self:
-            above.append(entry)
-            entry = entry.below
-        if entry is None:
-            self._scope.tell(self._scope.outer)
-            return
-        self._scope.tell(entry.outer)
-        below = entry.below
-        for other in reversed(above):
-            # Whoever was entered from here is to go back to where this one came from.
-            if other.scope is self._scope:
-                outer = entry.outer if other.outer is self._scope else other.outer
-                other = other._replace(scope=entry.scope, outer=outer)
-            below = other._replace(below=below)
-        _entries.set(below)
-        if entered_scope() is not self._scope:
-            return
-        enter(entry.scope)
-        if self._is_isolated:
-            enter_blocks(entry.blocks)
-        elif entry.scope is None and has_changed(self._scope):
-            # A shell, say, is to know what it did in here.
-            self._scope.tell(current_scope())
+        assert self._outer is not None
+        scope, overrides, block = self._outer
+        if self._is_entered():
+            _innermost.set(block)
+            enter(scope)
+            if self._is_isolated:
+                set_overrides(overrides)
+            elif scope is None and self._scope.revision:
+                # For example a shell, which must know the writes of the block.
+                self._scope.parent = current_scope()
+        _report(self._scope)
+        self._scope.close(conf.seconds, self.on_late_change)
+
+    def _is_entered(self) -> bool:
+        """Return whether this context is inside the block; a suspended generator may not be."""
+        block = _innermost.get()
+        if block is None or block._scope is not entered_scope():
+            return False
+        while block is not None and block is not self:
+            block = None if block._outer is None else block._outer[2]
+        return block is self
+
+
+def _report(scope: Scope) -> None:
+    """Merge the state of a scope into the outer one."""
+    if scope.parent is not None:
+        scope.merge_into(scope.parent)
+        announce(scope.parent)
 
 
 def pinning_scope(token: str | None = None, isolated: bool = False) -> PinningScope:
     """
-    Return a scope for work outside a request, to be used as a ``with`` block::
+    Return a scope for work outside a request, to be used in a ``with`` statement, once::
 
         with pinning_scope(token) as scope:
             ...
         send_on(scope.token)
 
-    ``token`` is what an earlier scope left behind. An unreadable one is ignored and counted.
+    ``token`` is that of an earlier scope. An unreadable one is ignored and counted.
 
-    A scope that is opened inside another begins with what that one knows and tells it what it
-    did; an ``isolated`` one does neither, as a worker needs that serves strangers by turns.
+    A scope inside another one begins with the outer state and merges its own
+    writes back; an ``isolated`` one does neither, for workers that run unrelated tasks one
+    after another.
     """
     return PinningScope(token, isolated)
 
 
 def propagate_scope(function: Callable[P, R]) -> Callable[P, R]:
     """
-    Return the function, or coroutine function, bound to the scope and the blocks that are open
-    now, to be run by another thread or task::
+    Return the function, or coroutine function, bound to the scope and the overrides that are active
+    now, to be run by another thread, greenlet or task::
 
         executor.submit(propagate_scope(work), argument)
 
-    What it writes pins this scope, as long as that lasts, and it reads what this scope may read.
+    Its writes pin this scope, and its reads are routed like those of this scope.
     """
-    carried = current_scope(), open_blocks()
+    state = current_scope(), current_overrides()
 
     if iscoroutinefunction(function):
 
         @functools.wraps(function)
         async def abound(*args: P.args, **kwargs: P.kwargs) -> Any:
-            before = _enter(*carried)
+            previous = _switch(*state)
             try:
                 return await function(*args, **kwargs)
             finally:
-                _enter(*before)
+                _switch(*previous)
 
         return cast("Callable[P, R]", abound)
 
     @functools.wraps(function)
     def bound(*args: P.args, **kwargs: P.kwargs) -> R:
-        before = _enter(*carried)
+        previous = _switch(*state)
         try:
             return function(*args, **kwargs)
         finally:
-            _enter(*before)
+            _switch(*previous)
 
     return bound
 
 
-def _enter(scope: Scope | None, blocks: Open | None) -> tuple[Scope | None, Open | None]:
-    before = entered_scope(), open_blocks()
+def _switch(
+    scope: Scope | None, overrides: Override | None
+) -> tuple[Scope | None, Override | None]:
+    previous = entered_scope(), current_overrides()
     enter(scope)
-    enter_blocks(blocks)
-    return before
+    set_overrides(overrides)
+    return previous

@@ -1,5 +1,5 @@
 """
-Signals, for those who want to count, alert or test.
+Signals, for counting, alerting and testing.
 
 The sender is the alias of the pool's primary, unless stated otherwise. Receivers are called through
 ``send_robust()``: an exception in one is logged by Django and does not reach the request.
@@ -23,14 +23,14 @@ __all__ = [
 # store's class.
 token_rejected = Signal()
 
-# A replica left the rotation. Arguments: replica (alias), reason (pinning_middleware.reasons.Fault),
-# seconds (until it is probed again).
+# A replica left the rotation. Arguments: replica (alias), reason (a Fault), seconds (until it is
+# probed again).
 replica_removed = Signal()
 
 # A replica is back in the rotation. Arguments: replica (alias).
 replica_restored = Signal()
 
-# A failed read was run again on another server. Arguments: failed (alias), served (alias), error.
+# A failed read was retried on another server. Arguments: failed (alias), served (alias), error.
 read_retried = Signal()
 
 # A scope waited for a replica to catch up. Arguments: replica (alias), seconds (waited), reached

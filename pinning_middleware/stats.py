@@ -1,7 +1,7 @@
 """
-What this process did and what it knows, as plain values: for monitoring, panels and people.
+Counters of this process and the state of its servers, as plain values for monitoring and panels.
 
-Nothing here asks a server. What is known may be old: ``ServerState.age`` says how old.
+No function of this module queries a server. The state may be old: see ``ServerState.age``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from django.db import connections
 
 from pinning_middleware import signals
 from pinning_middleware.conf import conf
-from pinning_middleware.pins import OPTIONAL, Position
+from pinning_middleware.pins import Points
+from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.routing.replica_set import Nodes
 from pinning_middleware.servers.dialects.postgresql import LSN
 from pinning_middleware.servers.registry import Endpoint, Server
 from pinning_middleware.utils import counters
@@ -28,43 +28,52 @@ __all__ = [
     "DEGRADED",
     "DOWN",
     "DRAINED",
-    "WELL",
+    "HEALTH_NAMES",
+    "OK",
     "Event",
     "ServerState",
     "address_of",
+    "format_duration",
     "format_position",
+    "format_size",
     "get_stats",
-    "in_bytes",
-    "in_seconds",
+    "health",
     "install",
-    "limit",
-    "recent",
+    "lag_threshold",
+    "recent_events",
     "servers",
-    "verdict",
 ]
 
-# In the place of a fault, for a replica of weight 0: it is left out on purpose.
+# The reason of a replica with weight 0, which is out of rotation on purpose.
 DRAINED: Final = "drained"
-# How well a site is; the exit statuses of ``pinning_status``.
-WELL, DEGRADED, DOWN = range(3)
+# Overall health; also the exit status of ``pinning_status``.
+OK, DEGRADED, DOWN = range(3)
+HEALTH_NAMES: Final = {OK: "healthy", DEGRADED: "degraded", DOWN: "down"}
 
 
 class ServerState(NamedTuple):
     """
-    What this process knows of one server behind one alias.
+    The state of one server behind one alias, as last seen by this process.
 
-    ``pool``: alias of the pool's primary. ``alias``: the alias that leads to the server.
-    ``address``: ``host:port`` as the server itself says, as the settings do while it is not known,
-    or the path of a file. ``configured``: what the settings take it for; ``role``: what it is,
-    ``None`` while that is not known. ``state``: whether reads go there; ``unknown``: nobody has
-    asked or read yet. ``reason``: why it is out: ``connect``, ``silent``, ``role``, ``behind``,
-    ``lag``, or ``drained`` for weight 0. ``since``: since when that is so, in seconds since the
-    epoch, ``None``: since this process began. ``weight``: of the settings, ``None`` for a primary.
-    ``reads``: how many this process has read there. ``position``: how far it is, as its database
-    writes it. ``behind_bytes``: of PostgreSQL's log, behind the primary. ``lag``: seconds behind
-    the primary, as last measured. ``age``: seconds since it was asked. ``retry_in``: seconds until
-    one that is out is looked at again. ``error``: why it could not be reached, or what else is
-    wrong.
+    - ``pool``: alias of the pool's primary.
+    - ``alias``: alias that resolves to the server.
+    - ``address``: ``host:port`` as reported by the server; as configured while that is unknown; the
+      path of an SQLite file.
+    - ``configured``: the role in the settings.
+    - ``role``: the role of the server, or ``None`` if unknown.
+    - ``state``: whether reads go to the server; ``unknown`` until it has been probed or read.
+    - ``reason``: why it is out of rotation, a ``pinning_middleware.reasons.Fault`` or ``drained``
+      (weight 0).
+    - ``since``: start of that state (seconds since the epoch), or ``None`` if it has not changed
+      since the process started.
+    - ``weight``: weight in the settings, or ``None`` for a primary.
+    - ``reads``: reads of this process.
+    - ``position``: replication position in the database's own notation.
+    - ``behind_bytes``: distance to the primary in PostgreSQL's log.
+    - ``lag``: last measured replication lag (seconds).
+    - ``age``: time since the last probe (seconds).
+    - ``retry_in``: time until the next probe of a server that is out of rotation (seconds).
+    - ``error``: why it is unreachable, or a problem of a server that is in rotation.
     """
 
     pool: str
@@ -87,9 +96,10 @@ class ServerState(NamedTuple):
 
 class Event(NamedTuple):
     """
-    Something that happened, ``times`` times running, the last time ``at`` (seconds since the
-    epoch). ``kind``: the name of the signal; ``alias``: whom it happened to; ``served``: who
-    answered instead, if anybody; ``reason``: the signal's reason, or its error.
+    A signal, repeated ``times`` times in a row, the last time ``at`` (seconds since the epoch).
+
+    ``kind`` is the name of the signal, ``alias`` the affected alias, ``served`` the alias that
+    served the read instead, or ``""``, and ``reason`` the reason or error of the signal.
     """
 
     at: float
@@ -101,23 +111,24 @@ class Event(NamedTuple):
     times: int = 1
 
 
-# The newest last.
-recent: deque[Event] = deque(maxlen=100)
+# Oldest first.
+recent_events: deque[Event] = deque(maxlen=100)
 
 
-# What is known of servers
+# Servers
 
 
 def servers() -> list[ServerState]:
     """
-    Return a row for each known server of each alias of each pool, and one for an alias whose
-    server is not known yet. Asks nobody.
+    Return the state of each server of each alias of each pool.
+
+    An alias whose server is not yet known has one row. Does no I/O.
     """
-    reads = _reads_by_place()
+    reads = _reads_by_address()
     rows: list[ServerState] = []
     for pool in pools().all:
         for endpoint in (pool.endpoint, *pool.endpoints.values()) if pool.replicas else ():
-            # The older interface's rotation may have aliases of another pool.
+            # SLAVE_DATABASES may list aliases of another pool.
             if not any((row.pool, row.alias) == (pool.primary, endpoint.alias) for row in rows):
                 rows.extend(_rows_of(pool, endpoint, reads))
     return rows
@@ -126,36 +137,37 @@ def servers() -> list[ServerState]:
 Reads = dict[tuple[str, str], dict[tuple[str, int] | None, int]]
 
 
-def _reads_by_place() -> Reads:
+def _reads_by_address() -> Reads:
     found: Reads = {}
-    # A copy, since other threads go on counting.
+    # Copy, because other threads add reads during the iteration.
     for (pool, alias, server, _), number in dict(counters.reads).items():
-        places = found.setdefault((pool, alias), {})
-        place = None if server is None else server.identity.place
-        places[place] = places.get(place, 0) + number
+        by_address = found.setdefault((pool, alias), {})
+        address = None if server is None else server.identity.place
+        by_address[address] = by_address.get(address, 0) + number
     return found
 
 
-def _rows_of(pool: Nodes, endpoint: Endpoint, reads: Reads) -> Iterator[ServerState]:
-    known = endpoint.recent_servers
-    places = reads.get((pool.primary, endpoint.alias), {})
-    for server in known or (None,):
-        if len(known) < 2:
-            number = sum(places.values())
+def _rows_of(pool: Pool, endpoint: Endpoint, reads: Reads) -> Iterator[ServerState]:
+    recent = endpoint.recent_servers
+    by_address = reads.get((pool.primary, endpoint.alias), {})
+    for server in recent or (None,):
+        if len(recent) < 2:
+            number = sum(by_address.values())
         else:
-            number = places.get(None if server is None else server.identity.place, 0)
+            number = by_address.get(None if server is None else server.identity.place, 0)
         yield _row(pool, endpoint, server, number)
 
 
-def _row(pool: Nodes, endpoint: Endpoint, server: Server | None, reads: int) -> ServerState:
+def _row(pool: Pool, endpoint: Endpoint, server: Server | None, reads: int) -> ServerState:
     is_primary = endpoint is pool.endpoint
-    weight = None if is_primary else pool.rotation.weights.get(endpoint.alias)
-    reason, since = endpoint.out_of_rotation, endpoint.status_since
-    if server is not None and reason in {each.out_of_rotation for each in endpoint.recent_servers}:
-        reason, since = server.out_of_rotation, server.status_since
+    weight = None if is_primary else pool.replica_set.rotation.weights.get(endpoint.alias)
+    fault, since = endpoint.out_of_rotation, endpoint.status_since
+    if server is not None and fault in {each.out_of_rotation for each in endpoint.recent_servers}:
+        fault, since = server.out_of_rotation, server.status_since
+    reason: str = fault or ""
     state: Literal["in", "out", "unknown"] = "out" if reason else "in"
-    is_asked = server is not None and (server.last_probed or server.reports_position is False)
-    if not reason and not is_asked and not reads:
+    is_probed = server is not None and (server.last_probed or server.reports_position is False)
+    if not reason and not is_probed and not reads:
         state = "unknown"
     elif not reason and weight == 0:
         state, reason, since = "out", DRAINED, 0.0
@@ -172,12 +184,21 @@ def _row(pool: Nodes, endpoint: Endpoint, server: Server | None, reads: int) -> 
         weight=weight,
         reads=reads,
         position=None if server is None else format_position(server, _vendor(endpoint.alias)),
-        behind_bytes=None if server is None or is_primary else _behind(pool, server),
+        behind_bytes=None if server is None or is_primary else _bytes_behind(pool, server),
         lag=None if server is None or is_primary else server.lag,
         age=now - server.last_probed if server is not None and server.last_probed else None,
         retry_in=max(0.0, endpoint.retry_at - now) if endpoint.out_of_rotation else None,
-        error=endpoint.error if endpoint.out_of_rotation else "",
+        error=endpoint.error if endpoint.out_of_rotation else _misdirection(pool, endpoint),
     )
+
+
+def _misdirection(pool: Pool, endpoint: Endpoint) -> str:
+    """Return an error if a replica's alias resolves to the primary only, else ""."""
+    if endpoint is pool.endpoint or pool.endpoint.server is None:
+        return ""
+    if any(server is not pool.endpoint.server for server in endpoint.recent_servers or (None,)):
+        return ""
+    return f"it is connected to the primary ({pool.primary}), not to a replica"
 
 
 def _role(server: Server | None) -> Literal["primary", "replica"] | None:
@@ -191,7 +212,7 @@ def _vendor(alias: str) -> str:
 
 
 def address_of(alias: str, server: Server | None) -> str:
-    """Return a server's own address, else where the settings say that an alias leads."""
+    """Return the address reported by a server, or the configured one if it is unknown."""
     if server is not None and server.identity.address:
         return _host_and_port(*server.identity.place)
     settings = connections.settings[alias]
@@ -208,54 +229,65 @@ def _host_and_port(host: str, port: object) -> str:
 
 def format_position(server: Server, vendor: str = "postgresql") -> str | None:
     """
-    Return how far a server is as its database writes it: an LSN (``0/3000148``) or transaction
-    id of PostgreSQL, GTIDs of MariaDB (``0-1-8``) and of MySQL (``uuid:1-5``).
+    Return a server's position in its database's own notation, or None if unknown.
+
+    An LSN (``0/3000148``) or transaction ID of PostgreSQL, GTIDs of MariaDB (``0-1-8``) and of
+    MySQL (``uuid:1-5``).
     """
     if vendor == "postgresql":
         if not server.last_probed or not server.replayed_offset:
             return None
         return (
-            _lsn(server.replayed_offset) if server.strategy == LSN else str(server.replayed_offset)
+            _format_lsn(server.replayed_offset)
+            if server.strategy == LSN
+            else str(server.replayed_offset)
         )
-    known = {log.removeprefix(OPTIONAL): point for log, point in sorted(server.position.items())}
+    points = dict(sorted(server.position.items()))
     between = {"mariadb": "-", "mysql": ":1-"}.get(server.system, ":")
-    return ",".join(f"{log}{between}{point}" for log, point in known.items()) or None
+    return ",".join(f"{log}{between}{point}" for log, point in points.items()) or None
 
 
-def _lsn(point: int) -> str:
+def _format_lsn(point: int) -> str:
     return f"{point >> 32:X}/{point & 0xFFFFFFFF:X}"
 
 
-def _behind(pool: Nodes, server: Server) -> int | None:
+def _bytes_behind(pool: Pool, server: Server) -> int | None:
     primary = pool.endpoint.server
     if primary is None or primary.is_replica is not False or not server.last_probed:
         return None
     if server.strategy != LSN or _vendor(pool.primary) != "postgresql" or not server.is_replica:
         return None
-    return max(0, _end(primary.position) - server.replayed_offset) if primary.position else None
+    return (
+        max(0, _highest_offset(primary.position) - server.replayed_offset)
+        if primary.position
+        else None
+    )
 
 
-def _end(position: Position) -> int:
+def _highest_offset(position: Points) -> int:
     return max(position.values(), default=0)
 
 
-# How well that is
+# Health
 
 
-def limit() -> float:
+def lag_threshold() -> float:
     """
-    Return how many seconds a replica may lag before that is a fault: ``PINNING_MAX_LAG``, else
-    the window, after which nobody is pinned any more.
+    Return the lag that counts as a fault (seconds).
+
+    That is ``PINNING_MAX_LAG``, or the window, after which pins without a position have ended.
     """
     return conf.seconds if conf.max_lag is None else conf.max_lag
 
 
-def verdict(rows: list[ServerState]) -> int:
+def health(rows: list[ServerState]) -> int:
     """
-    Return ``DOWN`` (2) where a pool's primary is out or a replica, or none of its replicas serves;
-    ``DEGRADED`` (1) where any server is out, unknown or too far behind; else ``WELL`` (0).
+    Return the overall health: ``OK`` (0), ``DEGRADED`` (1) or ``DOWN`` (2).
+
+    ``DOWN`` if the primary of a pool is out of rotation or a replica, or if no replica of a pool
+    is in rotation. ``DEGRADED`` if any server is out of rotation, unknown, lagging or has an error.
     """
-    worst = WELL
+    worst = OK
     for pool in {row.pool for row in rows}:
         of_pool = [row for row in rows if row.pool == pool]
         primaries = [row for row in of_pool if row.configured == "primary"]
@@ -264,19 +296,19 @@ def verdict(rows: list[ServerState]) -> int:
             return DOWN
         if not any(row.state != "out" for row in replicas):
             return DOWN
-        if any(_is_faulty(row) for row in of_pool):
+        if any(_is_degraded(row) for row in of_pool):
             worst = DEGRADED
     return worst
 
 
-def _is_faulty(row: ServerState) -> bool:
-    is_behind = row.lag is not None and row.lag > limit()
+def _is_degraded(row: ServerState) -> bool:
+    is_behind = row.lag is not None and row.lag > lag_threshold()
     is_out = row.state == "out" and row.reason != DRAINED
     return is_out or row.state == "unknown" or is_behind or bool(row.error)
 
 
-def in_seconds(seconds: float) -> str:
-    """Return a time for people: ``0.4 s``, ``95 s``, ``12 min``, ``3 h``, ``9 d``."""
+def format_duration(seconds: float) -> str:
+    """Return a duration with a unit: ``0.4 s``, ``95 s``, ``12 min``, ``3 h``, ``9 d``."""
     if seconds < 9.95:
         return f"{max(0.0, seconds):.1f} s"
     for size, name in ((1, "s"), (60, "min"), (3600, "h")):
@@ -285,8 +317,8 @@ def in_seconds(seconds: float) -> str:
     return f"{seconds / 86400:.0f} d"
 
 
-def in_bytes(number: float) -> str:
-    """Return an amount for people: ``512 B``, ``1.2 kB``, ``16 MB``."""
+def format_size(number: float) -> str:
+    """Return a size with a unit: ``512 B``, ``1.2 kB``, ``16 MB``."""
     for name in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.0f} {name}" if name == "B" or number >= 10 else f"{number:.1f} {name}"
@@ -294,7 +326,7 @@ def in_bytes(number: float) -> str:
     return f"{number:.0f} TB"
 
 
-# What was counted
+# Counters
 
 
 class _Wait:
@@ -305,19 +337,22 @@ class _Wait:
 
 
 _lock = threading.Lock()
-# By the pool's primary: scopes that waited for a replica, those that got one, and for how long.
+# Waits for replicas to catch up, by the alias of the pool's primary.
 _waits: defaultdict[str, _Wait] = defaultdict(_Wait)
 
 
 def get_stats() -> dict[str, Any]:
     """
-    Return what this process has counted since it began; it only grows, and is fit for JSON.
+    Return the counters of this process. They only increase and are JSON serialisable.
 
-    ``reads``: pool → alias that answered → its server's address (empty: not known) → reason →
-    reads. ``pins``: ``set``, ``carried``, ``rejected`` → pins. ``rejected``: reason → tokens that
-    were ignored. ``fallbacks``: pool → reason → times. ``reruns``: pool → alias that failed →
-    alias that served → reads. ``waits``: pool → ``count`` of scopes that waited for a replica,
-    ``reached`` of those that got one, ``seconds`` that all of them waited together.
+    - ``reads``: pool → alias that served → address of its server (``""`` if unknown) → reason →
+      number of reads.
+    - ``pins``: number of pins ``set``, ``inherited`` and of tokens ``rejected``.
+    - ``rejected``: reason → number of ignored tokens.
+    - ``fallbacks``: pool → reason → number of scopes that read from another role than intended.
+    - ``retries``: pool → alias that failed → alias that served → number of reads.
+    - ``waits``: pool → ``count`` of scopes that waited for a replica, ``reached`` of those that got
+      one, and the total ``seconds``.
     """
     reads: dict[str, Any] = {}
     for (pool, alias, server, reason), number in dict(counters.reads).items():
@@ -328,35 +363,41 @@ def get_stats() -> dict[str, Any]:
         fallbacks: dict[str, dict[str, int]] = {}
         for (pool, reason), number in counters.fallbacks.items():
             fallbacks.setdefault(pool, {})[reason] = number
-        reruns: dict[str, dict[str, dict[str, int]]] = {}
-        for (pool, failed, served), number in counters.reruns.items():
-            reruns.setdefault(pool, {}).setdefault(failed, {})[served] = number
+        retries: dict[str, dict[str, dict[str, int]]] = {}
+        for (pool, failed, served), number in counters.retries.items():
+            retries.setdefault(pool, {}).setdefault(failed, {})[served] = number
         waits = {
             pool: {"count": wait.count, "reached": wait.reached, "seconds": wait.seconds}
             for pool, wait in _waits.items()
         }
-    rejected = dict(counters.rejected)
-    pins = {"set": 0, "carried": 0, **dict(counters.pins), "rejected": sum(rejected.values())}
+    rejected = dict(counters.rejected_tokens)
+    pins = {
+        "set": counters.pin_events["set"],
+        "inherited": counters.pin_events["inherited"],
+        "rejected": sum(rejected.values()),
+    }
     return {
         "reads": reads,
         "pins": pins,
         "rejected": rejected,
         "fallbacks": fallbacks,
-        "reruns": reruns,
+        "retries": retries,
         "waits": waits,
     }
 
 
-# Receivers of signals, which come in any thread
+# Signal receivers, called from any thread
 
 
-def _note(kind: str, pool: str, alias: str, served: str, reason: str) -> None:
-    """Note an event; one that goes on is one."""
+def _record_event(kind: str, pool: str, alias: str, served: str, reason: str) -> None:
+    """Append an event, or count it again if it repeats the last one."""
     with _lock:
-        if recent and recent[-1][1:6] == (kind, pool, alias, served, reason):
-            recent[-1] = recent[-1]._replace(at=time.time(), times=recent[-1].times + 1)
+        if recent_events and recent_events[-1][1:6] == (kind, pool, alias, served, reason):
+            recent_events[-1] = recent_events[-1]._replace(
+                at=time.time(), times=recent_events[-1].times + 1
+            )
         else:
-            recent.append(Event(time.time(), kind, pool, alias, served, reason))
+            recent_events.append(Event(time.time(), kind, pool, alias, served, reason))
 
 
 def _count_fallback(*, signal: Any, sender: str, served: str, reason: str, **kwargs: Any) -> None:
@@ -364,13 +405,16 @@ def _count_fallback(*, signal: Any, sender: str, served: str, reason: str, **kwa
         counters.fallbacks[sender, reason] += 1
     to_primary = signal is signals.fell_back_to_primary
     kind = "fell_back_to_primary" if to_primary else "fell_back_to_replica"
-    _note(kind, sender, "", served, reason)
+    _record_event(kind, sender, "", served, reason)
 
 
-def _count_rerun(*, sender: str, failed: str, served: str, error: object, **kwargs: Any) -> None:
+def _count_retry(*, sender: str, failed: str, served: str, error: object, **kwargs: Any) -> None:
+    if failed == served:
+        # Only the connection was lost: the read did not move to another server.
+        return
     with _lock:
-        counters.reruns[sender, failed, served] += 1
-    _note("read_retried", sender, failed, served, _first_line(error))
+        counters.retries[sender, failed, served] += 1
+    _record_event("read_retried", sender, failed, served, _first_line(error))
 
 
 def _count_wait(*, sender: str, seconds: float, reached: bool, **kwargs: Any) -> None:
@@ -380,12 +424,12 @@ def _count_wait(*, sender: str, seconds: float, reached: bool, **kwargs: Any) ->
         wait.seconds += seconds
 
 
-def _note_left_out(*, sender: str, replica: str, reason: str, **kwargs: Any) -> None:
-    _note("replica_removed", sender, replica, "", reason)
+def _record_removed(*, sender: str, replica: str, reason: str, **kwargs: Any) -> None:
+    _record_event("replica_removed", sender, replica, "", reason)
 
 
-def _note_taken_back(*, sender: str, replica: str, **kwargs: Any) -> None:
-    _note("replica_restored", sender, replica, "", "")
+def _record_restored(*, sender: str, replica: str, **kwargs: Any) -> None:
+    _record_event("replica_restored", sender, replica, "", "")
 
 
 def _first_line(error: object) -> str:
@@ -393,22 +437,22 @@ def _first_line(error: object) -> str:
 
 
 def install() -> None:
-    """Count from now on what signals tell. Again changes nothing."""
+    """Connect the receivers of signals. Idempotent."""
     for signal, receiver in (
         (signals.fell_back_to_primary, _count_fallback),
         (signals.fell_back_to_replica, _count_fallback),
-        (signals.read_retried, _count_rerun),
+        (signals.read_retried, _count_retry),
         (signals.replica_wait_finished, _count_wait),
-        (signals.replica_removed, _note_left_out),
-        (signals.replica_restored, _note_taken_back),
+        (signals.replica_removed, _record_removed),
+        (signals.replica_restored, _record_restored),
     ):
         signal.connect(receiver, dispatch_uid=f"pinning_middleware.stats{receiver.__name__}")
 
 
-def _begin_anew_after_fork() -> None:
+def _reset_lock_after_fork() -> None:
     global _lock
-    # Another thread may have held it.
+    # A thread that does not exist in the child may have held it.
     _lock = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_begin_anew_after_fork)
+os.register_at_fork(after_in_child=_reset_lock_after_fork)

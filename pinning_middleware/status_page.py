@@ -1,8 +1,8 @@
 """
-A page for staff: which database answers, how far replicas are, and what went wrong lately.
+A status page for staff: servers, replication lag, reads by server and reason, and recent events.
 
-It shows what this process knows and asks no server. Its script polls without the user's cookies,
-by a token that the page holds: so a page that stays open reads no session and adds to no pin.
+It shows the state held by this process and queries no server. Its script polls with a signed token
+from the page instead of the user's cookies, so an open page reads no session and extends no pin.
 """
 
 from __future__ import annotations
@@ -27,37 +27,44 @@ from pinning_middleware import stats
 from pinning_middleware.api import use_primary
 from pinning_middleware.conf import conf
 from pinning_middleware.reasons import Fault, Reason
-from pinning_middleware.stats import DEGRADED, DOWN, DRAINED, ServerState, in_bytes, in_seconds
+from pinning_middleware.stats import (
+    DRAINED,
+    HEALTH_NAMES,
+    OK,
+    ServerState,
+    format_duration,
+    format_size,
+)
 
 __all__ = ["data", "page"]
 
-# Seconds for which a page may poll before its user is asked for again; the header it does so by.
+# Lifetime of the page's polling token (seconds), and the header that carries it.
 TOKEN_AGE: Final = 3600
 TOKEN_HEADER: Final = "Pinning-Status"
 SHOWN_EVENTS: Final = 20
-# Where there is nothing to say.
+# Text of an empty cell.
 NONE: Final = "-"
 
 FAULTS: Final = {
-    Fault.UNREACHABLE: "cannot be connected to",
-    Fault.UNRESPONSIVE: "does not answer",
-    Fault.PROMOTED: "takes writes of its own",
-    Fault.STALE_RESTART: "has less than before its restart",
-    Fault.LAG: "lags too far",
+    Fault.UNREACHABLE: "is unreachable",
+    Fault.UNRESPONSIVE: "is unresponsive",
+    Fault.PROMOTED: "is not a replica of this primary",
+    Fault.STALE_RESTART: "has not yet replayed what it had before its restart",
+    Fault.LAG: "lags too far behind",
     DRAINED: "drained: its weight is 0",
 }
 EVENTS: Final = {
     "fell_back_to_primary": "Fell back to the primary",
     "fell_back_to_replica": "Fell back to a replica",
-    "read_retried": "Read again elsewhere",
-    "replica_removed": "Left out",
-    "replica_restored": "Taken back",
+    "read_retried": "Read retried on another server",
+    "replica_removed": "Replica removed from rotation",
+    "replica_restored": "Replica restored to rotation",
 }
 
 View = Callable[[HttpRequest], HttpResponseBase]
 
 
-# Who may look
+# Access
 
 
 def _token() -> str:
@@ -76,13 +83,15 @@ def _has_token(request: HttpRequest) -> bool:
     return True
 
 
-def _refusal(request: HttpRequest) -> HttpResponseBase | None:
+def _login_redirect(request: HttpRequest) -> HttpResponseBase | None:
     """
-    Return where somebody who is no member of staff is sent, ``None`` for one who is. As
-    ``staff_member_required`` does it, on a site without the admin too.
+    Return a redirect to the login page, or None if the user is a member of staff.
+
+    Like ``staff_member_required``, but it also works without the admin. Raise PermissionDenied if
+    the user is logged in and the site has no admin.
     """
     user = getattr(request, "user", None)
-    # Not from a replica: that they hang may be why somebody looks.
+    # The page is most useful while replicas are unresponsive, so do not read the user from one.
     with use_primary():
         if user is not None and user.is_active and user.is_staff:
             return None
@@ -100,34 +109,34 @@ def _refusal(request: HttpRequest) -> HttpResponseBase | None:
 def _for_staff(view: View) -> View:
     @wraps(view)
     def guarded(request: HttpRequest) -> HttpResponseBase:
-        return _refusal(request) or view(request)
+        return _login_redirect(request) or view(request)
 
     guarded_view: View = login_not_required(never_cache(require_safe(guarded)))
     return guarded_view
 
 
-# The two views
+# Views
 
 
 @_for_staff
 def page(request: HttpRequest) -> HttpResponseBase:
-    """The page, complete: without a script it loads itself again."""
+    """Render the page, which reloads itself if JavaScript is off."""
     context = {
-        **_facts(),
+        **_state(),
         "columns": COLUMNS,
         "event_columns": EVENT_COLUMNS,
         "token": _token(),
         "url": reverse("pinning_middleware:status-data"),
     }
-    # Without the request: a context processor may ask whom it likes.
+    # Render without the request, because context processors may query a database.
     return HttpResponse(render_to_string("pinning_middleware/status.html", context))
 
 
 def _data(request: HttpRequest) -> HttpResponseBase:
-    """What changes of the page, as JSON: for its script, and for staff."""
+    """Return the state as JSON, for the page's script and for staff."""
     if TOKEN_HEADER in request.headers and not _has_token(request):
         return JsonResponse({"error": "expired"}, status=403)
-    return JsonResponse(_facts())
+    return JsonResponse(_state())
 
 
 _data_for_staff = _for_staff(_data)
@@ -137,11 +146,11 @@ _data_for_staff = _for_staff(_data)
 @never_cache
 @require_safe
 def data(request: HttpRequest) -> HttpResponseBase:
-    """What changes of the page: with the page's token, no session and no user is looked up."""
+    """Return the state as JSON. With the page's token, no session and no user are loaded."""
     return (_data if TOKEN_HEADER in request.headers else _data_for_staff)(request)
 
 
-# What they show
+# Content
 
 COLUMNS: Final = (
     "Server",
@@ -152,12 +161,12 @@ COLUMNS: Final = (
     "Position",
     "Behind",
     "Lag",
-    "Asked",
+    "Probed",
 )
-EVENT_COLUMNS: Final = ("Time (UTC)", "What", "Whom", "Served by", "Why")
+EVENT_COLUMNS: Final = ("Time (UTC)", "Event", "Alias", "Served by", "Reason")
 
 
-def _facts() -> dict[str, Any]:
+def _state() -> dict[str, Any]:
     rows = stats.servers()
     return {
         "pid": os.getpid(),
@@ -166,7 +175,7 @@ def _facts() -> dict[str, Any]:
         "servers": [_server(row) for row in rows],
         "by_server": _by_server(rows),
         "by_reason": _by_reason(),
-        "events": [_event(event) for event in reversed(stats.recent)][:SHOWN_EVENTS],
+        "events": [_event(event) for event in reversed(stats.recent_events)][:SHOWN_EVENTS],
     }
 
 
@@ -174,36 +183,36 @@ def _summary(rows: list[ServerState]) -> dict[str, str]:
     if not conf.enabled:
         return {
             "state": "degraded",
-            "text": "PINNING_ENABLED is off: no replica is read.",
+            "text": "PINNING_ENABLED is False: every read goes to the primary.",
         }
-    met = [row for row in rows if row.state != "unknown"]
-    worst = stats.verdict(met) if any(row.configured == "replica" for row in met) else 0
-    said = []
+    probed = [row for row in rows if row.state != "unknown"]
+    has_replica = any(row.configured == "replica" for row in probed)
+    worst = stats.health(probed) if has_replica else OK
+    sentences = []
     for pool in dict.fromkeys(row.pool for row in rows):
         aliases = {row.alias for row in rows if row.pool == pool and row.configured == "replica"}
-        serving = {row.alias for row in rows if row.alias in aliases and row.state != "out"}
-        said.append(f"{pool}: {len(serving)} of {len(aliases)} replicas serve.")
-    said += [
+        usable = {row.alias for row in rows if row.alias in aliases and row.state != "out"}
+        sentences.append(f"{pool}: {len(usable)} of {len(aliases)} replicas are in rotation.")
+    sentences += [
         f"{row.alias} {FAULTS.get(row.reason, row.reason)}."
         for row in rows
         if row.state == "out" and row.reason != DRAINED
     ]
-    words = {DEGRADED: "degraded", DOWN: "down"}
     return {
-        "state": words.get(worst, "well"),
-        "text": " ".join(said) or "PINNING_REPLICAS names no replica.",
+        "state": HEALTH_NAMES[worst],
+        "text": " ".join(sentences) or "PINNING_REPLICAS is empty.",
     }
 
 
 def _server(row: ServerState) -> dict[str, Any]:
-    """Return a row's values, and under ``cells`` what the page says of each column."""
-    state = "Not met yet" if row.state == "unknown" else row.state.capitalize()
+    """Return the fields of a row, and the texts of its table cells under ``cells``."""
+    state = "Not probed yet" if row.state == "unknown" else row.state.capitalize()
     if row.reason:
         state = f"Out: {FAULTS.get(row.reason, row.reason)}"
     if row.since is not None:
-        state += f", for {in_seconds(time.time() - row.since)}"
+        state += f", for {format_duration(time.time() - row.since)}"
     if row.retry_in is not None:
-        state += f", tried again in {in_seconds(row.retry_in)}"
+        state += f", retried in {format_duration(row.retry_in)}"
     role = row.role or row.configured
     return {
         **row._asdict(),
@@ -215,9 +224,9 @@ def _server(row: ServerState) -> dict[str, Any]:
             NONE if row.weight is None else str(row.weight),
             str(row.reads),
             row.position or NONE,
-            NONE if row.behind_bytes is None else in_bytes(row.behind_bytes),
-            NONE if row.lag is None else in_seconds(row.lag),
-            NONE if row.age is None else f"{in_seconds(row.age)} ago",
+            NONE if row.behind_bytes is None else format_size(row.behind_bytes),
+            NONE if row.lag is None else format_duration(row.lag),
+            NONE if row.age is None else f"{format_duration(row.age)} ago",
         ),
     }
 
@@ -263,17 +272,17 @@ def _description(reason: str) -> str:
 
 def _event(event: stats.Event) -> dict[str, Any]:
     at = datetime.fromtimestamp(event.at, UTC)
-    what = EVENTS.get(event.kind, event.kind)
-    why = FAULTS.get(event.reason) or _description(event.reason)
+    title = EVENTS.get(event.kind, event.kind)
+    reason = FAULTS.get(event.reason) or _description(event.reason)
     return {
         **event._asdict(),
         "iso": at.isoformat(timespec="seconds"),
         "cells": _cells(
             EVENT_COLUMNS,
             f"{at:%H:%M:%S}",
-            what if event.times == 1 else f"{what}, {event.times} times",
+            title if event.times == 1 else f"{title}, {event.times} times",
             event.alias or event.pool,
             event.served or NONE,
-            why or NONE,
+            reason or NONE,
         ),
     }

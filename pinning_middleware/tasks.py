@@ -1,20 +1,19 @@
 """
 Django's Tasks (Django 6) and django-tasks: a task that is enqueued after a write reads that write.
 
-Their interface has no room for headers, so the pins wait in the cache ``PINNING_CACHE`` under the
-task's id. What that can't do:
+The interface has no headers, so the pins are kept in the cache ``PINNING_CACHE`` under the task's
+ID. Limits:
 
-- Without a cache that all processes share (Redis, Valkey, memcached, a database) a worker finds
-  nothing, and reads as if nobody had written; so it does while that cache is down.
-- The signal comes after the task was handed to its backend: a worker that starts it within that
-  instant finds no pin. A backend that keeps its tasks in the primary hides them until the
-  transaction commits; enqueue inside ``transaction.atomic()`` there.
-- A task that is enqueued for later than ``PINNING_SECONDS`` finds no pin any more; by then
-  only a replica that lags as much would be stale.
-- The worker of django-tasks-db opens a transaction where reads go and locks where writes go, so
-  it fails under every router with replicas. Let a router before this package's one send the reads
-  of the app ``django_tasks_database`` to the primary.
-- A task says no policy of its own; ``use_primary`` decorates its function as any other.
+- All processes have to share the cache (Redis, Valkey, memcached, a database). Otherwise, or while
+  the cache is unavailable, a task begins without pins.
+- The signal is sent after the task was passed to its backend. A worker that starts the task at once
+  may find no pins. A backend that keeps its tasks in the primary hides them until the transaction
+  commits; enqueue inside ``transaction.atomic()`` there.
+- A task that starts after the cache entry has expired begins without pins.
+- The worker of django-tasks-db opens a transaction on the database for reads and locks a row in the
+  database for writes, so it fails under every router with replicas. Add a router before
+  ``PinningRouter`` that sends reads of the app ``django_tqueries_primary`` to the primary.
+- Tasks have no policy. Decorate the function with ``use_primary`` instead.
 """
 
 from __future__ import annotations
@@ -27,69 +26,64 @@ from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
 
-from pinning_middleware.routing.outgoing import outgoing_pins
+from pinning_middleware import handoff
 from pinning_middleware.scope_blocks import PinningScope
-from pinning_middleware.scopes.scope import Scope, entered_scope
-from pinning_middleware.stores import cache
 
 __all__ = ["propagate_pins"]
 
-# By their ids, the scopes of tasks that run, each with the task that ran around it.
+# Open scopes by the ID of their task, with the ID of the task around it.
 _open: dict[str, tuple[PinningScope, str | None]] = {}
 _running: ContextVar[str | None] = ContextVar("pinning_task", default=None)
 
 
 def propagate_pins() -> None:
     """
-    Let tasks carry pins. Call it in an app's ``ready()``, where tasks are enqueued and in the
-    worker. ``ImproperlyConfigured`` where there is neither Django 6 nor django-tasks.
+    Propagate pins to tasks.
+
+    Call it in ``AppConfig.ready()``, in processes that enqueue tasks and in workers. Raise
+    ImproperlyConfigured if neither Django 6 nor django-tasks is installed.
     """
-    found = False
+    is_available = False
     for package in ("django.tasks", "django_tasks"):
         with suppress(ImportError):
             _connect(import_module(f"{package}.signals"))
-            _close_interrupted(import_module(f"{package}.base").Task)
-            found = True
-    if not found:
-        raise ImproperlyConfigured("Tasks are part of Django 6; before it, install django-tasks.")
+            _close_scope_on_interrupt(import_module(f"{package}.base").Task)
+            is_available = True
+    if not is_available:
+        raise ImproperlyConfigured("Tasks require Django 6 or the package django-tasks.")
 
 
 def _connect(signals: Any) -> None:
-    signals.task_enqueued.connect(_send, dispatch_uid="pinning_middleware.send")
-    signals.task_started.connect(_begin, dispatch_uid="pinning_middleware.begin")
-    signals.task_finished.connect(_end, dispatch_uid="pinning_middleware.end")
+    signals.task_enqueued.connect(_save_pins, dispatch_uid="pinning_middleware.send")
+    signals.task_started.connect(_open_scope, dispatch_uid="pinning_middleware.begin")
+    signals.task_finished.connect(_close_scope, dispatch_uid="pinning_middleware.end")
 
 
-def _send(*, task_result: Any, **kwargs: Any) -> None:
-    scope = entered_scope()
-    if scope is not None and (pins := outgoing_pins(scope)):
-        cache.keep("task", [task_result.id], pins)
+def _save_pins(*, task_result: Any, **kwargs: Any) -> None:
+    handoff.save_pins(task_result.id, handoff.pins_to_send())
 
 
-def _begin(*, task_result: Any, **kwargs: Any) -> None:
-    scope = Scope.of(cache.fetch("task", [task_result.id]))
-    outer = entered_scope()
-    # One that runs in place is part of who called it; a worker serves strangers by turns.
-    block = PinningScope(scope=scope, isolated=outer is None or outer.is_lasting)
+def _open_scope(*, task_result: Any, **kwargs: Any) -> None:
+    block = handoff.task_scope(handoff.load_pins(task_result.id))
     block.__enter__()
     _open[task_result.id] = block, _running.get()
     _running.set(task_result.id)
 
 
-def _end(*, task_result: Any, **kwargs: Any) -> None:
+def _close_scope(*, task_result: Any, **kwargs: Any) -> None:
     _close(task_result.id)
 
 
 def _close(task: str | None) -> None:
-    if task is None or (found := _open.pop(task, None)) is None:
+    if task is None or (entry := _open.pop(task, None)) is None:
         return
-    block, outer = found
+    block, outer = entry
     _running.set(outer)
     block.__exit__(None, None, None)
 
 
-def _close_interrupted(kind: Any) -> None:
-    """Close the scope of a task that Ctrl-C ends: of that one nobody says that it has finished."""
+def _close_scope_on_interrupt(kind: Any) -> None:
+    """Close the scope of a task on Ctrl-C, for which no ``task_finished`` is sent."""
     call = kind.call
     if getattr(call, "_pinning", False):
         return

@@ -1,38 +1,29 @@
-"""Pins as signed text: what a browser, an API client or a task's message may carry."""
+"""Pins as signed text, for a cookie, a header or a task's message."""
 
 from __future__ import annotations
 
-import json
 import logging
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
 from django.core.signals import setting_changed
-from django.core.signing import BadSignature, Signer, b64_decode, b64_encode
+from django.core.signing import BadSignature, Signer
 
+from pinning_middleware.conf import conf
 from pinning_middleware.exceptions import InvalidToken
-from pinning_middleware.pins import Pin, Pins, live, pack, unpack
+from pinning_middleware.pins import Pin, PinKey, PinKind, Pins, live, merge_pins, pack, unpack
 from pinning_middleware.signals import token_rejected
 from pinning_middleware.utils import clock
-from pinning_middleware.utils.counters import pins as counted
-from pinning_middleware.utils.counters import rejected
+from pinning_middleware.utils.counters import pin_events, rejected_tokens
 from pinning_middleware.utils.logging import log_rate_limited
 
-__all__ = ["MAX_LENGTH", "accept", "dumps", "loads", "rejected"]
+__all__ = ["MAX_LENGTH", "accept", "dumps", "loads"]
 
 logger = logging.getLogger("pinning_middleware.pins")
 
-# Less than a browser lets a cookie have, its name and attributes included.
+# Maximum number of characters. Browsers accept about 4096 for a cookie with its attributes.
 MAX_LENGTH = 3072
-# So many tokens that were made or verified here need not be verified again, and as many before.
-REMEMBERED = 1024
-_known: dict[str, Pins] = {}
-_known_before: dict[str, Pins] = {}
-
-
-# What `Signer.sign_object` does, with an encoder that is made once.
-_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @lru_cache(maxsize=1)
@@ -42,81 +33,94 @@ def _signer() -> Signer:
 
 def dumps(pins: Pins) -> str:
     """
-    Return the signed token of these pins, of the letters a cookie and a header may have. Where
-    there is no room for all positions, the window serves.
+    Return the signed token of these pins, in characters that a cookie and a header allow.
 
-    ``ValueError`` where there is no room for the pins either.
+    If the token is too long, positions are replaced by a window from now. If it is still too
+    long, it has one pin for all pools, with the latest of their ends.
     """
     token = _signed(pins)
-    if len(token) > MAX_LENGTH:
-        log_rate_limited(
-            logger,
-            logging.WARNING,
-            "too long",
-            "A token of %d pools is too long: its positions are left out.",
-            len(pins),
-            extra={"pools": len(pins)},
-        )
-        token = _signed({alias: Pin(pin.until) for alias, pin in pins.items()})
     if len(token) <= MAX_LENGTH:
         return token
-    raise ValueError(f"the pins of {len(pins)} pools do not fit into {MAX_LENGTH} letters")
+    log_rate_limited(
+        logger,
+        logging.WARNING,
+        "too long",
+        "The token of %d pools is too long. Its positions are omitted, so its pins last until the "
+        "window ends.",
+        len(pins),
+        extra={"pools": len(pins)},
+    )
+    pins = {key: _without_position(pin) for key, pin in pins.items()}
+    token = _signed(pins)
+    return token if len(token) <= MAX_LENGTH else _signed(_for_all_pools(pins))
+
+
+def _without_position(pin: Pin) -> Pin:
+    # A position counts beyond the window of its write, so that it is replaced by a whole window.
+    return pin if pin.position is None else Pin(max(pin.until, clock.now() + conf.seconds))
 
 
 def _signed(pins: Pins) -> str:
-    packed = pack(pins)
-    token = _signer().sign(b64_encode(_encode(packed).encode()).decode())
-    # Most come back to the process that made them.
-    _remember(token, {alias: Pin(*row) for alias, row in packed.items()})
-    return token
+    return _signer().sign_object(pack(pins))
+
+
+def _for_all_pools(pins: Pins) -> Pins:
+    kinds = {key.kind for key in pins}
+    ends = {k: max(pin.until for key, pin in pins.items() if key.kind is k) for k in kinds}
+    return {PinKey(None, kind): Pin(ends[kind]) for kind in PinKind if kind in kinds}
+
+
+def _for_each_pool(pins: Pins) -> Pins:
+    """Return the pins with one for all pools replaced by one for each pool of the site."""
+    shared = {key.kind: pin for key, pin in pins.items() if key.primary is None}
+    if not shared:
+        return pins
+    own = {key: pin for key, pin in pins.items() if key.primary is not None}
+    expanded = {
+        PinKey(primary, kind): pin
+        for kind, pin in shared.items()
+        for primary in conf.pools_by_primary
+    }
+    return merge_pins(own, expanded)
 
 
 def loads(token: str) -> Pins:
     """
-    Return the pins of a token, also those whose window has ended.
+    Return the pins of a token, including expired ones.
 
-    Raises ``InvalidToken`` (``reason``: oversized, signature or content) for what this site did
-    not sign with ``SECRET_KEY`` or one of ``SECRET_KEY_FALLBACKS``.
+    Raise InvalidToken with a `reason` (oversized, signature or content) unless this site signed
+    the token with SECRET_KEY or one of SECRET_KEY_FALLBACKS.
     """
     if len(token) > MAX_LENGTH:
         raise InvalidToken("oversized")
-    pins = _known.get(token)
-    if pins is None:
-        pins = _known_before.get(token)
-    if pins is not None:
-        return pins
+    return _for_each_pool(_verified(token))
+
+
+@lru_cache(maxsize=2048)
+def _verified(token: str) -> Pins:
     try:
-        found = unpack(json.loads(b64_decode(_signer().unsign(token).encode())))
+        return MappingProxyType(unpack(_signer().unsign_object(token)))
     except BadSignature:
         raise InvalidToken("signature") from None
     except ValueError:
         raise InvalidToken("content") from None
-    return _remember(token, found)
 
 
-def _remember(token: str, pins: dict[str, Pin]) -> Pins:
-    global _known, _known_before
-    if len(_known) >= REMEMBERED:
-        _known_before, _known = _known, {}
-    known = _known[token] = MappingProxyType(pins)
-    return known
-
-
-def accept(token: str, source: type[Any] | None = None) -> dict[str, Pin]:
+def accept(token: str, source: type[Any] | None = None) -> dict[PinKey, Pin]:
     """
-    Return the live pins of a token from outside; none for one that this site did not sign, which
-    is counted and said, and never an error.
+    Return the live pins of a token that a client sent. An invalid token is counted, logged and
+    signalled, and has no pins.
     """
     try:
-        return live(loads(token), clock.now())
+        return live(loads(token), clock.now(), conf.seconds)
     except InvalidToken as error:
-        rejected[error.reason] += 1
-        counted["rejected"] += 1
+        rejected_tokens[error.reason] += 1
+        pin_events["rejected"] += 1
         log_rate_limited(
             logger,
             logging.INFO,
             error.reason,
-            "A pinning token was ignored: %s",
+            "Ignored an invalid pinning token (%s).",
             error.reason,
             extra={"reason": error.reason},
         )
@@ -124,11 +128,10 @@ def accept(token: str, source: type[Any] | None = None) -> dict[str, Pin]:
         return {}
 
 
-def _forget_key(*, setting: str, **kwargs: Any) -> None:
+def _clear_caches(*, setting: str, **kwargs: Any) -> None:
     if setting in ("SECRET_KEY", "SECRET_KEY_FALLBACKS"):
         _signer.cache_clear()
-        _known.clear()
-        _known_before.clear()
+        _verified.cache_clear()
 
 
-setting_changed.connect(_forget_key, dispatch_uid="pinning_middleware.tokens")
+setting_changed.connect(_clear_caches, dispatch_uid="pinning_middleware.tokens")

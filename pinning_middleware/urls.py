@@ -1,5 +1,5 @@
 """
-The status page for staff, to mount where a site likes:
+URLs of the status page for staff:
 
     path("pinning/", include("pinning_middleware.urls")),
 """

@@ -1,4 +1,4 @@
-"""Cache backends of Django that tests need: real ones, which count or have async methods."""
+"""Cache backends for tests: they count calls or have async methods."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ calls: Counter[str] = Counter()
 
 
 class CountingCache(LocMemCache):
-    """Counts who asks for what."""
+    """A backend that counts calls."""
 
     def get(self, key: str, *args: Any, **kwargs: Any) -> Any:
         calls["get"] += 1
@@ -24,7 +24,7 @@ class CountingCache(LocMemCache):
 
 
 class NamedPool(ConnectionPool):
-    """A pool that is made in its own way, as Sentinel's."""
+    """A connection pool with a custom constructor, like Sentinel's."""
 
     def __init__(self, *, service: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -32,7 +32,7 @@ class NamedPool(ConnectionPool):
 
 
 class AsyncCache(LocMemCache):
-    """A cache in this process needs no thread to be asked from async code."""
+    """An in-process cache that async code can use without a thread."""
 
     async def aget(self, *args: Any, **kwargs: Any) -> Any:
         calls["aget"] += 1

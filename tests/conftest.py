@@ -19,11 +19,12 @@ from django.test import AsyncClient, Client, TransactionTestCase
 from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
 
+from pinning_middleware.routing.policy import take_decision
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.scopes.overrides import enter_blocks, open_blocks
+from pinning_middleware.scopes.overrides import current_overrides, set_overrides
 from pinning_middleware.scopes.scope import enter, entered_scope
 from pinning_middleware.servers import monitor
-from pinning_middleware.stores import cache as keyed
+from pinning_middleware.stores import circuit_breaker
 from pinning_middleware.testing import replicas
 from pinning_middleware.utils import counters
 from pinning_middleware.utils import logging as rate_limit
@@ -36,7 +37,7 @@ ROUTER = "pinning_middleware.routers.PinningRouter"
 
 
 def where(name: str = "Book") -> str:
-    """Return the alias that a read of this model would use now."""
+    """Return the alias that a read of this model would use."""
     model: Any = apps.get_model("app", name)
     return str(model.objects.db)
 
@@ -54,7 +55,7 @@ def django_db_modify_db_settings() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def django_db_setup(django_db_setup: None, django_db_blocker: Any) -> None:
-    """Give the replicas the tables that replication would have brought."""
+    """Create the tables on the replicas, as replication would."""
     for alias in REPLICAS:
         primary = sqlite3.connect(settings.DATABASES["default"]["TEST"]["NAME"])
         replica = sqlite3.connect(settings.DATABASES[alias]["TEST"]["NAME"])
@@ -64,22 +65,24 @@ def django_db_setup(django_db_setup: None, django_db_blocker: Any) -> None:
 
 
 @pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a busy machine a cache that is well may take longer than a site would wait."""
-    monkeypatch.setattr(keyed, "LONGEST", 3.0)
+def lenient_circuit_breaker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Healthy caches may be slow on a busy machine."""
+    monkeypatch.setattr(circuit_breaker, "TIMEOUT", 3.0)
 
 
 @pytest.fixture(autouse=True)
 def outside_any_scope() -> Iterator[None]:
-    """What one test wrote pins no other."""
-    outer, blocks = entered_scope(), open_blocks()
+    """Isolate pins, so that a write of one test does not pin another."""
+    outer, blocks = entered_scope(), current_overrides()
     enter(None)
-    enter_blocks(None)
+    set_overrides(None)
+    # Discard a routing decision of an earlier test without a read.
+    take_decision("")
     yield
     enter(outer)
-    enter_blocks(blocks)
+    set_overrides(blocks)
     monitor.stop()
-    # Nor is what one has said a line that another may not say, or what it met out for another.
+    # Reset rate-limited logging and the status of servers, too.
     rate_limit._said.clear()
     counters.reads.clear()
     if any(endpoint.status_since for pool in pools().all for endpoint in pool.endpoints.values()):
@@ -90,7 +93,7 @@ def outside_any_scope() -> Iterator[None]:
 
 @pytest.fixture
 def do() -> Iterator[Callable[[Callable[..., Any]], str]]:
-    """Return a function that gives an action a view, by the last part of its address."""
+    """Return a function that adds a view for an action; its name ends the URL path."""
 
     def register(action: Callable[..., Any]) -> str:
         name = f"action{len(views.actions)}"
@@ -104,8 +107,8 @@ def do() -> Iterator[Callable[[Callable[..., Any]], str]]:
 @pytest.fixture
 def named() -> Callable[..., None]:
     """
-    Return a function that gives databases an author, a book of theirs and a tag with the
-    database's name, all with the key 1: what is read tells where it was read.
+    Return a function that creates in databases an author, their book and a tag with the
+    database's name, all with the key 1: the name identifies the database of a read.
     """
 
     def fill(*aliases: str) -> None:
@@ -130,7 +133,7 @@ def named() -> Callable[..., None]:
 
 @pytest.fixture
 def clock() -> Iterator[FrozenDateTimeFactory]:
-    """Stop the clock; `clock.tick(seconds)` moves it on."""
+    """Stop the clock; `clock.tick(seconds)` advances it."""
     with freeze_time("2026-01-01 12:00:00", real_asyncio=True) as frozen:
         yield frozen
 
@@ -142,7 +145,7 @@ def _open(alias: str) -> sqlite3.Connection:
 
 
 def change_behind(alias: str, statement: str) -> None:
-    """Change a database in a way that nobody sees."""
+    """Write to a database without the package recording it."""
     with closing(_open(alias)) as database, database:
         database.execute(statement)
 
@@ -159,7 +162,7 @@ def _empty(alias: str) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def flush_fast() -> Iterator[None]:
-    """Django's own way takes 100 ms for each test, on seven databases."""
+    """Django's flush takes 100 ms for each test, on seven databases."""
 
     def empty(self: TransactionTestCase) -> None:
         for alias in settings.DATABASES:
@@ -194,7 +197,7 @@ class Browser:
 
 @pytest.fixture(params=["wsgi", "asgi"])
 def new_browser(request: pytest.FixtureRequest) -> Callable[..., Browser]:
-    """Return a function that makes browsers; the test runs once under WSGI and once under ASGI."""
+    """Return a function that creates browsers; runs once under WSGI and once under ASGI."""
     return lambda **kwargs: Browser(request.param == "asgi", **kwargs)
 
 
@@ -204,7 +207,7 @@ def browser(new_browser: Callable[..., Browser]) -> Browser:
 
 
 class Visit:
-    """Runs actions inside requests, and returns what they returned."""
+    """Runs actions inside requests, and returns their results."""
 
     def __init__(self, browser: Browser, kind: str, do: Callable[..., str]) -> None:
         self.browser, self.kind, self._do = browser, kind, do
@@ -227,12 +230,12 @@ class Visit:
 @pytest.fixture(params=["sync", "async"])
 def visit(request: pytest.FixtureRequest, browser: Browser, do: Callable[..., str]) -> Visit:
     """
-    Return a function that runs an action in a view, by default one that asks where reads go:
+    Return a function that runs an action in a view, by default one that returns the read's alias:
     once for each of the two kinds of view, under WSGI and under ASGI.
     """
     return Visit(browser, request.param, do)
 
 
 def saved(instance: Model) -> str | None:
-    """Return the alias that an instance came from or went to."""
+    """Return the alias of an instance."""
     return instance._state.db

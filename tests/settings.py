@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-# Replicas that nothing connects to their primary lag for ever: what was written is never there.
+# The replicas are not connected to their primary, so they lag forever and never have its writes.
 FOLDER = Path(tempfile.gettempdir()) / f"pinning-tests-{os.getuid()}-{os.getpid()}"
 
 

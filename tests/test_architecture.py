@@ -1,34 +1,54 @@
-"""What the package's files may import, and how long they may be."""
+"""Rules for the modules of the package: imports, patches, and the size of classes."""
 
 from __future__ import annotations
 
 import ast
+import gc
+import inspect
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
+from django.apps import apps
+from django.utils.module_loading import import_string
 
 import pinning_middleware
+from pinning_middleware.backend.patches import PATCHES, Patch
+from pinning_middleware.scopes.scope import PoolState
 
 FOLDER = Path(pinning_middleware.__file__).parent
+ROOT = Path(__file__).parents[1]
 MODULES = {
     ".".join(path.relative_to(FOLDER).with_suffix("").parts): path
     for path in sorted(FOLDER.rglob("*.py"))
 }
-# From the ground up: each floor may use those below it, and itself.
-FLOORS: list[tuple[str, ...]] = [
+# From the bottom up: each layer may use itself and those below it.
+LAYERS: list[tuple[str, ...]] = [
     ("utils",),
     ("pins", "reasons", "exceptions", "signals", "conf", "tokens", "sql"),
-    ("servers",),
-    ("stores",),
-    ("scopes",),
+    ("servers", "stores", "scopes"),
     ("routing",),
     ("backend",),
     ("stats",),
-    ("decorators", "scope_blocks", "api", "managers", "routers", "middleware", "checks", "apps"),
+    (
+        "decorators",
+        "scope_blocks",
+        "handoff",
+        "api",
+        "managers",
+        "routers",
+        "middleware",
+        "checks",
+        "apps",
+    ),
     ("status_page", "urls"),
 ]
-# Each alone: nothing else of the package may import them.
+# Parts of one layer that must not use each other: routing combines them.
+SEPARATE = ("servers", "stores", "scopes")
+# Nothing else of the package may import these.
 LEAVES = (
     "celery",
     "tasks",
@@ -41,8 +61,31 @@ LEAVES = (
     "management",
     "panels",
 )
-# These know no Django: names, numbers, times.
-PURE = ("pins", "sql", "routing.rotation", "reasons")
+# Modules without Django: names, numbers, times.
+PURE = (
+    "pins",
+    "reasons",
+    "routing.rotation",
+    "scopes.overrides",
+    "servers.timelines",
+    "sql.__init__",
+    "utils.clock",
+    "utils.counters",
+    "utils.forks",
+    "utils.logging",
+)
+# Modules that may replace attributes of the classes of other packages. The one of the test
+# utilities does so inside a context manager only.
+PATCHING = (
+    "backend.patches",
+    "backend.instances",
+    "backend.responses",
+    "celery",
+    "tasks",
+    "testing.staleness",
+)
+MAX_METHODS = 25
+MAX_STATE_FIELDS = 16
 
 
 def imports(path: Path) -> set[str]:
@@ -82,30 +125,45 @@ def own(path: Path) -> set[str]:
     return {name if name in MODULES else f"{name}.__init__" for name in names}
 
 
-def floor_of(module: str) -> int | None:
-    room = module.partition(".")[0]
-    return next((level for level, rooms in enumerate(FLOORS) if room in rooms), None)
+def layer_of(module: str) -> int | None:
+    part = module.partition(".")[0]
+    return next((number for number, parts in enumerate(LAYERS) if part in parts), None)
 
 
-def test_imports_make_no_circle() -> None:
-    """Neither by types nor inside functions."""
+def test_imports_have_no_cycle() -> None:
+    """Also not for types or inside functions."""
     graph = {name: own(path) for name, path in MODULES.items()}
     order = list(TopologicalSorter(graph).static_order())
     assert set(order) >= set(MODULES)
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if floor_of(name) is not None])
-def test_rooms_use_what_stands_below_them(name: str) -> None:
-    floor = floor_of(name)
-    assert floor is not None
+def test_each_module_is_in_a_layer_or_a_leaf() -> None:
+    parts = {name.partition(".")[0] for name in MODULES} - {"__init__"}
+    assert parts == {part for layer in LAYERS for part in layer} | set(LEAVES)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if layer_of(name) is not None])
+def test_layers_use_what_is_below_them(name: str) -> None:
+    own_layer = layer_of(name)
+    assert own_layer is not None
     above = {
-        used for used in own(MODULES[name]) if (level := floor_of(used)) is None or level > floor
+        used
+        for used in own(MODULES[name])
+        if (layer := layer_of(used)) is None or layer > own_layer
     }
     assert above == set()
 
 
+@pytest.mark.parametrize("part", SEPARATE)
+def test_servers_stores_and_scopes_do_not_use_each_other(part: str) -> None:
+    others = set(SEPARATE) - {part}
+    for name, path in MODULES.items():
+        if name.partition(".")[0] == part:
+            assert not {used for used in own(path) if used.partition(".")[0] in others}, name
+
+
 @pytest.mark.parametrize("name", PURE)
-def test_pure_modules_know_no_django(name: str) -> None:
+def test_pure_modules_do_not_import_django(name: str) -> None:
     for module in {name, *own(MODULES[name])} - {"__init__"}:
         assert not any(
             imported.partition(".")[0] in ("django", "asgiref")
@@ -116,7 +174,7 @@ def test_pure_modules_know_no_django(name: str) -> None:
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_leaves_are_imported_by_nothing(leaf: str) -> None:
     inside = {name for name in MODULES if name == leaf or name.startswith(f"{leaf}.")}
-    # What is contributed stands on top of everything; pytest's door leads to the tools for tests.
+    # The modules of contrib use everything; the pytest plugin uses the test utilities.
     others = {
         name: own(path) & inside
         for name, path in MODULES.items()
@@ -127,7 +185,7 @@ def test_leaves_are_imported_by_nothing(leaf: str) -> None:
     assert {name: used for name, used in others.items() if used} == {}
 
 
-def test_optional_packages_are_no_need_of_the_core() -> None:
+def test_core_does_not_import_optional_packages() -> None:
     optional = {
         "MySQLdb",
         "celery",
@@ -166,12 +224,156 @@ def at_import(path: Path) -> set[str]:
     return found
 
 
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
 @pytest.mark.parametrize("name", MODULES)
-def test_modules_are_short(name: str) -> None:
-    assert len(MODULES[name].read_text().splitlines()) <= 480
+def test_classes_have_few_methods(name: str) -> None:
+    """Properties are methods, too. A large class has more than one task."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.ClassDef) and (name, node.name) != ("conf", "Conf"):
+            methods = {
+                each.name
+                for each in node.body
+                if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef))
+            }
+            assert len(methods) <= MAX_METHODS, node.name
 
 
-def test_only_one_place_reads_settings() -> None:
-    """`conf` reads them, `checks` judges them."""
+def test_state_of_a_pool_has_few_fields() -> None:
+    assert len(PoolState._fields) <= MAX_STATE_FIELDS
+
+
+def test_only_the_policy_decides_and_admits() -> None:
+    found = {
+        (name, function.name)
+        for name, path in MODULES.items()
+        for function in functions(ast.parse(path.read_text()))
+        if function.name in ("decide", "admit")
+    }
+    assert found == {("routing.policy", "decide"), ("routing.policy", "admit")}
+
+
+def test_only_conf_and_checks_read_settings() -> None:
     readers = {name for name, path in MODULES.items() if "import settings" in path.read_text()}
     assert {name.partition(".")[0] for name in readers} <= {"conf", "checks"}
+
+
+# Changes to other packages
+
+
+def owner_of(patch: Patch) -> Any:
+    try:
+        return import_module(patch.owner)
+    except ModuleNotFoundError:
+        return import_string(patch.owner)
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: f"{patch.owner}.{patch.names[0]}")
+def test_patches_name_their_owner_reason_and_test(patch: Patch) -> None:
+    assert patch.names
+    if patch.app == "django" or apps.is_installed(patch.app):
+        owner = owner_of(patch)
+        for name in patch.names:
+            assert hasattr(vars(owner)[name], "pinning_original"), "it is not in place"
+    assert patch.why.strip()
+    assert not patch.ticket or patch.ticket.startswith("https://")
+    assert (ROOT / patch.test).is_file()
+
+
+def test_each_attribute_is_patched_once() -> None:
+    replaced = [(patch.owner, name) for patch in PATCHES for name in patch.names]
+    assert len(replaced) == len(set(replaced))
+
+
+def test_only_some_modules_contain_assignments_to_classes_of_other_packages() -> None:
+    found = {name for name, path in MODULES.items() if any(foreign_assignments(path))}
+    assert found <= set(PATCHING)
+
+
+def foreign_assignments(path: Path) -> Iterator[str]:
+    """Yield assignments to attributes of imported names, and of names that hold a class."""
+    tree = ast.parse(path.read_text())
+    imported = {"owner", "kind", "base", "cls"}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            package = getattr(node, "module", None) or ""
+            is_own = getattr(node, "level", 0) or package.startswith("pinning_middleware")
+            if not is_own:
+                imported |= {(each.asname or each.name).partition(".")[0] for each in node.names}
+    for node in ast.walk(tree):
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+            targets = [node.target]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+            targets = [ast.Attribute(node.args[0], "any")]
+        for target in targets:
+            if isinstance(target, ast.Attribute):
+                holder = ast.unparse(target.value)
+                is_imported = holder.partition(".")[0] in imported and "(" not in holder
+                if is_imported or holder.startswith("type("):
+                    yield ast.unparse(node)
+
+
+def test_foreign_assignments_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    for line in (
+        "Model.save = x",
+        "db.models.Model.save = x",
+        "setattr(Model, name, x)",
+        "owner.save = x",
+        "type(connection).cursor = x",
+    ):
+        path.write_text(f"from django.db import models as db, Model\n{line}")
+        assert list(foreign_assignments(path)) == [line]
+    path.write_text("from pinning_middleware.stores import cache\ncache.x = 1\nself.y = Model")
+    assert list(foreign_assignments(path)) == []
+
+
+def test_only_some_modules_have_functions_in_classes_of_other_packages() -> None:
+    found = {
+        (f"{module_of(kind)}.{kind.__qualname__}.{name}", source)
+        for kind in classes()
+        if not module_of(kind).startswith("pinning_middleware")
+        for name, source in functions_of_the_package(kind)
+    }
+    # The replacement functions of the table are defined in their own modules.
+    tabled = {
+        f"{patch.owner}.{name}": source_of(patch.wrap) for patch in PATCHES for name in patch.names
+    }
+    assert found
+    assert {(n, s) for n, s in found if s not in PATCHING and tabled.get(n) != s} == set()
+
+
+def classes() -> list[type]:
+    # Not isinstance(), which evaluates lazy objects.
+    return [each for each in gc.get_objects() if issubclass(type(each), type)]
+
+
+def module_of(kind: type) -> str:
+    # Classes of C extensions may have a descriptor there.
+    return str(kind.__module__)
+
+
+def functions_of_the_package(kind: type) -> Iterator[tuple[str, str]]:
+    for name, value in tuple(vars(kind).items()):
+        is_method = isinstance(value, (classmethod, staticmethod))
+        function: Any = value.__func__ if is_method else value
+        # Classes that are derived from one of the package use its functions, too.
+        is_replacement = inspect.isfunction(function) and hasattr(function, "pinning_original")
+        if is_replacement and (source := source_of(function)) is not None:
+            yield name, source
+
+
+def source_of(function: Any) -> str | None:
+    """Return the module of the package that contains the code of a function."""
+    code = getattr(function, "__code__", None)
+    path = None if code is None else Path(code.co_filename)
+    if path is None or not path.is_relative_to(FOLDER):
+        return None
+    return ".".join(path.relative_to(FOLDER).with_suffix("").parts)

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from django.conf import settings
 from django.core.checks import run_checks
+from django.db import connections
 from django.test import override_settings
 
 import pinning_middleware
-from pinning_middleware.conf import DEFAULTS, OLDER
+from pinning_middleware.conf import DEFAULTS, MULTIDB_ALIASES
 from pinning_middleware.stores import BaseStore, CookieStore
 from tests.conftest import MIDDLEWARE, ROUTER
 
@@ -18,7 +21,7 @@ E, W = "pinning_middleware.E", "pinning_middleware.W"
 
 
 class Anything:
-    """No value of any setting, with a name that is the same in every process."""
+    """Not a valid value of any setting, with a constant repr()."""
 
     def __repr__(self) -> str:
         return "Anything()"
@@ -27,7 +30,7 @@ class Anything:
 NOT_SECONDS = [-1, "15", None, True, float("nan"), float("inf"), [15], Anything()]
 NOT_BOOL = ["False", 0, 1, None, []]
 NOT_A_NAME = ["", "a b", "a;b", "a=b", "é", None, 5, "a\n"]
-NOT_TEXTS = ["text", [5], [""], None, {"a": 1}, 5]
+NOT_STRINGS = ["text", [5], [""], None, {"a": 1}, 5]
 
 BAD: list[tuple[str, list[Any], str]] = [
     (
@@ -76,7 +79,7 @@ BAD: list[tuple[str, list[Any], str]] = [
     ("PINNING_MAX_LAG", [value for value in NOT_SECONDS if value is not None], "E005"),
     ("PINNING_POSITIONS", ["False", "wal", 0, 1, None, []], "E015"),
     ("PINNING_OFFLOAD", ["typo", "no.such", None, 5, 0, 1], "E016"),
-    ("PINNING_PRIMARY_MODELS", NOT_TEXTS, "E017"),
+    ("PINNING_PRIMARY_MODELS", NOT_STRINGS, "E017"),
     ("PINNING_PRIMARY_MODELS", [["aut"], ["app.Boook"], ["nothing"]], "E018"),
     ("PINNING_OFFLOAD_OUTSIDE_REQUESTS", NOT_BOOL, "E006"),
     ("PINNING_ENABLED", NOT_BOOL, "E006"),
@@ -87,7 +90,7 @@ BAD: list[tuple[str, list[Any], str]] = [
     (
         "PINNING_STORES",
         [
-            *NOT_TEXTS,
+            *NOT_STRINGS,
             ["typo"],
             ["pinning_middleware.stores.Typo"],
             ["no.such.module"],
@@ -105,8 +108,10 @@ BAD: list[tuple[str, list[Any], str]] = [
     ("PINNING_COOKIE_SAMESITE", ["laxer", True, []], "E010"),
     ("PINNING_CACHE", ["typo", None, 5, ["default"]], "E011"),
     ("PINNING_USER_KEY", ["typo", "no.such", None, 5, "pinning_middleware.stores.typo"], "E012"),
-    ("PINNING_PRIMARY_METHODS", [*NOT_TEXTS, ["post"]], "E013"),
-    ("PINNING_IGNORED_TABLES", NOT_TEXTS, "E014"),
+    ("PINNING_PRIMARY_METHODS", [*NOT_STRINGS, ["post"]], "E013"),
+    ("PINNING_IGNORED_TABLES", NOT_STRINGS, "E014"),
+    ("PINNING_WRITING_FUNCTIONS", [*NOT_STRINGS, ["f()"], ["a b"], ["a.b.c"]], "E022"),
+    ("PINNING_SESSION_SETUP", ["typo", "no.such", 5, True, []], "E023"),
 ]
 GOOD: list[tuple[str, list[Any]]] = [
     (
@@ -143,8 +148,12 @@ GOOD: list[tuple[str, list[Any]]] = [
     ("PINNING_COOKIE_DOMAIN", ["example.com"]),
     ("PINNING_USER_KEY", ["pinning_middleware.stores.user_key"]),
     ("PINNING_PRIMARY_METHODS", [(), ["POST"], {"POST"}]),
-    ("PINNING_IGNORED_TABLES", [(), ["app_hits"]]),
+    ("PINNING_IGNORED_TABLES", [(), ["app_hits"], ["public.app_hits"]]),
+    ("PINNING_WRITING_FUNCTIONS", [(), ["log_access"], ("audit.log_access", "F$1")]),
+    ("PINNING_SESSION_SETUP", [None, "tests.test_checks.found"]),
 ]
+# The IDs whose message names the wrong entry in place of the whole value.
+NAMES_AN_ENTRY = {"E002", "E003", "E018", "E021"}
 
 
 def found() -> list[Any]:
@@ -160,20 +169,60 @@ def each(rows: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize(("name", "value", "number"), each(BAD))
-def test_a_bad_value_is_an_error_with_a_hint(name: str, value: Any, number: str) -> None:
+def test_invalid_value_is_an_error_with_a_hint(name: str, value: Any, number: str) -> None:
     with override_settings(**{name: value}):
         messages = found()
     assert {message.id for message in messages} == {f"pinning_middleware.{number}"}
     for message in messages:
         assert message.msg.startswith(name)
-        assert repr(value) in message.msg
+        assert names_what_is_wrong(message, value)
         assert message.hint
         assert message.is_serious()
 
 
+def names_what_is_wrong(message: Any, value: Any) -> bool:
+    entry = message.msg.startswith("PINNING_STORES contains") or " DATABASES" in message.msg
+    if entry or message.id[-4:] in NAMES_AN_ENTRY:
+        return f", not {value!r}" not in message.msg and "'" in message.msg
+    return repr(value) in message.msg
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"PINNING_REPLICAS": ["replica1", "typo"]}, "contains 'typo', which is not an alias of"),
+        ({"PINNING_REPLICAS": ["default"]}, "lists 'default' as a replica of itself."),
+        (
+            {"PINNING_REPLICAS": {"default": ["replica1"], "users": ["replica1"]}},
+            "lists 'replica1' as a replica of more than one primary.",
+        ),
+        (
+            {"PINNING_REPLICAS": {"default": ["users"], "users": ["replica1"]}},
+            "lists 'users' as a primary and as a replica of 'default'.",
+        ),
+        (
+            {"PINNING_STORES": ["no.such.Store"]},
+            "contains 'no.such.Store', which cannot be imported (No module named 'no').",
+        ),
+        ({"PINNING_STORES": ["tests.test_checks.MADE"]}, "MADE', which is not a class."),
+        ({"PINNING_STORES": ["pinning_middleware.stores.BaseStore"]}, "does not provide load, sav"),
+        ({"PINNING_PRIMARY_MODELS": ["auth", "nothing"]}, "contains 'nothing', which is not the"),
+        (
+            {"PINNING_OFFLOAD": "no.such.function"},
+            "not 'no.such.function' (No module named 'no').",
+        ),
+        ({"PINNING_USER_KEY": "typo"}, "not 'typo' (typo doesn't look like a module path)."),
+    ],
+)
+def test_message_names_what_is_wrong(values: dict[str, Any], text: str) -> None:
+    with override_settings(**values):
+        (message,) = found()
+    assert text in message.msg
+
+
 @pytest.fixture
-def site_of_multidb(settings: Any) -> Any:
-    """A site that has changed nothing but the paths."""
+def multidb_site(settings: Any) -> Any:
+    """A site of django-multidb-router that has changed its dotted paths only."""
     del settings.PINNING_REPLICAS
     older = "pinning_middleware.contrib.multidb"
     settings.DATABASE_ROUTERS = [f"{older}.PinningReplicaRouter"]
@@ -184,28 +233,28 @@ def site_of_multidb(settings: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "value", "number"),
     each(
-        [(older, values, n) for name, values, n in BAD for older in OLDER.get(name, ())],
+        [(older, values, n) for name, values, n in BAD for older in MULTIDB_ALIASES.get(name, ())],
     ),
 )
-def test_a_bad_value_of_an_older_setting_is_the_same_error(
-    name: str, value: Any, number: str, site_of_multidb: Any
+def test_invalid_value_of_a_multidb_setting_is_the_same_error(
+    name: str, value: Any, number: str, multidb_site: Any
 ) -> None:
-    """It names the setting that the site has."""
-    setattr(site_of_multidb, name, value)
+    """The message has the name that the site uses."""
+    setattr(multidb_site, name, value)
     messages = found()
-    # The older interface reads the one setting too, and knows no mapping.
+    # The legacy interface uses this setting as well, and allows no mapping.
     also = {f"{E}004"} if name == "SLAVE_DATABASES" and isinstance(value, dict) else set()
     assert {message.id for message in messages} == {f"pinning_middleware.{number}"} | also
     for message in messages:
         assert message.msg.startswith(name)
-        assert repr(value) in message.msg
+        assert names_what_is_wrong(message, value)
 
 
-@pytest.mark.parametrize("name", [name for names in OLDER.values() for name in names])
-def test_an_older_setting_is_judged_only_where_it_is_read(name: str, site_of_multidb: Any) -> None:
-    setattr(site_of_multidb, name, ["typo"])
-    ours = next(ours for ours, olders in OLDER.items() if name in olders)
-    setattr(site_of_multidb, ours, DEFAULTS[ours])
+@pytest.mark.parametrize("name", [name for names in MULTIDB_ALIASES.values() for name in names])
+def test_multidb_setting_is_checked_only_if_it_is_used(name: str, multidb_site: Any) -> None:
+    setattr(multidb_site, name, ["typo"])
+    ours = next(ours for ours, olders in MULTIDB_ALIASES.items() if name in olders)
+    setattr(multidb_site, ours, DEFAULTS[ours])
     expected = {f"{E}004"} if name == "SLAVE_DATABASES" else {f"{W}201"}
     assert {message.id for message in found()} == expected
 
@@ -221,53 +270,53 @@ def test_an_older_setting_is_judged_only_where_it_is_read(name: str, site_of_mul
         ("E019", {"MULTIDB_PINNING_COOKIE": "sessionid"}, "MULTIDB_PINNING_COOKIE is"),
     ],
 )
-def test_what_does_not_fit_an_older_setting_is_said(
-    number: str, values: dict[str, Any], names: str, site_of_multidb: Any
+def test_conflict_of_a_multidb_setting_is_reported_under_its_name(
+    number: str, values: dict[str, Any], names: str, multidb_site: Any
 ) -> None:
-    site_of_multidb.REPLICA_DATABASES = ["replica1", "replica2"]
+    multidb_site.REPLICA_DATABASES = ["replica1", "replica2"]
     with override_settings(**values):
         (message,) = found()
     assert message.id == f"pinning_middleware.{number}"
     assert names in message.msg
 
 
-def test_a_hint_names_the_setting_that_the_site_has(site_of_multidb: Any) -> None:
-    site_of_multidb.MULTIDB_PINNING_COOKIE_SAMESITE = "None"
-    site_of_multidb.MULTIDB_PINNING_COOKIE_SECURE = False
+def test_hint_has_the_name_that_the_site_uses(multidb_site: Any) -> None:
+    multidb_site.MULTIDB_PINNING_COOKIE_SAMESITE = "None"
+    multidb_site.MULTIDB_PINNING_COOKIE_SECURE = False
     (message,) = found()
     assert message.hint.startswith("Set MULTIDB_PINNING_COOKIE_SECURE = True")
 
 
-def test_replicas_of_an_older_setting_are_replicas(
-    site_of_multidb: Any, monkeypatch: pytest.MonkeyPatch
+def test_replicas_of_a_multidb_setting_are_checked(
+    multidb_site: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site_of_multidb.REPLICA_DATABASES = ["replica1", "replica2"]
+    multidb_site.REPLICA_DATABASES = ["replica1", "replica2"]
     assert found() == []
     monkeypatch.setitem(settings.DATABASES["replica1"], "ATOMIC_REQUESTS", True)
-    site_of_multidb.DATABASE_ROUTERS += ["tests.test_checks.ByHand"]
+    multidb_site.DATABASE_ROUTERS += ["tests.test_checks.ByHand"]
     assert {message.id for message in found()} == {f"{W}010", f"{W}011"}
 
 
 @pytest.mark.django_db(databases=["default"])
 @override_settings(PINNING_REPLICAS="replica1")
-def test_replicas_that_cannot_be_read_do_not_stop_the_other_checks() -> None:
+def test_invalid_replicas_do_not_break_other_checks() -> None:
     """`check --database`, `migrate`, and every `check` as of Django 6.1."""
     assert [message.id for message in run_checks(databases=["default"])] == [f"{E}001"]
 
 
 @pytest.mark.parametrize(("name", "value"), each(GOOD))
-def test_a_good_value_is_none(name: str, value: Any) -> None:
+def test_valid_value_has_no_message(name: str, value: Any) -> None:
     with override_settings(**{name: value}):
         assert found() == []
 
 
-def test_the_defaults_are_good() -> None:
+def test_defaults_are_valid() -> None:
     assert found() == []
     with override_settings(**DEFAULTS):
         assert found() == []
 
 
-def test_every_setting_is_judged() -> None:
+def test_every_setting_is_checked() -> None:
     assert set(DEFAULTS) == {name for name, *_ in BAD} - {"SLAVE_DATABASES"}
 
 
@@ -277,10 +326,10 @@ def test_every_setting_is_judged() -> None:
         ("PINNING_SECOND", "Did you mean PINNING_SECONDS?"),
         ("PINNING_COOKIE_SAME_SITE", "Did you mean PINNING_COOKIE_SAMESITE?"),
         ("PINNING_REPLICA", "Did you mean PINNING_REPLICAS?"),
-        ("PINNING_QQQQQQQQQQQQQQQQQQQQ", "Known are PINNING_REPLICAS, "),
+        ("PINNING_QQQQQQQQQQQQQQQQQQQQ", "Set one of PINNING_REPLICAS, "),
     ],
 )
-def test_a_setting_that_is_none_is_named(name: str, hint: str) -> None:
+def test_unknown_setting_is_a_warning(name: str, hint: str) -> None:
     with override_settings(**{name: 5}):
         (message,) = found()
     assert message.id == f"{W}001"
@@ -298,13 +347,15 @@ def test_a_setting_that_is_none_is_named(name: str, hint: str) -> None:
         ("DATABASE_ROUTERS", ["tests.app.routers.UsersRouter", ROUTER], "003"),
     ],
 )
-def test_what_is_not_first_is_a_warning(name: str, value: Any, number: str) -> None:
+def test_missing_or_later_entry_is_a_warning(name: str, value: Any, number: str) -> None:
     with override_settings(**{name: value}):
         (message,) = found()
         assert message.id == f"{W}{number}"
         assert message.hint
+        absent = not {MIDDLEWARE, ROUTER} & set(value)
+        assert ("is missing in" if absent else "is not the first entry of") in message.msg
         with override_settings(PINNING_REPLICAS=[]):
-            assert found() == [], "nothing is said where nothing is configured"
+            assert found() == [], "without replicas there is nothing to report"
 
 
 MEMCACHED = "django.core.cache.backends.memcached.PyMemcacheCache"
@@ -321,25 +372,32 @@ STORES = ["pinning_middleware.stores.CookieStore", "pinning_middleware.stores.Ca
 
 
 class ByHand:
-    """A router such as many sites wrote before."""
+    """A hand-written router."""
 
     def db_for_read(self, model: Any, **hints: Any) -> str:
         return "replica2"
 
 
+class UsersOnly:
+    """A router that assigns every model to another primary than `default`."""
+
+    def db_for_write(self, model: Any, **hints: Any) -> str:
+        return "users"
+
+
 class ByParts:
-    """One that names a primary for the first model, and a replica for a later one."""
+    """A router with a primary for one model and a replica for another."""
 
     def db_for_read(self, model: Any, **hints: Any) -> str | None:
         return {"author": "users", "book": "replica2"}.get(model._meta.model_name)
 
 
 class OwnCookies(CookieStore):
-    """A site's own."""
+    """A subclass of a site."""
 
 
 class AsyncStore(BaseStore):
-    """One for ASGI, that has no other methods."""
+    """A store with async methods only."""
 
     async def aload(self, request: Any) -> Any:
         return {}
@@ -407,7 +465,11 @@ FITS: list[tuple[str, dict[str, Any]]] = [
     ("E019", {"PINNING_COOKIE_NAME": "sessionid"}),
     ("E019", {"PINNING_COOKIE_NAME": "csrftoken"}),
     ("E019", {"PINNING_COOKIE_NAME": "messages"}),
-    ("E019", {"SESSION_COOKIE_NAME": "pinning-seen"}),
+    ("E019", {"SESSION_COOKIE_NAME": "a-seen", "PINNING_COOKIE_NAME": "a"}),
+    ("W016", {"PINNING_IGNORED_TABLES": ["app.Book"]}),
+    ("W016", {"PINNING_IGNORED_TABLES": ["app.book"]}),
+    ("W016", {"PINNING_IGNORED_TABLES": ["shop.Order"]}),
+    ("E024", {"PINNING_REPLICAS": {"users": ["default"]}}),
     ("E020", {"PINNING_HEADER_NAME": "Set-Cookie"}),
     ("E020", {"PINNING_HEADER_NAME": "cache-control"}),
     ("E020", {"PINNING_HEADER_NAME": "Content-Encoding"}),
@@ -416,16 +478,18 @@ FITS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("number", "values"), FITS)
-def test_what_does_not_fit_is_said_with_a_hint(number: str, values: dict[str, Any]) -> None:
+def test_conflict_in_the_project_has_a_message_with_a_hint(
+    number: str, values: dict[str, Any]
+) -> None:
     with override_settings(**values):
         messages = found()
-    # A router of one's own is said twice: what it answers, and what to write instead.
+    # A router also causes W203, which has its replacement.
     said = {message.id for message in messages} - {f"{W}203"}
     assert said == {f"pinning_middleware.{number}"}
     assert all(message.hint for message in messages)
 
 
-def test_a_transaction_for_each_request_on_a_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_atomic_requests_on_a_replica_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(settings.DATABASES["replica1"], "ATOMIC_REQUESTS", True)
     (message,) = found()
     assert message.id == f"{W}010"
@@ -454,29 +518,96 @@ def test_a_transaction_for_each_request_on_a_replica(monkeypatch: pytest.MonkeyP
         {"CACHES": {"default": IN_DATABASE}, "PINNING_REPLICAS": []},
     ],
 )
-def test_what_fits_is_no_warning(values: dict[str, Any]) -> None:
+def test_project_without_conflict_has_no_message(values: dict[str, Any]) -> None:
     with override_settings(**values):
         assert found() == []
 
 
-def test_no_hint_leads_into_a_warning() -> None:
+def test_hint_does_not_suggest_another_warning() -> None:
     with override_settings(PINNING_IGNORED_TABLES="django_session"):
         (message,) = [message for message in found() if message.is_serious()]
     assert "django_session" not in message.hint
 
 
+def test_default_as_a_replica_with_a_router_of_other_primaries_is_valid() -> None:
+    routers = [ROUTER, "tests.test_checks.UsersOnly"]
+    with override_settings(PINNING_REPLICAS={"users": ["default"]}, DATABASE_ROUTERS=routers):
+        assert not any(message.is_serious() for message in found())
+
+
+def postgresql(**changes: Any) -> dict[str, Any]:
+    entry = {
+        "ENGINE": "django.db.backends.postgresql",
+        "NAME": "shop",
+        "HOST": "db.example.com",
+        "USER": "web",
+    }
+    return connections.configure_settings({"default": {}, "pg": {**entry, **changes}})["pg"]
+
+
+@contextmanager
+def databases(monkeypatch: pytest.MonkeyPatch, **entries: dict[str, Any]) -> Iterator[None]:
+    """Configure a pool of `pg` and `pg1` beside the databases of the tests."""
+    entries = {"pg": postgresql(), "pg1": postgresql(HOST="replica.example.com"), **entries}
+    with monkeypatch.context() as patch:
+        for alias, entry in entries.items():
+            patch.setitem(connections.settings, alias, entry)
+        with override_settings(PINNING_REPLICAS={"pg": ["pg1"]}):
+            yield
+    for alias in entries:
+        with suppress(AttributeError):
+            del connections[alias]
+
+
+def test_interchangeable_aliases_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    with databases(monkeypatch):
+        assert found() == []
+
+
+@pytest.mark.parametrize("method", ["gtid", "lsn", "xid"])
+def test_position_method_of_another_database_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    with databases(monkeypatch), override_settings(PINNING_POSITIONS=method):
+        assert [message.id for message in found()] == ([f"{W}015"] if method == "gtid" else [])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"NAME": "other"}, {"USER": "other"}, {"OPTIONS": {"options": "-c a=b"}}]
+)
+def test_replica_that_is_not_interchangeable_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    with databases(monkeypatch, pg1=postgresql(HOST="replica.example.com", **changes)):
+        (message,) = found()
+    assert message.id == f"{W}017"
+    assert "'pg1'" in message.msg
+
+
+@pytest.mark.parametrize(
+    ("entry", "number"),
+    [
+        (postgresql(), "W018"),
+        (postgresql(HOST="DB.example.com", PORT="5432", USER="owner"), "W018"),
+        (postgresql(NAME="other"), ""),
+        (postgresql(PORT="6432"), ""),
+        (postgresql(HOST="elsewhere"), ""),
+    ],
+)
+def test_other_alias_of_the_primarys_database_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, entry: dict[str, Any], number: str
+) -> None:
+    with databases(monkeypatch, direct=entry):
+        messages = found()
+    assert [message.id[-4:] for message in messages] == [number] * bool(number)
+    assert all("'direct'" in message.msg and "'pg'" in message.msg for message in messages)
+
+
 def test_ids_are_unique() -> None:
-    """Each number is written in one place for one kind of fault, so that it can be silenced."""
+    """Each ID is used in one place, for one kind of problem, so that it can be silenced."""
     folder = Path(pinning_middleware.__file__).with_name("checks")
     source = "".join(path.read_text() for path in sorted(folder.glob("*.py")))
-    functions = re.split(r"^def ", source, flags=re.MULTILINE)
-    numbers = {
-        function.partition("(")[0]: set(re.findall(r"pinning_middleware\.([EW]\d{3})", function))
-        | {f"E{int(n):03}" for n in re.findall(r"(?:_error|_judge)\(\s*(\d+),", function)}
-        | {f"W{int(n):03}" for n in re.findall(r"_warning\(\s*(\d+),", function)}
-        | {f"W{int(n):03}" for n in re.findall(r"_check_first\([^)]*?(\d),", function)}
-        for function in functions
-    }
-    used = [number for several in numbers.values() for number in several]
+    parts = re.split(r"^(?:def |RULES)", source, flags=re.MULTILINE)
+    used = [number for part in parts for number in set(re.findall(r'"([EW]\d{3})"', part))]
     assert sorted(used) == sorted(set(used))
-    assert {f"E{n:03}" for n in range(1, 22)} | {f"W{n:03}" for n in range(1, 15)} <= set(used)
+    assert {f"E{n:03}" for n in range(1, 25)} | {f"W{n:03}" for n in range(1, 19)} <= set(used)

@@ -22,7 +22,7 @@ def classes() -> list[type]:
     return [type(store) for store in conf.stores]
 
 
-# A setting, another value than the default, how the package sees it, and what it sees then.
+# A setting, a value other than the default, the expression that reads it, and its result.
 EFFECTS: list[tuple[str, Any, Any, Any]] = [
     ("PINNING_REPLICAS", ["replica2"], lambda: conf.replicas, {"default": {"replica2": 1}}),
     ("PINNING_SECONDS", 3, lambda: conf.seconds, 3.0),
@@ -39,7 +39,7 @@ EFFECTS: list[tuple[str, Any, Any, Any]] = [
     ("PINNING_CACHE", "other", lambda: conf.cache, "other"),
     ("PINNING_USER_KEY", f"{__name__}.other_key", lambda: conf.key, other_key),
     ("PINNING_PRIMARY_METHODS", ["PUT"], lambda: conf.primary_methods, {"PUT"}),
-    ("PINNING_BALANCE_BY", "query", lambda: conf.spread_by_query, True),
+    ("PINNING_BALANCE_BY", "query", lambda: conf.balance_by_query, True),
     ("PINNING_IGNORED_TABLES", ["T"], lambda: conf.ignored_tables, {"t"}),
     ("PINNING_MAX_LAG", 5, lambda: conf.max_lag, 5.0),
     ("PINNING_OFFLOAD", False, lambda: conf.offload, False),
@@ -53,7 +53,15 @@ EFFECTS: list[tuple[str, Any, Any, Any]] = [
     ("PINNING_RETRY_AFTER", 3, lambda: conf.retry_after, 3.0),
     ("PINNING_PRIMARY_DOWN", "stale", lambda: conf.primary_down, "stale"),
     ("PINNING_CONSISTENCY", "monotonic-reads", lambda: conf.monotonic_reads, True),
+    (
+        "PINNING_WRITING_FUNCTIONS",
+        ["log_access", "audit.F"],
+        lambda: conf.writing_functions,
+        frozenset({"LOG_ACCESS", "F"}),
+    ),
+    ("PINNING_SESSION_SETUP", f"{__name__}.other_key", lambda: conf.session_setup, other_key),
     ("PINNING_ENABLED", False, lambda: conf.enabled, False),
+    ("SESSION_COOKIE_NAME", "shop", lambda: conf.cookie_name, "shop-pinning"),
     ("SESSION_COOKIE_PATH", "/a", lambda: conf.cookie, {**COOKIE, "path": "/a"}),
     ("SESSION_COOKIE_SECURE", True, lambda: conf.cookie, {**COOKIE, "secure": True}),
     ("SESSION_COOKIE_HTTPONLY", False, lambda: conf.cookie, COOKIE),
@@ -64,7 +72,7 @@ EFFECTS: list[tuple[str, Any, Any, Any]] = [
 @pytest.mark.parametrize(
     ("name", "value", "see", "seen"), EFFECTS, ids=[name for name, *_ in EFFECTS]
 )
-def test_a_changed_setting_takes_effect_and_is_dropped(
+def test_changed_setting_takes_effect_and_is_dropped(
     name: str, value: Any, see: Any, seen: Any
 ) -> None:
     before = see()
@@ -76,20 +84,20 @@ def test_a_changed_setting_takes_effect_and_is_dropped(
     assert before != seen or name == "SESSION_COOKIE_HTTPONLY"
 
 
-def test_every_setting_is_tried() -> None:
+def test_every_setting_is_tested() -> None:
     assert {name for name, *_ in EFFECTS if name.startswith("PINNING_")} == set(DEFAULTS)
 
 
 @pytest.mark.parametrize("name", sorted(set(DEFAULTS) - {"PINNING_REPLICAS"}))
-def test_a_missing_setting_has_its_default(name: str) -> None:
+def test_missing_setting_has_its_default(name: str) -> None:
     see = next(see for other, _, see, _ in EFFECTS if other == name)
     missing = see()
     with override_settings(**{name: DEFAULTS[name]}):
         assert see() == missing or name == "PINNING_STORES"
 
 
-def test_a_setting_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No path of a request looks into Django's settings."""
+def test_setting_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No request reads Django's settings."""
     with override_settings(PINNING_SECONDS=5), monkeypatch.context() as patch:
         assert conf.seconds == 5.0
         patch.delattr(type(conf), "_get")
@@ -106,21 +114,24 @@ def test_a_setting_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"default": {"a": 3}, "users": []}, {"default": {"a": 3}, "users": {}}),
     ],
 )
-def test_the_forms_of_replicas(value: Any, pools: Any) -> None:
+def test_forms_of_replicas(value: Any, pools: Any) -> None:
     assert parse_replicas(value) == pools
 
 
 @pytest.mark.parametrize("value", ["replica1", [["replica1"]], {"default": {"replica1": -1}}, 5])
-def test_replicas_that_cannot_be_read_are_none(
-    value: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Where somebody has silenced the checks: the primary serves, and the log says why."""
+def test_invalid_replicas_are_none_and_logged(value: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """If the check is silenced, all reads go to the primary."""
     with override_settings(PINNING_REPLICAS=value), caplog.at_level("ERROR", "pinning_middleware"):
         assert conf.replicas == {}
         assert where() == "default"
     assert caplog.messages
-    assert caplog.messages[0].startswith("PINNING_REPLICAS: ")
+    assert caplog.messages[0].startswith("PINNING_REPLICAS should ")
 
 
-def test_the_key_is_that_of_the_user() -> None:
+def test_default_user_key() -> None:
     assert conf.key is stores.user_key
+
+
+def test_cookie_name_of_the_site_does_not_follow_the_session_cookie() -> None:
+    with override_settings(SESSION_COOKIE_NAME="shop", PINNING_COOKIE_NAME="pinning"):
+        assert conf.cookie_name == "pinning"

@@ -1,4 +1,4 @@
-"""The pages in ``docs`` are true: their Python, their names and their links."""
+"""The pages in ``docs`` are correct: their Python, names and links."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAME = re.compile(r"([A-Za-z_][\w.]*)(\(.*\))?")
 
 
 def rows(heading: str = "") -> Iterator[tuple[list[str], list[str]]]:
-    """Return what is code in the first two columns of the tables below a heading."""
+    """Return the code in the first two columns of the tables below a heading."""
     text = COMING_FROM.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     for line in (text if heading else COMING_FROM).splitlines():
         cells = line.split(" | ")
@@ -42,12 +42,12 @@ OF_MULTIDB = [name for was, _ in rows("django-multidb-router") for name in was]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_python_of_a_page_compiles(page: Path) -> None:
+def test_python_blocks_compile(page: Path) -> None:
     assert len(list(blocks(page))) == page.read_text().count("```python")
 
 
-def test_the_settings_of_a_block_are_good(settings: Any) -> None:
-    """Each as all that a site has."""
+def test_settings_blocks_pass_system_checks(settings: Any) -> None:
+    """Each block is used as the only settings of a site."""
     del settings.PINNING_REPLICAS
     told = 0
     for block in blocks(DOCS / "coming-from.md"):
@@ -62,7 +62,7 @@ def test_the_settings_of_a_block_are_good(settings: Any) -> None:
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_what_to_write_is_there(name: str) -> None:
+def test_documented_replacements_exist(name: str) -> None:
     if name.startswith("PINNING_"):
         assert name in DEFAULTS
     elif name.startswith("pinning_middleware."):
@@ -75,13 +75,13 @@ def test_what_to_write_is_there(name: str) -> None:
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
-def test_every_setting_that_is_named_is_one(page: Path) -> None:
+def test_mentioned_settings_exist(page: Path) -> None:
     named = set(re.findall(r"(?<![A-Z_])PINNING_[A-Z_]+[A-Z]", page.read_text()))
     assert named <= set(DEFAULTS)
 
 
 @pytest.mark.parametrize("name", OF_MULTIDB)
-def test_what_multidb_had_is_kept(name: str) -> None:
+def test_names_of_multidb_are_supported(name: str) -> None:
     if name.isupper():
         assert name in SETTINGS
     else:
@@ -89,14 +89,14 @@ def test_what_multidb_had_is_kept(name: str) -> None:
         assert import_string(f"pinning_middleware.contrib.{name}")
 
 
-def test_everything_that_is_kept_is_on_the_page() -> None:
+def test_supported_multidb_names_are_documented() -> None:
     kept = {f"multidb.{name}" for name in multidb.__all__ if name != "DEFAULT_DB_ALIAS"}
     kept |= {f"multidb.pinning.{name}" for name in pinning.__all__}
     assert kept <= set(OF_MULTIDB)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_page_and_the_check_say_the_same_of_a_setting(name: str) -> None:
+def test_migration_page_agrees_with_the_check(name: str) -> None:
     told = [write for was, write in rows() if name in was]
     assert told, "it is not on the page"
     ours = re.findall(r"PINNING_\w+", SETTINGS[name])
@@ -105,14 +105,14 @@ def test_the_page_and_the_check_say_the_same_of_a_setting(name: str) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """Return what may follow a ``#``, as GitHub makes it of headings."""
+    """Return the anchors that GitHub generates from headings."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", page.read_text()):
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
@@ -120,6 +120,6 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
-def test_the_readme_leads_to_every_page() -> None:
+def test_readme_links_to_every_page() -> None:
     for page in PAGES:
         assert f"](docs/{page.name})" in README.read_text()

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.django_db(transaction=True, databases="__all__")
 
 @pytest.fixture
 def alone() -> Iterator[None]:
-    """The older interface, with neither the router nor the middleware nor a pool."""
+    """The legacy interface, without the router, the middleware or a pool."""
     with override_settings(
         SLAVE_DATABASES=["slave"], PINNING_REPLICAS=[], DATABASE_ROUTERS=[], MIDDLEWARE=[]
     ):
@@ -40,7 +40,7 @@ def filled() -> None:
     Slurpee(pk=1, number=2).save()
     replicas.catch_up("slave")
     models.QuerySet(Slurpee).using("default").update(number=1)
-    # What filled it is no part of the test.
+    # The write of this fixture must not pin the test.
     enter(None)
 
 
@@ -90,7 +90,7 @@ def numbers(alias: str) -> set[int]:
     return set(Slurpee.objects.using(alias).values_list("number", flat=True))
 
 
-def test_the_names_of_older_code() -> None:
+def test_legacy_names_are_importable() -> None:
     assert managers.SlaveManager is managers.ReplicaManager
     assert managers.SlaveQuerySet is managers.ReplicaQuerySet
     assert managers.SlaveMixin is managers.ReplicaMixin
@@ -101,11 +101,11 @@ class TestAlone:
     pytestmark = pytest.mark.django_db(transaction=True, databases="__all__")
 
     @pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
-    def test_reads_go_to_the_replica(self, read: Callable[[], Any]) -> None:
+    def test_reads_use_the_replica(self, read: Callable[[], Any]) -> None:
         with pinning_scope():
             assert read() == 2
 
-    def test_a_queryset_that_was_asked_obeys_what_is_open_now(self) -> None:
+    def test_evaluated_queryset_follows_the_current_override(self) -> None:
         slurpees = Slurpee.objects.all()
         assert slurpees.db == "slave"
         with use_primary():
@@ -115,20 +115,20 @@ class TestAlone:
         assert slurpees.db == "slave"
 
     @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
-    def test_writes_go_to_default(self, write: Callable[[], Any]) -> None:
+    def test_writes_use_default(self, write: Callable[[], Any]) -> None:
         with pinning_scope():
             write()
         assert 3 in numbers("default")
         assert numbers("slave") == {2}
 
     @pytest.mark.parametrize("delete", DELETES.values(), ids=DELETES.keys())
-    def test_deletes_go_to_default(self, delete: Callable[[], Any]) -> None:
+    def test_deletes_use_default(self, delete: Callable[[], Any]) -> None:
         with pinning_scope():
             delete()
         assert numbers("default") == set()
         assert numbers("slave") == {2}
 
-    def test_using_has_the_last_word(self) -> None:
+    def test_using_takes_precedence(self) -> None:
         with pinning_scope():
             assert Slurpee.objects.using("default").get().number == 1
             assert Slurpee.objects.db_manager("default").get().number == 1
@@ -140,7 +140,7 @@ class TestAlone:
         assert numbers("slave") == {4, 6}
         assert numbers("default") == {1}
 
-    def test_what_was_saved_is_read_where_it_was_saved(self) -> None:
+    def test_saved_instance_is_read_from_its_database(self) -> None:
         with pinning_scope():
             slurpee = changed()
             slurpee.save()
@@ -148,7 +148,7 @@ class TestAlone:
             slurpee.refresh_from_db()
             assert slurpee.number == 3
 
-    def test_the_managers_database(self) -> None:
+    def test_manager_db(self) -> None:
         with pinning_scope():
             assert Slurpee.objects.db == Slurpee.objects.all().db == "slave"
 
@@ -159,8 +159,8 @@ class TestTurns:
 
     @pytest.mark.parametrize("in_scope", [False, True])
     @override_settings(SLAVE_DATABASES=["slave", "elsewhere", "users"])
-    def test_querysets_go_by_turns(self, in_scope: bool) -> None:
-        """One after the other where no middleware makes scopes of requests, else by scope."""
+    def test_querysets_are_round_robin(self, in_scope: bool) -> None:
+        """By queryset without the middleware, by scope with it."""
         turns: list[str] = []
         for _ in range(6):
             if in_scope:
@@ -171,7 +171,7 @@ class TestTurns:
         assert Counter(turns) == {"slave": 2, "elsewhere": 2, "users": 2}
         assert turns[:3] == turns[3:]
 
-    def test_the_first_turn_is_drawn(self) -> None:
+    def test_first_replica_is_randomised(self) -> None:
         first = set()
         for _ in range(64):
             with override_settings(SLAVE_DATABASES=["slave", "elsewhere"]), pinning_scope():
@@ -179,19 +179,19 @@ class TestTurns:
         assert first == {"slave", "elsewhere"}
 
     @pytest.mark.parametrize("settings", [{"SLAVE_DATABASES": None}, {"SLAVE_DATABASES": []}])
-    def test_without_replicas_everything_goes_to_default(self, settings: dict[str, Any]) -> None:
+    def test_reads_without_replicas_use_default(self, settings: dict[str, Any]) -> None:
         with override_settings(**settings), pinning_scope():
             assert Slurpee.objects.db == "default"
             assert saved(Slurpee.objects.create(number=1)) == "default"
 
     @override_settings(SLAVE_DATABASES=["slave"], PINNING_ENABLED=False)
-    def test_the_kill_switch(self) -> None:
+    def test_disabled_setting_uses_default(self) -> None:
         assert Slurpee.objects.db == "default"
 
 
 @override_settings(SLAVE_DATABASES=["slave"])
-def test_with_the_middleware_pins_count(visit: Visit) -> None:
-    """Those of a write and of a method, by hand, and of an earlier request."""
+def test_pins_with_the_middleware_apply(visit: Visit) -> None:
+    """Pins of a write, a method, a manual pin, and an earlier request."""
 
     def place(request: Any = None) -> str:
         return Slurpee.objects.db
@@ -206,12 +206,12 @@ def test_with_the_middleware_pins_count(visit: Visit) -> None:
 
 
 @override_settings(SLAVE_DATABASES=["slave"], PINNING_REPLICAS=[])
-def test_with_the_middleware_and_no_pool_pins_count_as_well(visit: Visit) -> None:
+def test_pins_with_the_middleware_and_no_pool_apply(visit: Visit) -> None:
     visit(lambda request: Slurpee.objects.create(number=1))
     assert visit(lambda request: (Slurpee.objects.db, is_pinned())) == ("default", True)
 
 
-def test_without_the_older_setting_the_pool_of_default_serves(visit: Visit) -> None:
+def test_pool_of_default_is_used_without_the_legacy_setting(visit: Visit) -> None:
     assert visit(lambda request: Slurpee.objects.db) in ("replica1", "replica2")
 
 

@@ -31,7 +31,7 @@ from pinning_middleware import (
     use_replica,
 )
 from pinning_middleware.middleware import PinningMiddleware
-from pinning_middleware.pins import Pin
+from pinning_middleware.pins import Pin, PinKey
 from pinning_middleware.scopes.scope import entered_scope
 from pinning_middleware.stores import cache as keyed
 from tests.app import stores
@@ -45,7 +45,7 @@ COOKIE_STORE = "pinning_middleware.stores.CookieStore"
 
 @pytest.fixture
 def kept() -> Iterator[list[Any]]:
-    """What a recording store beside the cookie is asked to keep."""
+    """Return the list of pins saved by a recording store beside the cookie."""
     stores.kept.clear()
     with override_settings(PINNING_STORES=[COOKIE_STORE, "tests.app.stores.RecordingStore"]):
         yield stores.kept
@@ -57,8 +57,8 @@ def write(request: Any = None) -> str:
     return "written"
 
 
-def test_a_user_reads_what_they_wrote(visit: Visit) -> None:
-    """And another one, who never wrote, reads a replica."""
+def test_user_reads_their_own_writes(visit: Visit) -> None:
+    """Another user, who did not write, reads a replica."""
     assert visit(lambda request: Book.objects.count()) == 0
     visit(write)
     assert visit(lambda request: Book.objects.count()) == 1
@@ -66,14 +66,16 @@ def test_a_user_reads_what_they_wrote(visit: Visit) -> None:
     assert visit(lambda request: Book.objects.count()) == 0
 
 
-def test_two_browsers(new_browser: Callable[..., Browser], do: Callable[..., str]) -> None:
+def test_browsers_have_separate_pins(
+    new_browser: Callable[..., Browser], do: Callable[..., str]
+) -> None:
     writer, reader = new_browser(), new_browser()
     writer.get(f"/sync/{do(write)}/")
     address = f"/sync/{do(lambda request: Book.objects.count())}/"
     assert (writer.get(address).content, reader.get(address).content) == (b"1", b"0")
 
 
-# The cookie.
+# Cookie
 
 
 @pytest.mark.parametrize(
@@ -118,10 +120,10 @@ def test_two_browsers(new_browser: Callable[..., Browser], do: Callable[..., str
         ({"PINNING_SECONDS": 100}, {"max-age": 101}),
     ],
 )
-def test_the_attributes_of_the_cookie(
+def test_cookie_attributes(
     visit: Visit, clock: FrozenDateTimeFactory, settings: Any, expected: dict[str, Any]
 ) -> None:
-    """Those of the session's cookie, unless it has its own."""
+    """Same as the session cookie, unless set explicitly."""
     with override_settings(**settings):
         visit(write)
     cookie = visit.response.cookies["pinning"]
@@ -129,16 +131,16 @@ def test_the_attributes_of_the_cookie(
 
 
 @override_settings(PINNING_COOKIE_NAME="other")
-def test_the_name_of_the_cookie(visit: Visit) -> None:
+def test_cookie_name(visit: Visit) -> None:
     visit(write)
     assert set(visit.browser.cookies) == {"other"}
     assert visit() == "default"
 
 
-def test_the_cookie_holds_no_more_than_the_pin(visit: Visit, clock: FrozenDateTimeFactory) -> None:
+def test_cookie_contains_only_the_pin(visit: Visit, clock: FrozenDateTimeFactory) -> None:
     visit(write)
     pins = tokens.loads(visit.browser.cookies["pinning"].value)
-    assert {alias: pin.until for alias, pin in pins.items()} == {"default": time.time() + 15}
+    assert {key.primary: pin.until for key, pin in pins.items()} == {"default": time.time() + 15}
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,7 @@ def test_the_cookie_holds_no_more_than_the_pin(visit: Visit, clock: FrozenDateTi
         ({"Cache-Control": "no-store"}, "Cookie", {"no-store", "private"}),
     ],
 )
-def test_a_response_with_the_cookie_is_private(
+def test_response_with_the_cookie_is_private(
     browser: Browser, do: Callable[..., str], headers: Any, vary: str, cache_control: set[str]
 ) -> None:
     def action(request: Any) -> HttpResponse:
@@ -165,8 +167,8 @@ def test_a_response_with_the_cookie_is_private(
     assert set(response.headers["Cache-Control"].split(", ")) == cache_control
 
 
-def test_a_response_without_the_cookie_is_left_alone(visit: Visit) -> None:
-    """Caches between may keep it; also that of somebody who carries a pin."""
+def test_response_without_the_cookie_is_unchanged(visit: Visit) -> None:
+    """Shared caches may store it, also for a pinned client."""
     visit()
     assert not {"Vary", "Cache-Control", "Set-Cookie"} & set(visit.response.headers)
     visit(write)
@@ -175,10 +177,10 @@ def test_a_response_without_the_cookie_is_left_alone(visit: Visit) -> None:
     assert not visit.response.cookies
 
 
-# The window.
+# Window
 
 
-def test_the_window_counts_from_the_last_write(visit: Visit, clock: FrozenDateTimeFactory) -> None:
+def test_window_starts_at_the_last_write(visit: Visit, clock: FrozenDateTimeFactory) -> None:
     def action(request: Any) -> None:
         write()
         clock.tick(10)
@@ -192,7 +194,7 @@ def test_the_window_counts_from_the_last_write(visit: Visit, clock: FrozenDateTi
     assert is_replica(visit())
 
 
-def test_a_write_while_pinned_moves_the_end(visit: Visit, clock: FrozenDateTimeFactory) -> None:
+def test_write_while_pinned_extends_the_pin(visit: Visit, clock: FrozenDateTimeFactory) -> None:
     visit(write)
     clock.tick(10)
     visit(write)
@@ -200,7 +202,7 @@ def test_a_write_while_pinned_moves_the_end(visit: Visit, clock: FrozenDateTimeF
     assert visit() == "default"
 
 
-def test_a_write_that_outlasts_the_window_leaves_no_pin(
+def test_window_that_ended_before_the_response_sets_no_pin(
     visit: Visit, clock: FrozenDateTimeFactory
 ) -> None:
     visit(lambda request: (write(), clock.tick(20)))
@@ -208,7 +210,7 @@ def test_a_write_that_outlasts_the_window_leaves_no_pin(
 
 
 @override_settings(PINNING_SECONDS=2)
-def test_the_window_of_the_setting(visit: Visit, clock: FrozenDateTimeFactory) -> None:
+def test_window_follows_the_setting(visit: Visit, clock: FrozenDateTimeFactory) -> None:
     visit(write)
     clock.tick(1.5)
     assert visit() == "default"
@@ -216,10 +218,10 @@ def test_the_window_of_the_setting(visit: Visit, clock: FrozenDateTimeFactory) -
     assert is_replica(visit())
 
 
-def test_a_cookie_that_is_kept_lengthens_nothing(
+def test_cookie_kept_past_its_end_does_not_extend_the_pin(
     visit: Visit, clock: FrozenDateTimeFactory
 ) -> None:
-    """The end was fixed at the write, whatever a client makes of `max-age`."""
+    """The end is fixed at the write, even if a client ignores `max-age`."""
     visit(write)
     kept = visit.browser.cookies["pinning"].value
     clock.tick(16)
@@ -227,7 +229,7 @@ def test_a_cookie_that_is_kept_lengthens_nothing(
     assert is_replica(visit())
 
 
-def test_requests_in_between_lengthen_nothing(visit: Visit, clock: FrozenDateTimeFactory) -> None:
+def test_reads_do_not_extend_the_pin(visit: Visit, clock: FrozenDateTimeFactory) -> None:
     visit(write)
     for _ in range(3):
         clock.tick(5)
@@ -237,7 +239,7 @@ def test_requests_in_between_lengthen_nothing(visit: Visit, clock: FrozenDateTim
 
 
 @override_settings(PINNING_SECONDS=0)
-def test_no_window_pins_the_request_only(visit: Visit) -> None:
+def test_window_of_zero_pins_the_request_only(visit: Visit) -> None:
     assert visit(lambda request: (write(), where())[1]) == "default"
     assert is_replica(visit())
 
@@ -251,17 +253,17 @@ def test_unpin_deletes_the_cookie(visit: Visit) -> None:
     assert is_replica(visit())
 
 
-def test_unpin_and_write_again(visit: Visit) -> None:
+def test_write_after_unpin_pins(visit: Visit) -> None:
     visit(write)
     visit(lambda request: (unpin_this_request(), write()))
     assert visit() == "default"
 
 
-# What may go wrong.
+# Errors
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
-def test_a_view_that_fails_after_its_write_pins(
+def test_view_that_raises_after_its_write_pins(
     new_browser: Callable[..., Browser], do: Callable[..., str], kind: str
 ) -> None:
     def action(request: Any) -> None:
@@ -276,10 +278,8 @@ def test_a_view_that_fails_after_its_write_pins(
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_an_error_that_leaves_the_application_is_saved_and_passed_on(
-    kept: list[Any], is_async: bool
-) -> None:
-    """Where a middleware fails that Django does not turn into a response."""
+def test_unhandled_error_saves_pins_and_propagates(kept: list[Any], is_async: bool) -> None:
+    """For example an error of a middleware that Django does not convert to a response."""
 
     def fails(request: Any) -> HttpResponse:
         write()
@@ -295,13 +295,13 @@ def test_an_error_that_leaves_the_application_is_saved_and_passed_on(
         call(RequestFactory().get("/"))
     ((response, pins),) = kept
     assert response is None
-    assert list(pins) == ["default"]
+    assert list(pins) == [PinKey("default")]
     assert entered_scope() is None
 
 
 @pytest.mark.parametrize("store", ["BrokenStore", "BrokenLateStore"])
 @pytest.mark.parametrize("broken_first", [False, True])
-def test_a_broken_store_costs_its_own_pins_and_a_line_of_the_log(
+def test_failing_store_is_logged_and_other_stores_save(
     visit: Visit, caplog: pytest.LogCaptureFixture, store: str, broken_first: bool
 ) -> None:
     paths = [COOKIE_STORE, f"tests.app.stores.{store}"]
@@ -313,12 +313,12 @@ def test_a_broken_store_costs_its_own_pins_and_a_line_of_the_log(
         assert visit.response.status_code == 200
         assert visit() == "default"
     said = [record.getMessage() for record in caplog.records]
-    # Once a minute, however many requests meet it.
+    # Logged once a minute, regardless of the number of requests.
     assert [("load" in line, "save" in line) for line in said] == [(True, False), (False, True)]
     assert all(store in line for line in said)
 
 
-# Streaming bodies.
+# Streaming content
 
 
 def streaming(is_async: bool, parts: Callable[[], Iterator[bytes]]) -> StreamingHttpResponse:
@@ -344,7 +344,7 @@ def body_of(browser: Browser, response: Any) -> bytes:
 
 @pytest.fixture
 def stream(browser: Browser, do: Callable[..., str]) -> Callable[..., bytes]:
-    """Return a function that streams parts: an iterator under WSGI, an async one under ASGI."""
+    """Return a function that streams chunks: an iterator (WSGI) or async iterator (ASGI)."""
 
     def run(parts: Callable[[], Iterator[bytes]], before: Any = None, method: str = "get") -> bytes:
         def action(request: Any) -> StreamingHttpResponse:
@@ -371,7 +371,7 @@ def placed() -> Iterator[bytes]:
         (None, "post", 1),
     ],
 )
-def test_a_body_is_routed_like_its_request(
+def test_streaming_content_is_routed_like_its_request(
     browser: Browser, stream: Any, before: Any, method: str, pinned: bool
 ) -> None:
     lines = set(stream(placed, before, method).decode().splitlines())
@@ -381,15 +381,15 @@ def test_a_body_is_routed_like_its_request(
     assert entered_scope() is None
 
 
-def test_a_carried_pin_holds_for_the_body(stream: Any, browser: Browser, do: Any) -> None:
+def test_inherited_pin_applies_to_streaming_content(stream: Any, browser: Browser, do: Any) -> None:
     browser.get(f"/sync/{do(write)}/")
     assert set(stream(placed).splitlines()) == {b"default True"}
 
 
-def test_what_a_body_writes_is_saved_where_it_still_can_be(
+def test_write_of_streaming_content_is_saved_by_stores_without_a_response(
     kept: list[Any], stream: Any, browser: Browser
 ) -> None:
-    """The cookie is out, another store is not."""
+    """The cookie is already sent; other stores can still save."""
 
     def parts() -> Iterator[bytes]:
         yield where().encode() + b" "
@@ -401,24 +401,24 @@ def test_what_a_body_writes_is_saved_where_it_still_can_be(
     assert after == b"default"
     ((response, pins),) = kept
     assert response is None
-    assert list(pins) == ["default"]
+    assert list(pins) == [PinKey("default")]
     assert not browser.cookies
 
 
-def test_a_body_that_only_reads_saves_nothing(kept: list[Any], stream: Any) -> None:
-    """An empty save would make a store forget what a parallel request has kept."""
+def test_streaming_content_that_only_reads_saves_nothing(kept: list[Any], stream: Any) -> None:
+    """An empty save would delete the pins of a parallel request from the store."""
     stream(placed)
     assert kept == []
 
 
-def test_a_body_after_a_write_is_not_saved_twice(kept: list[Any], stream: Any) -> None:
+def test_write_before_streaming_is_saved_once(kept: list[Any], stream: Any) -> None:
     stream(placed, write)
     assert len(kept) == 1
     assert kept[0][0] is not None
 
 
-def test_a_body_that_is_given_up_is_saved(kept: list[Any], browser: Browser, do: Any) -> None:
-    """The client went away in the midst of it."""
+def test_abandoned_streaming_content_is_saved(kept: list[Any], browser: Browser, do: Any) -> None:
+    """The client disconnects during the response."""
 
     def parts() -> Iterator[bytes]:
         write()
@@ -428,21 +428,21 @@ def test_a_body_that_is_given_up_is_saved(kept: list[Any], browser: Browser, do:
     response = browser.get(f"/sync/{do(lambda request: streaming(browser.is_async, parts))}/")
     content = response.streaming_content
 
-    async def give_up() -> None:
+    async def disconnect() -> None:
         assert await anext(content) == b"one"
         await content.aclose()
 
     if browser.is_async:
-        async_to_sync(give_up)()
+        async_to_sync(disconnect)()
     else:
         assert next(iter(content)) == b"one"
         response.close()
-    assert [pins.keys() for _, pins in kept] == [{"default"}]
+    assert [pins.keys() for _, pins in kept] == [{PinKey("default")}]
     assert entered_scope() is None
 
 
-def test_nothing_leaks_between_the_parts_of_a_body(browser: Browser, do: Any) -> None:
-    """What the server does in between in the same thread is not part of the request."""
+def test_scope_is_inactive_between_chunks(browser: Browser, do: Any) -> None:
+    """Other work of the same thread between two chunks is not part of the request."""
 
     def parts() -> Iterator[bytes]:
         yield b"one"
@@ -462,7 +462,7 @@ def test_nothing_leaks_between_the_parts_of_a_body(browser: Browser, do: Any) ->
     assert seen == [(None, False), (None, False)]
 
 
-def test_a_body_that_fails_is_saved_and_leaves_nothing(
+def test_failing_streaming_content_is_saved_and_closes_the_scope(
     kept: list[Any], stream: Any, browser: Browser
 ) -> None:
     def parts() -> Iterator[bytes]:
@@ -477,8 +477,8 @@ def test_a_body_that_fails_is_saved_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_file_is_sent_as_it_is(is_async: bool) -> None:
-    """So that servers may use `sendfile`."""
+def test_file_response_is_not_wrapped(is_async: bool) -> None:
+    """Servers may then use `sendfile`."""
     file = io.BytesIO(b"content")
 
     def view(request: Any) -> FileResponse:
@@ -497,17 +497,17 @@ def test_a_file_is_sent_as_it_is(is_async: bool) -> None:
     assert "pinning" in response.cookies
 
 
-# Scopes of requests.
+# Scopes of requests
 
 
-def test_a_request_leaves_nothing_in_its_thread(visit: Visit) -> None:
+def test_request_leaves_its_thread_unchanged(visit: Visit) -> None:
     visit(write)
     assert entered_scope() is None
     assert not is_pinned()
 
 
-def test_a_request_inside_of_a_scope_restores_it(visit: Visit) -> None:
-    """Django's test client in a shell or a test that wrote before."""
+def test_request_inside_a_scope_restores_it(visit: Visit) -> None:
+    """Django's test client in a shell or a test that has written."""
     write()
     outer = entered_scope()
     assert is_replica(visit())
@@ -516,7 +516,7 @@ def test_a_request_inside_of_a_scope_restores_it(visit: Visit) -> None:
 
 
 def test_parallel_requests_of_one_user(visit: Visit, clock: FrozenDateTimeFactory) -> None:
-    """A read does not use up a pin: as many as come find it, in any order."""
+    """A read does not consume the pin: all parallel requests use it, in any order."""
     visit(write)
     assert [visit() for _ in range(5)] == ["default"] * 5
 
@@ -527,8 +527,8 @@ def test_head_is_routed_like_get(visit: Visit) -> None:
     assert visit(None, "head") == "default"
 
 
-def test_a_sync_middleware_between_is_no_hindrance(do: Any) -> None:
-    """Under ASGI, Django then moves the rest of the request into a thread."""
+def test_sync_middleware_in_between_under_asgi(do: Any) -> None:
+    """Under ASGI, Django then runs the rest of the request in a thread."""
     browser = Browser(is_async=True)
     with override_settings(MIDDLEWARE=[MIDDLEWARE, "tests.app.middleware.SyncMiddleware"]):
         browser.get(f"/async/{do(write)}/")
@@ -537,10 +537,10 @@ def test_a_sync_middleware_between_is_no_hindrance(do: Any) -> None:
         assert is_replica(browser.get(f"/sync/{do(lambda request: where())}/").content.decode())
 
 
-# Costs.
+# Overhead
 
 
-def test_an_unpinned_request_makes_no_query(visit: Visit) -> None:
+def test_unpinned_request_adds_no_query(visit: Visit) -> None:
     with ExitStack() as stack:
         captured = [
             stack.enter_context(CaptureQueriesContext(connections[alias])) for alias in connections
@@ -551,10 +551,10 @@ def test_an_unpinned_request_makes_no_query(visit: Visit) -> None:
 
 
 @pytest.mark.parametrize("action", [where, lambda: use_primary(where)(), pin_this_request])
-def test_no_request_makes_a_hop_to_a_thread(
+def test_async_request_uses_no_thread(
     monkeypatch: pytest.MonkeyPatch, do: Any, action: Callable[[], Any]
 ) -> None:
-    """Neither one without a pin, nor one that gets a pin and no position to ask for."""
+    """Neither without a pin, nor with a new pin that needs no position."""
 
     async def act(request: Any) -> HttpResponse:
         action()
@@ -579,9 +579,9 @@ def test_no_request_makes_a_hop_to_a_thread(
     assert ("pinning" in response.cookies) is (action is pin_this_request)
 
 
-def test_a_carried_pin_makes_no_hop(monkeypatch: pytest.MonkeyPatch, do: Any) -> None:
+def test_inherited_pin_uses_no_thread(monkeypatch: pytest.MonkeyPatch, do: Any) -> None:
     factory = AsyncRequestFactory()
-    factory.cookies["pinning"] = tokens.dumps({"default": Pin(time.time() + 60)})
+    factory.cookies["pinning"] = tokens.dumps({PinKey("default"): Pin(time.time() + 60)})
     seen = []
 
     async def act(request: Any) -> HttpResponse:
@@ -608,7 +608,7 @@ def test_a_carried_pin_makes_no_hop(monkeypatch: pytest.MonkeyPatch, do: Any) ->
 
 
 class StaffVisit:
-    """What a view does that Django's authentication does at its first use."""
+    """A view that loads the user, as Django's authentication does on first use."""
 
     def __init__(self, is_staff: bool, is_active: bool = True) -> None:
         self.is_staff, self.is_active = is_staff, is_active
@@ -626,26 +626,26 @@ def timing(visit: Visit, action: Callable[[Any], Any]) -> str | None:
     return header
 
 
-def test_staff_sees_where_reads_went(visit: Visit) -> None:
+def test_server_timing_is_sent_to_staff(visit: Visit) -> None:
     found = timing(visit, StaffVisit(is_staff=True))
     assert found is not None
     assert re.fullmatch(r'pinning;desc="replica\d: round_robin, default: use_primary"', found)
 
 
 @pytest.mark.parametrize("user", [StaffVisit(False), StaffVisit(True, is_active=False)])
-def test_the_public_does_not(visit: Visit, user: StaffVisit) -> None:
+def test_server_timing_is_not_sent_to_other_users(visit: Visit, user: StaffVisit) -> None:
     assert timing(visit, user) is None
     assert timing(visit, lambda request: Book.objects.count()) is None
 
 
 @override_settings(DEBUG=True)
-def test_everybody_does_in_debug(visit: Visit) -> None:
+def test_server_timing_is_sent_to_everyone_in_debug(visit: Visit) -> None:
     assert timing(visit, lambda request: Book.objects.count()) is not None
     assert timing(visit, lambda request: None) is None
 
 
 @override_settings(DEBUG=True)
-def test_other_timings_stay(visit: Visit) -> None:
+def test_server_timing_keeps_other_entries(visit: Visit) -> None:
     def view(request: Any) -> HttpResponse:
         Book.objects.count()
         return HttpResponse(headers={"Server-Timing": "db;dur=5"})
@@ -655,12 +655,12 @@ def test_other_timings_stay(visit: Visit) -> None:
     assert response.headers["Server-Timing"].startswith('db;dur=5, pinning;desc="replica')
 
 
-# What a request leaves open
+# Blocks left open by a request
 
 
 @pytest.mark.parametrize("verb", [ignore_writes, use_replica])
-def test_a_block_that_is_left_open_is_closed_with_its_request(verb: Any, do: Any) -> None:
-    """By a generator that nobody ends before the same thread has its next request."""
+def test_open_block_is_closed_at_the_end_of_the_request(verb: Any, do: Any) -> None:
+    """By a generator that is not closed before the next request of the same thread."""
     left: list[Iterator[int]] = []
 
     def rows() -> Iterator[int]:
@@ -695,7 +695,7 @@ def test_a_block_that_is_left_open_is_closed_with_its_request(verb: Any, do: Any
     left[0].close()
 
 
-def test_what_a_body_does_at_its_end_is_saved_where_the_client_went_away(
+def test_write_in_finally_of_an_abandoned_stream_is_saved(
     kept: list[Any], browser: Browser, do: Any
 ) -> None:
     scopes: list[bool] = []
@@ -722,25 +722,25 @@ def test_what_a_body_does_at_its_end_is_saved_where_the_client_went_away(
     response = browser.get(f"/sync/{do(lambda request: StreamingHttpResponse(body()))}/")
     content = response.streaming_content
 
-    async def give_up() -> None:
+    async def disconnect() -> None:
         await anext(content)
         await content.aclose()
-        # What it came from is ended by the event loop, when nobody refers to it any more.
+        # The event loop closes the source generator when it is collected.
         await response._iterator.aclose()
         for _ in range(10_000):
             if not kept:
                 await asyncio.sleep(0.001)
 
     if browser.is_async:
-        async_to_sync(give_up)()
+        async_to_sync(disconnect)()
     else:
         next(iter(content))
         response.close()
     assert scopes == [True]
-    assert [pins.keys() for _, pins in kept] == [{"default"}]
+    assert [pins.keys() for _, pins in kept] == [{PinKey("default")}]
 
 
-def test_a_scope_of_a_body_lasts_for_all_of_its_parts(stream: Any) -> None:
+def test_scope_inside_streaming_content_spans_all_chunks(stream: Any) -> None:
     tokens_left: list[str | None] = []
 
     def parts() -> Iterator[bytes]:
@@ -755,10 +755,10 @@ def test_a_scope_of_a_body_lasts_for_all_of_its_parts(stream: Any) -> None:
     assert entered_scope() is None
 
 
-def test_keys_that_a_body_pins_are_kept(stream: Any) -> None:
+def test_keys_pinned_by_streaming_content_are_saved(stream: Any) -> None:
     def parts() -> Iterator[bytes]:
         yield b"one"
         pin_keys("order:42")
 
     stream(parts)
-    assert set(keyed.fetch("key", ["order:42"])) == {"default"}
+    assert set(keyed.load_pins("key", ["order:42"])) == {PinKey("default")}

@@ -1,29 +1,101 @@
+"""Pins and positions: serialised form, merging, and how long each of them counts."""
+
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from pinning_middleware.pins import Pin, live, merge_pins, merge_positions, pack, unpack
+from pinning_middleware.pins import (
+    POSITION_LIFETIME,
+    Pin,
+    PinKey,
+    PinKind,
+    Pins,
+    Points,
+    Position,
+    live,
+    merge_optional,
+    merge_pins,
+    merge_points,
+    merge_positions,
+    pack,
+    pins_of,
+    unpack,
+)
 
-PINS = [
+DEFAULT, USERS = PinKey("default"), PinKey("users")
+OBSERVED = PinKey("default", PinKind.OBSERVED)
+
+# Keys
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        (PinKey("default"), "w:default"),
+        (PinKey("default", PinKind.OBSERVED), "o:default"),
+        (PinKey("a:b~?"), "w:a:b~?"),
+        (PinKey(""), "w:"),
+        (PinKey(None), "w"),
+        (PinKey(None, PinKind.OBSERVED), "o"),
+    ],
+)
+def test_key_is_loaded_from_its_serialised_form(key: PinKey, text: str) -> None:
+    assert key.dump() == text
+    assert PinKey.load(text) == key
+
+
+@pytest.mark.parametrize("text", ["", "default", ":default", "x:default", "~default", "W:default"])
+def test_key_of_an_unknown_kind_raises_value_error(text: str) -> None:
+    with pytest.raises(ValueError, match="PinKind"):
+        PinKey.load(text)
+
+
+def test_pins_of_returns_both_kinds_of_one_pool() -> None:
+    pins = {DEFAULT: Pin(1.0), OBSERVED: Pin(2.0), USERS: Pin(3.0)}
+    assert pins_of(pins, "default") == (Pin(1.0), Pin(2.0))
+    assert pins_of(pins, "users") == (Pin(3.0), None)
+    assert pins_of({}, "default") == (None, None)
+
+
+# Serialised form
+
+PINS: list[dict[PinKey, Pin]] = [
     {},
-    {"default": Pin(100.0)},
-    {"default": Pin(100.5, 90.0)},
-    {"default": Pin(100.5, 0.0, {"1": 2**63})},
-    {"default": Pin(100.5, 90.0, {"1": 5, "2": 7}), "users": Pin(3.0)},
+    {DEFAULT: Pin(100.0)},
+    {DEFAULT: Pin(100.5, None, Position({"1": 2**63}))},
+    {DEFAULT: Pin(100.5, 90.0, Position({"1": 5, "2": 7})), USERS: Pin(3.0)},
+    {DEFAULT: Pin(100.5, None, Position({"0-1": 5, "5-1": 7}, frozenset({"5-1"})))},
+    {DEFAULT: Pin(100.5, 0.0, Position({"a": 0, "b": 1}, frozenset({"a", "b"})))},
+    {DEFAULT: Pin(9.0), OBSERVED: Pin(8.0, None, Position({"1": 5})), PinKey(None): Pin(7.0)},
 ]
 
 
 @pytest.mark.parametrize("pins", PINS)
-def test_what_is_packed_is_unpacked(pins: dict[str, Pin]) -> None:
+def test_unpack_returns_what_was_packed(pins: dict[PinKey, Pin]) -> None:
     assert unpack(json.loads(json.dumps(pack(pins)))) == pins
 
 
-def test_packing_leaves_out_what_says_nothing() -> None:
-    assert pack({"default": Pin(100.0004)}) == {"default": [100.0]}
+def test_pack_omits_defaults_and_rounds_to_milliseconds() -> None:
+    position = Position({"1": 5})
+    optional = Position({"b": 1, "a": 2}, frozenset({"b", "a"}))
+    assert pack(
+        {
+            DEFAULT: Pin(100.0004),
+            OBSERVED: Pin(100.0, None, position),
+            USERS: Pin(100.0, 90.0004, position),
+            PinKey(None): Pin(100.0, None, optional),
+        }
+    ) == {
+        "w:default": [100.0],
+        "o:default": [100.0, None, {"1": 5}],
+        "w:users": [100.0, 90.0, {"1": 5}],
+        "w": [100.0, None, {"b": 1, "a": 2}, ["a", "b"]],
+    }
 
 
 @pytest.mark.parametrize(
@@ -31,99 +103,293 @@ def test_packing_leaves_out_what_says_nothing() -> None:
     [
         None,
         [],
-        "default",
-        {"default": None},
-        {"default": 100},
-        {"default": []},
-        {"default": [1, 2, {}, 4]},
-        {"default": ["100"]},
-        {"default": [True]},
-        {"default": [None]},
-        {"default": [float("inf")]},
-        {"default": [float("nan")]},
-        {"default": [1, "0"]},
-        {"default": [1, 0, [5]]},
-        {"default": [1, 0, {"a": 1.5}]},
-        {"default": [1, 0, {"a": True}]},
-        {"default": [1, 0, {"a": "5"}]},
-        {"default": [1, 0, {7: 5}]},
+        "w:default",
+        {"w:default": None},
+        {"w:default": 100},
+        {"w:default": []},
+        {"w:default": [1, 2]},
+        {"w:default": [1, 2, {"a": 5}, [], 5]},
+        {"w:default": ["100"]},
+        {"w:default": [True]},
+        {"w:default": [None]},
+        {"w:default": [float("inf")]},
+        {"w:default": [float("nan")]},
+        {"w:default": [1, "0", {"a": 5}]},
+        {"w:default": [1, float("inf"), {"a": 5}]},
+        {"w:default": [1, 0, {}]},
+        {"w:default": [1, 0, None]},
+        {"w:default": [1, 0, [5]]},
+        {"w:default": [1, 0, {"a": 1.5}]},
+        {"w:default": [1, 0, {"a": True}]},
+        {"w:default": [1, 0, {"a": "5"}]},
+        {"w:default": [1, 0, {7: 5}]},
+        {"w:default": [1, 0, {"a": 5}, "a"]},
+        {"w:default": [1, 0, {"a": 5}, {"a": 5}]},
+        {"w:default": [1, 0, {"a": 5}, None]},
+        {"w:default": [1, 0, {"a": 5}, [7]]},
         {7: [1]},
+        {"default": [1]},
+        {"~default": [1]},
     ],
 )
-def test_nothing_else_is_unpacked(packed: Any) -> None:
-    with pytest.raises(ValueError, match=r"pin|position|number|text|names"):
+def test_unpack_of_anything_else_raises_value_error(packed: Any) -> None:
+    with pytest.raises(ValueError, match=r"pin|position|offset|optional|times|names|PinKind"):
         unpack(packed)
+
+
+# Positions
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "both"),
+    [
+        ({}, {}, {}),
+        ({"1": 5}, {}, {"1": 5}),
+        ({"1": 10}, {"1": 9}, {"1": 10}),
+        ({"1": 5, "2": 1}, {"1": 4, "3": 0}, {"1": 5, "2": 1, "3": 0}),
+    ],
+)
+def test_merged_points_have_the_larger_offset_of_each_log(
+    one: Points, other: Points, both: Points
+) -> None:
+    assert merge_points(one, other) == merge_points(other, one) == both
 
 
 @pytest.mark.parametrize(
     ("one", "other", "both"),
     [
         (None, None, None),
-        ({"1": 5}, None, {"1": 5}),
-        (None, {"1": 5}, {"1": 5}),
-        ({"1": 5}, {"1": 7}, {"1": 7}),
-        ({"1": 10}, {"1": 9}, {"1": 10}),
-        ({"1": 5, "2": 1}, {"1": 4, "3": 2}, {"1": 5, "2": 1, "3": 2}),
+        (Position({"1": 5}), None, Position({"1": 5})),
+        (Position({"1": 5}), Position({"1": 7}), Position({"1": 7})),
+        (
+            Position({"1": 5, "2": 1}),
+            Position({"1": 4, "3": 2}),
+            Position({"1": 5, "2": 1, "3": 2}),
+        ),
     ],
 )
-def test_merged_positions_include_both(one: Any, other: Any, both: Any) -> None:
-    assert merge_positions(one, other) == both
-    assert merge_positions(other, one) == both
+def test_merged_position_includes_both(
+    one: Position | None, other: Position | None, both: Position | None
+) -> None:
+    assert merge_positions(one, other) == merge_positions(other, one) == both
+
+
+@pytest.mark.parametrize("one", [frozenset(), frozenset({"a"})])
+@pytest.mark.parametrize("other", [frozenset(), frozenset({"b"})])
+def test_log_of_only_one_position_stays_optional_or_required(
+    one: frozenset[str], other: frozenset[str]
+) -> None:
+    first, second = Position({"a": 1}, one), Position({"b": 1}, other)
+    expected = Position({"a": 1, "b": 1}, one | other)
+    assert merge_positions(first, second) == merge_positions(second, first) == expected
+
+
+def test_log_is_optional_only_if_it_is_in_both_positions() -> None:
+    optional = Position({"a": 5}, frozenset({"a"}))
+    required = Position({"a": 3})
+    assert merge_positions(optional, optional) == optional
+    assert merge_positions(optional, required) == Position({"a": 5})
+    assert merge_positions(required, optional) == Position({"a": 5})
+
+
+# How long a pin counts
+
+
+def test_pin_without_position_counts_until_its_end() -> None:
+    pins = {PinKey("early"): Pin(10.0), PinKey("late"): Pin(20.0)}
+    assert live(pins, 9.9) == pins
+    assert live(pins, 10.0) == {PinKey("late"): Pin(20.0)}
+    assert live(pins, 20.0, 15.0) == {}
+
+
+def test_pin_with_position_counts_for_its_lifetime_after_the_write() -> None:
+    window, written = 15.0, 1000.0
+    pin = Pin(written + window, None, Position({"1": 9}))
+    end = written + POSITION_LIFETIME
+    assert pin.is_live(written + window, window)
+    assert pin.is_live(end - 0.1, window)
+    assert not pin.is_live(end, window)
+    assert live({DEFAULT: pin}, end - 0.1, window) == {DEFAULT: pin}
+    assert live({DEFAULT: pin}, end, window) == {}
+
+
+def test_window_longer_than_the_lifetime_of_positions_is_kept() -> None:
+    window = 2 * POSITION_LIFETIME
+    pin = Pin(window, None, Position({"1": 9}))
+    assert pin.is_live(window - 1, window)
+    assert not pin.is_live(window, window)
+
+
+@pytest.mark.parametrize(
+    ("pin", "end"),
+    [
+        (Pin(100.0), 100.0),
+        (Pin(100.0, 50.0), 100.0),
+        (Pin(100.0, None, Position({"1": 9})), None),
+        (Pin(100.0, 50.0, Position({"1": 9})), 50.0),
+        (Pin(100.0, 120.0, Position({"1": 9})), 120.0),
+    ],
+)
+def test_pin_is_primary_only_until_its_position_counts(pin: Pin, end: float | None) -> None:
+    if end is None:
+        assert not pin.is_primary_only(0.0)
+        return
+    assert pin.primary_only_end == end
+    assert pin.is_primary_only(end - 0.1)
+    assert not pin.is_primary_only(end)
+
+
+# Merging pins
 
 
 def test_merged_pins_keep_the_latest_end_and_the_newest_position() -> None:
-    """Of two parallel requests neither takes back what the other one promised."""
-    one = {"default": Pin(100.0, 50.0, {"1": 9}), "users": Pin(7.0)}
-    other = {"default": Pin(90.0, 60.0, {"1": 10})}
-    merged = {"default": Pin(100.0, 60.0, {"1": 10}), "users": Pin(7.0)}
+    one = {DEFAULT: Pin(100.0, 50.0, Position({"1": 9})), USERS: Pin(7.0)}
+    other = {DEFAULT: Pin(90.0, 60.0, Position({"1": 10}))}
+    merged = {DEFAULT: Pin(100.0, 60.0, Position({"1": 10})), USERS: Pin(7.0)}
     assert merge_pins(one, other) == merge_pins(other, one) == merged
     assert merge_pins() == {}
 
 
-def test_a_pin_lives_until_its_end() -> None:
-    pins = {"early": Pin(10.0), "late": Pin(20.0)}
-    assert live(pins, 9.9) == pins
-    assert live(pins, 10.0) == {"late": Pin(20.0)}
-    assert live(pins, 20.0) == {}
+def test_kinds_of_pins_are_merged_apart() -> None:
+    one = {DEFAULT: Pin(100.0), OBSERVED: Pin(90.0)}
+    merged = merge_pins(one, {OBSERVED: Pin(95.0)})
+    assert {key: pin.until for key, pin in merged.items()} == {DEFAULT: 100.0, OBSERVED: 95.0}
 
 
-@pytest.mark.parametrize(("now", "waits_for"), [(49.0, None), (50.0, {"1": 9}), (99.0, {"1": 9})])
-def test_a_position_does_not_free_what_is_held(now: float, waits_for: Any) -> None:
-    assert Pin(100.0, 50.0, {"1": 9}).waits_for(now) == waits_for
-    assert Pin(100.0).waits_for(now) is None
+def test_pin_without_position_delays_the_position_of_another() -> None:
+    merged = Pin(10.0).merge(Pin(9.0, None, Position({"1": 5})))
+    assert merged == Pin(10.0, 10.0, Position({"1": 5}))
+    assert merged.primary_only_end == 10.0
 
 
-# Merging, as a property
+def test_merge_of_other_logs_is_primary_only_until_the_older_window_ends() -> None:
+    """No replica may ever follow the log of a former primary again."""
+    old, new = Pin(100.0, None, Position({"ff-1": 9})), Pin(105.0, None, Position({"ff-2": 3}))
+    assert old.merge(new) == new.merge(old) == Pin(105.0, 100.0, Position({"ff-2": 3}))
 
 
-def holds(pin: Pin, now: float, replayed: dict[str, int]) -> bool:
-    """Return whether a replica that has this must not serve yet."""
-    if now >= pin.until:
+def test_merge_optional_returns_none_without_any_pin() -> None:
+    assert merge_optional(None, None) is None
+    assert merge_optional(Pin(1.0), None) == merge_optional(None, Pin(1.0)) == Pin(1.0)
+    assert normalised(merge_optional(Pin(1.0), Pin(2.0))) == normalised(Pin(2.0))
+
+
+# Merging as a property
+
+WINDOW = 5.0
+
+
+def rejects(pin: Pin, now: float, replayed: Points) -> bool:
+    """Return whether a replica must not serve, by this pin."""
+    if not pin.is_live(now, WINDOW):
         return False
-    if now < pin.held_until:
+    if pin.is_primary_only(now):
         return True
-    return any(replayed.get(log, -1) < point for log, point in (pin.position or {}).items())
+    position = pin.position or Position({})
+    return any(
+        replayed.get(log, -1) < offset
+        for log, offset in position.points.items()
+        if log not in position.optional or log in replayed
+    )
 
 
-def test_a_merge_never_shortens_a_promise() -> None:
-    drawn = random.Random(7)
+def random_position(generator: random.Random, logs: list[str]) -> Position:
+    optional = frozenset(log for log in logs if generator.random() < 0.3)
+    return Position({log: generator.randrange(4) for log in logs}, optional)
 
-    def draw() -> Pin:
-        logs = drawn.sample(["a-1", "a-2", "b-1"], drawn.randrange(3))
-        position = {log: drawn.randrange(4) for log in logs} or None
-        return Pin(drawn.randrange(1, 6), drawn.randrange(4) if position else 0.0, position)
+
+def random_pin(generator: random.Random, logs: Callable[[], list[str]]) -> Pin:
+    until = float(generator.randrange(1, 6))
+    if generator.random() < 0.3:
+        return Pin(until)
+    end = generator.choice([None, float(generator.randrange(1, 6))])
+    return Pin(until, end, random_position(generator, logs()))
+
+
+def same_logs() -> list[str]:
+    return ["a", "b"]
+
+
+def test_merging_positions_is_commutative_associative_and_idempotent() -> None:
+    generator = random.Random(5)
+
+    def draw() -> Position | None:
+        logs = generator.sample(["a", "b", "c"], generator.randrange(4))
+        return random_position(generator, logs) if logs else None
 
     for _ in range(3000):
-        one, other = draw(), draw()
-        merged = one.merge(other)
-        for now in range(7):
-            for a in range(-1, 4):
-                for b in range(-1, 4):
-                    replayed = {"a-1": a, "a-2": b, "b-1": drawn.randrange(-1, 4)}
-                    if holds(one, now, replayed) or holds(other, now, replayed):
-                        assert holds(merged, now, replayed), (one, other, now, replayed)
+        one, two, three = draw(), draw(), draw()
+        assert merge_positions(one, two) == merge_positions(two, one)
+        left = merge_positions(merge_positions(one, two), three)
+        assert left == merge_positions(one, merge_positions(two, three))
+        assert merge_positions(one, one) == one
 
 
-def test_without_a_position_a_pin_is_held_until_its_end() -> None:
-    assert Pin(10.0).held_until == 10.0
-    assert Pin(10.0).merge(Pin(9.0, 0.0, {"1": 5})).held_until == 10.0
+def normalised(pin: Pin | None) -> Any:
+    return pin and (pin.until, pin.primary_only_end, pin.position)
+
+
+def test_merging_pins_of_the_same_logs_is_commutative_associative_and_idempotent() -> None:
+    generator = random.Random(6)
+    for _ in range(3000):
+        one, two, three = (random_pin(generator, same_logs) for _ in range(3))
+        assert normalised(one.merge(two)) == normalised(two.merge(one))
+        left, right = one.merge(two).merge(three), one.merge(two.merge(three))
+        assert normalised(left) == normalised(right)
+        assert normalised(one.merge(one)) == normalised(one)
+
+
+def test_merging_pins_of_other_logs_is_commutative() -> None:
+    one, other = Pin(3.0, None, Position({"ff-1": 9})), Pin(3.0, None, Position({"ff-2": 3}))
+    assert normalised(one.merge(other)) == normalised(other.merge(one))
+
+
+def test_merging_pins_of_the_same_logs_shortens_neither() -> None:
+    """Also after the windows, while positions still count."""
+    generator = random.Random(7)
+    times = [*(float(t) for t in range(8)), POSITION_LIFETIME - 5, POSITION_LIFETIME - 1]
+    for _ in range(1000):
+        one, other = random_pin(generator, same_logs), random_pin(generator, same_logs)
+        assert_shortens_neither(one, other, times, generator)
+
+
+def test_merging_pins_of_other_logs_shortens_neither_inside_its_window() -> None:
+    generator = random.Random(8)
+
+    def some_logs() -> list[str]:
+        return generator.sample(["a", "b", "c"], generator.randrange(1, 3))
+
+    for _ in range(3000):
+        one, other = random_pin(generator, some_logs), random_pin(generator, some_logs)
+        times = [t / 2 for t in range(12) if t / 2 < min(one.until, other.until)]
+        assert_shortens_neither(one, other, times, generator)
+
+
+def assert_shortens_neither(
+    one: Pin, other: Pin, times: list[float], generator: random.Random
+) -> None:
+    merged = one.merge(other)
+    for now in times:
+        for _ in range(8):
+            logs = generator.sample(["a", "b", "c"], generator.randrange(4))
+            replayed = {log: generator.randrange(4) for log in logs}
+            if rejects(one, now, replayed) or rejects(other, now, replayed):
+                assert rejects(merged, now, replayed), (one, other, merged, now, replayed)
+
+
+def test_merging_pins_of_many_requests_keeps_each_pool() -> None:
+    generator = random.Random(9)
+    keys = [DEFAULT, OBSERVED, USERS]
+
+    def draw() -> Pins:
+        chosen = generator.sample(keys, generator.randrange(4))
+        return {key: random_pin(generator, same_logs) for key in chosen}
+
+    for _ in range(500):
+        several = [draw() for _ in range(4)]
+        shuffled = generator.sample(several, len(several))
+        merged, other = merge_pins(*several), merge_pins(*shuffled)
+        assert merged.keys() == other.keys() == {key for pins in several for key in pins}
+        assert {k: normalised(p) for k, p in merged.items()} == {
+            k: normalised(p) for k, p in other.items()
+        }

@@ -1,4 +1,4 @@
-"""The routing rules, first match wins, each with what it wins over."""
+"""The routing rules: the first match wins, tested with the rules it precedes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from pinning_middleware import (
     use_primary,
     use_replica,
 )
+from pinning_middleware.pins import PoolKey
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.scope import current_scope
 from pinning_middleware.testing import capture_reads
@@ -37,12 +38,12 @@ def atomic_requests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def mirrored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What `TEST = {"MIRROR": "default"}` makes of the replicas."""
+    """Configure the replicas like `TEST = {"MIRROR": "default"}`."""
     name = connections.settings["default"]["NAME"]
     for alias in ("replica1", "replica2"):
         connections[alias].close()
         monkeypatch.setitem(connections.settings[alias], "NAME", name)
-    with override_settings(PINNING_SECONDS=15):  # pools that have not looked yet
+    with override_settings(PINNING_SECONDS=15):  # pools that have not checked for mirrors yet
         yield
 
 
@@ -51,7 +52,7 @@ def all_verbs(request: Any) -> str:
         return where()
 
 
-# Rule 1: no replica.
+# Rule 1: no replica
 
 
 @pytest.mark.parametrize(
@@ -63,22 +64,24 @@ def all_verbs(request: Any) -> str:
         {"PINNING_REPLICAS": {"default": []}},
     ],
 )
-def test_rule_1_without_replicas_the_primary_serves(visit: Visit, settings: dict[str, Any]) -> None:
-    """Rule 1 is stronger than `use_replica`."""
+def test_rule_1_pool_without_replicas_uses_the_primary(
+    visit: Visit, settings: dict[str, Any]
+) -> None:
+    """Rule 1 takes precedence over `use_replica`."""
     with override_settings(**settings):
         assert visit() == "default"
         assert visit(all_verbs) == "default"
     assert is_replica(visit())
 
 
-def test_the_kill_switch_lets_nothing_go_out(visit: Visit) -> None:
+def test_disabled_setting_uses_the_primary_and_stores_nothing(visit: Visit) -> None:
     with override_settings(PINNING_ENABLED=False):
         visit(lambda request: Book.objects.create())
         visit(lambda request: pin_this_request())
         assert not visit.browser.cookies
 
 
-# Rule 2: blocks.
+# Rule 2: overrides
 
 
 def test_rule_2_wins_over_a_transaction(visit: Visit) -> None:
@@ -105,9 +108,7 @@ def test_rule_2_wins_over_the_pin_of_an_earlier_request(visit: Visit) -> None:
 
 
 @pytest.mark.usefixtures("named")
-def test_rule_2_wins_over_where_an_instance_came_from(
-    visit: Visit, named: Callable[..., None]
-) -> None:
+def test_rule_2_wins_over_the_instance_hint(visit: Visit, named: Callable[..., None]) -> None:
     named()
 
     def action(request: Any) -> str:
@@ -118,7 +119,7 @@ def test_rule_2_wins_over_where_an_instance_came_from(
     assert visit(action) == "default"
 
 
-# Rule 3: transactions and locking reads.
+# Rule 3: transactions and locking reads
 
 
 def in_transaction(request: Any) -> tuple[str, str]:
@@ -126,11 +127,11 @@ def in_transaction(request: Any) -> tuple[str, str]:
         return where(), where()
 
 
-def test_rule_3_reads_in_a_transaction_are_the_primarys(visit: Visit) -> None:
+def test_rule_3_reads_in_a_transaction_use_the_primary(visit: Visit) -> None:
     assert visit(in_transaction) == ("default", "default")
 
 
-def test_a_transaction_leaves_no_pin(visit: Visit) -> None:
+def test_transaction_without_a_write_does_not_pin(visit: Visit) -> None:
     def action(request: Any) -> tuple[str, ...]:
         return (where(), *in_transaction(request), where())
 
@@ -141,7 +142,7 @@ def test_a_transaction_leaves_no_pin(visit: Visit) -> None:
     assert not visit.browser.cookies
 
 
-def test_a_transaction_elsewhere_does_not_count(visit: Visit) -> None:
+def test_transaction_on_another_database_is_ignored(visit: Visit) -> None:
     def action(request: Any) -> str:
         with transaction.atomic(using="users"):
             return where()
@@ -149,7 +150,7 @@ def test_a_transaction_elsewhere_does_not_count(visit: Visit) -> None:
     assert is_replica(visit(action))
 
 
-def test_autocommit_off_by_hand_is_a_transaction(browser: Browser, do: Any) -> None:
+def test_disabled_autocommit_is_a_transaction(browser: Browser, do: Any) -> None:
     seen: list[str] = []
 
     def action(request: Any) -> str:
@@ -169,8 +170,8 @@ def test_autocommit_off_by_hand_is_a_transaction(browser: Browser, do: Any) -> N
 
 @pytest.mark.usefixtures("atomic_requests")
 @pytest.mark.parametrize("kind", ["sync", "non-atomic"])
-def test_the_transaction_around_a_view_does_not_count(browser: Browser, do: Any, kind: str) -> None:
-    """A site with ATOMIC_REQUESTS uses its replicas; an `atomic()` of the view's own counts."""
+def test_transaction_of_atomic_requests_is_ignored(browser: Browser, do: Any, kind: str) -> None:
+    """A site with ATOMIC_REQUESTS uses its replicas; an explicit `atomic()` counts."""
     seen: list[Any] = []
 
     def action(request: Any) -> str:
@@ -185,7 +186,9 @@ def test_the_transaction_around_a_view_does_not_count(browser: Browser, do: Any,
 
 
 @pytest.mark.usefixtures("atomic_requests")
-def test_a_transaction_of_another_thread_of_such_a_view_counts(browser: Browser, do: Any) -> None:
+def test_transaction_of_another_thread_under_atomic_requests_counts(
+    browser: Browser, do: Any
+) -> None:
     seen: list[str] = []
 
     def work() -> None:
@@ -207,7 +210,7 @@ def test_a_transaction_of_another_thread_of_such_a_view_counts(browser: Browser,
 
 
 @pytest.mark.usefixtures("atomic_requests")
-def test_a_write_in_the_transaction_around_a_view_pins(browser: Browser, do: Any) -> None:
+def test_write_under_atomic_requests_pins(browser: Browser, do: Any) -> None:
     seen = []
 
     def action(request: Any) -> str:
@@ -221,8 +224,8 @@ def test_a_write_in_the_transaction_around_a_view_pins(browser: Browser, do: Any
 
 
 @pytest.mark.usefixtures("atomic_requests")
-def test_a_transaction_of_a_streaming_body_counts(browser: Browser, do: Any) -> None:
-    """The one around the view is over when the body runs."""
+def test_transaction_of_streaming_content_counts(browser: Browser, do: Any) -> None:
+    """The transaction of the view has ended when the content is generated."""
     from django.http import StreamingHttpResponse
 
     seen = []
@@ -255,11 +258,11 @@ def _consume(response: Any) -> None:
 
 @pytest.mark.django_db(databases="__all__")
 class TestInsideTestCase:
-    """In a `TestCase` each test is a transaction, which the code under test did not ask for."""
+    """In a `TestCase` each test runs in a transaction that the code did not open."""
 
     pytestmark = pytest.mark.django_db(databases="__all__")
 
-    def test_its_transaction_does_not_count(self, browser: Browser, do: Any) -> None:
+    def test_transaction_of_the_test_case_is_ignored(self, browser: Browser, do: Any) -> None:
         seen = []
 
         def action(request: Any) -> str:
@@ -275,13 +278,13 @@ class TestInsideTestCase:
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_a_locking_read_holds_the_rest_of_the_scope_without_a_pin(
+def test_locking_read_keeps_the_scope_on_the_primary_without_a_pin(
     visit: Visit, by_hand: bool
 ) -> None:
-    """SQLite has no locking read, so the scope is told of one as `writes` would tell it."""
+    """SQLite has no locking reads, so one is recorded in the scope directly."""
 
     def action(request: Any) -> tuple[str, bool]:
-        current_scope()["default"].note_lock()
+        current_scope().record_lock(PoolKey("default"))
         if by_hand:
             unpin_this_request()
         return where(), is_pinned()
@@ -292,10 +295,10 @@ def test_a_locking_read_holds_the_rest_of_the_scope_without_a_pin(
     assert is_replica(visit())
 
 
-# Rule 4: written, pinned by hand, or of a method.
+# Rule 4: written, pinned manually, or by method
 
 
-def test_rule_4_a_write_pins_the_rest_of_the_scope(visit: Visit) -> None:
+def test_rule_4_write_pins_the_rest_of_the_scope(visit: Visit) -> None:
     def action(request: Any) -> tuple[str, bool, str, bool]:
         before, pinned_before = where(), is_pinned()
         Book.objects.create()
@@ -306,7 +309,7 @@ def test_rule_4_a_write_pins_the_rest_of_the_scope(visit: Visit) -> None:
     assert (pinned_before, after, pinned_after) == (False, "default", True)
 
 
-def test_rule_4_a_pin_by_hand(visit: Visit) -> None:
+def test_rule_4_manual_pin(visit: Visit) -> None:
     def action(request: Any) -> tuple[str, bool]:
         pin_this_request()
         return where(), is_pinned()
@@ -317,7 +320,7 @@ def test_rule_4_a_pin_by_hand(visit: Visit) -> None:
 
 @pytest.mark.parametrize("method", ["get", "head", "options", "post", "put", "patch", "delete"])
 def test_rule_4_methods(visit: Visit, method: str) -> None:
-    """A POST reads from the primary; one that wrote nothing leaves no pin."""
+    """A POST reads from the primary; without a write it sets no pin."""
     writes = method in ("post", "put", "patch", "delete")
 
     def action(request: Any) -> tuple[bool, bool]:
@@ -329,16 +332,14 @@ def test_rule_4_methods(visit: Visit, method: str) -> None:
 
 
 @override_settings(PINNING_PRIMARY_METHODS=("GET",))
-def test_rule_4_methods_of_the_setting(visit: Visit) -> None:
+def test_rule_4_methods_follow_the_setting(visit: Visit) -> None:
     assert visit() == "default"
     assert is_replica(visit(None, "post"))
 
 
 @pytest.mark.usefixtures("named")
-def test_rule_4_wins_over_where_an_instance_came_from(
-    visit: Visit, named: Callable[..., None]
-) -> None:
-    """What was read before the write is stale after it."""
+def test_rule_4_wins_over_the_instance_hint(visit: Visit, named: Callable[..., None]) -> None:
+    """An instance read before the write is stale after it."""
     named()
 
     def action(request: Any) -> str:
@@ -349,11 +350,11 @@ def test_rule_4_wins_over_where_an_instance_came_from(
     assert visit(action) == "default"
 
 
-# Rule 5: pins of earlier scopes.
+# Rule 6: inherited pins (rule 5 is tested in test_routers.py)
 
 
-def test_rule_5_the_pin_of_an_earlier_request(visit: Visit, clock: FrozenDateTimeFactory) -> None:
-    """Without a position: the primary until the window ends."""
+def test_rule_6_pin_of_an_earlier_request(visit: Visit, clock: FrozenDateTimeFactory) -> None:
+    """Without a position, the pin lasts until the window ends."""
     visit(lambda request: Book.objects.create())
     clock.tick(14)
     assert visit(lambda request: (where(), is_pinned())) == ("default", True)
@@ -363,7 +364,7 @@ def test_rule_5_the_pin_of_an_earlier_request(visit: Visit, clock: FrozenDateTim
     assert not visit(lambda request: is_pinned())
 
 
-def test_a_carried_pin_ends_within_a_long_request(
+def test_inherited_pin_expires_during_a_long_request(
     visit: Visit, clock: FrozenDateTimeFactory
 ) -> None:
     visit(lambda request: Book.objects.create())
@@ -378,10 +379,10 @@ def test_a_carried_pin_ends_within_a_long_request(
     assert is_replica(after)
 
 
-# Rule 6 is test_routers.py. Rule 7: turns.
+# Rule 7: round robin
 
 
-def test_rule_7_one_replica_for_each_request_by_turns(visit: Visit) -> None:
+def test_rule_7_each_request_uses_the_next_replica(visit: Visit) -> None:
     seen = [visit(lambda request: {where() for _ in range(5)}) for _ in range(4)]
     assert all(len(aliases) == 1 for aliases in seen)
     turns = [aliases.pop() for aliases in seen]
@@ -390,7 +391,7 @@ def test_rule_7_one_replica_for_each_request_by_turns(visit: Visit) -> None:
 
 
 @override_settings(PINNING_BALANCE_BY="query")
-def test_rule_7_one_replica_for_each_read(visit: Visit, named: Callable[..., None]) -> None:
+def test_rule_7_each_read_uses_the_next_replica(visit: Visit, named: Callable[..., None]) -> None:
     named()
     turns = visit(lambda request: [str(Book.objects.get()) for _ in range(6)])
     assert Counter(turns) == {"replica1": 3, "replica2": 3}
@@ -398,7 +399,7 @@ def test_rule_7_one_replica_for_each_read(visit: Visit, named: Callable[..., Non
 
 
 @override_settings(PINNING_BALANCE_BY="query")
-def test_rule_7_what_asks_twice_for_one_read_spreads_evenly(
+def test_rule_7_reads_routed_twice_are_spread_evenly(
     visit: Visit, named: Callable[..., None]
 ) -> None:
     named()
@@ -422,7 +423,7 @@ def test_rule_7_weights() -> None:
     assert Counter(turns) == {"replica1": 6, "replica2": 2}
 
 
-def test_rule_7_the_first_turn_is_drawn() -> None:
+def test_rule_7_first_replica_is_randomised() -> None:
     seen = set()
     for _ in range(64):
         with override_settings(PINNING_REPLICAS=["replica1", "replica2"]), pinning_scope():
@@ -430,18 +431,18 @@ def test_rule_7_the_first_turn_is_drawn() -> None:
     assert seen == {"replica1", "replica2"}
 
 
-# Test mirrors.
+# Test mirrors
 
 
 @pytest.mark.usefixtures("mirrored")
-def test_a_mirror_is_answered_with_the_primarys_alias(visit: Visit) -> None:
-    """So that a `TestCase` sees its own uncommitted rows."""
+def test_read_of_a_mirror_returns_the_alias_of_the_primary(visit: Visit) -> None:
+    """A `TestCase` then sees its own uncommitted rows."""
     assert visit() == "default"
     assert visit(all_verbs) == "default"
 
 
 @pytest.mark.usefixtures("mirrored")
-def test_what_names_the_primary_beside_a_mirror_is_no_read_of_a_replica() -> None:
+def test_explicit_read_of_the_primary_is_not_counted_for_its_mirror() -> None:
     with pinning_scope(), capture_reads() as reads:
         Book.objects.count()
         Book.objects.using("default").count()
@@ -455,7 +456,7 @@ def test_what_names_the_primary_beside_a_mirror_is_no_read_of_a_replica() -> Non
 
 @pytest.mark.parametrize("part", ["HOST", "PORT", "ENGINE"])
 @pytest.mark.usefixtures("mirrored")
-def test_another_server_is_no_mirror(
+def test_alias_of_another_server_is_not_a_mirror(
     visit: Visit, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     for alias in ("replica1", "replica2"):
@@ -467,10 +468,10 @@ def test_another_server_is_no_mirror(
     "option", ["target_session_attrs", "load_balance_hosts", "host", "hostaddr", "port", "service"]
 )
 @pytest.mark.usefixtures("mirrored")
-def test_another_way_into_a_list_of_hosts_is_no_mirror(
+def test_alias_with_other_target_session_attrs_is_not_a_mirror(
     monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
-    """`read-write` and `prefer-standby` lead to two servers."""
+    """`read-write` and `prefer-standby` resolve to different servers."""
     monkeypatch.setitem(connections.settings["default"], "OPTIONS", {option: "one"})
     monkeypatch.setitem(connections.settings["replica1"], "OPTIONS", {option: "other"})
     monkeypatch.setitem(connections.settings["replica2"], "OPTIONS", {option: "one"})
@@ -479,7 +480,7 @@ def test_another_way_into_a_list_of_hosts_is_no_mirror(
 
 
 @pytest.mark.usefixtures("mirrored")
-def test_another_user_of_one_server_is_a_mirror(
+def test_alias_with_another_user_of_one_server_is_a_mirror(
     visit: Visit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for alias in ("replica1", "replica2"):
@@ -487,11 +488,11 @@ def test_another_user_of_one_server_is_a_mirror(
     assert visit() == "default"
 
 
-# Several threads, several pools, changed settings.
+# Threads, pools and changed settings
 
 
-def test_each_thread_looks_at_its_own_transaction() -> None:
-    """The transaction of one thread keeps nobody else from the replicas."""
+def test_transaction_affects_only_its_own_thread() -> None:
+    """Reads of other threads use replicas."""
     seen = []
 
     def ask() -> None:
@@ -506,7 +507,7 @@ def test_each_thread_looks_at_its_own_transaction() -> None:
     assert is_replica(seen[0])
 
 
-def test_pools_are_made_anew_when_the_settings_change() -> None:
+def test_pools_are_rebuilt_when_settings_change() -> None:
     before = pools()
     with override_settings(PINNING_REPLICAS={"users": ["users_replica"]}):
         assert list(pools().by_primary) == ["users"]
@@ -516,6 +517,6 @@ def test_pools_are_made_anew_when_the_settings_change() -> None:
 
 @pytest.mark.parametrize("call", [is_pinned, pin_this_request, unpin_this_request])
 @pytest.mark.parametrize("alias", ["replica1", "users", "typo"])
-def test_an_alias_that_is_no_primary(call: Callable[..., Any], alias: str) -> None:
+def test_alias_that_is_not_a_primary_raises(call: Callable[..., Any], alias: str) -> None:
     with pytest.raises(ValueError, match=rf"'{alias}' is not a primary .*\('default'\)"):
         call(alias)

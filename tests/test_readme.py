@@ -1,4 +1,4 @@
-"""The README is true: its Python runs, and its settings are those of the code."""
+"""The README is correct: its Python runs, and its settings match the code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEADING = re.compile(r"^#### ((?:`PINNING_\w+`(?:, )?)+): .*?`([^`]+)`$", re.MUL
 
 @pytest.fixture
 def shop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the blocks call a shop."""
+    """The names that the README's blocks import from `shop`."""
     module = ModuleType("shop.routers")
     module.UsersRouter = UsersRouter  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "shop.routers", module)
@@ -39,7 +39,7 @@ def settings_of(namespace: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.django_db(transaction=True, databases="__all__")
 @pytest.mark.filterwarnings("ignore:Overriding setting DATABASES")
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0][:40])
-def test_a_block_runs(block: str, shop: None) -> None:
+def test_readme_block_runs(block: str, shop: None) -> None:
     namespace: dict[str, Any] = {
         "__name__": "tests.app.readme",
         "HttpResponse": HttpResponse,
@@ -51,7 +51,7 @@ def test_a_block_runs(block: str, shop: None) -> None:
         assert import_string(path)
 
 
-def test_the_settings_of_the_install_are_all_that_is_needed() -> None:
+def test_install_settings_are_sufficient() -> None:
     namespace: dict[str, Any] = {}
     exec(next(block for block in BLOCKS if block.startswith("INSTALLED_APPS")), namespace)
     settings = settings_of(namespace)
@@ -74,6 +74,6 @@ def test_every_public_name_is_documented() -> None:
         assert name in README, name
 
 
-def test_files_that_the_readme_shows_are_there() -> None:
+def test_files_in_the_readme_exist() -> None:
     for path in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (Path(__file__).parent.parent / path).exists(), path

@@ -1,4 +1,4 @@
-"""Users whom Django REST framework finds inside the view."""
+"""Users that Django REST framework authenticates inside the view."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = [
 
 
 class ByName(BaseAuthentication):
-    """As little as an authentication class may be; it reads no database."""
+    """A minimal authentication class without queries."""
 
     def authenticate(self, request: Any) -> Any:
         name = request.headers.get("X-User")
@@ -66,28 +66,29 @@ def ask(name: str, user: str | None, method: str = "get") -> str:
     return str(getattr(Client(), method)(f"/{name}/", headers=headers).json())
 
 
-def test_the_pins_of_who_is_found_in_the_view_count() -> None:
+def test_pins_of_the_user_authenticated_in_the_view_apply() -> None:
     ask("pinned", "7", "post")
     assert ask("pinned", "7") == "default"
     assert is_replica(ask("pinned", "8"))
     assert is_replica(ask("pinned", None))
 
 
-def test_without_it_they_are_saved_and_not_found() -> None:
+def test_pins_without_pinned_authentication_are_saved_and_not_loaded() -> None:
     ask("plain", "7", "post")
     assert is_replica(ask("plain", "7"))
     assert ask("pinned", "7") == "default"
 
 
-def test_the_kill_switch_is_heeded() -> None:
+def test_disabled_setting_is_respected() -> None:
     ask("pinned", "7", "post")
     with override_settings(PINNING_ENABLED=False):
         calls.clear()
         assert ask("pinned", "7") == "default"
         assert not calls
-        assert entered_scope() is None or not entered_scope().carried  # type: ignore[union-attr]
+        scope = entered_scope()
+        assert scope is None or not scope.inherited_pins
 
 
-def test_a_class_keeps_its_name() -> None:
+def test_decorated_class_keeps_its_name() -> None:
     assert pinned(ByName).__name__ == "ByName"
     assert issubclass(pinned(ByName), ByName)

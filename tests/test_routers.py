@@ -36,7 +36,7 @@ def prefetched_tag(books: QuerySet[Book]) -> Tag:
     return next(iter(books)).tags.all()[0]
 
 
-# Everything that starts a read from a book, and returns an instance.
+# Reads that start from a book and return an instance.
 FROM_A_BOOK: dict[str, Callable[[Book], Model]] = {
     "foreign key": lambda book: book.author,
     "reverse foreign key": lambda book: book.author.book_set.get(),
@@ -46,7 +46,7 @@ FROM_A_BOOK: dict[str, Callable[[Book], Model]] = {
     "iterator": lambda book: next(book.tags.iterator()),
     "in_bulk": lambda book: book.tags.in_bulk()[1],
 }
-# Everything that starts a read from nothing.
+# Reads that start from a manager.
 FROM_NOTHING: dict[str, Callable[[], Model]] = {
     "get": lambda: Book.objects.get(),
     "iterator": lambda: next(Book.objects.iterator()),
@@ -75,7 +75,7 @@ def filled(named: Callable[..., None]) -> None:
 
 
 @pytest.fixture
-def noted() -> Book:
+def book_with_notes() -> Book:
     """A book with two notes, which the replicas have as well."""
     book = Book.objects.create(title="noted")
     book.notes.create(text="one")
@@ -87,8 +87,8 @@ def noted() -> Book:
 
 @pytest.mark.usefixtures("filled")
 @pytest.mark.parametrize("read", FROM_NOTHING.values(), ids=FROM_NOTHING.keys())
-def test_reads_go_to_one_replica(visit: Visit, read: Callable[[], Model]) -> None:
-    """All queries of one expression read one replica, and the instance is of the pool."""
+def test_reads_use_one_replica(visit: Visit, read: Callable[[], Model]) -> None:
+    """All queries of an expression read one replica, and the instance belongs to the pool."""
 
     def action(request: Any) -> tuple[str, str | None, str]:
         instance = read()
@@ -103,7 +103,7 @@ def test_reads_go_to_one_replica(visit: Visit, read: Callable[[], Model]) -> Non
 @pytest.mark.usefixtures("filled")
 @pytest.mark.parametrize("read", FROM_A_BOOK.values(), ids=FROM_A_BOOK.keys())
 @pytest.mark.parametrize("origin", ["default", "replica1", "replica2"])
-def test_related_reads_go_to_the_replica_of_the_scope(
+def test_related_reads_use_the_replica_of_the_scope(
     visit: Visit, read: Callable[[Book], Model], origin: str
 ) -> None:
     def action(request: Any) -> tuple[str, str]:
@@ -129,8 +129,8 @@ def test_refresh_from_db_reads_the_replica_of_the_scope(visit: Visit, origin: st
     assert is_replica(title)
 
 
-def test_create_and_refresh(visit: Visit) -> None:
-    """The row is there: it is read where it was written."""
+def test_refresh_after_create_reads_the_primary(visit: Visit) -> None:
+    """The new row is read from the primary, where it was written."""
 
     def action(request: Any) -> str:
         book = Book.objects.create(title="new")
@@ -141,7 +141,7 @@ def test_create_and_refresh(visit: Visit) -> None:
 
 
 @pytest.mark.usefixtures("filled")
-def test_an_instance_is_no_way_around_a_pin(visit: Visit) -> None:
+def test_instance_of_a_replica_does_not_bypass_a_pin(visit: Visit) -> None:
     def action(request: Any) -> str:
         book = Book.objects.get()
         pin_this_request()
@@ -151,7 +151,7 @@ def test_an_instance_is_no_way_around_a_pin(visit: Visit) -> None:
 
 
 @pytest.mark.usefixtures("filled")
-def test_an_instance_of_no_pool_is_no_hint(visit: Visit) -> None:
+def test_instance_of_a_database_outside_the_pool_is_ignored(visit: Visit) -> None:
     def action(request: Any) -> str:
         return router.db_for_read(Book, instance=Account(pk=1))
 
@@ -169,8 +169,10 @@ def test_an_instance_of_no_pool_is_no_hint(visit: Visit) -> None:
         lambda: int(Book.objects.filter(author__name="default").exists()),
     ],
 )
-def test_reads_of_values(visit: Visit, named: Callable[..., None], read: Any) -> None:
-    """Only the primary has the row, so that a 0 was read on a replica."""
+def test_values_and_aggregates_read_the_replica(
+    visit: Visit, named: Callable[..., None], read: Any
+) -> None:
+    """Only the primary has the row, so a 0 was read from a replica."""
     named("default")
     assert visit(lambda request: read()) == 0
 
@@ -183,8 +185,8 @@ def test_reads_of_values(visit: Visit, named: Callable[..., None], read: Any) ->
 
 @pytest.mark.usefixtures("filled")
 @pytest.mark.parametrize("pinned", [False, True])
-def test_reads_of_async_code(browser: Any, do: Any, pinned: bool) -> None:
-    """`aget`, `afirst`, `async for`, `aiterator` and their like, in async views."""
+def test_async_reads_use_the_replica(browser: Any, do: Any, pinned: bool) -> None:
+    """`aget`, `afirst`, `async for`, `aiterator` and similar, in async views."""
     seen = []
 
     async def action(request: Any) -> str:
@@ -213,7 +215,7 @@ def test_reads_of_async_code(browser: Any, do: Any, pinned: bool) -> None:
     assert is_replica(seen[0]) is not pinned
 
 
-# Writes that start from an instance which a replica gave.
+# Writes that start from an instance read from a replica.
 
 
 WRITES: dict[str, Callable[[Book], Any]] = {
@@ -254,8 +256,10 @@ WRITES: dict[str, Callable[[Book], Any]] = {
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
-def test_writes_go_to_the_primary(visit: Visit, noted: Book, write: Callable[[Book], Any]) -> None:
-    """Also those that start from what a replica gave, and that ask Django's read route."""
+def test_writes_use_the_primary(
+    visit: Visit, book_with_notes: Book, write: Callable[[Book], Any]
+) -> None:
+    """Also writes of instances read from a replica, and those that call db_for_read()."""
 
     def action(request: Any) -> tuple[str | None, bool]:
         book = Book.objects.get()
@@ -267,14 +271,16 @@ def test_writes_go_to_the_primary(visit: Visit, noted: Book, write: Callable[[Bo
 
 
 @pytest.mark.parametrize("read", [lambda b: b.notes.all(), lambda b: b.notes.filter(text="one")])
-def test_generic_relations_read_from_a_replica(visit: Visit, noted: Book, read: Any) -> None:
+def test_generic_relations_read_from_a_replica(
+    visit: Visit, book_with_notes: Book, read: Any
+) -> None:
     change_behind("default", "UPDATE app_note SET text = 'primary'")
     seen = visit(lambda request: [(note.text, saved(note)) for note in read(Book.objects.get())])
     assert ("one", "default") in seen
 
 
-def test_generic_relations_with_a_database_by_name(visit: Visit, noted: Book) -> None:
-    """`using()` and `db_manager()` have the last word."""
+def test_generic_relations_with_an_explicit_database(visit: Visit, book_with_notes: Book) -> None:
+    """`using()` and `db_manager()` take precedence."""
     for alias in ("default", "replica1", "replica2"):
         change_behind(alias, f"UPDATE app_note SET text = '{alias}'")
 
@@ -289,8 +295,8 @@ def test_generic_relations_with_a_database_by_name(visit: Visit, noted: Book) ->
     assert visit(action) == ["replica2", "replica2", "default"]
 
 
-def test_generic_foreign_keys(visit: Visit, noted: Book) -> None:
-    """They read by `using(_state.db)`, past every router: from the pool's primary."""
+def test_generic_foreign_keys(visit: Visit, book_with_notes: Book) -> None:
+    """They read with `using(_state.db)`, without a router: from the primary."""
 
     def action(request: Any) -> tuple[str | None, str | None]:
         note = Note.objects.first()
@@ -299,8 +305,8 @@ def test_generic_foreign_keys(visit: Visit, noted: Book) -> None:
     assert visit(action) == ("default", "default")
 
 
-def test_relations_between_databases_of_a_pool(visit: Visit, noted: Book) -> None:
-    """What one replica gave may refer to what the primary has."""
+def test_relations_between_databases_of_a_pool(visit: Visit, book_with_notes: Book) -> None:
+    """An instance read from a replica may refer to one of the primary."""
 
     def action(request: Any) -> str:
         book = Book.objects.get()
@@ -311,7 +317,7 @@ def test_relations_between_databases_of_a_pool(visit: Visit, noted: Book) -> Non
     assert visit(action) == "new"
 
 
-# Several pools.
+# Several pools
 
 
 @TWO_POOLS
@@ -323,7 +329,7 @@ def test_each_model_reads_its_own_pool(visit: Visit) -> None:
 
 @TWO_POOLS
 @pytest.mark.parametrize("model", [Book, Account, Tag])
-def test_a_pin_of_one_pool_leaves_the_others_alone(visit: Visit, model: Any) -> None:
+def test_pin_of_one_pool_does_not_affect_others(visit: Visit, model: Any) -> None:
     def action(request: Any) -> Any:
         model.objects.create()
         return where() == "default", where("Account") == "users", is_pinned()
@@ -338,7 +344,7 @@ def test_a_pin_of_one_pool_leaves_the_others_alone(visit: Visit, model: Any) -> 
 
 @TWO_POOLS
 @pytest.mark.parametrize("using", [None, "default", "users"])
-def test_verbs_of_one_pool(visit: Visit, using: str | None) -> None:
+def test_api_with_using_affects_one_pool(visit: Visit, using: str | None) -> None:
     default, users = using in (None, "default"), using in (None, "users")
 
     def places() -> tuple[bool, bool]:
@@ -362,7 +368,7 @@ def test_verbs_of_one_pool(visit: Visit, using: str | None) -> None:
 
 
 @TWO_POOLS
-def test_writes_reach_their_own_primary(visit: Visit) -> None:
+def test_writes_use_the_primary_of_their_pool(visit: Visit) -> None:
     def action(request: Any) -> list[str | None]:
         return [saved(model.objects.create()) for model in (Book, Account, Tag)]
 
@@ -370,7 +376,7 @@ def test_writes_reach_their_own_primary(visit: Visit) -> None:
 
 
 @TWO_POOLS
-def test_a_hint_of_another_pool_is_no_hint() -> None:
+def test_hint_of_another_pool_is_ignored() -> None:
     with pinning_scope():
         book = Book(pk=1)
         book._state.db = "default"
@@ -379,7 +385,7 @@ def test_a_hint_of_another_pool_is_no_hint() -> None:
 
 
 @override_settings(PINNING_REPLICAS={"users": ["users_replica"]})
-def test_without_a_pool_of_default_nothing_is_said_of_it() -> None:
+def test_router_without_a_pool_of_default_returns_none() -> None:
     ours = router.routers[0]
     assert ours.db_for_read(Book) is None
     assert ours.db_for_write(Book) is None
@@ -387,22 +393,22 @@ def test_without_a_pool_of_default_nothing_is_said_of_it() -> None:
 
 
 @override_settings(DATABASE_ROUTERS=["tests.app.routers.UsersRouter", ROUTER])
-def test_routers_before_ours_are_not_asked_by_it() -> None:
+def test_router_does_not_call_routers_before_it() -> None:
     with pinning_scope():
         assert where("Account") == "users"
         assert is_replica(where())
 
 
-def test_a_router_with_few_methods_is_no_hindrance() -> None:
-    class Mute:
+def test_router_with_few_methods_is_supported() -> None:
+    class PartialRouter:
         pass
 
-    with override_settings(DATABASE_ROUTERS=[PinningRouter(), Mute()]), pinning_scope():
+    with override_settings(DATABASE_ROUTERS=[PinningRouter(), PartialRouter()]), pinning_scope():
         assert is_replica(where())
         assert router.db_for_write(Book) == "default"
 
 
-# Migrations and relations.
+# Migrations and relations
 
 
 @pytest.mark.parametrize(
@@ -437,14 +443,16 @@ def test_migrate_does_nothing_on_a_replica(capsys: pytest.CaptureFixture[str]) -
         (None, None, None),
     ],
 )
-def test_relations_inside_a_pool(one: str | None, other: str | None, answer: bool | None) -> None:
+def test_relations_inside_a_pool_are_allowed(
+    one: str | None, other: str | None, answer: bool | None
+) -> None:
     book, author = Book(), Author()
     book._state.db, author._state.db = one, other
     assert router.routers[0].allow_relation(book, author) is answer
     assert router.routers[0].allow_relation(author, book) is answer
 
 
-def test_async_writes_reach_the_primary() -> None:
+def test_async_writes_use_the_primary() -> None:
     async def write() -> list[str | None]:
         with pinning_scope():
             book = await Book.objects.acreate(title="x")

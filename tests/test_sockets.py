@@ -29,7 +29,7 @@ django_application = get_asgi_application()
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
-    """As the documentation has it: HTTP is Django's, each message of a socket is a scope."""
+    """As documented: Django handles HTTP, each message of a socket has a scope."""
     if scope["type"] != "websocket":
         await django_application(scope, receive, send)
         return
@@ -40,8 +40,8 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
         message = json.loads(event["text"])
         async with pinning_scope(message.get("token", token), isolated=True) as pinning:
             answer = await sync_to_async(work)(message["do"])
-        # For this socket's next message, and for the client: what it asks elsewhere, over HTTP
-        # or another socket, is to see this too.
+        # For the next message of this socket, and for the client: its other requests, over HTTP
+        # or another socket, must see this write, too.
         token = await pinning.atoken()
         assert entered_scope() is None
         await send({"type": "websocket.send", "text": json.dumps({**answer, "token": token})})
@@ -75,7 +75,7 @@ class InProcess:
         await self._socket.wait(30)
 
 
-def test_each_message_is_a_scope() -> None:
+def test_each_message_has_its_own_scope() -> None:
     async def talk() -> None:
         mine, other = await InProcess().connect(), await InProcess().connect()
         answer = await mine.ask("read")
@@ -96,7 +96,7 @@ def test_each_message_is_a_scope() -> None:
     async_to_sync(talk)()
 
 
-def test_a_token_of_another_socket_is_taken_up() -> None:
+def test_token_of_another_socket_is_inherited() -> None:
     async def talk() -> None:
         mine, other = await InProcess().connect(), await InProcess().connect()
         token = (await mine.ask("write"))["token"]
@@ -108,8 +108,8 @@ def test_a_token_of_another_socket_is_taken_up() -> None:
     async_to_sync(talk)()
 
 
-def test_messages_of_many_sockets_at_once_do_not_mix() -> None:
-    """One event loop serves them all; a scope belongs to its message."""
+def test_concurrent_messages_of_sockets_are_isolated() -> None:
+    """One event loop handles all of them; each message has its own scope."""
 
     async def talk() -> list[bool]:
         async def one(number: int) -> bool:
@@ -158,7 +158,7 @@ def test_under_uvicorn() -> None:
         written = ask(mine, "write")
         assert ask(mine, "read")["from"] == "default"
         assert is_replica(ask(other, "read")["from"])
-    # The token is one that the site's other doors take.
+    # The token is valid for HTTP, too.
     with pinning_scope(written["token"]):
         assert where() == "default"
     connections.close_all()

@@ -1,4 +1,4 @@
-"""The stores, and that pins follow a user and a thing wherever they are read."""
+"""The stores, the user key, and keys of shared objects."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ from pinning_middleware import (
     tokens,
     unpin_this_request,
 )
-from pinning_middleware.pins import Pin, Pins, pack, unpack
-from pinning_middleware.stores import CacheStore, CookieStore, HeaderStore
+from pinning_middleware.pins import Pin, PinKey, Pins, pack, unpack
+from pinning_middleware.stores import CacheStore, CookieStore, HeaderStore, auser_key, user_key
 from pinning_middleware.stores import cache as keyed
 from pinning_middleware.testing import StoreContract, replicas
+from pinning_middleware.utils.counters import rejected_tokens
 from tests.app.models import Book
 from tests.caches import calls
 from tests.conftest import MIDDLEWARE, Browser, Visit, is_replica, where
@@ -46,10 +47,11 @@ __all__ = ["valkey"]
 
 pytestmark = pytest.mark.django_db(transaction=True, databases="__all__")
 
+DEFAULT, USERS = PinKey("default"), PinKey("users")
 COOKIE = "pinning_middleware.stores.CookieStore"
 HEADER = "pinning_middleware.stores.HeaderStore"
 CACHE = "pinning_middleware.stores.CacheStore"
-# Sessions that no replica can miss.
+# Session engines without replicas.
 SESSIONS = "django.contrib.sessions.backends.cache"
 
 
@@ -63,7 +65,7 @@ def pinned(request: Any = None) -> str:
 
 
 def send(visit: Visit, action: Callable[..., Any], method: str = "get", **kwargs: Any) -> Any:
-    """Let a view be this action, also an async one; its response."""
+    """Run the action in a view, sync or async, and return the response."""
     address = f"/{visit.kind}/{visit._do(action)}/"
     visit.response = getattr(visit.browser, method)(address, **kwargs)
     return visit.response
@@ -110,7 +112,7 @@ class TestCacheStoreOnValkey(CacheContract):
             yield
 
 
-# The example of the README: a store of one's own.
+# The example of the README: a custom store.
 
 
 _example: dict[str, Any] = {"__name__": __name__}
@@ -129,7 +131,7 @@ class TestSessionStore(StoreContract, TestCase):
 
 
 @override_settings(PINNING_STORES=["tests.test_stores.SessionStore"], SESSION_ENGINE=SESSIONS)
-def test_the_session_as_a_store(visit: Visit) -> None:
+def test_custom_store_in_the_session(visit: Visit) -> None:
     assert visit(lambda request: write() and where()) == "default"
     assert is_replica(visit()), "no session, no pin"
     visit.browser.client.force_login(User.objects.create_user("ada"))
@@ -140,7 +142,7 @@ def test_the_session_as_a_store(visit: Visit) -> None:
     assert "pinning" not in visit.browser.cookies
 
 
-# What the contract finds
+# Defects that the contract detects
 
 
 class ForgetfulStore(SessionStore):
@@ -149,14 +151,14 @@ class ForgetfulStore(SessionStore):
 
 
 class LateStore(SessionStore):
-    """It changes the session when that has been saved already."""
+    """A store that changes the session after it was saved."""
 
     def save(self, request: HttpRequest, response: Any, pins: Pins) -> None:
         request.session["pins"] = pack(pins)
 
 
 class OneShotStore(SessionStore):
-    """As Makara's: a read uses the pin up."""
+    """A store whose reads consume the pin, like Makara."""
 
     def load(self, request: HttpRequest) -> Pins:
         pins = request.session.pop("pins", {})
@@ -171,7 +173,7 @@ class StubbornStore(SessionStore):
 
 
 class NeedyStore(SessionStore):
-    """It takes every request to have a response that is still to be sent."""
+    """A store that requires an unsent response in each save."""
 
     def save(self, request: HttpRequest, response: Any, pins: Pins) -> None:
         response.headers["Pins"] = "kept"
@@ -179,17 +181,17 @@ class NeedyStore(SessionStore):
 
 
 class TimelessStore(SessionStore):
-    """It keeps whole seconds, and no positions."""
+    """A store with whole seconds and without positions."""
 
     def save(self, request: HttpRequest, response: Any, pins: Pins) -> None:
-        pins = {alias: Pin(float(int(pin.until))) for alias, pin in pins.items()}
+        pins = {key: Pin(float(int(pin.until))) for key, pin in pins.items()}
         super().save(request, response, pins)
 
 
 @pytest.mark.parametrize(
     "broken", [ForgetfulStore, LateStore, OneShotStore, StubbornStore, NeedyStore, TimelessStore]
 )
-def test_the_contract_finds_what_is_wrong(broken: type[SessionStore]) -> None:
+def test_contract_fails_for_a_broken_store(broken: type[SessionStore]) -> None:
     class Broken(TestSessionStore):
         store = broken()
 
@@ -207,7 +209,7 @@ def test_the_contract_finds_what_is_wrong(broken: type[SessionStore]) -> None:
 
 
 class Token:
-    """A client that keeps no cookies, and sends back the header that it got last."""
+    """A client without cookies that sends the last received token header."""
 
     def __init__(self, visit: Visit) -> None:
         self.visit, self.token = visit, ""
@@ -230,24 +232,24 @@ def client(visit: Visit) -> Iterator[Token]:
         yield Token(visit)
 
 
-def test_a_client_without_cookies_reads_what_it_wrote(client: Token) -> None:
+def test_client_with_token_header_reads_its_writes(client: Token) -> None:
     assert is_replica(client())
     assert "Pinning-Token" not in client.response.headers
     client(write, "post")
-    assert set(tokens.loads(client.token)) == {"default"}
+    assert set(tokens.loads(client.token)) == {DEFAULT}
     assert not client.response.cookies
     assert client() == "default"
     assert "Pinning-Token" not in client.response.headers, "nothing is new"
     assert client() == "default", "a read uses nothing up"
 
 
-def test_without_the_token_it_does_not(client: Token) -> None:
+def test_client_without_token_header_reads_a_replica(client: Token) -> None:
     client(write, "post")
     client.token = ""
     assert is_replica(client())
 
 
-def test_the_response_with_a_token_is_the_clients_own(client: Token) -> None:
+def test_response_with_a_token_is_private(client: Token) -> None:
     client(write)
     assert client.response.headers["Vary"] == "Pinning-Token"
     assert client.response.headers["Cache-Control"] == "private"
@@ -255,7 +257,7 @@ def test_the_response_with_a_token_is_the_clients_own(client: Token) -> None:
     assert "Cache-Control" not in client.response.headers
 
 
-def test_what_the_view_says_of_caching_stays(client: Token) -> None:
+def test_cache_headers_of_the_view_are_kept(client: Token) -> None:
     def act(request: HttpRequest) -> HttpResponse:
         write()
         return HttpResponse(headers={"Vary": "Accept", "Cache-Control": "public, max-age=60"})
@@ -266,7 +268,7 @@ def test_what_the_view_says_of_caching_stays(client: Token) -> None:
     assert said == {"private", "max-age=60"}
 
 
-def test_what_lets_shared_caches_keep_it_goes(visit: Visit) -> None:
+def test_headers_of_shared_caches_are_removed(visit: Visit) -> None:
     def act(request: HttpRequest) -> HttpResponse:
         if request.method == "POST":
             write()
@@ -291,8 +293,8 @@ def test_what_lets_shared_caches_keep_it_goes(visit: Visit) -> None:
     assert not [name for name in written.headers if "CDN" in name or name.startswith(("S", "X-A"))]
 
 
-def test_unpinning_ends_the_cookie_and_an_empty_one_is_no_forgery(visit: Visit) -> None:
-    before = tokens.rejected.total()
+def test_unpinning_deletes_the_cookie_and_an_empty_one_is_valid(visit: Visit) -> None:
+    before = rejected_tokens.total()
     visit(write)
     visit(lambda request: unpin_this_request())
     assert visit.response.cookies["pinning"].value == ""
@@ -300,20 +302,20 @@ def test_unpinning_ends_the_cookie_and_an_empty_one_is_no_forgery(visit: Visit) 
     assert is_replica(visit())
     visit(lambda request: unpin_this_request())
     assert not visit.response.cookies
-    assert tokens.rejected.total() == before
+    assert rejected_tokens.total() == before
 
 
-def test_unpinning_one_pool_leaves_the_other_in_a_new_cookie(visit: Visit) -> None:
+def test_unpinning_one_pool_keeps_the_other_in_the_cookie(visit: Visit) -> None:
     with override_settings(
         PINNING_REPLICAS={"default": ["replica1", "replica2"], "users": ["users_replica"]}
     ):
         visit(lambda request: pin_this_request())
         visit(lambda request: unpin_this_request("users"))
-        assert set(tokens.loads(visit.response.cookies["pinning"].value)) == {"default"}
+        assert set(tokens.loads(visit.response.cookies["pinning"].value)) == {DEFAULT}
         assert visit() == "default"
 
 
-def test_an_unpinned_client_gets_an_empty_header(client: Token) -> None:
+def test_unpinning_sends_an_empty_header(client: Token) -> None:
     client(write)
     client(lambda request: unpin_this_request())
     assert client.response.headers["Pinning-Token"] == ""
@@ -322,17 +324,17 @@ def test_an_unpinned_client_gets_an_empty_header(client: Token) -> None:
 
 
 @pytest.mark.parametrize("token", ["nonsense", "e30:forged", "x" * 5000])
-def test_a_forged_token_is_ignored_and_counted(
+def test_forged_token_header_is_ignored_and_counted(
     client: Token, token: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = tokens.rejected.total()
+    before = rejected_tokens.total()
     client.token = token
     assert is_replica(client())
     assert client.response.status_code == 200
-    assert tokens.rejected.total() == before + 1
+    assert rejected_tokens.total() == before + 1
 
 
-def test_a_token_ends_with_its_window(client: Token, clock: FrozenDateTimeFactory) -> None:
+def test_token_header_expires_with_its_window(client: Token, clock: FrozenDateTimeFactory) -> None:
     client(write)
     clock.tick(14)
     assert client() == "default"
@@ -340,7 +342,7 @@ def test_a_token_ends_with_its_window(client: Token, clock: FrozenDateTimeFactor
     assert is_replica(client())
 
 
-def test_another_name_of_the_header(visit: Visit) -> None:
+def test_header_name_setting(visit: Visit) -> None:
     with override_settings(PINNING_STORES=[HEADER], PINNING_HEADER_NAME="X-Read-After"):
         visit(write)
         assert visit.response.headers["Vary"] == "X-Read-After"
@@ -348,7 +350,7 @@ def test_another_name_of_the_header(visit: Visit) -> None:
         assert visit(headers={"X-Read-After": token}) == "default"
 
 
-def test_beside_the_cookie_either_serves(visit: Visit) -> None:
+def test_cookie_and_header_stores_together(visit: Visit) -> None:
     with override_settings(PINNING_STORES=[COOKIE, HEADER]):
         visit(write)
         token = visit.response.headers["Pinning-Token"]
@@ -360,13 +362,13 @@ def test_beside_the_cookie_either_serves(visit: Visit) -> None:
         assert visit(headers={"Pinning-Token": token}) == "default"
 
 
-def test_a_token_is_of_use_for_another_service(visit: Visit) -> None:
-    """A service that calls another one with what its request brought and did."""
+def test_token_of_a_response_continues_in_a_scope(visit: Visit) -> None:
+    """A service calls another one with its inherited pins and its writes."""
     with override_settings(PINNING_STORES=[HEADER]):
         visit(write)
         with pinning_scope(visit.response.headers["Pinning-Token"]) as scope:
             assert where() == "default"
-            assert set(tokens.loads(scope.token or "")) == {"default"}
+            assert set(tokens.loads(scope.token or "")) == {DEFAULT}
 
 
 # The cache: a user on all devices
@@ -396,11 +398,11 @@ def ada() -> User:
 
 @pytest.fixture
 def phone(visit: Visit, new_browser: Callable[..., Browser], do: Callable[..., str]) -> Visit:
-    """Another device than that of ``visit``."""
+    """A different device than that of ``visit``."""
     return Visit(new_browser(), visit.kind, do)
 
 
-def test_a_user_is_pinned_on_another_device(
+def test_user_is_pinned_on_another_device(
     by_user: None, visit: Visit, phone: Visit, ada: User
 ) -> None:
     visit.browser.client.force_login(ada)
@@ -414,7 +416,7 @@ def test_a_user_is_pinned_on_another_device(
     assert "Cache-Control" not in visit.response.headers, "nothing of the user is in it"
 
 
-def test_others_are_not(by_user: None, visit: Visit, phone: Visit, ada: User) -> None:
+def test_unrelated_user_is_not_pinned(by_user: None, visit: Visit, phone: Visit, ada: User) -> None:
     visit.browser.client.force_login(ada)
     visit(write)
     assert is_replica(phone())
@@ -422,7 +424,7 @@ def test_others_are_not(by_user: None, visit: Visit, phone: Visit, ada: User) ->
     assert is_replica(phone())
 
 
-def test_it_ends_with_its_window(
+def test_pin_of_a_user_expires_with_its_window(
     by_user: None, visit: Visit, ada: User, clock: FrozenDateTimeFactory
 ) -> None:
     visit.browser.client.force_login(ada)
@@ -433,7 +435,9 @@ def test_it_ends_with_its_window(
     assert is_replica(visit())
 
 
-def test_unpinning_is_for_all_devices(by_user: None, visit: Visit, phone: Visit, ada: User) -> None:
+def test_unpinning_applies_to_all_devices(
+    by_user: None, visit: Visit, phone: Visit, ada: User
+) -> None:
     visit.browser.client.force_login(ada)
     phone.browser.client.force_login(ada)
     visit(write)
@@ -441,10 +445,10 @@ def test_unpinning_is_for_all_devices(by_user: None, visit: Visit, phone: Visit,
     assert is_replica(visit())
 
 
-def test_an_older_request_forgets_no_newer_pin(
+def test_unpinning_by_an_older_request_keeps_a_newer_pin(
     by_user: None, visit: Visit, phone: Visit, ada: User
 ) -> None:
-    """One that began before, and unpins after, another device's write."""
+    """A request that began before the write of another device, and unpins after it."""
     visit.browser.client.force_login(ada)
     phone.browser.client.force_login(ada)
     visit(write)
@@ -465,10 +469,10 @@ def _closing(function: Callable[[], Any]) -> Any:
         connections.close_all()
 
 
-def test_parallel_requests_of_one_user(
+def test_parallel_requests_of_a_user_merge_their_pins(
     by_user: None, visit: Visit, phone: Visit, ada: User
 ) -> None:
-    """The pin of the one that ended first survives the other one's."""
+    """The pin of the request that ended first is not overwritten by the other."""
     visit.browser.client.force_login(ada)
     phone.browser.client.force_login(ada)
 
@@ -478,7 +482,7 @@ def test_parallel_requests_of_one_user(
             other.submit(_closing, lambda: phone(_write_far)).result(30)
 
     visit(outer)
-    (found,) = keyed.fetch("user", [str(ada.pk)]).values()
+    (found,) = keyed.load_pins("user", [str(ada.pk)]).values()
     assert found.until > _far() - 100
 
 
@@ -490,7 +494,7 @@ def _write_far(request: Any) -> None:
     pin_this_request(seconds=1000)
 
 
-def test_a_visitor_costs_no_look_up(visit: Visit) -> None:
+def test_anonymous_user_causes_no_cache_lookup(visit: Visit) -> None:
     counting = {"BACKEND": "tests.caches.CountingCache", "LOCATION": "counted"}
     with pins_in(counting, PINNING_STORES=[COOKIE, CACHE]):
         calls.clear()
@@ -504,8 +508,8 @@ def test_a_visitor_costs_no_look_up(visit: Visit) -> None:
         assert not calls
 
 
-def test_sessions_in_the_database_do_not_recurse(visit: Visit, ada: User) -> None:
-    """They are read before the pins are known, and once."""
+def test_session_in_the_database_is_read_once(visit: Visit, ada: User) -> None:
+    """The session is read before the pins are loaded, and only once."""
     with pins_in({**LOCMEM, "LOCATION": "pins"}, PINNING_STORES=[CACHE]):
         visit.browser.client.force_login(ada)
         replicas.catch_up()
@@ -523,10 +527,8 @@ def test_sessions_in_the_database_do_not_recurse(visit: Visit, ada: User) -> Non
         assert len(reads) <= 1, "in a thread's own connection none are seen"
 
 
-def test_who_logs_in_is_pinned_by_that_request(
-    by_user: None, visit: Visit, phone: Visit, ada: User
-) -> None:
-    """The key is asked for again when pins are saved."""
+def test_login_request_pins_the_user(by_user: None, visit: Visit, phone: Visit, ada: User) -> None:
+    """The user key is computed again when pins are saved."""
 
     async def alog_in(request: Any) -> None:
         await alogin(request, ada, "django.contrib.auth.backends.ModelBackend")
@@ -542,10 +544,8 @@ def test_who_logs_in_is_pinned_by_that_request(
     assert phone() == "default"
 
 
-def test_who_logs_out_is_pinned_by_that_request(
-    by_user: None, visit: Visit, phone: Visit, ada: User
-) -> None:
-    """On the other devices, where they are still logged in."""
+def test_logout_request_pins_the_user(by_user: None, visit: Visit, phone: Visit, ada: User) -> None:
+    """The user is pinned on other devices, where they are still logged in."""
 
     async def alog_out(request: Any) -> None:
         await sync_to_async(write)()
@@ -561,26 +561,26 @@ def test_who_logs_out_is_pinned_by_that_request(
     assert phone() == "default"
 
 
-def test_who_only_reads_gets_a_response_for_everybody(
+def test_user_key_does_not_make_the_response_vary_by_cookie(
     by_user: None, visit: Visit, ada: User
 ) -> None:
-    """To look whose pins there are is no use of the session."""
+    """Computing the user key does not count as access to the session."""
     visit.browser.client.force_login(ada)
     visit()
     assert "Cookie" not in visit.response.headers.get("Vary", "")
 
 
-def test_keys_outside_of_scopes_wait_for_the_transaction_of_each_pool() -> None:
+def test_keys_outside_a_scope_are_saved_after_the_transaction_of_each_pool() -> None:
     two = {"default": ["replica1"], "users": ["users_replica"]}
     with pins_in({**LOCMEM, "LOCATION": "pins"}, PINNING_REPLICAS=two):
         with transaction.atomic(using="users"):
             pin_keys("order:of-two-pools")
-            assert set(keyed.fetch("key", ["order:of-two-pools"])) == {"default"}
-        assert set(keyed.fetch("key", ["order:of-two-pools"])) == {"default", "users"}
+            assert set(keyed.load_pins("key", ["order:of-two-pools"])) == {DEFAULT}
+        assert set(keyed.load_pins("key", ["order:of-two-pools"])) == {DEFAULT, USERS}
 
 
-def test_a_user_without_a_session(by_user: None, visit: Visit, ada: User) -> None:
-    """One that a middleware knows by a token, say."""
+def test_user_without_a_session_is_pinned(by_user: None, visit: Visit, ada: User) -> None:
+    """For example a user that a middleware authenticates by a token."""
     with override_settings(MIDDLEWARE=[MIDDLEWARE, "tests.app.middleware.SyncMiddleware"]):
 
         def act(request: Any) -> str:
@@ -588,10 +588,10 @@ def test_a_user_without_a_session(by_user: None, visit: Visit, ada: User) -> Non
             return write()
 
         visit(act)
-        assert set(keyed.fetch("user", [str(ada.pk)])) == {"default"}
+        assert set(keyed.load_pins("user", [str(ada.pk)])) == {DEFAULT}
 
 
-def test_who_is_known_by_a_token_goes_before_the_session(
+def test_user_of_the_request_takes_precedence_over_the_session(
     by_user: None, visit: Visit, ada: User
 ) -> None:
     grace = User.objects.create_user("grace")
@@ -602,12 +602,12 @@ def test_who_is_known_by_a_token_goes_before_the_session(
         return write()
 
     visit(act)
-    assert set(keyed.fetch("user", [str(grace.pk)])) == {"default"}
-    assert keyed.fetch("user", [str(ada.pk)]) == {}
+    assert set(keyed.load_pins("user", [str(grace.pk)])) == {DEFAULT}
+    assert keyed.load_pins("user", [str(ada.pk)]) == {}
 
 
-def test_pins_in_a_table_of_the_database(visit: Visit, phone: Visit, ada: User) -> None:
-    """No replica has the table, and who only keeps or looks up pins does not write."""
+def test_pins_in_a_database_cache(visit: Visit, phone: Visit, ada: User) -> None:
+    """No replica has the table, and saving or loading pins is not a write."""
     table = {"BACKEND": "django.core.cache.backends.db.DatabaseCache", "LOCATION": "pins"}
     with pins_in(table, PINNING_STORES=[CACHE], SESSION_ENGINE=SESSIONS):
         call_command("createcachetable", verbosity=0)
@@ -619,19 +619,19 @@ def test_pins_in_a_table_of_the_database(visit: Visit, phone: Visit, ada: User) 
             assert phone() == "default"
             with pinning_scope(isolated=True) as scope:
                 follow_keys("order:42")
-                keyed.keep("key", ["order:42"], {"default": Pin(time.time() + 9)})
+                keyed.save_pins("key", ["order:42"], {DEFAULT: Pin(time.time() + 9)})
                 assert is_replica(where())
             assert scope.pins == {}
-            assert set(keyed.fetch("key", ["order:42"])) == {"default"}
+            assert set(keyed.load_pins("key", ["order:42"])) == {DEFAULT}
         finally:
             with connections["default"].cursor() as cursor:
                 cursor.execute("DROP TABLE pins")
 
 
-def test_a_streaming_body_that_writes_pins_the_user(
+def test_write_of_a_streaming_body_pins_the_user(
     by_user: None, visit: Visit, phone: Visit, ada: User
 ) -> None:
-    """The response is out by then; the cache is not."""
+    """The response is already sent; the cache can still save."""
     visit.browser.client.force_login(ada)
     phone.browser.client.force_login(ada)
 
@@ -656,7 +656,7 @@ async def _all_of(content: AsyncIterator[bytes]) -> list[bytes]:
     return [part async for part in content]
 
 
-def test_a_view_that_raised_after_writing_pins_the_user(
+def test_view_that_raises_after_a_write_pins_the_user(
     by_user: None, visit: Visit, phone: Visit, ada: User
 ) -> None:
     visit.browser.client.force_login(ada)
@@ -674,6 +674,39 @@ def test_a_view_that_raised_after_writing_pins_the_user(
 # PINNING_USER_KEY
 
 
+class ForeignSession:
+    """A session that is not derived from Django's."""
+
+    session_key = "x"
+
+    def __init__(self, **data: str) -> None:
+        self.data = data
+
+    def __getitem__(self, name: str) -> str:
+        return self.data[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.data.get(name, default)
+
+
+@pytest.mark.parametrize(
+    ("data", "key"), [({"_auth_user_id": "7"}, "7"), ({}, None)], ids=["user", "anonymous"]
+)
+def test_user_key_reads_a_session_that_is_not_derived_from_djangos(
+    data: dict[str, str], key: str | None
+) -> None:
+    request = RequestFactory().get("/")
+    request.session = ForeignSession(**data)  # type: ignore[assignment]
+    assert user_key(request) == key
+    assert async_to_sync(auser_key)(request) == key
+
+
+def test_stores_declare_whether_they_need_a_response() -> None:
+    assert CookieStore.needs_response
+    assert HeaderStore.needs_response
+    assert not CacheStore.needs_response
+
+
 def by_header(request: HttpRequest) -> str | None:
     return request.headers.get("Tenant")
 
@@ -683,7 +716,7 @@ async def aby_header(request: HttpRequest) -> str | None:
 
 
 @pytest.mark.parametrize("name", ["by_header", "aby_header"])
-def test_a_key_of_your_own(by_user: None, visit: Visit, phone: Visit, name: str) -> None:
+def test_custom_user_key(by_user: None, visit: Visit, phone: Visit, name: str) -> None:
     with override_settings(PINNING_USER_KEY=f"tests.test_stores.{name}"):
         visit(write, headers={"Tenant": "acme"})
         assert phone(headers={"Tenant": "acme"}) == "default"
@@ -695,7 +728,7 @@ def broken_key(request: HttpRequest) -> str | None:
     raise LookupError("no key today")
 
 
-def test_a_key_that_raises_costs_only_the_pin(
+def test_error_of_user_key_is_logged_and_other_stores_load(
     by_user: None, visit: Visit, caplog: pytest.LogCaptureFixture
 ) -> None:
     with override_settings(
@@ -704,7 +737,7 @@ def test_a_key_that_raises_costs_only_the_pin(
         visit(write)
         assert visit.response.status_code == 200
         assert visit() == "default"
-    assert "CacheStore could not load the pins" in caplog.text
+    assert "CacheStore failed to load pins" in caplog.text
 
 
 # Outages
@@ -714,7 +747,7 @@ def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-def test_a_cache_that_is_down_costs_a_line(
+def test_unavailable_cache_is_logged_once(
     visit: Visit, ada: User, caplog: pytest.LogCaptureFixture
 ) -> None:
     with running() as server:
@@ -727,7 +760,7 @@ def test_a_cache_that_is_down_costs_a_line(
         assert len(errors(caplog)) == 1
 
 
-def test_a_cache_that_was_emptied_costs_the_other_devices_pin(
+def test_emptied_cache_loses_pins_of_other_devices_only(
     by_user: None, visit: Visit, phone: Visit, ada: User
 ) -> None:
     from django.core.cache import caches
@@ -744,7 +777,7 @@ def test_a_cache_that_was_emptied_costs_the_other_devices_pin(
 # Async
 
 
-def test_async_views_ask_an_async_cache_without_a_thread(
+def test_async_view_uses_an_async_cache_without_a_thread(
     do: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
@@ -773,14 +806,14 @@ def test_async_views_ask_an_async_cache_without_a_thread(
     ):
         with pinning_scope() as scope:
             write()
-        keyed.keep("user", ["acme"], scope.pins)
+        keyed.save_pins("user", ["acme"], scope.pins)
         handler = BaseHandler()
         handler.load_middleware(is_async=True)
         assert async_to_sync(handle)().status_code == 200
     assert seen == ["default"]
 
 
-# Keys of things
+# Keys of shared objects
 
 
 @pytest.fixture
@@ -789,7 +822,7 @@ def with_keys(by_user: None) -> Iterator[None]:
         yield
 
 
-def test_everybody_reads_a_thing_as_it_is_now(with_keys: None, visit: Visit, phone: Visit) -> None:
+def test_followers_of_a_key_read_the_primary(with_keys: None, visit: Visit, phone: Visit) -> None:
     def change(request: Any) -> None:
         write()
         pin_keys("order:42")
@@ -815,7 +848,7 @@ def test_everybody_reads_a_thing_as_it_is_now(with_keys: None, visit: Visit, pho
     assert is_replica(phone()), "who does not open it reads a replica"
 
 
-def test_many_keys_at_once(with_keys: None, visit: Visit, phone: Visit) -> None:
+def test_many_keys_are_pinned_at_once(with_keys: None, visit: Visit, phone: Visit) -> None:
     names = [f"order:{number}" for number in range(20)]
 
     def change(request: Any) -> None:
@@ -828,70 +861,70 @@ def test_many_keys_at_once(with_keys: None, visit: Visit, phone: Visit) -> None:
         assert phone(lambda request, name=name: follow_keys(name) or where()) == "default"
 
 
-def test_a_key_of_one_pool(with_keys: None, visit: Visit, phone: Visit) -> None:
+def test_key_is_pinned_in_one_pool(with_keys: None, visit: Visit, phone: Visit) -> None:
     with override_settings(
         PINNING_REPLICAS={"default": ["replica1", "replica2"], "users": ["users_replica"]}
     ):
         visit(lambda request: (write(), pin_keys("order:42", using="users")))
-        assert set(keyed.fetch("key", ["order:42"])) == {"users"}
+        assert set(keyed.load_pins("key", ["order:42"])) == {USERS}
         visit(lambda request: pin_keys("order:43"))
-        assert set(keyed.fetch("key", ["order:43"])) == {"default", "users"}
+        assert set(keyed.load_pins("key", ["order:43"])) == {DEFAULT, USERS}
         with pytest.raises(ValueError, match="'nowhere' is not a primary"):
             pin_keys("x", using="nowhere")
 
 
-def test_a_key_without_a_write_is_pinned_too(with_keys: None, visit: Visit) -> None:
-    """What was written by somebody else, in a trigger or another system."""
+def test_key_is_pinned_without_a_write(with_keys: None, visit: Visit) -> None:
+    """For writes by a trigger or another system."""
     visit(lambda request: pin_keys("order:42"))
-    assert set(keyed.fetch("key", ["order:42"])) == {"default"}
+    assert set(keyed.load_pins("key", ["order:42"])) == {DEFAULT}
     assert not visit.response.cookies
 
 
-def test_outside_a_scope_keys_are_pinned_at_once(with_keys: None) -> None:
+def test_key_outside_a_scope_is_pinned_at_once(with_keys: None) -> None:
     write()
     pin_keys("order:42")
-    assert set(keyed.fetch("key", ["order:42"])) == {"default"}
+    assert set(keyed.load_pins("key", ["order:42"])) == {DEFAULT}
 
 
-def test_outside_a_scope_a_transaction_pins_keys_when_it_commits(with_keys: None) -> None:
+def test_key_outside_a_scope_is_pinned_on_commit(with_keys: None) -> None:
     with transaction.atomic():
         write()
         pin_keys("order:42")
-        assert keyed.fetch("key", ["order:42"]) == {}
-    assert set(keyed.fetch("key", ["order:42"])) == {"default"}
+        assert keyed.load_pins("key", ["order:42"]) == {}
+    assert set(keyed.load_pins("key", ["order:42"])) == {DEFAULT}
 
 
-def test_one_that_rolls_back_pins_none(with_keys: None) -> None:
+def test_key_is_not_pinned_after_a_rollback(with_keys: None) -> None:
     with transaction.atomic():
         write()
         pin_keys("order:42")
         transaction.set_rollback(True)
-    assert keyed.fetch("key", ["order:42"]) == {}
+    assert keyed.load_pins("key", ["order:42"]) == {}
 
 
-def test_in_a_scope_a_key_waits_for_its_end(with_keys: None) -> None:
+def test_key_inside_a_scope_is_pinned_at_its_end(with_keys: None) -> None:
     with pinning_scope():
         with transaction.atomic():
             write()
             pin_keys("order:42")
-        assert keyed.fetch("key", ["order:42"]) == {}
-    assert set(keyed.fetch("key", ["order:42"])) == {"default"}
+        assert keyed.load_pins("key", ["order:42"]) == {}
+    assert set(keyed.load_pins("key", ["order:42"])) == {DEFAULT}
 
 
-def test_in_an_async_scope_too(with_keys: None) -> None:
+def test_key_inside_an_async_scope_is_pinned_at_its_end(with_keys: None) -> None:
     async def work() -> None:
         async with pinning_scope():
             await Book.objects.acreate(title="x")
             pin_keys("order:42")
 
     async_to_sync(work)()
-    assert set(keyed.fetch("key", ["order:42"])) == {"default"}
+    assert set(keyed.load_pins("key", ["order:42"])) == {DEFAULT}
 
 
-def test_a_carried_key_is_kept_in_the_readers_store_no_longer(
+def test_following_a_key_does_not_pin_the_client(
     with_keys: None, visit: Visit, phone: Visit
 ) -> None:
-    """Reading a thing pins nobody."""
+    """Reading a followed key does not pin."""
     visit(lambda request: (write(), pin_keys("order:42")))
     phone(lambda request: follow_keys("order:42"))
     assert "pinning" not in phone.browser.cookies

@@ -1,4 +1,4 @@
-"""Threads: a scope of their own, or the one of whoever started them."""
+"""Threads: with a scope of their own, or with that of the starting thread."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.django_db(transaction=True, databases="__all__")
 
 @pytest.fixture
 def executor() -> Iterator[ThreadPoolExecutor]:
-    """One thread, so that what it keeps from one job is found by the next."""
+    """An executor of one thread, so that leaked state is visible to the next job."""
     with ThreadPoolExecutor(1) as running:
         yield running
         running.submit(connections.close_all).result(30)
@@ -36,21 +36,23 @@ def write() -> None:
     Book.objects.create(title="x")
 
 
-def test_without_help_a_thread_knows_nothing_of_the_scope(executor: ThreadPoolExecutor) -> None:
+def test_thread_without_propagate_scope_does_not_inherit_the_scope(
+    executor: ThreadPoolExecutor,
+) -> None:
     with pinning_scope():
         write()
         assert is_replica(executor.submit(where).result(30))
         assert executor.submit(Book.objects.count).result(30) == 0
 
 
-def test_a_carried_scope_reads_what_it_wrote(executor: ThreadPoolExecutor) -> None:
+def test_propagate_scope_reads_writes_of_the_scope(executor: ThreadPoolExecutor) -> None:
     with pinning_scope():
         write()
         assert executor.submit(propagate_scope(where)).result(30) == "default"
         assert executor.submit(propagate_scope(Book.objects.count)).result(30) == 1
 
 
-def test_a_carried_scope_reads_the_replica_of_the_scope(executor: ThreadPoolExecutor) -> None:
+def test_propagate_scope_reads_the_replica_of_the_scope(executor: ThreadPoolExecutor) -> None:
     with pinning_scope():
         here = where()
         assert is_replica(here)
@@ -58,14 +60,14 @@ def test_a_carried_scope_reads_the_replica_of_the_scope(executor: ThreadPoolExec
         assert found == {here}
 
 
-def test_what_the_thread_writes_pins_who_started_it(executor: ThreadPoolExecutor) -> None:
+def test_propagate_scope_write_pins_the_starting_scope(executor: ThreadPoolExecutor) -> None:
     with pinning_scope() as scope:
         executor.submit(propagate_scope(write)).result(30)
         assert where() == "default"
     assert scope.token is not None
 
 
-def test_a_request_and_its_threads(visit: Visit, executor: ThreadPoolExecutor) -> None:
+def test_propagate_scope_in_a_request(visit: Visit, executor: ThreadPoolExecutor) -> None:
     def act(request: Any) -> str:
         return str(executor.submit(propagate_scope(write)).result(30))
 
@@ -75,7 +77,7 @@ def test_a_request_and_its_threads(visit: Visit, executor: ThreadPoolExecutor) -
     assert is_replica(executor.submit(where).result(30))
 
 
-def test_the_thread_is_as_it_was_after_the_job(executor: ThreadPoolExecutor) -> None:
+def test_propagate_scope_restores_the_thread(executor: ThreadPoolExecutor) -> None:
     with pinning_scope():
         write()
         executor.submit(propagate_scope(where)).result(30)
@@ -85,7 +87,7 @@ def test_the_thread_is_as_it_was_after_the_job(executor: ThreadPoolExecutor) -> 
     assert is_replica(executor.submit(where).result(30))
 
 
-def test_blocks_are_carried_too(executor: ThreadPoolExecutor) -> None:
+def test_propagate_scope_propagates_overrides(executor: ThreadPoolExecutor) -> None:
     with pinning_scope() as scope:
         with use_primary():
             assert executor.submit(propagate_scope(where)).result(30) == "default"
@@ -95,8 +97,8 @@ def test_blocks_are_carried_too(executor: ThreadPoolExecutor) -> None:
     assert scope.token is None
 
 
-def test_many_jobs_of_one_scope_at_once() -> None:
-    """map() gives each job the arguments; the wrapped function is one."""
+def test_propagate_scope_with_concurrent_jobs() -> None:
+    """map() passes the arguments to one wrapped function."""
     together = threading.Barrier(4)
 
     def work(number: int) -> str:
@@ -113,7 +115,7 @@ def test_many_jobs_of_one_scope_at_once() -> None:
     assert scope.token is not None
 
 
-def test_a_threads_own_scope_pins_nobody_else(executor: ThreadPoolExecutor) -> None:
+def test_scope_of_a_thread_pins_no_other_scope(executor: ThreadPoolExecutor) -> None:
     def work() -> tuple[str, str | None]:
         with pinning_scope(isolated=True) as scope:
             write()
@@ -128,7 +130,7 @@ def test_a_threads_own_scope_pins_nobody_else(executor: ThreadPoolExecutor) -> N
         assert where() == "default"
 
 
-def test_a_token_is_carried_to_a_thread(executor: ThreadPoolExecutor) -> None:
+def test_token_continues_in_a_thread(executor: ThreadPoolExecutor) -> None:
     def work(token: str | None) -> bool:
         with pinning_scope(token):
             return is_pinned()
@@ -139,7 +141,7 @@ def test_a_token_is_carried_to_a_thread(executor: ThreadPoolExecutor) -> None:
         assert not executor.submit(work, None).result(30)
 
 
-def test_two_scopes_in_two_threads_do_not_meet() -> None:
+def test_scopes_of_two_threads_are_isolated() -> None:
     wrote, looked = threading.Event(), threading.Event()
     seen: list[str] = []
 
@@ -165,5 +167,5 @@ def test_two_scopes_in_two_threads_do_not_meet() -> None:
     assert is_replica(seen[0])
 
 
-def test_the_name_of_the_function_stays() -> None:
+def test_propagate_scope_keeps_the_function_name() -> None:
     assert propagate_scope(write).__name__ == "write"

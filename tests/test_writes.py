@@ -97,8 +97,8 @@ READS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
-def test_every_write_pins(visit: Visit, write: Callable[[], Any]) -> None:
-    """In a GET; the rest of the request, and the next one."""
+def test_write_pins(visit: Visit, write: Callable[[], Any]) -> None:
+    """In a GET: pins the rest of the request, and the next one."""
 
     def action(request: Any) -> tuple[bool, str]:
         write()
@@ -110,15 +110,15 @@ def test_every_write_pins(visit: Visit, write: Callable[[], Any]) -> None:
 
 @pytest.mark.parametrize("method", ["get", "post"])
 @pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
-def test_nothing_else_pins(visit: Visit, read: Callable[[], Any], method: str) -> None:
-    """A request that wrote nothing leaves no pin, whatever its method."""
+def test_other_statements_do_not_pin(visit: Visit, read: Callable[[], Any], method: str) -> None:
+    """A request without a write sets no pin, regardless of its method."""
     visit(lambda request: read(), method)
     assert not visit.browser.cookies
     assert is_replica(visit())
 
 
-def test_a_stored_procedure_pins() -> None:
-    """SQLite has none, and by then the note is made."""
+def test_stored_procedure_pins() -> None:
+    """SQLite has none, but the write is recorded before the error."""
     with pinning_scope():
         with pytest.raises(AttributeError), connection.cursor() as cursor:
             cursor.callproc("procedure", [1])
@@ -126,20 +126,20 @@ def test_a_stored_procedure_pins() -> None:
 
 
 @pytest.mark.parametrize("method", ["copy", "copy_expert", "copy_from", "stream"])
-def test_what_a_driver_lacks_stays_lacking(method: str) -> None:
+def test_missing_driver_methods_stay_missing(method: str) -> None:
     with connection.cursor() as cursor:
         assert not hasattr(cursor, method)
         assert hasattr(cursor, "executescript")
 
 
-def test_a_write_is_noted_before_it_is_sent() -> None:
-    """What fails may have written."""
+def test_write_is_recorded_before_it_is_sent() -> None:
+    """A statement that fails may have written."""
     with pinning_scope():
         failing()
         assert is_pinned()
 
 
-# Writes that do not count.
+# Ignored writes
 
 
 @ignore_writes
@@ -190,7 +190,7 @@ def save_session(request: Any) -> None:
     request.session["seen"] = "yes"
 
 
-def test_the_session_pins_unless_its_table_is_ignored(visit: Visit) -> None:
+def test_session_write_pins_unless_its_table_is_ignored(visit: Visit) -> None:
     visit(save_session)
     assert set(visit.browser.cookies) == {"sessionid", "pinning"}
     visit.browser.cookies.clear()
@@ -222,14 +222,14 @@ def test_ignored_tables(write: Callable[[], Any], pins: bool) -> None:
         assert is_pinned() is pins
 
 
-def test_clearing_sessions_is_ignored_as_well() -> None:
+def test_clearing_sessions_is_ignored() -> None:
     with override_settings(PINNING_IGNORED_TABLES=("django_session",)), pinning_scope():
         Session.objects.create(session_key="x", expire_date=timezone.now())
         Session.objects.filter(session_key="x").delete()
         assert not is_pinned()
 
 
-# Replicas.
+# Replicas
 
 REFUSED: dict[str, Callable[[], Any]] = {
     "create": lambda: Tag.objects.using("replica1").create(name="x"),
@@ -248,10 +248,10 @@ REFUSED: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("write", REFUSED.values(), ids=REFUSED.keys())
-def test_a_replica_refuses_writes(
+def test_write_on_a_replica_is_rejected(
     visit: Visit, named: Callable[..., None], write: Callable[[], Any]
 ) -> None:
-    """Before they are sent: nothing is lost, and nothing diverges."""
+    """Rejected before they are sent, so no data is lost or diverges."""
     named()
 
     def action(request: Any) -> tuple[Any, ...]:
@@ -268,25 +268,25 @@ def test_a_replica_refuses_writes(
     assert not visit.browser.cookies
 
 
-def test_a_refused_write_is_a_database_error() -> None:
-    """So that code which expects a write to fail is prepared."""
+def test_replica_write_error_is_a_database_error() -> None:
+    """Code that handles failing writes then handles it, too."""
     with pytest.raises(DatabaseError, match=r"DELETE FROM app_tag"):
         execute("DELETE FROM app_tag", alias="replica1")
 
 
-def test_a_replica_takes_reads_and_transactions(named: Callable[..., None]) -> None:
+def test_replica_allows_reads_and_transactions(named: Callable[..., None]) -> None:
     named("replica1")
     with transaction.atomic(using="replica1"), transaction.atomic(using="replica1"):
         assert Tag.objects.using("replica1").get().name == "replica1"
 
 
-def test_a_replica_of_no_pool_any_more_is_writable() -> None:
+def test_former_replica_is_writable() -> None:
     with override_settings(PINNING_REPLICAS=["replica2"]), transaction.atomic(using="replica1"):
         Tag.objects.using("replica1").create(name="x")
         transaction.set_rollback(True, using="replica1")
 
 
-# Whose note it is.
+# Writes of tasks and threads
 
 
 def write() -> None:
@@ -310,8 +310,8 @@ async def awrite() -> None:
         lambda: asyncio.to_thread(write),
     ],
 )
-def test_what_a_child_writes_its_parent_knows(browser: Any, do: Any, do_it: Any) -> None:
-    """The first write of a scope, made in a task or thread of its own."""
+def test_write_of_a_child_task_or_thread_pins_the_parent(browser: Any, do: Any, do_it: Any) -> None:
+    """The first write of a scope, in a task or thread of its own."""
     seen = []
 
     async def action(request: Any) -> str:
@@ -324,8 +324,8 @@ def test_what_a_child_writes_its_parent_knows(browser: Any, do: Any, do_it: Any)
     assert "pinning" in browser.cookies
 
 
-def test_concurrent_requests_do_not_see_each_others_writes(do: Any) -> None:
-    """Two requests take turns in one event loop, and one writes."""
+def test_concurrent_requests_share_no_writes(do: Any) -> None:
+    """Two requests alternate in one event loop, and one writes."""
     from django.test import AsyncClient
 
     seen: dict[str, list[Any]] = {"writer": [], "reader": []}
@@ -359,8 +359,8 @@ def test_concurrent_requests_do_not_see_each_others_writes(do: Any) -> None:
 
 
 @pytest.mark.parametrize("in_scope", [False, True])
-def test_a_thread_does_not_see_the_writes_of_another(in_scope: bool) -> None:
-    """A thread that nobody gave the context has a scope of its own."""
+def test_threads_share_no_writes(in_scope: bool) -> None:
+    """A thread without the context has its own ambient scope."""
     seen = []
 
     def ask() -> None:

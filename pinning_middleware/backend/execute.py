@@ -1,124 +1,193 @@
 """
-What every statement of every connection comes by, once: an execute wrapper. It finds out what the
-statement does, has a write noted or refused, lets a read outlive its server, and counts it.
+An execute wrapper on every connection: classify → record → admit → run → retry → report.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any, Final
 
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.backends.signals import connection_created
 
-from pinning_middleware.backend.failover import run
-from pinning_middleware.backend.writes import alias_of, begin, end, examine, text_of
+from pinning_middleware.backend.failover import (
+    Call,
+    UnopenedCursor,
+    execute_on_primary,
+    execute_read,
+    leave_former_primary,
+    may_move,
+)
+from pinning_middleware.backend.session_setup import (
+    is_setting_up,
+    set_up_session,
+    undo_session_setup,
+)
+from pinning_middleware.backend.writes import (
+    Statement,
+    classify,
+    is_test_setup,
+    record_lock,
+    record_transaction_end,
+    recording_write,
+    sql_text,
+)
+from pinning_middleware.conf import conf
 from pinning_middleware.reasons import Reason
-from pinning_middleware.routing.policy import Pool
+from pinning_middleware.routing.compatibility import is_testing
+from pinning_middleware.routing.policy import Decision, is_former_primary
+from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.scopes.scope import Facts, entered_scope
-from pinning_middleware.servers.probe import state_of
+from pinning_middleware.scopes.overrides import failover_suppressed
+from pinning_middleware.scopes.scope import current_scope
+from pinning_middleware.servers.dialects import dialect_for
+from pinning_middleware.servers.probe import failover_disabled, state_of
 from pinning_middleware.sql import Kind
 from pinning_middleware.utils.counters import Read, observers, reads
+from pinning_middleware.utils.transactions import driver_in_transaction
 
-__all__ = ["install", "statement"]
+__all__ = ["execute_wrapper", "intended_alias"]
 
 # How many changes of route a scope remembers.
-MOST_ROUTES: Final = 16
-# Where a replica was meant, also if it is a mirror of the primary.
-_BY_REPLICA = (Reason.ROUND_ROBIN, Reason.CAUGHT_UP, Reason.USE_REPLICA)
+MAX_ROUTES: Final = 16
 
 
-def statement(
-    execute: Callable[..., Any], sql: Any, params: Any, many: bool, context: dict[str, Any]
-) -> Any:
+def execute_wrapper(execute: Any, sql: Any, params: Any, many: bool, context: Any) -> Any:
     """Run one statement, as an execute wrapper of every connection."""
-    connection = context["connection"]
+    connection, cursor = context["connection"], context["cursor"]
     known = pools()
     pool = known.by_connection.get(connection.alias)
-    if pool is None:
+    if is_setting_up() or (pool is None and connection.alias not in known.same_as_primary):
         return execute(sql, params, many, context)
-    cursor = context["cursor"]
-    meant = alias_of(cursor)
-    kind, alters = examine(connection, sql)
-    if alters and pool.dialect is not None:
-        state_of(connection).session_modified = True
-    notes = begin(connection, meant, kind, sql) if kind >= Kind.LOCK else None
-    moving = known.moving.get(connection.alias)
-    failed = True
-    try:
-        if moving is None:
-            result = execute(sql, params, many, context)
-        else:
-            result = run(moving, kind, execute, (sql, params, many), context)
-        failed = False
-    finally:
-        if notes is not None:
-            end(connection, notes, failed)
-    if kind is Kind.READ or kind is Kind.LOCK:
-        _count(pool, meant, kind, cursor, sql)
+    statement = classify(connection, sql)
+    if statement.begins_transaction or statement.ends_transaction:
+        execute = functools.partial(_execute_control, execute, statement)
+    call = Call(execute, sql, params, many, context, set_up_session)
+    if pool is None:
+        return _execute_other(call, connection, statement)
+    alias = intended_alias(cursor)
+    result = _execute(pool, alias, call, connection, statement)
+    _record_effects(pool, cursor.db, statement)
+    if statement.kind in (Kind.READ, Kind.LOCK):
+        _record_read(pool, cursor, alias, statement.kind, sql)
     return result
 
 
-def _count(pool: Pool, meant: str, kind: Kind, cursor: Any, sql: Any) -> None:
-    """Count a read that has run, by the reason of the decision that it followed."""
+def _execute(
+    pool: Pool, alias: str, call: Call, connection: BaseDatabaseWrapper, statement: Statement
+) -> Any:
+    kind = statement.kind
+    is_replica = connection.alias != pool.primary
+    bypasses = failover_disabled.get() or failover_suppressed()
+    is_read = kind is Kind.READ and not _is_test_setup(call, connection)
+    if not bypasses and (is_read or _may_run_anywhere(call, statement)):
+        return execute_read(pool, call)
+    if is_replica and kind is not Kind.READ and alias == pool.primary:
+        # A replica substituted for the primary, which it can for reads only: let the primary's own
+        # error surface.
+        call.move_to(connections[pool.primary])
+    elif is_replica and kind is Kind.LOCK and not bypasses and may_move(connection):
+        return execute_on_primary(pool, call, Reason.LOCK)
+    if kind is Kind.LOCK:
+        record_lock(call.cursor.db.alias)
+    if kind is not Kind.WRITE:
+        return call.run()
+    if call.cursor.db.connection is not None and not bypasses:
+        connection = call.cursor.db
+        if is_former_primary(pool, connection, current_scope()) and may_move(connection):
+            leave_former_primary(pool, call)
+    with recording_write(call.cursor.db, alias, call.sql):
+        return call.run()
+
+
+def _may_run_anywhere(call: Call, statement: Statement) -> bool:
+    """Return whether a statement such as SHOW was sent to a server that could not be reached."""
+    is_unopened = isinstance(call.cursor.cursor, UnopenedCursor)
+    is_control = statement.begins_transaction or statement.ends_transaction
+    return (
+        is_unopened
+        and statement.kind is Kind.NEITHER
+        and not (is_control or statement.modifies_session)
+    )
+
+
+def _is_test_setup(call: Call, connection: BaseDatabaseWrapper) -> bool:
+    return is_testing() and is_test_setup(sql_text(connection, call.sql))
+
+
+def _execute_other(call: Call, connection: BaseDatabaseWrapper, statement: Statement) -> Any:
+    """Run a statement on an alias outside the pools that is the database of a primary."""
+    if statement.kind is not Kind.WRITE:
+        return call.run()
+    with recording_write(connection, connection.alias, call.sql):
+        return call.run()
+
+
+def intended_alias(cursor: Any) -> str:
+    """Return the alias that a cursor was opened on, also if it reads from another one by now."""
+    # Not by getattr(), which Django's cursors pass on to the driver's.
+    return str(cursor.__dict__.get("pinning_alias") or cursor.db.alias)
+
+
+def _record_effects(pool: Pool, connection: Any, statement: Statement) -> None:
+    """Record what a statement did to its session."""
+    if not statement.modifies_session or connection.is_connecting:
+        return
+    if dialect_for(connection) is not None:
+        state_of(connection).session_modified = True
+    if connection.alias == pool.primary and conf.session_setup is None:
+        current_scope().record_session_state(pool.key)
+
+
+def _execute_control(
+    execute: Any, statement: Statement, sql: Any, params: Any, many: bool, context: Any
+) -> Any:
+    """Run a statement that begins or ends a transaction, and record which one is open then."""
+    connection = context["cursor"].db
+    is_open = connection.in_raw_transaction
+    try:
+        result = execute(sql, params, many, context)
+        is_open = statement.begins_transaction
+    finally:
+        # The driver knows it for certain: a COMMIT that fails ends the transaction as well.
+        known = driver_in_transaction(connection)
+        is_open = is_open if known is None else known
+        connection.in_raw_transaction = is_open and not connection.in_atomic_block
+        # What a replica had replayed when it began is unknown.
+        connection.snapshot = None
+        if statement.ends_transaction:
+            undo_session_setup(connection)
+            record_transaction_end(connection)
+    return result
+
+
+def _record_read(pool: Pool, cursor: Any, alias: str, kind: Kind, sql: Any) -> None:
+    """Count a completed read under the reason of the routing decision behind it."""
     connection = cursor.db
-    served = connection.alias
-    scope = entered_scope()
-    facts = None if scope is None else scope.get(pool.key)
-    reason: str = pool.otherwise
-    if facts is not None:
-        decided = facts.decided
-        if decided is None:
-            if facts.answer == meant:
-                reason = facts.reason
-        else:
-            facts.decided = None
-            if decided[0] == meant:
-                reason = decided[1]
-    if served != meant or "pinning_reason" in cursor.__dict__:
-        reason = cursor.__dict__.get("pinning_reason", Reason.FAILOVER)
-    elif kind is Kind.LOCK:
-        reason = Reason.LOCK
-    if facts is not None:
-        routes, route = facts.routes, (served, reason)
-        if len(routes) < MOST_ROUTES and routes[-1:] != (route,):
-            facts.routes = (*routes, route)
-    kept = connection.__dict__.get("_pinning_link")
-    server = None if kept is None else kept[1].server
-    reads[pool.primary, served, server, reason] += 1
+    decision = _decision_of(pool, cursor, alias)
+    reason = Reason.LOCK if kind is Kind.LOCK else decision.reason
+    current_scope().record_route((connection.alias, reason), MAX_ROUTES)
+    if conf.balance_by_query:
+        # The decision may be asked for more than once for one read; the next read has the next one.
+        current_scope().update(pool.key, lambda state: state._replace(replica=None))
+    server = None if pool.dialect is None else state_of(connection).server
+    reads[pool.primary, connection.alias, server, reason] += 1
     if observers:
-        _show(pool, facts, meant, served, reason, text_of(connection, sql), server, connection)
+        chosen = decision.replica or decision.alias
+        role = "primary" if decision.replica is None else "replica"
+        text = sql_text(connection, sql)
+        read = Read(pool.primary, chosen, connection.alias, role, reason, text, server, connection)
+        for observe in tuple(observers):
+            observe(read)
 
 
-def _show(
-    pool: Pool,
-    facts: Facts | None,
-    meant: str,
-    served: str,
-    reason: str,
-    sql: str,
-    server: Any,
-    connection: BaseDatabaseWrapper,
-) -> None:
-    if reason in _BY_REPLICA and meant == pool.primary and facts is not None and facts.meant:
-        meant = facts.meant
-    role = "primary" if meant == pool.primary else "replica"
-    read = Read(pool.primary, meant, served, role, reason, sql, server, connection)
-    for observe in tuple(observers):
-        observe(read)
-
-
-def _watch(*, connection: BaseDatabaseWrapper, **kwargs: Any) -> None:
-    # `connection.execute_wrapper()` is a block that appends and pops; this one stays, outermost,
-    # and so sees what is tried before all others do.
-    if statement not in connection.execute_wrappers:
-        connection.execute_wrappers.insert(0, statement)
-
-
-def install() -> None:
-    """Watch every connection, those that are open already too. Again changes nothing."""
-    connection_created.connect(_watch, dispatch_uid="pinning_middleware.statements")
-    for connection in connections.all(initialized_only=True):
-        _watch(connection=connection)
+def _decision_of(pool: Pool, cursor: Any, alias: str) -> Decision:
+    """Return the decision that a cursor follows; without one, the code named its alias."""
+    decision: Decision | None = cursor.__dict__.get("pinning_decision")
+    if decision is None:
+        raw, last = cursor.db.last_opened
+        decision = last if raw is cursor.cursor else None
+    if decision is not None:
+        return decision
+    reason = Reason.EXPLICIT if pool.has_replicas else pool.default_reason
+    return Decision(alias, None if alias == pool.primary else alias, reason)

@@ -1,31 +1,35 @@
 """
-Instances belong to their pool: what is read from a replica has the primary's alias in
+Instances belong to their pool: one that is read from a replica has the primary's alias in
 ``_state.db``.
 
-So ``only(…).get()`` and ``save()`` write the fields that are there and not stale values of the
-others, an instance from a replica may be added to a relation of one from the primary, and what is
-pickled outlives a change of replicas.
+So ``only(…).get()`` followed by ``save()`` writes the fields that were loaded and no stale values
+of the others, an instance from a replica may be added to a relation of one from the primary, and
+what is pickled survives a change of replicas.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from django.apps import apps
+from django.db import router
 from django.db.models import Model
 from django.db.models.signals import class_prepared
 
 from pinning_middleware.conf import conf, on_change
+from pinning_middleware.routing.pools import pools
+from pinning_middleware.scopes.overrides import Kind, pop, push
 
-__all__ = ["install"]
+__all__ = ["install", "read_primary_while_saving"]
 
 
 class _Homes(dict[str, str]):
-    """The alias of an instance by the alias that it was read from."""
+    """Alias that an instance was read from → alias that it belongs to."""
 
     def __missing__(self, alias: str) -> str:
-        home = self[alias] = conf.guarded.get(alias, alias)
+        home = self[alias] = conf.readonly_aliases.get(alias, alias)
         return home
 
 
@@ -34,31 +38,57 @@ on_change(homes.clear)
 
 
 def install() -> None:
-    """Give instances their pool's alias from now on. Calling it again changes nothing."""
-    _adopt(Model)
+    """Wrap ``from_db()`` of every model class that has one of its own. Idempotent."""
+    _wrap_from_db(Model)
     class_prepared.connect(_on_class, dispatch_uid="pinning_middleware.instances")
     for model in apps.get_models(include_auto_created=True):
         _on_class(model)
 
 
 def _on_class(sender: type[Any], **kwargs: Any) -> None:
-    # A model may make its instances itself, or have that from a base.
     for base in sender.__mro__:
-        if "from_db" in base.__dict__:
-            _adopt(base)
+        if "from_db" in vars(base):
+            _wrap_from_db(base)
 
 
-def _adopt(owner: type[Any]) -> None:
-    own = owner.__dict__["from_db"]
-    original = getattr(own, "__func__", None)
-    if original is None or getattr(original, "_pinning", False):
+def _wrap_from_db(owner: type[Any]) -> None:
+    original = getattr(vars(owner)["from_db"], "__func__", None)
+    if original is None or hasattr(original, "pinning_original"):
         return
 
-    # Called for every row, so that nothing but a look-up may be in the way.
+    # Called for every row, so it does nothing but a lookup.
     @functools.wraps(original)
     def from_db(cls: type[Model], db: str, *args: Any, **kwargs: Any) -> Model:
         instance: Model = original(cls, homes[db], *args, **kwargs)
         return instance
 
-    from_db._pinning = True  # type: ignore[attr-defined]
+    from_db.pinning_original = original  # type: ignore[attr-defined]
     owner.from_db = classmethod(from_db)
+
+
+def read_primary_while_saving(original: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    Wrap ``Model.save_base()``, so that what it reads comes from the primary: deferred columns that
+    are then written back, and what ``pre_save`` receivers look up.
+    """
+
+    def save_base(
+        self: Any,
+        raw: bool = False,
+        force_insert: Any = False,
+        force_update: bool = False,
+        using: str | None = None,
+        update_fields: Any = None,
+    ) -> Any:
+        using = using or router.db_for_write(type(self), instance=self)
+        pool = pools().by_alias.get(using)
+        if pool is None:
+            return original(self, raw, force_insert, force_update, using, update_fields)
+        owner = object()
+        push(Kind.SAVING, owner, pool.primary)
+        try:
+            return original(self, raw, force_insert, force_update, using, update_fields)
+        finally:
+            pop(owner)
+
+    return save_base

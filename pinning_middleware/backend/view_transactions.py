@@ -1,6 +1,8 @@
 """
-The transactions of ``ATOMIC_REQUESTS``: those that Django opens around a view by itself are no wish
-of the code, from the view's beginning to its end and nowhere else.
+The transactions of ``ATOMIC_REQUESTS``.
+
+Django opens them around a view, so they do not show that the code needs the primary. They count for
+the connections of the view's own thread, from the beginning of the view to its end.
 """
 
 from __future__ import annotations
@@ -9,48 +11,40 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from django.core.handlers.base import BaseHandler
 from django.db import connections
 
 from pinning_middleware.scopes.scope import entered_scope
 
-__all__ = ["install"]
+__all__ = ["mark_view_transactions"]
 
 
-def install() -> None:
-    """Let scopes know when a view runs in such a transaction. Again changes nothing."""
-    make_view_atomic = BaseHandler.make_view_atomic
-    if getattr(make_view_atomic, "_pinning", False):
-        return
+def mark_view_transactions(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``BaseHandler.make_view_atomic``."""
 
-    @functools.wraps(make_view_atomic)
-    def make(self: BaseHandler, view: Callable[..., Any]) -> Callable[..., Any]:
-        atomic = make_view_atomic(self, view)
+    def make_view_atomic(self: Any, view: Callable[..., Any]) -> Callable[..., Any]:
+        atomic = original(self, view)
         return atomic if atomic is view else _marked(view, atomic)
 
-    make._pinning = True  # type: ignore[attr-defined]
-    BaseHandler.make_view_atomic = make  # type: ignore[method-assign]
+    return make_view_atomic
 
 
 def _marked(view: Callable[..., Any], atomic: Callable[..., Any]) -> Callable[..., Any]:
-    without = getattr(view, "_non_atomic_requests", ())
+    excluded = getattr(view, "_non_atomic_requests", ())
 
     @functools.wraps(view)
     def marked(*args: Any, **kwargs: Any) -> Any:
         scope = entered_scope()
         if scope is None:
             return atomic(*args, **kwargs)
-        before = scope.view_transactions
-        # Of this thread's connections: what another thread opens is a wish of the code.
+        previous = scope.view_transactions
         scope.view_transactions = {
             alias: connections[alias]
             for alias, settings in connections.settings.items()
-            if settings["ATOMIC_REQUESTS"] and alias not in without
+            if settings["ATOMIC_REQUESTS"] and alias not in excluded
         }
-        scope.forget_answers()
         try:
             return atomic(*args, **kwargs)
         finally:
-            scope.view_transactions = before
+            scope.view_transactions = previous
 
     return marked

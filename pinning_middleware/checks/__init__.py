@@ -1,11 +1,12 @@
-"""The judgement of every setting, and of what stands beside it."""
+"""System checks of the settings, and of the project around them."""
 
 from __future__ import annotations
 
 from django.core.checks import register
 
 from pinning_middleware.checks import migration, project, settings
+from pinning_middleware.checks.messages import TAG
 
 __all__ = ["migration", "project", "settings"]
 
-register(migration.check_leftovers, settings.TAG)
+register(migration.check_leftovers, TAG)

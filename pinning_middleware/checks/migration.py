@@ -1,4 +1,4 @@
-"""What other packages, and routers written by hand, have left beside this one."""
+"""Remains of other packages and of hand-written routers beside this package."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Any, Final
 
 from django.apps import apps
 from django.conf import settings
-from django.core import checks
 from django.core.checks import CheckMessage
 from django.db import DEFAULT_DB_ALIAS, router
 from django.utils.module_loading import import_string
 
-from pinning_middleware.conf import OLDER, conf
+from pinning_middleware.checks.messages import warning
+from pinning_middleware.conf import MULTIDB_ALIASES, conf
 from pinning_middleware.routers import PinningRouter
 
 __all__ = ["check_leftovers"]
 
-OTHERS: Final = ("multidb", "django_replicated")
-INSTEAD: Final = {
+OTHER_PACKAGES: Final = ("multidb", "django_replicated")
+REPLACEMENTS: Final = {
     "DATABASE_ROUTERS": "pinning_middleware.routers.PinningRouter",
     "MIDDLEWARE": "pinning_middleware.middleware.PinningMiddleware",
 }
-# For sites that keep the names of django-multidb-router.
-_BY_NAME: Final = "pinning_middleware.contrib."
+# The same names as those of django-multidb-router.
+_CONTRIB: Final = "pinning_middleware.contrib."
 SETTINGS: Final = {
-    **{older: ours for ours, olders in OLDER.items() for older in olders},
+    **{older: ours for ours, olders in MULTIDB_ALIASES.items() for older in olders},
     "REPLICATED_DATABASE_SLAVES": "PINNING_REPLICAS",
     "REPLICATED_DATABASE_DOWNTIME": "PINNING_RETRY_AFTER",
     "REPLICATED_FORCE_MASTER_COOKIE_NAME": "PINNING_COOKIE_NAME (a name of its own)",
@@ -39,11 +39,11 @@ SETTINGS: Final = {
     "REPLICATED_CHECK_STATE_ON_WRITE": "",
     "REPLICATED_MANAGE_ATOMIC_REQUESTS": "",
 }
-_READ: Final = frozenset(older for olders in OLDER.values() for older in olders)
-# The package's own older interface reads it as well.
+_READ: Final = frozenset(older for olders in MULTIDB_ALIASES.values() for older in olders)
+# The legacy interface of this package reads it as well.
 _KEPT: Final = ("SLAVE_DATABASES",)
-_NOTHING: Final = "Remove it: what it was for is done without it."
-# A router may choose by chance.
+_NO_REPLACEMENT: Final = "Remove it: this package needs no such setting."
+# A router may choose at random.
 _TIMES: Final = 16
 
 
@@ -51,40 +51,36 @@ def check_leftovers(**kwargs: Any) -> list[CheckMessage]:
     return [*_settings(), *_entries(), *_routers()]
 
 
-def _warning(number: int, says: str, hint: str) -> checks.Warning:
-    return checks.Warning(says, hint=hint, id=f"pinning_middleware.W{number}")
-
-
 def _settings() -> Iterator[CheckMessage]:
     for name, ours in SETTINGS.items():
         if name in _KEPT or not hasattr(settings, name):
             continue
-        is_read = name in _READ and conf.reads_older
+        is_read = name in _READ and conf.uses_multidb_names
         if is_read and not hasattr(settings, ours):
             continue
-        why = f"{ours} is set, so that this is not read." if is_read else "Nothing here reads it."
-        hint = f"Write {ours} instead, and remove it." if ours else _NOTHING
-        yield _warning(201, f"{name} is a setting of another package. {why}", hint)
+        reason = f"{ours} takes precedence" if is_read else "it is not used here"
+        hint = f"Set {ours} instead, and remove it." if ours else _NO_REPLACEMENT
+        yield warning("W201", f"{name} is a setting of another package: {reason}.", hint)
 
 
 def _entries() -> Iterator[CheckMessage]:
-    for setting, instead in INSTEAD.items():
+    for setting, instead in REPLACEMENTS.items():
         for entry in getattr(settings, setting):
             package = _package_of(entry)
             if package is None:
                 continue
-            hint = f"Write {instead!r} instead, as the first entry."
+            hint = f"Set {instead!r} instead, as the first entry."
             if package == "multidb" and isinstance(entry, str) and entry.startswith("multidb."):
-                hint += f" To keep its names for now: {_BY_NAME + entry!r}."
-            says = f"{setting} has {_name_of(entry)!r}, which is of {package!r}, beside ours."
-            yield _warning(202, says, hint)
+                hint += f" To keep its names, set {_CONTRIB + entry!r}."
+            message = f"{setting} contains {_name_of(entry)!r} of {package!r}."
+            yield warning("W202", message, hint)
 
 
 def _package_of(entry: Any) -> str | None:
-    """Return the other package that this entry, or a class that it is derived from, is of."""
+    """Return the other package that defines this entry, or a class that it is derived from."""
     kind = entry
     if isinstance(entry, str):
-        if entry.partition(".")[0] in OTHERS:
+        if entry.partition(".")[0] in OTHER_PACKAGES:
             return entry.partition(".")[0]
         try:
             kind = import_string(entry)
@@ -92,7 +88,7 @@ def _package_of(entry: Any) -> str | None:
             return None
     bases = getattr(kind if isinstance(kind, type) else type(kind), "__mro__", ())
     packages = (base.__module__.partition(".")[0] for base in bases)
-    return next((package for package in packages if package in OTHERS), None)
+    return next((package for package in packages if package in OTHER_PACKAGES), None)
 
 
 def _name_of(entry: Any) -> str:
@@ -100,37 +96,38 @@ def _name_of(entry: Any) -> str:
 
 
 def _routers() -> Iterator[CheckMessage]:
-    """Find routers that send a model's reads elsewhere than its writes, as only ours should."""
+    """Find routers that return other databases for reads than for writes of a model."""
     for other in router.routers:
         if isinstance(other, PinningRouter) or _package_of(other) is not None:
             continue
         found: dict[str, set[str]] = {}
         for model in apps.get_models():
             if (primary := _ask(other, "db_for_write", model)) is None:
-                # Of what it does not write, who says that others do?
+                # A database that it does not write may be a separate one.
                 continue
             primary = primary or DEFAULT_DB_ALIAS
             aliases = {_ask(other, "db_for_read", model) for _ in range(_TIMES)}
             replicas = {alias for alias in aliases if alias and alias != primary}
-            # Those that we know of are another check's matter.
-            if replicas - conf.primary_of.keys():
+            # W011 reports replicas of PINNING_REPLICAS.
+            if replicas - conf.primary_by_replica.keys():
                 found.setdefault(primary, set()).update(replicas)
         if found:
             pools = {primary: sorted(replicas) for primary, replicas in found.items()}
             value = pools.get(DEFAULT_DB_ALIAS) if len(pools) == 1 else None
-            yield _warning(
-                203,
-                f"{type(other).__name__} sends reads to replicas, and knows nothing of pins.",
-                f"Write PINNING_REPLICAS = {value or pools!r}, and {INSTEAD['DATABASE_ROUTERS']!r} "
-                "first in DATABASE_ROUTERS; keep of this router only which primary a model is of.",
+            yield warning(
+                "W203",
+                f"{type(other).__name__} returns replicas for reads without regard to pins.",
+                f"Set PINNING_REPLICAS = {value or pools!r} and "
+                f"{REPLACEMENTS['DATABASE_ROUTERS']!r} as the first entry of DATABASE_ROUTERS. "
+                "This router should only return which primary a model belongs to.",
             )
 
 
 def _ask(other: Any, action: str, model: Any) -> str | None:
-    """Return its answer, empty where it leaves that to others; ``None``: it can't be asked."""
+    """Return its answer, "" if it has none, or None if it cannot be called."""
     try:
         alias = getattr(other, action)(model)
     except Exception:
-        # One that has no such method, or wants more than this, says nothing here.
+        # It has no such method, or needs hints.
         return None
     return str(alias) if alias else ""

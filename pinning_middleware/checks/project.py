@@ -1,30 +1,33 @@
-"""What stands beside the settings: the order of things, cookies, caches, other routers."""
+"""The settings in the context of the project: middleware, routers, cookies, caches, databases."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Container, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 from django.apps import apps
 from django.conf import settings
-from django.core import checks
 from django.core.cache import DEFAULT_CACHE_ALIAS
 from django.core.checks import CheckMessage, register
-from django.db import router
+from django.core.exceptions import ImproperlyConfigured
+from django.db import connections, router
 from django.utils.module_loading import import_string
 
-from pinning_middleware.checks.settings import TAG, spelled, value_of
+from pinning_middleware.checks.messages import TAG, error, warning
+from pinning_middleware.checks.settings import is_strings, value_of
 from pinning_middleware.conf import conf, parse_replicas
+from pinning_middleware.routing.compatibility import is_interchangeable
 
 __all__: list[str] = []
 
-MIDDLEWARE = "pinning_middleware.middleware.PinningMiddleware"
-ROUTER = "pinning_middleware.routers.PinningRouter"
-CACHE_STORE = "pinning_middleware.stores.CacheStore"
-COOKIE_STORE = "pinning_middleware.stores.CookieStore"
-# Headers that mean something else to clients, servers or caches.
-OTHERS_HEADERS = frozenset(
+MIDDLEWARE: Final = "pinning_middleware.middleware.PinningMiddleware"
+ROUTER: Final = "pinning_middleware.routers.PinningRouter"
+CACHE_STORE: Final = "pinning_middleware.stores.CacheStore"
+COOKIE_STORE: Final = "pinning_middleware.stores.CookieStore"
+# Standard headers of clients, servers or caches.
+STANDARD_HEADERS: Final = frozenset(
     {
         *("accept", "age", "allow", "authorization", "cache-control", "connection"),
         *("content-encoding", "content-length", "content-type", "cookie", "date", "etag"),
@@ -34,24 +37,36 @@ OTHERS_HEADERS = frozenset(
         *("upgrade", "user-agent", "vary", "via", "www-authenticate", "x-csrftoken"),
     }
 )
-# Of memcached's clients: what bounds how long they wait for a connection, and for an answer.
-TIMEOUTS = {
+# Clients of memcached → options that bound connecting and waiting for a reply.
+TIMEOUTS: Final = {
     "PyMemcacheCache": ("connect_timeout", "timeout"),
     "PyLibMCCache": ("connect_timeout", "receive_timeout"),
 }
+# PINNING_POSITIONS → vendors whose databases report such positions.
+VENDORS: Final = {"lsn": ("postgresql",), "xid": ("postgresql",), "gtid": ("mysql",)}
+DEFAULT_PORTS: Final = {"postgresql": "5432", "mysql": "3306", "oracle": "1521"}
+_MODEL_LABEL: Final = re.compile(r"[a-z_]\w*\.[A-Z]\w*")
 
 
-def _warning(number: int, says: str, hint: str) -> checks.Warning:
-    return checks.Warning(says, hint=hint, id=f"pinning_middleware.W{number:03}")
+def _pools() -> dict[str, dict[str, int]]:
+    """Return PINNING_REPLICAS, or {} if it is invalid (which E001 reports)."""
+    try:
+        return parse_replicas(value_of("PINNING_REPLICAS"))
+    except ValueError:
+        return {}
 
 
 def _replicas() -> dict[str, str]:
-    """Return alias of a replica → its primary's, none where the setting can't be read."""
-    try:
-        pools = parse_replicas(value_of("PINNING_REPLICAS"))
-    except ValueError:
-        return {}
-    return {alias: primary for primary, weights in pools.items() for alias in weights}
+    """Return replica's alias → its primary's alias."""
+    return {alias: primary for primary, weights in _pools().items() for alias in weights}
+
+
+def _vendor(alias: str) -> str:
+    """Return the vendor of a database, or "" if the alias or its ENGINE is invalid."""
+    with suppress(ImproperlyConfigured):
+        if alias in settings.DATABASES:
+            return connections[alias].vendor
+    return ""
 
 
 def _stores() -> list[str]:
@@ -59,40 +74,14 @@ def _stores() -> list[str]:
     return list(paths) if isinstance(paths, (list, tuple)) else []
 
 
-def _ignored_tables() -> Collection[Any]:
+def _ignored_tables() -> Collection[str]:
     tables = value_of("PINNING_IGNORED_TABLES")
     return tables if isinstance(tables, (list, tuple, set, frozenset)) else ()
 
 
 def _has_store(path: str) -> bool:
-    """Return whether this store is in use, or one that is derived from it."""
+    """Return whether this store is used, or one derived from it."""
     return any(_is_instance(own, path) for own in _stores())
-
-
-@register(TAG)
-def check_wiring(**kwargs: Any) -> list[CheckMessage]:
-    if not value_of("PINNING_REPLICAS"):
-        return []
-    return [
-        *_check_first(
-            "MIDDLEWARE", MIDDLEWARE, 2, "so that every read of a request is in its scope"
-        ),
-        *_check_first("DATABASE_ROUTERS", ROUTER, 3, "so that it can ask the routers after it"),
-    ]
-
-
-def _check_first(setting: str, path: str, number: int, why: str) -> list[CheckMessage]:
-    entries: Sequence[Any] = getattr(settings, setting)
-    if entries and (entries[0] == path or _is_instance(entries[0], path)):
-        return []
-    return [
-        _warning(
-            number,
-            f"{spelled('PINNING_REPLICAS')} is set, and {path} is not the first entry of "
-            f"{setting}.",
-            f"Put it first, {why}. If that is on purpose, silence pinning_middleware.W{number:03}.",
-        )
-    ]
 
 
 def _is_instance(entry: Any, path: str) -> bool:
@@ -104,92 +93,149 @@ def _is_instance(entry: Any, path: str) -> bool:
         return False
 
 
+# Middleware and routers
+
+
 @register(TAG)
-def check_that_pins_are_kept(**kwargs: Any) -> list[CheckMessage]:
+def check_order(**kwargs: Any) -> list[CheckMessage]:
+    if not value_of("PINNING_REPLICAS"):
+        return []
+    return [
+        *_check_first("W002", "MIDDLEWARE", MIDDLEWARE, "so that it sees every read of a request"),
+        *_check_first(
+            "W003", "DATABASE_ROUTERS", ROUTER, "so that it can consult the routers after it"
+        ),
+    ]
+
+
+def _check_first(number: str, setting: str, path: str, why: str) -> list[CheckMessage]:
+    entries: Sequence[Any] = getattr(settings, setting)
+    places = [n for n, entry in enumerate(entries) if entry == path or _is_instance(entry, path)]
+    if places[:1] == [0]:
+        return []
+    problem = f"{path} is not the first entry of" if places else f"{path} is missing in"
+    return [
+        warning(
+            number,
+            f"{conf.effective_name('PINNING_REPLICAS')} is set, but {problem} {setting}.",
+            f"Set it as the first entry of {setting}, {why}.",
+        )
+    ]
+
+
+@register(TAG)
+def check_other_routers(**kwargs: Any) -> list[CheckMessage]:
+    return [
+        warning(
+            "W011",
+            f"{type(other).__name__}.{method}() returns the replica {alias!r} for {label}.",
+            "Return the primary that a model belongs to; PinningRouter selects the replica.",
+        )
+        for other, method, label, alias in _answers(_replicas())
+    ]
+
+
+def _answers(replicas: Container[str]) -> Iterator[tuple[Any, str, str, str]]:
+    """Yield the first replica that each method of the other routers returns, and the model."""
+    for other in router.routers:
+        if _is_instance(other, ROUTER):
+            continue
+        for name in ("db_for_read", "db_for_write"):
+            if (method := getattr(other, name, None)) is None:
+                continue
+            for model in apps.get_models():
+                try:
+                    alias = method(model)
+                except Exception:
+                    # A router that needs hints cannot be checked.
+                    continue
+                if isinstance(alias, str) and alias in replicas:
+                    yield other, name, model._meta.label, alias
+                    break
+
+
+# Stores
+
+
+@register(TAG)
+def check_stores_not_empty(**kwargs: Any) -> list[CheckMessage]:
     if not value_of("PINNING_REPLICAS") or value_of("PINNING_STORES") not in ([], ()):
         return []
     return [
-        _warning(
-            4,
-            "PINNING_STORES is empty, so that a write pins its own request only.",
-            f"The default is [{COOKIE_STORE!r}].",
+        warning(
+            "W004",
+            "PINNING_STORES is empty, so a write pins only its own request.",
+            f"Set [{COOKIE_STORE!r}], the default.",
         )
     ]
 
 
 @register(TAG)
-def check_weights(**kwargs: Any) -> list[CheckMessage]:
-    try:
-        pools = parse_replicas(value_of("PINNING_REPLICAS"))
-    except ValueError:
-        return []
-    return [
-        _warning(
-            5,
-            f"Every replica of {primary!r} has weight 0, so that the primary has all reads.",
-            "0 is for one that is drained or warmed while others serve.",
-        )
-        for primary, weights in pools.items()
-        if weights and not any(weights.values())
-    ]
-
-
-@register(TAG)
-def check_cookie_fits(**kwargs: Any) -> list[CheckMessage]:
+def check_cookie_attributes(**kwargs: Any) -> list[CheckMessage]:
     if not _has_store(COOKIE_STORE):
         return []
     cookie, name = conf.cookie, conf.cookie_name
     found: list[CheckMessage] = []
     if str(cookie["samesite"]).lower() == "none" and not cookie["secure"]:
         found.append(
-            _warning(
-                6,
-                "The pinning cookie has SameSite=None and is not Secure: browsers refuse it.",
-                f"Set {spelled('PINNING_COOKIE_SECURE')} = True (or SESSION_COOKIE_SECURE).",
+            warning(
+                "W006",
+                "The pinning cookie has SameSite=None without Secure, so browsers reject it.",
+                f"Set {conf.effective_name('PINNING_COOKIE_SECURE')} = True (or "
+                "SESSION_COOKIE_SECURE).",
             )
         )
-    names = ("SESSION_COOKIE_NAME", "CSRF_COOKIE_NAME", "LANGUAGE_COOKIE_NAME")
-    others = {getattr(settings, other): other for other in names} | {
-        "messages": "the cookie of messages"
-    }
-    found += [
-        checks.Error(
-            f"{spelled('PINNING_COOKIE_NAME')} is {name!r}, and {other} is {own!r} as well.",
-            hint="Give it a name of its own. What a client has seen is in a second one, "
-            f"{conf.seen_cookie_name!r}.",
-            id="pinning_middleware.E019",
-        )
-        for own in (name, conf.seen_cookie_name)
-        if (other := others.get(own)) is not None
-    ]
     host = name.startswith("__Host-") and (cookie["domain"] or cookie["path"] != "/")
     if host or (name.startswith(("__Host-", "__Secure-")) and not cookie["secure"]):
         found.append(
-            _warning(
-                7,
-                f"Browsers refuse a cookie of the name {name!r} with these attributes.",
-                "__Host- wants Secure, the path / and no domain; __Secure- wants Secure.",
+            warning(
+                "W007",
+                f"Browsers reject a cookie named {name!r} with these attributes.",
+                "Set Secure for __Secure-, and Secure, the path / and no domain for __Host-.",
             )
         )
     return found
 
 
 @register(TAG)
-def check_header_name(**kwargs: Any) -> list[CheckMessage]:
-    name = value_of("PINNING_HEADER_NAME")
-    if not isinstance(name, str) or name.lower() not in OTHERS_HEADERS:
+def check_cookie_name_is_unique(**kwargs: Any) -> list[CheckMessage]:
+    if not _has_store(COOKIE_STORE):
         return []
+    names = ("SESSION_COOKIE_NAME", "CSRF_COOKIE_NAME", "LANGUAGE_COOKIE_NAME")
+    others = {getattr(settings, other): other for other in names}
+    others["messages"] = "the cookie of django.contrib.messages"
     return [
-        checks.Error(
-            f"PINNING_HEADER_NAME is {name!r}, which means something else.",
-            hint="Give it a name of its own; the default is 'Pinning-Token'.",
-            id="pinning_middleware.E020",
+        error(
+            "E019",
+            f"{conf.effective_name('PINNING_COOKIE_NAME')} is {conf.cookie_name!r}, and "
+            f"{others[own]} is {own!r} as well.",
+            "Set a name of its own. With monotonic-reads, a second cookie is named "
+            f"{conf.seen_cookie_name!r}.",
         )
+        for own in (conf.cookie_name, conf.seen_cookie_name)
+        if own in others
     ]
 
 
 @register(TAG)
-def check_cache_fits(**kwargs: Any) -> list[CheckMessage]:
+def check_header_name(**kwargs: Any) -> list[CheckMessage]:
+    name = value_of("PINNING_HEADER_NAME")
+    if not isinstance(name, str) or name.lower() not in STANDARD_HEADERS:
+        return []
+    return [
+        error(
+            "E020",
+            f"PINNING_HEADER_NAME is {name!r}, which is a standard HTTP header.",
+            "Set a name of its own; the default is 'Pinning-Token'.",
+        )
+    ]
+
+
+# Caches
+
+
+@register(TAG)
+def check_cache_is_shared_and_bounded(**kwargs: Any) -> list[CheckMessage]:
     alias = value_of("PINNING_CACHE")
     if not _has_store(CACHE_STORE) or alias not in settings.CACHES:
         return []
@@ -198,44 +244,43 @@ def check_cache_fits(**kwargs: Any) -> list[CheckMessage]:
     kind = backend.rpartition(".")[2]
     if kind in ("LocMemCache", "DummyCache"):
         return [
-            _warning(
-                8,
-                f"CacheStore is on {backend}, which other processes do not share.",
-                "Use Redis, Valkey, memcached or a database.",
+            warning(
+                "W008",
+                f"CacheStore uses {backend}, which processes do not share.",
+                "Set PINNING_CACHE to a cache on Redis, Valkey, memcached or a database.",
             )
         ]
     options = entry.get("OPTIONS", {})
+    where, units = "OPTIONS", "to half a second, for example"
     if kind == "PyLibMCCache":
         options = options.get("behaviors", {})
+        where = "OPTIONS['behaviors']"
+        units = "(the first in milliseconds: 500, the other in microseconds: 500_000)"
     missing = [name for name in TIMEOUTS.get(kind, ()) if not options.get(name)]
     if not missing:
         return []
-    hint = f"Set {' and '.join(map(repr, missing))} in its OPTIONS, to half a second say."
-    if kind == "PyLibMCCache":
-        hint = (
-            f"Set {' and '.join(map(repr, missing))} in its OPTIONS, under 'behaviors': the first "
-            "is in milliseconds (500), the other in microseconds (500_000)."
-        )
     return [
-        _warning(
-            9,
-            f"CacheStore is on {backend} without {' and '.join(missing)}: a server that says "
-            "nothing would hold up requests.",
-            hint,
+        warning(
+            "W009",
+            f"CacheStore uses {backend} without {' and '.join(missing)}: an unresponsive cache "
+            "server would block requests.",
+            f"Set {' and '.join(map(repr, missing))} in {where}, {units}.",
         )
     ]
 
 
 @register(TAG)
-def check_caches_in_the_database(**kwargs: Any) -> list[CheckMessage]:
+def check_database_caches(**kwargs: Any) -> list[CheckMessage]:
     own = value_of("PINNING_CACHE") if _has_store(CACHE_STORE) else DEFAULT_CACHE_ALIAS
     ignored = {str(table).lower() for table in _ignored_tables()}
     return [
-        _warning(
-            13,
-            f"The cache {alias!r} is a table of the database: who sets anything in it is pinned.",
-            "Use Redis, Valkey or memcached. Or, if no request relies on what an earlier one has "
-            f"set there, have {entry.get('LOCATION')!r} in PINNING_IGNORED_TABLES.",
+        warning(
+            "W013",
+            f"The cache {alias!r} is stored in the database, so every request that sets a value "
+            "in it is pinned to the primary.",
+            "Set another backend such as Redis, Valkey or memcached. If no request depends on "
+            f"values that an earlier one set, add {entry.get('LOCATION')!r} to "
+            "PINNING_IGNORED_TABLES.",
         )
         for alias, entry in settings.CACHES.items()
         if str(entry.get("BACKEND", "")).endswith(".DatabaseCache")
@@ -245,13 +290,29 @@ def check_caches_in_the_database(**kwargs: Any) -> list[CheckMessage]:
     ]
 
 
+# Databases
+
+
 @register(TAG)
-def check_replicas_settings(**kwargs: Any) -> list[CheckMessage]:
+def check_weights_not_all_zero(**kwargs: Any) -> list[CheckMessage]:
     return [
-        _warning(
-            10,
+        warning(
+            "W005",
+            f"Every replica of {primary!r} has the weight 0, so all reads go to the primary.",
+            "Set a weight above 0 for one of them; 0 is for a replica that is drained or warmed.",
+        )
+        for primary, weights in _pools().items()
+        if weights and not any(weights.values())
+    ]
+
+
+@register(TAG)
+def check_atomic_requests(**kwargs: Any) -> list[CheckMessage]:
+    return [
+        warning(
+            "W010",
             f"ATOMIC_REQUESTS is set on {alias!r}, a replica of {primary!r}.",
-            "Set it on the primary only: reads in a transaction can't be run again elsewhere.",
+            "Set it on the primary only: a read in a transaction cannot be retried elsewhere.",
         )
         for alias, primary in _replicas().items()
         if settings.DATABASES.get(alias, {}).get("ATOMIC_REQUESTS")
@@ -259,51 +320,88 @@ def check_replicas_settings(**kwargs: Any) -> list[CheckMessage]:
 
 
 @register(TAG)
-def check_other_routers(**kwargs: Any) -> list[CheckMessage]:
-    replicas = _replicas()
-    if not replicas:
-        return []
+def check_position_method(**kwargs: Any) -> list[CheckMessage]:
+    method = value_of("PINNING_POSITIONS")
+    vendors = VENDORS.get(method, ()) if isinstance(method, str) else ()
     return [
-        _warning(
-            11,
-            f"{type(other).__name__} sends {says} of {label} to {alias!r}, which is a replica.",
-            "A router after PinningRouter says which primary a model belongs to; reads are spread "
-            "over its replicas by PinningRouter.",
+        warning(
+            "W015",
+            f"PINNING_POSITIONS is {method!r}, which {primary!r} ({vendor}) does not support, so "
+            "its pins last the full window.",
+            "Set True for the best method of each database.",
         )
-        for other, says, label, alias in _answers(replicas)
+        for primary, weights in _pools().items()
+        # A SQLite database, as in development, has no replicas of its own.
+        if weights and vendors and (vendor := _vendor(primary)) in DEFAULT_PORTS
+        if vendor not in vendors
     ]
 
 
-def _answers(replicas: Container[str]) -> Iterator[tuple[Any, str, str, str]]:
-    """Return the first replica that each router beside ours answers with, and for which model."""
-    for other in router.routers:
-        if _is_instance(other, ROUTER):
-            continue
-        for says in ("db_for_read", "db_for_write"):
-            method = getattr(other, says, None)
-            if method is None:
-                continue
-            for model in apps.get_models():
-                try:
-                    alias = method(model)
-                except Exception:
-                    # One that wants more than this says nothing here.
-                    continue
-                if alias in replicas:
-                    yield other, says, model._meta.label, str(alias)
-                    break
+@register(TAG)
+def check_interchangeable_aliases(**kwargs: Any) -> list[CheckMessage]:
+    return [
+        warning(
+            "W017",
+            f"{alias!r} and its primary {primary!r} differ in more than their server, so no read "
+            "fails over between them.",
+            "Set the same ENGINE, NAME, USER, TIME_ZONE and OPTIONS for every alias of a pool. "
+            "OPTIONS of the connection, such as timeouts, may differ.",
+        )
+        for alias, primary in _replicas().items()
+        # Every SQLite alias has a file of its own.
+        if "" != _vendor(alias) != "sqlite"
+        and _vendor(primary)
+        and not is_interchangeable(primary, alias)
+    ]
 
 
 @register(TAG)
-def check_ignored_tables_fit(**kwargs: Any) -> list[CheckMessage]:
+def check_other_aliases_of_primaries(**kwargs: Any) -> list[CheckMessage]:
+    pools = _pools()
+    legacy = getattr(settings, "SLAVE_DATABASES", None)
+    in_pools = {*pools, *_replicas(), *(legacy if legacy and is_strings(legacy) else ())}
+    primaries = {_database(primary): primary for primary, weights in pools.items() if weights}
+    primaries.pop(None, None)
+    return [
+        warning(
+            "W018",
+            f"{alias!r} is the same database as {primaries[database]!r}, the primary of a pool: "
+            "writes through it pin the pool, but reads through it are not routed.",
+            f"Use {primaries[database]!r} instead. If {alias!r} is for migrations or maintenance "
+            "only, silence this check.",
+        )
+        for alias in settings.DATABASES
+        if alias not in in_pools and (database := _database(alias)) in primaries
+    ]
+
+
+def _database(alias: str) -> tuple[str, ...] | None:
+    """Return what identifies the database of an alias, or None if it is unknown or private."""
+    vendor = _vendor(alias)
+    if not vendor:
+        return None
+    entry = connections.settings[alias]
+    name = str(entry["NAME"])
+    if not name or ":memory:" in name:
+        return None
+    host = str(entry["HOST"]).lower()
+    return vendor, host, str(entry["PORT"]) or DEFAULT_PORTS.get(vendor, ""), name
+
+
+# Tables and guarantees
+
+
+@register(TAG)
+def check_ignored_tables_are_not_read_back(**kwargs: Any) -> list[CheckMessage]:
     read_back = {"django_session"}
     with suppress(LookupError, ValueError):
         read_back.add(apps.get_model(settings.AUTH_USER_MODEL)._meta.db_table.lower())
     return [
-        _warning(
-            12,
-            f"PINNING_IGNORED_TABLES has {table!r}, which the next request reads back.",
-            "A login or a cart would seem lost; ignore a hit counter's table, and no other.",
+        warning(
+            "W012",
+            f"PINNING_IGNORED_TABLES contains {table!r}, which the next request reads back.",
+            "Remove it, since logins and carts would seem to be lost. Set only tables such as "
+            "that of a hit counter.",
         )
         for table in _ignored_tables()
         if str(table).lower() in read_back
@@ -311,17 +409,38 @@ def check_ignored_tables_fit(**kwargs: Any) -> list[CheckMessage]:
 
 
 @register(TAG)
-def check_guarantee_fits(**kwargs: Any) -> list[CheckMessage]:
+def check_ignored_tables_are_tables(**kwargs: Any) -> list[CheckMessage]:
+    found: list[CheckMessage] = []
+    for name in _ignored_tables():
+        if not isinstance(name, str) or "." not in name:
+            continue
+        table = ""
+        with suppress(LookupError, ValueError):
+            table = apps.get_model(name)._meta.db_table
+        if table or _MODEL_LABEL.fullmatch(name):
+            found.append(
+                warning(
+                    "W016",
+                    f"PINNING_IGNORED_TABLES contains {name!r}, which is the label of a model and "
+                    "not the name of a table.",
+                    f"Set {table or name.replace('.', '_').lower()!r} instead.",
+                )
+            )
+    return found
+
+
+@register(TAG)
+def check_monotonic_reads_need_positions(**kwargs: Any) -> list[CheckMessage]:
     guarantee = value_of("PINNING_CONSISTENCY")
     if guarantee != "monotonic-reads" or value_of("PINNING_POSITIONS") is not False:
         return []
     if not _replicas():
         return []
     return [
-        _warning(
-            14,
-            f"PINNING_CONSISTENCY is {guarantee!r} and PINNING_POSITIONS is False: without "
-            "positions nobody knows what a client has seen, and only its writes pin it.",
-            "Leave PINNING_POSITIONS out, or PINNING_CONSISTENCY.",
+        warning(
+            "W014",
+            f"PINNING_CONSISTENCY is {guarantee!r} but PINNING_POSITIONS is False: without "
+            "positions it is unknown what a client has read, and only its writes pin it.",
+            "Remove PINNING_POSITIONS or PINNING_CONSISTENCY.",
         )
     ]

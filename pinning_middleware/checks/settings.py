@@ -1,63 +1,41 @@
-"""Every setting by itself: an error with an id and a hint for each bad value."""
+"""Checks of each setting: an error with an ID and a hint for every invalid value."""
 
 from __future__ import annotations
 
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, NamedTuple
 
 from django.apps import apps
 from django.conf import settings
-from django.core import checks
-from django.core.checks import CheckMessage, Error, register
+from django.core.checks import CheckMessage, register
+from django.db import DEFAULT_DB_ALIAS, router
 from django.utils.module_loading import import_string
 
-from pinning_middleware.conf import DEFAULTS, OLDER, conf, parse_replicas
+from pinning_middleware.checks.messages import TAG, error, warning
+from pinning_middleware.conf import DEFAULTS, conf, parse_replicas
+from pinning_middleware.routers import PinningRouter
 from pinning_middleware.stores import BaseStore
 
-__all__ = ["TAG", "spelled", "value_of"]
+__all__ = ["TAG", "value_of"]
 
-TAG = "pinning"
-CHOICES = {
-    "PINNING_BALANCE_BY": ("request", "query"),
-    "PINNING_PRIMARY_DOWN": ("error", "stale"),
-    "PINNING_CONSISTENCY": ("read-your-writes", "monotonic-reads"),
-}
-_SAMESITE = ("lax", "strict", "none")
-# A round of turns is kept, and has as many as the weights together.
-_HEAVIEST = 1000
-_HTTP_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-
-
-def spelled(name: str) -> str:
-    """Return the name by which this site sets it: ours, or one of ``OLDER`` that is read."""
-    if name in OLDER and conf.reads_older and not hasattr(settings, name):
-        return next((older for older in OLDER[name] if hasattr(settings, older)), name)
-    return name
+# The rotation has as many entries as the weights have together.
+_MAX_WEIGHT: Final = 1000
+_HTTP_TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_FUNCTION_NAME: Final = re.compile(r"(?:[A-Za-z_][\w$]*\.)?[A-Za-z_][\w$]*")
 
 
 def value_of(name: str) -> Any:
-    """Return what the site says by that name, or by the older one that is read instead."""
-    return getattr(settings, spelled(name), DEFAULTS.get(name))
+    """Return the value in the site's settings, also under a name of `MULTIDB_ALIASES`."""
+    return getattr(settings, conf.effective_name(name), DEFAULTS.get(name))
 
 
-def _error(number: int, name: str, says: str, hint: str) -> Error:
-    return Error(
-        f"{spelled(name)} {says}, not {value_of(name)!r}.",
-        hint=hint,
-        id=f"pinning_middleware.E{number:03}",
-    )
+# Predicates
 
 
-def _judge(
-    number: int, names: Iterable[str], good: Callable[[Any], bool], says: str, hint: str
-) -> list[CheckMessage]:
-    return [_error(number, name, says, hint) for name in names if not good(value_of(name))]
-
-
-def _is_seconds(value: Any) -> bool:
+def is_seconds(value: Any) -> bool:
     return (
         isinstance(value, (int, float))
         and not isinstance(value, bool)
@@ -66,333 +44,392 @@ def _is_seconds(value: Any) -> bool:
     )
 
 
-def _is_texts(value: Any) -> bool:
+def is_strings(value: Any) -> bool:
     return isinstance(value, (list, tuple, set, frozenset)) and all(
         isinstance(part, str) and part for part in value
     )
 
 
-@register(TAG)
-def check_replicas(**kwargs: Any) -> list[CheckMessage]:
-    try:
-        pools = parse_replicas(value_of("PINNING_REPLICAS"))
-    except ValueError as error:
-        return [
-            Error(
-                f"{spelled('PINNING_REPLICAS')}: {error}, not {value_of('PINNING_REPLICAS')!r}.",
-                hint='For one primary: ["replica1", "replica2"]. For several: '
-                '{"default": ["replica1"], "users": {"users_replica": 2}}.',
-                id="pinning_middleware.E001",
-            )
-        ]
-    found: list[CheckMessage] = []
-    seen: set[str] = set(pools)
-    for primary, weights in pools.items():
-        found += [
-            _error(
-                2,
-                "PINNING_REPLICAS",
-                f"names {alias!r}, which DATABASES does not have",
-                "Use the aliases of DATABASES.",
-            )
-            for alias in (primary, *weights)
-            if alias not in settings.DATABASES
-        ]
-        divisor = math.gcd(*weights.values()) or 1
-        found += [
-            _error(
-                21,
-                "PINNING_REPLICAS",
-                f"gives {alias!r} the weight {weight}, which is above {_HEAVIEST} in lowest terms",
-                "Only the ratio of weights counts: give 2 and 1, say, for 2003 and 1001.",
-            )
-            for alias, weight in weights.items()
-            if weight // divisor > _HEAVIEST
-        ]
-        for alias in weights:
-            if alias in seen:
-                found.append(
-                    _error(
-                        3,
-                        "PINNING_REPLICAS",
-                        f"gives {alias!r} two places",
-                        "A replica has one primary, and is not a primary itself.",
-                    )
-                )
-            seen.add(alias)
-    return found
+def is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
-@register(TAG)
-def check_slave_databases(**kwargs: Any) -> list[CheckMessage]:
-    value = getattr(settings, "SLAVE_DATABASES", None)
-    if value is None:
-        return []
-    if spelled("PINNING_REPLICAS") == "SLAVE_DATABASES" and not isinstance(value, Mapping):
-        # Read as PINNING_REPLICAS, and judged with it.
-        return []
-    hint = "It is the older interface's list of replicas; use the aliases of DATABASES."
-    if not _is_texts(value):
-        return [_error_of_older("must be a list of aliases", value, hint)]
-    return [
-        _error_of_older(f"names {alias!r}, which DATABASES does not have", value, hint)
-        for alias in value
-        if alias not in settings.DATABASES
-    ]
+def is_one_of(*choices: Any) -> Callable[[Any], bool]:
+    # By type as well, since 1 == True.
+    return lambda value: any(type(value) is type(c) and value == c for c in choices)
 
 
-def _error_of_older(says: str, value: object, hint: str) -> Error:
-    return Error(f"SLAVE_DATABASES {says}, not {value!r}.", hint=hint, id="pinning_middleware.E004")
-
-
-@register(TAG)
-def check_seconds(**kwargs: Any) -> list[CheckMessage]:
-    names = ("PINNING_SECONDS", "PINNING_WAIT", "PINNING_RETRY_AFTER")
-    hint = "Give it in seconds, for example 15 or 0.05."
-    says = "must be a number of seconds, 0 or more"
-    return _judge(5, names, _is_seconds, says, hint) + _judge(
-        5,
-        ("PINNING_MAX_LAG",),
-        lambda value: value is None or _is_seconds(value),
-        f"{says}, or None",
-        hint,
-    )
-
-
-@register(TAG)
-def check_switches(**kwargs: Any) -> list[CheckMessage]:
-    names = ("PINNING_ENABLED", "PINNING_OFFLOAD_OUTSIDE_REQUESTS", "PINNING_COOKIE_HTTPONLY")
-    return _judge(
-        6,
-        names,
-        lambda value: isinstance(value, bool),
-        "must be True or False",
-        "A text such as 'False' counts as true; convert it where it is read from the environment.",
-    )
-
-
-@register(TAG)
-def check_choices(**kwargs: Any) -> list[CheckMessage]:
-    return [
-        _error(
-            7,
-            name,
-            f"must be one of {', '.join(map(repr, choices))}",
-            f"The default is {DEFAULTS[name]!r}.",
-        )
-        for name, choices in CHOICES.items()
-        if value_of(name) not in choices
-    ]
-
-
-@register(TAG)
-def check_stores(**kwargs: Any) -> list[CheckMessage]:
-    hint = f"The default is {DEFAULTS['PINNING_STORES']!r}; see “Stores” in the documentation."
-    paths = value_of("PINNING_STORES")
-    if not isinstance(paths, (list, tuple)) or not _is_texts(paths):
-        return [_error(8, "PINNING_STORES", "must be a list of dotted paths of classes", hint)]
-    found: list[CheckMessage] = []
-    for path in paths:
-        try:
-            store = import_string(path)
-        except ImportError as error:
-            found.append(_error(8, "PINNING_STORES", f"has {path!r} ({error})", hint))
-            continue
-        if not isinstance(store, type):
-            found.append(_error(8, "PINNING_STORES", f"has {path!r}, which is no class", hint))
-        elif missing := _missing(store):
-            lacks = f"has {path!r}, which lacks {', '.join(missing)}"
-            found.append(
-                _error(
-                    8,
-                    "PINNING_STORES",
-                    lacks,
-                    "Derive it from pinning_middleware.stores.BaseStore.",
-                )
-            )
-    return found
-
-
-def _missing(store: type) -> list[str]:
-    methods = ("load", "save", "aload", "asave", "after_authentication")
-    return [method for method in methods if not hasattr(store, method)] or [
-        method
-        for method in ("load", "save")
-        # The async twin does without it only where it is the store's own.
-        if all(getattr(store, m) is getattr(BaseStore, m) for m in (method, f"a{method}"))
-    ]
-
-
-@register(TAG)
-def check_names(**kwargs: Any) -> list[CheckMessage]:
-    return [
-        *_judge(
-            9,
-            ("PINNING_COOKIE_NAME",),
-            _is_http_token,
-            "must be a name that HTTP allows",
-            "Use letters, digits, hyphens and underscores.",
-        ),
-        *_judge(
-            9,
-            ("PINNING_HEADER_NAME",),
-            lambda value: _is_http_token(value) and "_" not in value,
-            "must be a name that HTTP allows, without underscores",
-            "Use letters, digits and hyphens: servers drop headers with an underscore.",
-        ),
-    ]
-
-
-def _is_http_token(value: Any) -> bool:
+def is_http_token(value: Any) -> bool:
     return isinstance(value, str) and _HTTP_TOKEN.fullmatch(value) is not None
 
 
-@register(TAG)
-def check_cookie(**kwargs: Any) -> list[CheckMessage]:
-    hint = "Leave it out to use that of SESSION_COOKIE_…."
-    return [
-        *_judge(
-            10,
-            ("PINNING_COOKIE_DOMAIN",),
-            lambda value: value is None or isinstance(value, str),
-            "must be text",
-            hint,
-        ),
-        *_judge(
-            10,
-            ("PINNING_COOKIE_PATH",),
-            lambda value: value is None or (isinstance(value, str) and value.startswith("/")),
-            "must be text that begins with a slash",
-            f"Browsers take any other for the path of the page. {hint}",
-        ),
-        *_judge(
-            10,
-            ("PINNING_COOKIE_SECURE",),
-            lambda value: value is None or isinstance(value, bool),
-            "must be True or False",
-            hint,
-        ),
-        *_judge(
-            10,
-            ("PINNING_COOKIE_SAMESITE",),
-            lambda value: value in (None, False) or str(value).lower() in _SAMESITE,
-            "must be 'Lax', 'Strict', 'None' or False",
-            hint,
-        ),
-    ]
-
-
-@register(TAG)
-def check_cache(**kwargs: Any) -> list[CheckMessage]:
-    return _judge(
-        11,
-        ("PINNING_CACHE",),
-        lambda value: isinstance(value, str) and value in settings.CACHES,
-        "must be an alias of CACHES",
-        f"CACHES has {', '.join(map(repr, settings.CACHES))}.",
-    )
-
-
-@register(TAG)
-def check_key(**kwargs: Any) -> list[CheckMessage]:
-    return _judge(
-        12,
-        ("PINNING_USER_KEY",),
-        _is_path_of_callable,
-        "must be the dotted path of a function key(request) -> str or None",
-        f"The default is {DEFAULTS['PINNING_USER_KEY']!r}, the logged-in user's id.",
-    )
-
-
-def _is_path_of_callable(value: Any) -> bool:
+def is_function_path(value: Any) -> bool:
     try:
         return isinstance(value, str) and callable(import_string(value))
     except ImportError:
         return False
 
 
-@register(TAG)
-def check_methods(**kwargs: Any) -> list[CheckMessage]:
-    return _judge(
-        13,
-        ("PINNING_PRIMARY_METHODS",),
-        lambda value: _is_texts(value) and all(method == method.upper() for method in value),
-        "must be a list of HTTP methods in capitals",
-        'For example ("POST", "PUT", "PATCH", "DELETE"), or () for none.',
-    )
+def or_none(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or is_valid(value)
+
+
+class Rule(NamedTuple):
+    """What a setting should be."""
+
+    setting: str
+    number: str
+    is_valid: Callable[[Any], bool]
+    requirement: str  # completes "PINNING_… should be …"
+    hint: str
+
+
+_SECONDS_HINT = "Set a number, for example 15 or 0.05."
+_BOOL_HINT = "Convert a string from the environment: 'False' is true."
+_COOKIE_HINT = "Remove it to use the value of SESSION_COOKIE_{}."
+RULES: Final = (
+    *(
+        Rule(name, "E005", is_seconds, "a number of seconds, 0 or more", _SECONDS_HINT)
+        for name in ("PINNING_SECONDS", "PINNING_WAIT", "PINNING_RETRY_AFTER")
+    ),
+    Rule(
+        "PINNING_MAX_LAG",
+        "E005",
+        or_none(is_seconds),
+        "a number of seconds, 0 or more, or None",
+        _SECONDS_HINT,
+    ),
+    *(
+        Rule(name, "E006", is_bool, "True or False", _BOOL_HINT)
+        for name in (
+            *("PINNING_ENABLED", "PINNING_OFFLOAD_OUTSIDE_REQUESTS", "PINNING_COOKIE_HTTPONLY"),
+        )
+    ),
+    *(
+        Rule(
+            name,
+            "E007",
+            is_one_of(*choices),
+            f"one of {', '.join(map(repr, choices))}",
+            f"Set one of them; the default is {DEFAULTS[name]!r}.",
+        )
+        for name, choices in {
+            "PINNING_BALANCE_BY": ("request", "query"),
+            "PINNING_PRIMARY_DOWN": ("error", "stale"),
+            "PINNING_CONSISTENCY": ("read-your-writes", "monotonic-reads"),
+        }.items()
+    ),
+    Rule(
+        "PINNING_COOKIE_NAME",
+        "E009",
+        is_http_token,
+        "a valid name of a cookie",
+        "Set letters, digits, hyphens and underscores only.",
+    ),
+    Rule(
+        "PINNING_HEADER_NAME",
+        "E009",
+        lambda value: is_http_token(value) and "_" not in value,
+        "a valid name of an HTTP header without underscores",
+        "Set letters, digits and hyphens only: servers drop headers with an underscore.",
+    ),
+    Rule(
+        "PINNING_COOKIE_DOMAIN",
+        "E010",
+        or_none(lambda value: isinstance(value, str)),
+        "a string",
+        _COOKIE_HINT.format("DOMAIN"),
+    ),
+    Rule(
+        "PINNING_COOKIE_PATH",
+        "E010",
+        or_none(lambda value: isinstance(value, str) and value.startswith("/")),
+        "a string that begins with a slash",
+        f"Browsers replace any other by the path of the page. {_COOKIE_HINT.format('PATH')}",
+    ),
+    Rule(
+        "PINNING_COOKIE_SECURE",
+        "E010",
+        or_none(is_bool),
+        "True or False",
+        _COOKIE_HINT.format("SECURE"),
+    ),
+    Rule(
+        "PINNING_COOKIE_SAMESITE",
+        "E010",
+        lambda value: value in (None, False) or str(value).lower() in ("lax", "strict", "none"),
+        "'Lax', 'Strict', 'None' or False",
+        _COOKIE_HINT.format("SAMESITE"),
+    ),
+    Rule(
+        "PINNING_CACHE",
+        "E011",
+        lambda value: isinstance(value, str) and value in settings.CACHES,
+        "an alias of CACHES",
+        "Set an alias of CACHES, or add this one to CACHES.",
+    ),
+    Rule(
+        "PINNING_USER_KEY",
+        "E012",
+        is_function_path,
+        "the dotted path of a function key(request) -> str or None",
+        f"Set the path of a function; the default is {DEFAULTS['PINNING_USER_KEY']!r}.",
+    ),
+    Rule(
+        "PINNING_PRIMARY_METHODS",
+        "E013",
+        lambda value: is_strings(value) and all(method == method.upper() for method in value),
+        "a list of HTTP methods in upper case",
+        'Set a list such as ("POST", "PUT", "PATCH", "DELETE"), or () for none.',
+    ),
+    Rule(
+        "PINNING_IGNORED_TABLES",
+        "E014",
+        is_strings,
+        "a list of table names",
+        'Set a list such as ("shop_hits",): tables whose rows no user reads back.',
+    ),
+    Rule(
+        "PINNING_POSITIONS",
+        "E015",
+        is_one_of(True, False, "lsn", "gtid", "xid"),
+        "True, False, 'lsn', 'gtid' or 'xid'",
+        "Set True for the best method of the database.",
+    ),
+    Rule(
+        "PINNING_OFFLOAD",
+        "E016",
+        lambda value: is_bool(value) or is_function_path(value),
+        "True, False or the dotted path of a function offload(request) -> bool",
+        "Set False if only what is decorated with `offload` may read replicas.",
+    ),
+    Rule(
+        "PINNING_PRIMARY_MODELS",
+        "E017",
+        is_strings,
+        "a list of app labels and model labels",
+        'Set a list such as ("auth", "shop.Order").',
+    ),
+    Rule(
+        "PINNING_WRITING_FUNCTIONS",
+        "E022",
+        lambda value: is_strings(value) and all(map(_FUNCTION_NAME.fullmatch, value)),
+        "a list of names of database functions",
+        'Set a list such as ("log_access", "audit.log_access"), without parentheses.',
+    ),
+    Rule(
+        "PINNING_SESSION_SETUP",
+        "E023",
+        or_none(is_function_path),
+        "None or the dotted path of a function setup(connection)",
+        "Set the path of a function that sets up a connection's session.",
+    ),
+)
 
 
 @register(TAG)
-def check_ignored_tables(**kwargs: Any) -> list[CheckMessage]:
-    return _judge(
-        14,
-        ("PINNING_IGNORED_TABLES",),
-        _is_texts,
-        "must be a list of names of tables",
-        'For example ("shop_hits",), whose rows no user reads back.',
-    )
+def check_values(**kwargs: Any) -> list[CheckMessage]:
+    return [
+        error(
+            rule.number,
+            f"{conf.effective_name(rule.setting)} should be {rule.requirement}, "
+            f"not {value!r}{_import_error(rule, value)}.",
+            rule.hint,
+        )
+        for rule in RULES
+        if not rule.is_valid(value := value_of(rule.setting))
+    ]
+
+
+def _import_error(rule: Rule, value: Any) -> str:
+    """Return the error of importing a dotted path, in parentheses, or an empty string."""
+    if "dotted path" not in rule.requirement or not isinstance(value, str):
+        return ""
+    try:
+        import_string(value)
+    except ImportError as error:
+        return f" ({error})"
+    return ""
 
 
 @register(TAG)
-def check_positions(**kwargs: Any) -> list[CheckMessage]:
-    return _judge(
-        15,
-        ("PINNING_POSITIONS",),
-        lambda value: isinstance(value, bool) or value in ("lsn", "gtid", "xid"),
-        "must be True, False, 'lsn', 'gtid' or 'xid'",
-        "True takes the best way that the database has.",
-    )
+def check_replicas(**kwargs: Any) -> list[CheckMessage]:
+    value, name = value_of("PINNING_REPLICAS"), conf.effective_name("PINNING_REPLICAS")
+    try:
+        pools = parse_replicas(value)
+    except ValueError as problem:
+        return [
+            error(
+                "E001",
+                f"{name} {problem}, not {value!r}.",
+                'Set ["replica1", "replica2"] for one primary, or '
+                '{"default": ["replica1"], "users": {"users_replica": 2}} for several.',
+            )
+        ]
+    return [
+        *_check_aliases(name, pools),
+        *_check_places(name, pools),
+        *_check_weights(name, pools),
+    ]
+
+
+def _check_aliases(name: str, pools: dict[str, dict[str, int]]) -> Iterator[CheckMessage]:
+    for alias in dict.fromkeys(alias for pool in pools.items() for alias in (pool[0], *pool[1])):
+        if alias not in settings.DATABASES:
+            yield error(
+                "E002",
+                f"{name} contains {alias!r}, which is not an alias of DATABASES.",
+                _did_you_mean(alias, list(settings.DATABASES), "Set aliases of DATABASES."),
+            )
+
+
+def _check_places(name: str, pools: dict[str, dict[str, int]]) -> Iterator[CheckMessage]:
+    seen: set[str] = set()
+    for primary, weights in pools.items():
+        for alias in weights:
+            if alias == primary:
+                problem = f"lists {alias!r} as a replica of itself"
+            elif alias in pools:
+                problem = f"lists {alias!r} as a primary and as a replica of {primary!r}"
+            elif alias in seen:
+                problem = f"lists {alias!r} as a replica of more than one primary"
+            else:
+                problem = ""
+            if problem:
+                hint = "Set each alias once: a replica has one primary, and is no primary itself."
+                yield error("E003", f"{name} {problem}.", hint)
+            seen.add(alias)
+
+
+def _check_weights(name: str, pools: dict[str, dict[str, int]]) -> Iterator[CheckMessage]:
+    for weights in pools.values():
+        divisor = math.gcd(*weights.values()) or 1
+        for alias, weight in weights.items():
+            if weight // divisor > _MAX_WEIGHT:
+                yield error(
+                    "E021",
+                    f"{name} has the weight {weight} for {alias!r}, which is above {_MAX_WEIGHT} "
+                    "in lowest terms.",
+                    "Set smaller weights: only their ratio counts, for example 2 and 1 in place of "
+                    "2003 and 1001.",
+                )
 
 
 @register(TAG)
-def check_offload(**kwargs: Any) -> list[CheckMessage]:
-    return _judge(
-        16,
-        ("PINNING_OFFLOAD",),
-        lambda value: isinstance(value, bool) or _is_path_of_callable(value),
-        "must be True, False or the dotted path of a function offload(request) -> bool",
-        "False lets only what `offload` marks read replicas.",
+def check_default_is_writable(**kwargs: Any) -> list[CheckMessage]:
+    """Every model without another primary is written to `default`."""
+    primary = conf.readonly_aliases.get(DEFAULT_DB_ALIAS)
+    if primary is None or DEFAULT_DB_ALIAS in conf.replicas:
+        return []
+    own = PinningRouter.db_for_write
+    if any(getattr(type(other), "db_for_write", own) is not own for other in router.routers):
+        return []
+    return [
+        error(
+            "E024",
+            f"{conf.effective_name('PINNING_REPLICAS')} lists {DEFAULT_DB_ALIAS!r} as a replica of "
+            f"{primary!r}, and no router returns another database for writes, so every write of a "
+            "model is rejected.",
+            f"Set {DEFAULT_DB_ALIAS!r} as the primary, or add a router after PinningRouter whose "
+            f"db_for_write() returns {primary!r}.",
+        )
+    ]
+
+
+@register(TAG)
+def check_slave_databases(**kwargs: Any) -> list[CheckMessage]:
+    value = getattr(settings, "SLAVE_DATABASES", None)
+    is_replicas = conf.effective_name("PINNING_REPLICAS") == "SLAVE_DATABASES"
+    if value is None or (is_replicas and not isinstance(value, Mapping)):
+        # In the latter case it is checked as PINNING_REPLICAS.
+        return []
+    hint = "Set a list of aliases of DATABASES: the replicas of the legacy interface."
+    if not is_strings(value):
+        message = f"SLAVE_DATABASES should be a list of aliases, not {value!r}."
+        return [error("E004", message, hint)]
+    return [
+        error(
+            "E004",
+            f"SLAVE_DATABASES contains {alias!r}, which is not an alias of DATABASES.",
+            hint,
+        )
+        for alias in value
+        if alias not in settings.DATABASES
+    ]
+
+
+@register(TAG)
+def check_stores(**kwargs: Any) -> list[CheckMessage]:
+    paths = value_of("PINNING_STORES")
+    hint = (
+        "Set dotted paths of classes derived from pinning_middleware.stores.BaseStore; the default "
+        f"is {DEFAULTS['PINNING_STORES']!r}."
     )
+    if not isinstance(paths, (list, tuple)) or not is_strings(paths):
+        message = f"PINNING_STORES should be a list of dotted paths of classes, not {paths!r}."
+        return [error("E008", message, hint)]
+    return [
+        error("E008", f"PINNING_STORES contains {path!r}, which {problem}.", hint)
+        for path in paths
+        if (problem := _problem_of_store(path))
+    ]
+
+
+def _problem_of_store(path: str) -> str:
+    try:
+        store = import_string(path)
+    except ImportError as error:
+        return f"cannot be imported ({error})"
+    if not isinstance(store, type):
+        return "is not a class"
+    if missing := _missing_methods(store):
+        return f"does not provide {', '.join(missing)}"
+    return ""
+
+
+def _missing_methods(store: type) -> list[str]:
+    methods = ("load", "save", "aload", "asave", "after_authentication")
+    return [method for method in methods if not hasattr(store, method)] or [
+        method
+        for method in ("load", "save")
+        # A store may provide only the async method.
+        if all(getattr(store, m) is getattr(BaseStore, m) for m in (method, f"a{method}"))
+    ]
 
 
 @register(TAG)
 def check_primary_models(**kwargs: Any) -> list[CheckMessage]:
-    hint = 'For example ("auth", "shop.Order"): labels of apps, or of models.'
     labels = value_of("PINNING_PRIMARY_MODELS")
-    if not _is_texts(labels):
-        return [_error(17, "PINNING_PRIMARY_MODELS", "must be a list of labels", hint)]
+    if not is_strings(labels):
+        return []
     known = [config.label for config in apps.get_app_configs()]
     known += [model._meta.label for model in apps.get_models()]
     lower = {label.lower() for label in known}
-    found: list[CheckMessage] = []
-    for label in labels:
-        if label.lower() not in lower:
-            near = difflib.get_close_matches(label, known, n=1)
-            says = f"has {label!r}, which is the label of no app and no model"
-            found.append(
-                _error(
-                    18,
-                    "PINNING_PRIMARY_MODELS",
-                    says,
-                    f"Did you mean {near[0]!r}?" if near else hint,
-                )
-            )
-    return found
+    return [
+        error(
+            "E018",
+            f"PINNING_PRIMARY_MODELS contains {label!r}, which is not the label of an installed "
+            "app or model.",
+            _did_you_mean(label, known, 'Set labels such as "auth" or "shop.Order".'),
+        )
+        for label in labels
+        if label.lower() not in lower
+    ]
 
 
 @register(TAG)
 def check_unknown_settings(**kwargs: Any) -> list[CheckMessage]:
     return [
-        checks.Warning(
+        warning(
+            "W001",
             f"{name} is not a setting of pinning_middleware.",
-            hint=_did_you_mean(name),
-            id="pinning_middleware.W001",
+            _did_you_mean(name, list(DEFAULTS), f"Set one of {', '.join(DEFAULTS)}."),
         )
         for name in dir(settings)
         if name.startswith("PINNING_") and name not in DEFAULTS
     ]
 
 
-def _did_you_mean(name: str) -> str:
-    near = difflib.get_close_matches(name, DEFAULTS, n=1)
-    return f"Did you mean {near[0]}?" if near else f"Known are {', '.join(DEFAULTS)}."
+def _did_you_mean(name: str, known: list[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {near[0]}?" if near else otherwise

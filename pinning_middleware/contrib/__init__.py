@@ -1,1 +1,1 @@
-"""Leaves for other packages, each alone: none is imported unless a site does it."""
+"""Optional integrations with other packages. None is imported unless a site does so."""

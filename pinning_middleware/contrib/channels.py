@@ -1,15 +1,15 @@
 """
-Channels: each message of a consumer is a scope.
+Channels: each message of a consumer runs in a scope of its own.
 
-Mix the class in before the consumer's own, sync or async::
+Put the mixin before the consumer's class, sync or async::
 
     class Chat(PinnedConsumer, AsyncJsonWebsocketConsumer):
         ...
 
-A message begins with what the connecting request brought (its cookie, say) and with what the
-messages before it have left behind. A socket can't set a cookie, so what follows elsewhere learns
-of a message's writes from ``CacheStore``, which is asked before each message and told after it, or
-by ``pinning_token()``, which the client sends back in the header of ``HeaderStore``.
+A message inherits the pins of the connecting request (for example from its cookie) and of earlier
+messages. A socket cannot set a cookie. Later requests learn of a message's writes from
+``CacheStore``, which is loaded before each message and saved after it. Or the client sends
+``pinning_token()`` back in the header of ``HeaderStore``.
 """
 
 from __future__ import annotations
@@ -21,40 +21,43 @@ from typing import Any
 from asgiref.sync import sync_to_async
 from django.core.handlers.asgi import ASGIRequest
 
+from pinning_middleware import handoff
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Pins, merge_pins
-from pinning_middleware.routing.outgoing import current_token, has_changed, outgoing_pins
-from pinning_middleware.scope_blocks import PinningScope
-from pinning_middleware.scopes.scope import Scope
+from pinning_middleware.routing.outgoing import outgoing_pins
+from pinning_middleware.scopes.scope import Scope, entered_scope
 from pinning_middleware.stores.base import log_store_error
 
 __all__ = ["PinnedConsumer"]
 
 
 class PinnedConsumer:
-    """Before a consumer's class: opens a scope for each message."""
+    """A mixin for consumers that opens a scope for each message."""
 
     scope: Any
     _pins: Pins | None = None
     _request: ASGIRequest | None = None
 
     async def dispatch(self, message: Any) -> None:
-        scope = Scope.of(merge_pins(await self._begin(), await self._load(conf.stores_at_view)))
-        async with PinningScope(scope=scope, isolated=True):
+        inherited = merge_pins(await self._begin(), await self._load(conf.stores_at_view))
+        block = handoff.task_scope(inherited, isolated=True)
+        block.on_late_change = self._save_late
+        async with block:
             try:
                 await super().dispatch(message)  # type: ignore[misc]
             finally:
-                if has_changed(scope):
-                    # A client that goes away takes the consumer with it, and not its pin.
-                    await asyncio.shield(self._save(scope))
+                scope = entered_scope()
+                if scope is not None and scope.revision:
+                    # A disconnect cancels the consumer, but must not cancel the save.
+                    await asyncio.shield(self._save())
 
     def pinning_token(self) -> str | None:
-        """Return the token of what this message has done so far, ``None``: nothing."""
-        return current_token()
+        """Return the outgoing token of this message so far, or None if there are no pins."""
+        return handoff.token_to_send()
 
     async def apinning_token(self) -> str | None:
-        """Return ``pinning_token()``, in async code."""
-        return await sync_to_async(current_token)()
+        """Async version of ``pinning_token()``."""
+        return await sync_to_async(handoff.token_to_send)()
 
     async def _begin(self) -> Pins:
         if self._pins is None:
@@ -72,8 +75,18 @@ class PinnedConsumer:
                 log_store_error(store, "load", error)
         return found
 
-    async def _save(self, scope: Scope) -> None:
-        self._pins = await sync_to_async(outgoing_pins)(scope)
+    def _save_late(self, scope: Scope) -> None:
+        """Save writes after the end of a message; later messages inherit their pins."""
+        self._pins = merge_pins(self._pins or {}, outgoing_pins(scope))
+        for store in conf.stores if self._request is not None else ():
+            if not store.needs_response:
+                try:
+                    store.save(self._request, None, self._pins)
+                except Exception as error:
+                    log_store_error(store, "save", error)
+
+    async def _save(self) -> None:
+        self._pins = await sync_to_async(handoff.pins_to_send)()
         for store in conf.stores if self._request is not None else ():
             try:
                 await store.asave(self._request, None, self._pins)
@@ -82,9 +95,9 @@ class PinnedConsumer:
 
 
 def _request_of(scope: dict[str, Any]) -> ASGIRequest:
-    """Return the request by which the socket was opened, for the stores."""
+    """Return the connecting request, for the stores."""
     request = ASGIRequest({"method": "GET", **scope}, BytesIO())
-    # As Channels' own middleware has found them.
+    # Set by the middleware of Channels.
     for name in ("session", "user"):
         if name in scope:
             setattr(request, name, scope[name])

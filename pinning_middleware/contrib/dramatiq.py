@@ -1,15 +1,15 @@
 """
 dramatiq: a message that is sent after a write reads that write.
 
-One call, where the broker is made, for those who send and for the workers::
+Call ``propagate_pins`` where the broker is created, for senders and workers::
 
     broker = RedisBroker(url=...)
     propagate_pins(broker)
     dramatiq.set_broker(broker)
 
-The pins travel in the message's options. In the worker each message is a scope that begins with
-them; its retries, the next stage of a pipeline and the callbacks of a group begin with what it has
-left behind.
+The pins travel in the message's options. In the worker, each message runs in a scope that begins
+with these pins. Its retries, the next stage of a pipeline and the callbacks of a group inherit its
+outgoing pins.
 """
 
 from __future__ import annotations
@@ -19,12 +19,7 @@ from typing import Any
 
 from dramatiq import Broker, Middleware
 
-from pinning_middleware import tokens
-from pinning_middleware.pins import merge_pins
-from pinning_middleware.routing.outgoing import outgoing_pins, pin_of_now
-from pinning_middleware.routing.pools import pools
-from pinning_middleware.scope_blocks import PinningScope
-from pinning_middleware.scopes.scope import Scope, entered_scope
+from pinning_middleware import handoff
 
 __all__ = ["OPTION", "PropagatePins", "propagate_pins"]
 
@@ -33,39 +28,37 @@ OPTION = "pinning_token"
 
 def propagate_pins(broker: Broker) -> None:
     """
-    Let the messages of this broker carry pins. The middleware goes before all others, so that what
-    they send when a message is done (retries, pipelines, callbacks) is still part of its scope.
+    Propagate pins to the messages of this broker.
+
+    The middleware comes before all others, so that the messages that they send after a message
+    (retries, pipelines, callbacks) still belong to its scope.
     """
     broker.add_middleware(PropagatePins())
     broker.middleware.insert(0, broker.middleware.pop())
 
 
 class PropagatePins(Middleware):
-    """Opens a scope for each message that is processed, and gives each that is sent its pins."""
+    """Adds pins to messages that are sent, and opens a scope for each that is processed."""
 
     def __init__(self) -> None:
         self._thread = threading.local()
 
     def before_enqueue(self, broker: Broker, message: Any, delay: int | None) -> None:
-        scope = entered_scope()
-        pins = outgoing_pins(scope) if scope is not None else {}
-        if self._ends_group(message):
-            # Its parts are done, each in a scope of its own.
-            now = {pool.primary: pin_of_now(pool) for pool in pools().by_primary.values()}
-            pins = merge_pins(pins, now)
-        # Without any, a token stays: workers enqueue a delayed message again when its time comes.
-        if pins:
-            message.options[OPTION] = tokens.dumps(pins)
+        others = [handoff.pins_of_all_writes()] if self._is_group_callback(message) else []
+        token = handoff.token_to_send(*others)
+        # Keep an existing token: workers enqueue a delayed message again when it is due.
+        if token is not None:
+            message.options[OPTION] = token
 
-    def _ends_group(self, message: Any) -> bool:
+    def _is_group_callback(self, message: Any) -> bool:
         running = getattr(self._thread, "message", None)
         callbacks = running.options.get("group_completion_callbacks") if running else ()
         return any(callback["message_id"] == message.message_id for callback in callbacks or ())
 
     def before_process_message(self, broker: Broker, message: Any) -> None:
-        token = message.options.get(OPTION)
-        scope = Scope.of(tokens.accept(token) if token else {})
-        self._thread.message, self._thread.block = message, PinningScope(scope=scope, isolated=True)
+        pins = handoff.pins_of_tokens(message.options.get(OPTION))
+        self._thread.message = message
+        self._thread.block = handoff.task_scope(pins, isolated=True)
         self._thread.block.__enter__()
 
     def after_process_message(

@@ -1,14 +1,13 @@
 """
-django-health-check: are there enough replicas?
+django-health-check: check that enough replicas are in rotation.
 
-Name it among the checks of a view::
+Add it to the checks of a view::
 
     HealthCheckView.as_view(checks=[
         ("pinning_middleware.contrib.health_check.Replicas", {"min_replicas": 2, "max_lag": 30}),
     ])
 
-Every replica is asked when the check runs, all at once and each on a connection of its own: what
-answers is the very node that the alias names, and nothing stands in for one that is down.
+The check probes all replicas at the same time, each on a connection of its own, without failover.
 """
 
 from __future__ import annotations
@@ -23,25 +22,25 @@ from health_check.exceptions import ServiceUnavailable, ServiceWarning
 
 from pinning_middleware.api import no_failover
 from pinning_middleware.reasons import Fault
-from pinning_middleware.routing.policy import Pool, PrimaryOnly
+from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.servers import connect, monitor
 
 __all__ = ["Replicas"]
 
-# Seconds for which a lag that is too long is measured again: a replica that was asked just before
-# its primary seems to be behind.
-AGAIN: Final = 1.0
+# Maximum time for measuring an excessive lag again (seconds). A replica that is probed just before
+# its primary seems to lag.
+REMEASURE: Final = 1.0
 
 
 @dataclasses.dataclass
 class Replicas(HealthCheck):  # type: ignore[misc]
     """
-    Check that enough replicas of a pool are in the rotation: a warning where there are fewer
-    than ``min_replicas``, unavailable where there is none.
+    Check that enough replicas of a pool are in rotation.
 
-    ``pool``: the primary's alias. ``max_lag``: seconds behind which a replica does not count, nor
-    does one whose lag can't be told; ``None``: any lag will do, short of ``PINNING_MAX_LAG``.
+    Raise ServiceWarning if there are fewer than ``min_replicas``, and ServiceUnavailable if there
+    is none. ``pool`` is the alias of the primary. With ``max_lag`` (seconds), a replica does not
+    count if it lags more or if its lag is unknown; without it, only ``PINNING_MAX_LAG`` counts.
     """
 
     pool: str = "default"
@@ -51,27 +50,27 @@ class Replicas(HealthCheck):  # type: ignore[misc]
     def run(self) -> None:
         pool = pools().by_primary.get(self.pool)
         if pool is None:
-            raise ServiceUnavailable(f"{self.pool!r} is no primary of PINNING_REPLICAS")
-        if isinstance(pool, PrimaryOnly):
-            raise ServiceWarning(f"Every read of {self.pool!r} goes to the primary by the settings")
-        used = [alias for alias, weight in pool.rotation.weights.items() if weight]
+            raise ServiceUnavailable(f"{self.pool!r} is not a primary in PINNING_REPLICAS")
+        if not pool.has_replicas:
+            raise ServiceWarning(f"The settings send every read of {self.pool!r} to the primary")
+        used = [alias for alias, weight in pool.replica_set.rotation.weights.items() if weight]
         with ThreadPoolExecutor(len(used)) as threads:
-            found = threads.map(lambda alias: _fault(pool, alias), used)
-            faults = dict(zip(used, found, strict=True))
+            results = threads.map(lambda alias: _probe(pool, alias), used)
+            faults = dict(zip(used, results, strict=True))
         if self.max_lag is not None:
-            faults |= self._late(pool, [alias for alias in used if not faults[alias]])
+            faults |= self._lagging(pool, [alias for alias in used if not faults[alias]])
         out = [f"{alias}: {fault}" for alias, fault in faults.items() if fault]
         number = len(used) - len(out)
         if number < max(self.min_replicas, 1):
-            message = f"{number} of {len(used)} replicas of {self.pool!r} in the rotation"
+            message = f"{number} of {len(used)} replicas of {self.pool!r} in rotation"
             kind = ServiceWarning if number else ServiceUnavailable
             raise kind(f"{message} ({', '.join(out)})" if out else message)
 
-    def _late(self, pool: Pool, aliases: list[str]) -> dict[str, str]:
-        """Return those that lag too much, and what to say of each."""
+    def _lagging(self, pool: Pool, aliases: list[str]) -> dict[str, str]:
+        """Return the replicas that lag too much, with a description."""
 
-        def late() -> dict[str, str]:
-            lags = {alias: pool.lag(alias) for alias in aliases}
+        def lagging() -> dict[str, str]:
+            lags = {alias: pool.replica_set.lag(alias) for alias in aliases}
             return {
                 alias: "lag unknown" if lag is None else f"{lag:.1f} s behind"
                 for alias, lag in lags.items()
@@ -79,24 +78,30 @@ class Replicas(HealthCheck):  # type: ignore[misc]
             }
 
         if pool.supports_positions and aliases:
-            pool.sample()
-            monitor.wait_for(tuple(aliases), pool.primary, pool.judge, AGAIN, lambda: not late())
-        return late()
+            pool.health.sample_lag()
+            monitor.wait_for(
+                tuple(aliases),
+                pool.primary,
+                pool.health.update_status,
+                REMEASURE,
+                lambda: not lagging(),
+            )
+        return lagging()
 
 
-def _fault(pool: Pool, alias: str) -> str:
-    """Query a replica; return why it gets no reads, empty: it does."""
+def _probe(pool: Pool, alias: str) -> str:
+    """Probe a replica; return why it is out of rotation, or ""."""
     connection = connect.dedicated_connection(alias)
     try:
         with no_failover():
-            # What can't tell positions is asked for a sign of life.
-            if pool.look_at(connection) is None:
+            # A database without positions is only checked for a usable connection.
+            if pool.health.probe(connection) is None:
                 connection.ensure_connection()
                 if not connection.is_usable():
                     return Fault.UNREACHABLE
     except (DatabaseError, InterfaceError):
-        # Said without the error's text, which may name users and hosts.
+        # Do not expose the error message, which may contain users and hosts.
         return pool.endpoints[alias].out_of_rotation or Fault.UNREACHABLE
     finally:
         connection.close()
-    return pool.endpoints[alias].out_of_rotation
+    return pool.endpoints[alias].out_of_rotation or ""

@@ -1,8 +1,8 @@
 """
-Django REST framework: users who are known only inside the view, by its authentication classes.
+Django REST framework: load pins of users that are authenticated inside the view.
 
-Stores that want the user (``CacheStore``) are asked when every middleware has run, and by then
-nobody has looked at an API client's credentials. Wrap the class that does::
+Stores that need the user (``CacheStore``) are loaded after the last middleware. At that time the
+authentication classes of the view have not run yet. Wrap the authentication class::
 
     REST_FRAMEWORK = {"DEFAULT_AUTHENTICATION_CLASSES": ["shop.authentication.Token"]}
 
@@ -10,7 +10,7 @@ nobody has looked at an API client's credentials. Wrap the class that does::
     from pinning_middleware.contrib.rest_framework import pinned
     Token = pinned(rest_framework.authentication.TokenAuthentication)
 
-The pins are loaded the moment that it has found the user; they are saved as ever.
+The pins are loaded when it has authenticated a user, and saved as usual.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ T = TypeVar("T", bound=type[Any])
 
 
 def pinned(authentication: T) -> T:
-    """Return this authentication class, as one that loads the pins of whoever it finds."""
+    """Return a subclass that also loads the pins of the authenticated user."""
 
     class Pinned(authentication):  # type: ignore[valid-type, misc]
         def authenticate(self, request: Any) -> Any:
-            found = super().authenticate(request)
-            if found is not None:
-                load_pins(request, found[0])
-            return found
+            result = super().authenticate(request)
+            if result is not None:
+                load_pins(request, result[0])
+            return result
 
     Pinned.__name__ = Pinned.__qualname__ = authentication.__name__
     Pinned.__doc__ = authentication.__doc__
@@ -43,8 +43,8 @@ def pinned(authentication: T) -> T:
 
 
 def load_pins(request: Any, user: Any) -> None:
-    """Take up the pins of a user who has just become known, for the rest of this request."""
-    # What Django REST framework does itself a moment later.
+    """Load the pins of a user for the rest of this request."""
+    # Django REST framework sets the user on the request only after this.
     plain = getattr(request, "_request", request)
     plain.user = user
     scope = entered_scope()
@@ -52,6 +52,6 @@ def load_pins(request: Any, user: Any) -> None:
         return
     for store in conf.stores_at_view:
         try:
-            scope.carry(store.load(plain))
+            scope.inherit(store.load(plain))
         except Exception as error:
             log_store_error(store, "load", error)

@@ -1,16 +1,16 @@
 """
 RQ: a job that is enqueued after a write reads that write.
 
-Tell queues and workers of this class of jobs::
+Set the job class of queues and workers::
 
     queue = Queue(connection=redis, job_class=PinnedJob)
     rq worker --job-class pinning_middleware.contrib.rq.PinnedJob
 
     RQ = {"JOB_CLASS": "pinning_middleware.contrib.rq.PinnedJob"}    # django-rq's setting
 
-The pins travel in the job's ``meta``. In the worker each job is a scope that begins with them, and
-with what the jobs that it depends on have left behind; a retry begins with what the attempts before
-it have. Callbacks (``on_success=…``) run outside of it.
+The pins travel in the job's ``meta``. In the worker, each job runs in a scope that begins with
+these pins and with the outgoing pins of the jobs that it depends on. A retry inherits the pins of
+earlier attempts. Callbacks (``on_success=…``) run outside the scope.
 """
 
 from __future__ import annotations
@@ -19,11 +19,8 @@ from typing import Any, cast
 
 from rq.job import Job
 
-from pinning_middleware import tokens
-from pinning_middleware.pins import Pins, merge_pins
-from pinning_middleware.routing.outgoing import current_token
-from pinning_middleware.scope_blocks import PinningScope
-from pinning_middleware.scopes.scope import Scope, entered_scope
+from pinning_middleware import handoff
+from pinning_middleware.pins import Pins
 
 __all__ = ["META", "PinnedJob"]
 
@@ -31,33 +28,30 @@ META = "pinning_token"
 
 
 class PinnedJob(Job):
-    """A job that carries pins."""
+    """A job that propagates pins."""
 
     @classmethod
     def create(cls, *args: Any, **kwargs: Any) -> PinnedJob:
         job = cast("PinnedJob", super().create(*args, **kwargs))
-        job._note(current_token())
+        job._set_token(handoff.token_to_send())
         return job
 
     def perform(self) -> Any:
-        outer = entered_scope()
-        # One that runs in place is part of who called it; a worker serves strangers by turns.
-        is_alone = outer is None or outer.is_lasting
-        with PinningScope(scope=Scope.of(self._pins()), isolated=is_alone) as block:
+        with handoff.task_scope(self._inherited_pins()) as scope:
             try:
                 return super().perform()
             finally:
-                if self._note(block.token):
+                if self._set_token(scope.token):
                     self.save_meta()  # type: ignore[no-untyped-call]
 
-    def _pins(self) -> Pins:
+    def _inherited_pins(self) -> Pins:
         jobs = [self, *self.fetch_dependencies()]
-        return merge_pins(*[tokens.accept(job.meta[META]) for job in jobs if META in job.meta])
+        return handoff.pins_of_tokens(*[job.meta.get(META) for job in jobs])
 
-    def _note(self, token: str | None) -> bool:
-        """Keep a token for whoever runs or follows this job; return whether that is news."""
+    def _set_token(self, token: str | None) -> bool:
+        """Store a token in ``meta``; return whether it has changed."""
         before = self.meta.get(META)
-        # A copy, since callers hand the same dictionary to many.
+        # Copy, because callers may pass the same dictionary to several jobs.
         self.meta = {name: value for name, value in self.meta.items() if name != META}
         if token is not None:
             self.meta[META] = token

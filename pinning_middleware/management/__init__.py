@@ -1,1 +1,1 @@
-"""The package's commands, and how they ask every server at once."""
+"""The management commands of the package, and the probes that they share."""

@@ -1,6 +1,6 @@
 """
-A row that is written to see how long each replica takes to show it, and whether what the package
-would have decided meanwhile was true.
+Write a row to each primary, measure how long each replica takes to show it, and verify the routing
+decisions that would have been made in the meantime.
 """
 
 from __future__ import annotations
@@ -18,110 +18,123 @@ from pinning_middleware.api import ignore_writes, no_failover
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Position
 from pinning_middleware.reasons import Fault, Reason
-from pinning_middleware.routing.policy import Pool
+from pinning_middleware.routing.pool import Pool
 from pinning_middleware.servers.probe import state_of
 from pinning_middleware.stats import DRAINED, address_of
 
-__all__ = ["Finding", "Moment", "Right", "missing_rights", "try_pool"]
+__all__ = ["MissingPrivilege", "ReplicaResult", "Sample", "check_pool", "missing_privileges"]
 
-# Seconds between two looks at one replica, and that one more look may take past the end.
+# Pause between two samples of a replica, and the time that the last one may take (seconds).
 PAUSE: Final = 0.01
 GRACE: Final = 4.0
 
 
-class Moment(NamedTuple):
+class Sample(NamedTuple):
     """
-    From ``at`` (seconds after the commit) on: who would have been read by the writer, for which
-    reason, and whether the row was there on the replica that was asked.
+    The routing decision for the writer from ``at`` (seconds after the commit) on.
+
+    ``served`` is ``"primary"`` or ``"replica"``, ``reason`` the reason of the decision, and
+    ``visible`` whether the replica showed the row.
     """
 
     at: float
     served: str
     reason: str
-    is_there: bool
+    visible: bool
 
     @property
-    def is_true(self) -> bool:
+    def correct(self) -> bool:
         """Whether the writer would have seen the row."""
-        return self.is_there or self.served != "replica"
+        return self.visible or self.served != "replica"
 
 
-class Finding(NamedTuple):
+class ReplicaResult(NamedTuple):
     """
-    What was seen of one replica. ``shown_after``, ``known_after``: seconds after the commit at
-    which the row was there, and the package knew that it was; ``None``: not in time.
+    The result for one replica.
+
+    ``visible_after`` and ``detected_after`` are the seconds after the commit at which the row was
+    visible and at which the package detected it, or None if that did not happen in time.
     """
 
     alias: str
     address: str
-    shown_after: float | None
-    known_after: float | None
-    moments: tuple[Moment, ...]
+    visible_after: float | None
+    detected_after: float | None
+    samples: tuple[Sample, ...]
     error: str = ""
 
     @property
-    def is_true(self) -> bool:
+    def correct(self) -> bool:
         """Whether no decision would have hidden the row from its writer."""
-        return all(moment.is_true for moment in self.moments)
+        return all(sample.correct for sample in self.samples)
 
 
-def try_pool(pool: Pool, seconds: float) -> list[Finding]:
+def check_pool(pool: Pool, seconds: float) -> list[ReplicaResult]:
     """
-    Write a row to a pool's primary, watch every replica until it shows it, for so many seconds
-    at most, and take the row and its table away again, whatever happens.
+    Write a row to the primary of a pool, and watch each replica until it shows the row.
 
-    Raises ``DatabaseError`` or ``InterfaceError`` where it can't be written.
+    Watch for at most this many seconds. The row and its table are always removed. Raise
+    DatabaseError or InterfaceError if the row cannot be written.
     """
-    with _marker(pool) as (table, position, committed):
+    with _marker_row(pool) as (table, position, committed):
         until = committed + seconds
-        observers = [_Observer(pool, alias, table, position, committed) for alias in pool.replicas]
+        watchers = [
+            ReplicaWatcher(pool, alias, table, position, committed) for alias in pool.replicas
+        ]
         try:
-            for observer in observers:
-                observer.until = until
-                observer.start()
-            for observer in observers:
-                observer.join(max(0.0, until + GRACE - time.monotonic()))
+            for watcher in watchers:
+                watcher.until = until
+                watcher.start()
+            for watcher in watchers:
+                watcher.join(max(0.0, until + GRACE - time.monotonic()))
         finally:
-            for observer in observers:
-                observer.until = 0.0
-        return [observer.finding for observer in observers]
+            for watcher in watchers:
+                watcher.until = 0.0
+        return [watcher.result for watcher in watchers]
 
 
 @contextlib.contextmanager
-def _marker(pool: Pool) -> Iterator[tuple[str, Position | None, float]]:
-    """A table with one row: its name, a position that includes it, and when it was there."""
+def _marker_row(pool: Pool) -> Iterator[tuple[str, Position | None, float]]:
+    """Create a table with one row; yield its name, a position that includes it, and the time."""
     table = f"pinning_check_{secrets.token_hex(6)}"
     quoted = connections[pool.primary].ops.quote_name(table)
+    is_created = True
     try:
-        _run(pool, f"CREATE TABLE {quoted} (id integer NOT NULL PRIMARY KEY)")
-        _run(pool, f"INSERT INTO {quoted} (id) VALUES (1)")
+        try:
+            _execute(pool, f"CREATE TABLE {quoted} (id integer NOT NULL PRIMARY KEY)")
+        except (DatabaseError, InterfaceError):
+            # If the connection was lost, the server may have created the table all the same.
+            is_created = not connections[pool.primary].is_usable()
+            raise
+        _execute(pool, f"INSERT INTO {quoted} (id) VALUES (1)")
         committed = time.monotonic()
-        yield table, pool.position_now(), committed
+        yield table, pool.current_position(), committed
     finally:
-        _drop(pool, table)
+        if is_created:
+            _drop_table(pool, table)
 
 
-def _run(pool: Pool, sql: str) -> None:
+def _execute(pool: Pool, sql: str) -> None:
     with ignore_writes(), no_failover(), connections[pool.primary].cursor() as cursor:
         cursor.execute(sql)
 
 
-def _drop(pool: Pool, table: str) -> None:
+def _drop_table(pool: Pool, table: str) -> None:
     sql = f"DROP TABLE IF EXISTS {connections[pool.primary].ops.quote_name(table)}"
     try:
-        _run(pool, sql)
+        _execute(pool, sql)
     except (DatabaseError, InterfaceError):
-        # What was interrupted may have left a connection behind that is of no use any more.
+        # An interrupted statement may have left an unusable connection.
         connections[pool.primary].close()
         try:
-            _run(pool, sql)
+            _execute(pool, sql)
         except (DatabaseError, InterfaceError) as error:
-            error.add_note(f"{table} may still be on {pool.primary}: drop it.")
+            error.add_note(f"The table {table} may still exist on {pool.primary}; drop it.")
             raise
 
 
-class _Observer(threading.Thread):
-    """Looks at one replica until it shows the row, on the connection that a read would use."""
+class ReplicaWatcher(threading.Thread):
+    """Samples one replica until it shows the row, on the connection that a read would use."""
 
     def __init__(
         self, pool: Pool, alias: str, table: str, position: Position | None, committed: float
@@ -129,49 +142,49 @@ class _Observer(threading.Thread):
         super().__init__(name=f"pinning-check-{alias}", daemon=True)
         self.pool, self.alias, self.position, self.committed = pool, alias, position, committed
         self.sql = f"SELECT count(*) FROM {connections[pool.primary].ops.quote_name(table)}"
-        # Why no read goes there, whatever is known of it.
-        self.unused = "" if pool.rotation.weights[alias] else DRAINED
+        # Why the settings send no reads to this replica, or "".
+        self.excluded_by = "" if pool.replica_set.rotation.weights[alias] else DRAINED
         if not conf.enabled:
-            self.unused = Reason.DISABLED
+            self.excluded_by = Reason.DISABLED
         self.until = 0.0
-        self.finding = Finding(alias, address_of(alias, None), None, None, ())
+        self.result = ReplicaResult(alias, address_of(alias, None), None, None, ())
 
     def run(self) -> None:
         try:
             while time.monotonic() < self.until:
-                self._look()
-                found = self.finding
-                if found.shown_after is not None and found.known_after is not None:
+                self._take_sample()
+                result = self.result
+                if result.visible_after is not None and result.detected_after is not None:
                     return
                 time.sleep(PAUSE)
         finally:
             with contextlib.suppress(Error):
                 connections.close_all()
 
-    def _look(self) -> None:
-        # First what is decided, then what is there: so that the row can't have come in between.
+    def _take_sample(self) -> None:
+        # Decide before reading, so that the row cannot arrive in between.
         served, reason = self._decide()
-        is_there = self._is_there()
-        if is_there is None:
+        visible = self._is_row_visible()
+        if visible is None:
             return
         at = time.monotonic() - self.committed
-        found = self.finding
-        moment = Moment(at, served, reason, is_there)
-        if self.unused:
-            moment = Moment(at, "primary", self.unused, is_there)
-        if not found.moments or found.moments[-1][1:] != moment[1:]:
-            found = found._replace(moments=(*found.moments, moment))
-        if is_there and found.shown_after is None:
-            found = found._replace(shown_after=at)
-        if is_there and served == "replica" and found.known_after is None:
-            found = found._replace(known_after=at)
+        result = self.result
+        sample = Sample(at, served, reason, visible)
+        if self.excluded_by:
+            sample = Sample(at, "primary", self.excluded_by, visible)
+        if not result.samples or result.samples[-1][1:] != sample[1:]:
+            result = result._replace(samples=(*result.samples, sample))
+        if visible and result.visible_after is None:
+            result = result._replace(visible_after=at)
+        if visible and served == "replica" and result.detected_after is None:
+            result = result._replace(detected_after=at)
         server = None
         if self.pool.dialect is not None:
             server = state_of(connections[self.alias]).server
-        self.finding = found._replace(address=address_of(self.alias, server), error="")
+        self.result = result._replace(address=address_of(self.alias, server), error="")
 
     def _decide(self) -> tuple[str, str]:
-        """Return who would be read by somebody who carries the pin of this write, and why."""
+        """Return the role and the reason of a read under the pin of this write."""
         endpoint = self.pool.endpoints[self.alias]
         if time.monotonic() - self.committed >= conf.seconds:
             if endpoint.out_of_rotation and endpoint.out_of_rotation != Fault.LAG:
@@ -179,67 +192,68 @@ class _Observer(threading.Thread):
             return "replica", Reason.ROUND_ROBIN
         if self.position is None:
             return "primary", Reason.PINNED
-        if self.pool.asked_has(self.alias, self.position):
+        if self.pool.replica_set.probe_caught_up(self.alias, self.position):
             return "replica", Reason.CAUGHT_UP
         return "primary", endpoint.out_of_rotation or Reason.NOT_CAUGHT_UP
 
-    def _is_there(self) -> bool | None:
-        """Return whether the row can be read, ``None``: the replica can't be asked."""
+    def _is_row_visible(self) -> bool | None:
+        """Return whether the replica shows the row, or None if it cannot be queried."""
         endpoint = self.pool.endpoints[self.alias]
         if endpoint.out_of_rotation in (Fault.UNREACHABLE, Fault.UNRESPONSIVE):
-            self.finding = self.finding._replace(error=endpoint.error or endpoint.out_of_rotation)
+            self.result = self.result._replace(error=endpoint.error or endpoint.out_of_rotation)
             return None
         try:
             with no_failover(), connections[self.alias].cursor() as cursor:
                 cursor.execute(self.sql)
                 return bool(cursor.fetchone()[0])
         except (OperationalError, InterfaceError) as error:
-            if _is_missing(error):
+            if _is_missing_table(error):
                 return False
-            self.finding = self.finding._replace(error=str(error).strip())
+            self.result = self.result._replace(error=str(error).strip())
             connections[self.alias].close()
             return None
         except DatabaseError:
-            # No such table yet.
+            # The table has not been replicated yet.
             return False
 
 
-def _is_missing(error: Exception) -> bool:
+def _is_missing_table(error: Exception) -> bool:
+    # SQLite raises OperationalError for this.
     return "no such table" in str(error)
 
 
-class Right(NamedTuple):
-    """A right that the site's role lacks on one server, and what it would be good for."""
+class MissingPrivilege(NamedTuple):
+    """A privilege that the site's role lacks on one server, and its purpose."""
 
     alias: str
-    right: str
-    why: str
+    privilege: str
+    purpose: str
 
 
-def missing_rights(pool: Pool) -> list[Right]:
-    """Return which rights would let servers that were met tell more."""
-    found = []
+def missing_privileges(pool: Pool) -> list[MissingPrivilege]:
+    """Return the privileges that would let the servers of a pool report more."""
+    missing = []
     for endpoint in (pool.endpoint, *pool.endpoints.values()):
         alias = endpoint.alias
         if endpoint.out_of_rotation in (Fault.UNREACHABLE, Fault.UNRESPONSIVE):
             continue
         if any(server.lacks_timeline_privilege for server in endpoint.recent_servers):
-            found.append(Right(alias, "pg_read_all_stats", _TIMELINE))
+            missing.append(MissingPrivilege(alias, "pg_read_all_stats", _TIMELINE))
         if connections[alias].vendor == "mysql" and alias != pool.primary:
             try:
                 with no_failover(), connections[alias].cursor() as cursor:
                     cursor.execute("SHOW SLAVE STATUS")
             except DatabaseError as error:
                 if pool.dialect is not None and pool.dialect.error_code(error) == 1227:
-                    right = "REPLICATION CLIENT"
+                    privilege = "REPLICATION CLIENT"
                     if any(server.system == "mariadb" for server in endpoint.recent_servers):
-                        right = "SLAVE MONITOR"
-                    found.append(Right(alias, right, _REPLICATION))
-    return found
+                        privilege = "SLAVE MONITOR"
+                    missing.append(MissingPrivilege(alias, privilege, _REPLICATION))
+    return missing
 
 
 _TIMELINE: Final = (
-    "a replica then says itself which timeline it replays; without it the primary has to be asked "
-    "before and after"
+    "with it, a replica reports its timeline; without it, the primary is probed before and after "
+    "the replica"
 )
-_REPLICATION: Final = "to see whether replication runs there, and what stopped it"
+_REPLICATION: Final = "to show whether replication is running, and why it has stopped"

@@ -1,4 +1,4 @@
-"""Asking every server of every pool at once, within a bounded time."""
+"""Poll all servers of all pools concurrently, within a deadline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Position
 from pinning_middleware.reasons import Fault
-from pinning_middleware.routing.policy import Pool
+from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.servers import connect
 from pinning_middleware.servers.liveness import clear_deadline, start_deadline
@@ -23,71 +23,80 @@ from pinning_middleware.servers.probe import endpoint_for, probe, state_of
 from pinning_middleware.servers.registry import Server, registry
 from pinning_middleware.stats import DRAINED, ServerState, servers
 
-__all__ = ["TIMEOUT", "Asker", "quiet"]
+__all__ = ["TIMEOUT", "ServerPoll", "silence_server_logs"]
 
-# Seconds that asking takes at most: a connection may take two, a question one.
+# Maximum duration of a poll (seconds): connecting may take two seconds, a probe one.
 TIMEOUT: Final = 2.5
 
-# What a standby of PostgreSQL says of its replay, to any role: whether it is paused, whether
-# anybody sends it the log, and the age of the last transaction in seconds.
+# What any role may read on a PostgreSQL standby: whether replay is paused, whether a WAL receiver
+# runs, and the age of the last replayed transaction (seconds).
 _REPLAY: Final = (
     "SELECT pg_is_wal_replay_paused(), (pg_stat_get_wal_receiver()).pid IS NOT NULL, "
     "EXTRACT(EPOCH FROM clock_timestamp() - pg_last_xact_replay_timestamp())"
 )
+# The database of a connection, by vendor. Behind a pooler its name may differ from the settings.
+_DATABASE: Final = {"postgresql": "SELECT current_database()", "mysql": "SELECT DATABASE()"}
 
 
-class _Answer(NamedTuple):
+class _Reply(NamedTuple):
     server: Server | None = None
     # The row of `_REPLAY`.
     replay: tuple[Any, ...] = ()
+    database: str = ""
 
 
-class Asker:
+class ServerPoll:
     """
-    Asks the servers of all pools, each on a connection of its own that nobody stands in for, and
-    all of them at the same time. Connections are kept until ``close``.
+    Polls the servers of all pools at the same time.
+
+    Each server has a connection of its own, without failover. Connections are kept until
+    ``close()``, so that the poll can be repeated.
     """
 
     def __init__(self) -> None:
         self._connections: dict[str, BaseDatabaseWrapper] = {}
-        self._asking: dict[str, threading.Thread] = {}
-        self._is_over = False
-        # When a primary was met at which position, the newest last.
-        self._primaries: dict[str, list[tuple[float, Position]]] = {}
+        self._threads: dict[str, threading.Thread] = {}
+        self._is_closed = False
+        # Times and positions of each primary, oldest first, to estimate lag.
+        self._history: dict[str, list[tuple[float, Position]]] = {}
+        # Aliases that the last poll has found to be no replica of their primary, and why.
+        self.misconfigured: dict[str, str] = {}
 
-    def ask(self, seconds: float = TIMEOUT) -> list[ServerState]:
-        """Query everybody once, for so many seconds at most; return ``stats.servers()`` then."""
-        until = time.monotonic() + seconds
-        answers: dict[str, _Answer] = {}
-        known = [pool for pool in pools().all if pool.replicas]
-        aliases = dict.fromkeys(alias for pool in known for alias in (pool.primary, *pool.replicas))
+    def poll(self, seconds: float = TIMEOUT) -> list[ServerState]:
+        """Probe every server once, within a deadline (seconds); return their states."""
+        deadline = time.monotonic() + seconds
+        replies: dict[str, _Reply] = {}
+        polled = [pool for pool in pools().all if pool.replicas]
+        aliases = dict.fromkeys(
+            alias for pool in polled for alias in (pool.primary, *pool.replicas)
+        )
         for alias in aliases:
-            if alias not in self._asking:
-                self._begin(alias, answers)
-        for thread in tuple(self._asking.values()):
-            thread.join(max(0.0, until - time.monotonic()))
-        late = set(self._asking)
-        answers = dict(answers)
-        for pool in known:
-            # The primary first: whoever else takes writes is told by it.
+            if alias not in self._threads:
+                self._start(alias, replies)
+        for thread in tuple(self._threads.values()):
+            thread.join(max(0.0, deadline - time.monotonic()))
+        late = set(self._threads)
+        replies = dict(replies)
+        self.misconfigured.clear()
+        for pool in polled:
+            # The primary first: other servers that accept writes are compared with it.
             for alias in (pool.primary, *pool.replicas):
-                if (server := answers.get(alias, _Answer()).server) is not None:
-                    pool.judge(registry.endpoint(alias, pool.primary), server)
-            self._note_primary(pool)
-        by_primary = {pool.primary: pool for pool in known}
+                if (server := replies.get(alias, _Reply()).server) is not None:
+                    pool.health.update_status(registry.endpoint(alias, pool.primary), server)
+            self._record_primary_position(pool)
+        by_primary = {pool.primary: pool for pool in polled}
         return [
-            self._said(row, answers.get(row.alias), by_primary[row.pool], row.alias in late)
-            for row in servers()
+            self._state(row, replies, by_primary[row.pool], row.alias in late) for row in servers()
         ]
 
     def close(self) -> None:
-        """Close the connections; what is still asked closes its own."""
-        self._is_over = True
+        """Close idle connections. A thread that is still probing closes its own."""
+        self._is_closed = True
         for alias in tuple(self._connections):
-            if alias not in self._asking:
-                self._drop(alias)
+            if alias not in self._threads:
+                self._disconnect(alias)
 
-    def __enter__(self) -> Asker:
+    def __enter__(self) -> ServerPoll:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -95,38 +104,41 @@ class Asker:
 
     # One server, in a thread of its own
 
-    def _begin(self, alias: str, answers: dict[str, _Answer]) -> None:
+    def _start(self, alias: str, replies: dict[str, _Reply]) -> None:
         def run() -> None:
             try:
-                answers[alias] = self._look(alias)
+                replies[alias] = self._probe(alias)
             except (DatabaseError, InterfaceError):
-                # What went wrong is known of the server by now.
-                self._drop(alias)
+                # The registry has recorded the error.
+                self._disconnect(alias)
             finally:
-                self._asking.pop(alias, None)
-                if self._is_over:
-                    self._drop(alias)
+                self._threads.pop(alias, None)
+                if self._is_closed:
+                    self._disconnect(alias)
 
-        # A daemon, since one that hangs is not waited for when the process ends.
-        thread = threading.Thread(target=run, name=f"pinning-asker-{alias}", daemon=True)
-        self._asking[alias] = thread
+        # A daemon thread, so that an unresponsive server does not delay the end of the process.
+        thread = threading.Thread(target=run, name=f"pinning-poll-{alias}", daemon=True)
+        self._threads[alias] = thread
         thread.start()
 
-    def _look(self, alias: str) -> _Answer:
+    def _probe(self, alias: str) -> _Reply:
         connection = self._connections.get(alias)
         if connection is None:
             connection = self._connections[alias] = connect.dedicated_connection(alias)
-        seen = probe(connection)
-        if seen is None:
-            self._reach(connection)
-            return _Answer()
+        report = probe(connection)
+        if report is None:
+            self._check_reachable(connection)
+            return _Reply()
         replay: tuple[Any, ...] = ()
-        if seen.server.is_replica and connection.vendor == "postgresql":
-            replay = _ask(connection, _REPLAY)
-        return _Answer(seen.server, replay)
+        if report.server.is_replica and connection.vendor == "postgresql":
+            replay = _fetch_row(connection, _REPLAY)
+        database = ""
+        if connection.vendor in _DATABASE:
+            database = str(_fetch_row(connection, _DATABASE[connection.vendor])[0] or "")
+        return _Reply(report.server, replay, database)
 
-    def _reach(self, connection: BaseDatabaseWrapper) -> None:
-        """Find out whether one that tells no position can be connected to at all."""
+    def _check_reachable(self, connection: BaseDatabaseWrapper) -> None:
+        """Check whether a server that reports no position accepts connections."""
         endpoint = endpoint_for(connection)
         try:
             if connection.connection is not None and not connection.is_usable():
@@ -137,90 +149,110 @@ class Asker:
             raise
         registry.mark_up(endpoint)
 
-    def _drop(self, alias: str) -> None:
+    def _disconnect(self, alias: str) -> None:
         connection = self._connections.pop(alias, None)
         if connection is not None:
             with contextlib.suppress(Exception):
                 connection.close()
 
-    # What the answers mean
+    # Interpretation of the replies
 
-    def _note_primary(self, pool: Pool) -> None:
+    def _record_primary_position(self, pool: Pool) -> None:
         server = pool.endpoint.server
         if server is not None and server.position and not server.is_replica:
-            met = self._primaries.setdefault(pool.primary, [])
-            met.append((server.last_probed, dict(server.position)))
-            del met[:-600]
+            history = self._history.setdefault(pool.primary, [])
+            history.append((server.last_probed, Position(dict(server.position))))
+            del history[:-600]
 
-    def _said(
-        self, row: ServerState, answer: _Answer | None, pool: Pool, is_late: bool
+    def _state(
+        self, row: ServerState, replies: dict[str, _Reply], pool: Pool, is_late: bool
     ) -> ServerState:
+        reply = replies.get(row.alias)
         if is_late and row.state != "out":
-            error = "it has not answered in time"
+            error = "no reply within the deadline"
             return row._replace(state="out", reason=Fault.UNRESPONSIVE, since=None, error=error)
-        if answer is None:
+        if reply is None:
             return row
         if row.state == "unknown":
             row = row._replace(state="out" if row.weight == 0 else "in")
             row = row._replace(reason=DRAINED if row.weight == 0 else "")
         if row.configured == "primary":
             return row._replace(error="it is a replica") if row.role == "replica" else row
-        if answer.server is None or row.role != "replica":
-            return row
-        has_all, lag = self._lag(pool, answer)
-        error = row.error
-        if answer.replay and answer.replay[0]:
-            error = error or "its replay is paused"
-        elif answer.replay and not answer.replay[1] and not has_all:
-            error = error or "nobody sends it the log"
-        return row._replace(lag=row.lag if lag is None else lag, error=error)
+        lag, error = row.lag, row.error or _misconfiguration(row, replies, pool)
+        if row.state == "in" and error:
+            self.misconfigured[row.alias] = error
+        if reply.server is not None and row.role == "replica":
+            has_caught_up, measured = self._measure_lag(pool, reply)
+            lag = lag if measured is None else measured
+            if reply.replay and reply.replay[0]:
+                error = error or "its replay is paused"
+            elif reply.replay and not reply.replay[1] and not has_caught_up:
+                error = error or "no WAL receiver is running"
+        return row._replace(lag=lag, error=error)
 
-    def _lag(self, pool: Pool, answer: _Answer) -> tuple[bool, float | None]:
-        """Return whether a replica has all that its primary had, and for how long it has not."""
-        server, met = answer.server, self._primaries.get(pool.primary, [])
-        if server is None or not met or pool.dialect is None:
+    def _measure_lag(self, pool: Pool, reply: _Reply) -> tuple[bool, float | None]:
+        """Return whether a replica has caught up, and its lag (seconds) or None if unknown."""
+        server, history = reply.server, self._history.get(pool.primary, [])
+        if server is None or not history or pool.dialect is None:
             return False, None
-        newest = met[-1][0]
-        for at, position in reversed(met):
-            # Of one that hides its timeline, its word will do for this.
-            if server.reported_at_least(position) or pool.dialect.reached(
+        newest = history[-1][0]
+        for at, position in reversed(history):
+            # For lag, the reported position is enough even if the timeline is hidden.
+            if server.reported_at_least(position.points) or pool.dialect.reached(
                 position, server.position
             ):
                 return at == newest, newest - at
-        said = answer.replay[2] if answer.replay else None
-        if said is not None:
-            return False, max(0.0, float(said))
-        return False, newest - met[0][0] if len(met) > 1 else None
+        replay_age = reply.replay[2] if reply.replay else None
+        if replay_age is not None:
+            return False, max(0.0, float(replay_age))
+        return False, newest - history[0][0] if len(history) > 1 else None
 
 
-def _ask(connection: BaseDatabaseWrapper, sql: str) -> tuple[Any, ...]:
-    """Query past Django's cursors, within the deadline of every question."""
+def _misconfiguration(row: ServerState, replies: dict[str, _Reply], pool: Pool) -> str:
+    """Return why an alias cannot be a replica of its primary, or "" if it can."""
+    reply, primary = replies[row.alias], replies.get(pool.primary)
+    if primary is None:
+        return ""
+    if pool.is_mirror(row.alias):
+        return f"it has the same HOST, PORT and NAME as {pool.primary}"
+    if row.role == "replica" and reply.database != primary.database:
+        return (
+            f"it is connected to the database {reply.database!r}, but {pool.primary} is connected "
+            f"to {primary.database!r}"
+        )
+    return ""
+
+
+def _fetch_row(connection: BaseDatabaseWrapper, sql: str) -> tuple[Any, ...]:
+    """Fetch one row within the deadline of a probe, bypassing Django's cursor wrappers."""
     raw: Any = connection.connection
-    link = state_of(connection)
-    guard = start_deadline(raw, link)
+    state = state_of(connection)
+    guard = start_deadline(raw, state)
     try:
         with connection.wrap_database_errors, raw.cursor() as cursor:
             cursor.execute(sql)
             return tuple(cursor.fetchone() or ())
     finally:
-        clear_deadline(link, guard)
+        clear_deadline(state, guard)
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence_server_logs() -> Iterator[None]:
     """
-    Keep what is asked here out of the log: a command's process begins with knowing nothing, so
-    every run would say anew what the site's own processes have said.
+    Suppress log records about servers.
+
+    A command starts with an empty registry, so every run would repeat what the site's own
+    processes have already logged.
     """
     logger = logging.getLogger("pinning_middleware.servers")
-    refuse = _Refuse()
-    logger.addFilter(refuse)
+    silence = _Silence()
+    logger.addFilter(silence)
     try:
         yield
     finally:
-        logger.removeFilter(refuse)
+        logger.removeFilter(silence)
 
 
-class _Refuse(logging.Filter):
+class _Silence(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         return False

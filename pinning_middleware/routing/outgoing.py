@@ -1,114 +1,114 @@
-"""What a scope leaves behind: the pins that whoever follows it has to honour."""
+"""
+Pins that a scope propagates to later scopes.
+
+``outgoing_pins()`` is the only source of what the stores, tokens and messages contain. An open
+scope saves its pins once, when it ends; ``announce()`` saves those of a closed one with each
+change.
+"""
 
 from __future__ import annotations
 
+import functools
+
 from asgiref.sync import sync_to_async
+from django.db import transaction
 
 from pinning_middleware import tokens
 from pinning_middleware.conf import conf
-from pinning_middleware.pins import SEEN, Pin, Pins, live
-from pinning_middleware.routing.policy import Pool
+from pinning_middleware.pins import Pin, PinKey, PinKind, Pins, live, merge_optional
+from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.scopes.scope import Facts, Scope, entered_scope
+from pinning_middleware.scopes.scope import PoolState, Scope, entered_scope
 from pinning_middleware.stores import cache
 from pinning_middleware.utils import clock
 
 __all__ = [
-    "akeep_keys",
-    "asks_database",
-    "count_changes",
+    "announce",
+    "asave_keys",
+    "current_pin",
     "current_token",
-    "has_changed",
-    "keep_keys",
     "outgoing_pins",
-    "pin_of_now",
+    "pin_keys",
+    "queries_primary",
+    "save_keys",
 ]
 
 
-def has_changed(scope: Scope) -> bool:
-    """Return whether what follows this scope has to know of something that it did."""
-    # A loop, since every request comes by here and a generator takes twice as long.
-    for facts in scope.values():
-        if facts.changes:
-            return True
-    return bool(scope.pinned_keys)
+def announce(scope: Scope) -> None:
+    """
+    Pass on a fact that has just become visible, if the scope is closed: to the scope around it, or
+    to the stores that need no response. An open scope does so at its end.
+    """
+    if scope.is_closed and scope.on_late_change is not None:
+        scope.on_late_change(scope)
 
 
-def count_changes(scope: Scope) -> int:
-    """Return a number that is larger when the scope has written or was pinned in between."""
-    return sum(facts.changes for facts in scope.values())
-
-
-def asks_database(scope: Scope) -> bool:
-    """Return whether ``outgoing_pins`` will ask a primary for its position."""
-    return bool(scope.pinned_keys) or any(
-        pool.supports_positions and (facts.is_pinned or facts.served)
-        for pool, facts in _touched(scope)
+def queries_primary(scope: Scope) -> bool:
+    """Return whether ``outgoing_pins()`` will query a primary for its position."""
+    return bool(scope.keys) or any(
+        pool.supports_positions and (state.is_pinned or state.read_from)
+        for pool, state in _used_pools(scope)
     )
 
 
-def outgoing_pins(scope: Scope) -> dict[str, Pin]:
+def outgoing_pins(scope: Scope) -> dict[PinKey, Pin]:
     """
-    Return the pins that what follows this scope has to honour, by their primaries' aliases.
+    Return the pins that the scopes after this one have to honour.
 
-    Call it when the scope's transactions are over. It may ask each primary that the scope wrote
-    to for its position.
+    Queries each primary that the scope wrote to for its position, once after each change.
     """
     now = clock.now()
-    touched = _touched(scope)
-    pins = live(scope.carried, now) if scope.carried else {}
-    for pool, facts in touched:
-        if facts.is_unpinned:
-            pins.pop(pool.primary, None)
-            pins.pop(SEEN + pool.primary, None)
-    for pool, facts in touched:
-        for key, new in (
-            (pool.primary, _new_pin(pool, facts)),
-            (pool.primary, facts.carried),
-            (SEEN + pool.primary, facts.seen),
-            (SEEN + pool.primary, pool.seen(facts, now)),
+    pins = live(scope.inherited_pins, now, conf.seconds)
+    used = _used_pools(scope)
+    for pool, state in used:
+        if state.cleared:
+            for kind in PinKind:
+                pins.pop(PinKey(pool.primary, kind), None)
+    for pool, state in used:
+        observed = pool.guarantee.observed_pin(pool, state, now)
+        for kind, found in (
+            (PinKind.WRITTEN, (_pin_for_writes(scope, pool, state), state.inherited)),
+            (PinKind.OBSERVED, (observed, state.observed)),
         ):
-            if new is not None and new.until > now:
-                pins[key] = new if key not in pins else pins[key].merge(new)
+            for pin in found:
+                if pin is not None and pin.is_live(now, conf.seconds):
+                    key = PinKey(pool.primary, kind)
+                    pins[key] = merge_optional(pins.get(key), pin) or pin
     return pins
 
 
-def _new_pin(pool: Pool, facts: Facts) -> Pin | None:
-    """Return the pin of what the scope did itself here; may ask the primary where it is."""
-    if not facts.is_pinned:
+def _pin_for_writes(scope: Scope, pool: Pool, state: PoolState) -> Pin | None:
+    """Return the pin for what the scope itself did to a pool; may query the primary."""
+    if not state.is_pinned:
         return None
-    changes = facts.changes
-    if facts.left is not None and facts.left[0] == changes:
-        return facts.left[1]
-    # A position counts only for what had ended when it was asked for.
-    asked = clock.now()
-    is_open = any(not write.ended(asked) for write in facts.writes.values())
-    position = None if is_open else pool.position_now()
+    known = scope.made_pins.get(pool.key)
+    if known is not None and known[0] == state.revision:
+        return known[1]
+    # A position counts only for the transactions that had ended when it was asked for.
+    position = None if state.has_open_write else pool.current_position()
     now = clock.now()
-    until = facts.wrote_until(conf.seconds, now)
-    if until <= now:
+    end = state.own_pin_end(conf.seconds, now)
+    if end is None or (position is None and end <= now):
         return None
-    pin = Pin(until, facts.held if position else until, position)
+    pin = Pin(end, state.pinned_until, position) if position is not None else Pin(end)
     if position is not None:
-        facts.left = changes, pin
+        scope.made_pins = {**scope.made_pins, pool.key: (state.revision, pin)}
     return pin
 
 
-def pin_of_now(pool: Pool) -> Pin:
-    """Return a pin of all that the primary has by now; it may ask the primary where it is."""
-    until = clock.now() + conf.seconds
-    position = pool.position_now()
-    return Pin(until, 0.0 if position else until, position)
+def current_pin(pool: Pool) -> Pin:
+    """Return a pin for everything that the primary has committed; may query the primary."""
+    return Pin(clock.now() + conf.seconds, None, pool.current_position())
 
 
-def _touched(scope: Scope) -> list[tuple[Pool, Facts]]:
-    return [(pool, scope[pool.key]) for pool in pools().all if scope.knows(pool.key)]
+def _used_pools(scope: Scope) -> list[tuple[Pool, PoolState]]:
+    return [(pool, scope.state(pool.key)) for pool in pools().all if scope.has_state_for(pool.key)]
 
 
 def current_token() -> str | None:
     """
-    Return the token of what the scope that is open now would leave behind, to be handed on in a
-    message say; ``None``: nothing. It may ask the primary for its position.
+    Return the token of what the current scope leaves behind, to pass it on in a message for
+    example; None if it leaves nothing. May query the primary for its position.
     """
     scope = entered_scope()
     pins = outgoing_pins(scope) if scope is not None else {}
@@ -118,31 +118,47 @@ def current_token() -> str | None:
 # Keys
 
 
-def _pins_of_keys(scope: Scope) -> dict[str | None, tuple[list[str], dict[str, Pin]]]:
-    """
-    Return the scope's keys and what they are to be pinned by, for each ``using`` that they were
-    given with: what the scope leaves behind, else what the primary has by now.
-    """
-    pins: Pins = outgoing_pins(scope)
-    return {
-        using: (
-            [key for key, of in scope.pinned_keys if of == using],
-            {
-                pool.primary: pins[pool.primary] if pool.primary in pins else pin_of_now(pool)
-                for pool in pools().of_primary(using)
-            },
+def pin_keys(scope: Scope, keys: tuple[str, ...], using: str | None) -> None:
+    """Pin keys when the scope ends; outside any scope at once, or when the transaction commits."""
+    found = pools().of_primary(using)
+    if not scope.is_ambient:
+        scope.keys = (
+            *scope.keys,
+            *((key, using) for key in keys if (key, using) not in scope.keys),
         )
-        for using in dict.fromkeys(using for _, using in scope.pinned_keys)
-    }
+        announce(scope)
+        return
+    for pool in found:
+        transaction.on_commit(functools.partial(_save_now, pool, keys), using=pool.primary)
 
 
-def keep_keys(scope: Scope) -> None:
-    """Pin the scope's keys. Call it when its transactions are over."""
-    for keys, pins in _pins_of_keys(scope).values():
-        cache.keep("key", keys, pins)
+def _save_now(pool: Pool, keys: tuple[str, ...]) -> None:
+    cache.save_pins("key", keys, {PinKey(pool.primary): current_pin(pool)})
 
 
-async def akeep_keys(scope: Scope) -> None:
-    """Pin the scope's keys, in async code."""
-    for keys, pins in (await sync_to_async(_pins_of_keys)(scope)).values():
-        await cache.akeep("key", keys, pins)
+def _pins_of_keys(scope: Scope) -> list[tuple[list[str], Pins]]:
+    """
+    Return keys and their pins, for each ``using`` that keys were given with: what the scope leaves
+    behind, or else what the primary has committed.
+    """
+    pins = outgoing_pins(scope)
+    found: list[tuple[list[str], Pins]] = []
+    for using in dict.fromkeys(using for _, using in scope.keys):
+        own = {
+            PinKey(pool.primary): pins.get(PinKey(pool.primary)) or current_pin(pool)
+            for pool in pools().of_primary(using)
+        }
+        found.append(([key for key, given in scope.keys if given == using], own))
+    return found
+
+
+def save_keys(scope: Scope) -> None:
+    """Pin the keys of a scope in the cache. Call it when its transactions have ended."""
+    for keys, pins in _pins_of_keys(scope):
+        cache.save_pins("key", keys, pins)
+
+
+async def asave_keys(scope: Scope) -> None:
+    """Pin the keys of a scope in the cache, in async code."""
+    for keys, pins in await sync_to_async(_pins_of_keys)(scope):
+        await cache.asave_pins("key", keys, pins)

@@ -1,28 +1,37 @@
 """
-Where a read goes. ``Pool.decide`` is the one place that says so; the router, the managers and
-every integration ask it, most of them through ``Pool.db_for_read``, which remembers its answer.
+Where a read goes, and which connections may serve it.
 
-It puts two kinds of knowledge together, and has none of its own: the facts of the scope, and what
-is known of servers. A decision names an alias; what counts in the end is the server at the other
-end of the connection, which ``Pool.refusal`` judges when the read is about to use it.
+``decide()`` chooses an alias from what the scope has done and from what is known of the servers.
+It applies the seven rules of the documentation; the first that matches wins, and each branch names
+its rule. ``admit()`` judges a connection when a statement is about to run on it, since a cursor may
+be older than the scope's latest write, and an alias may resolve to another server by then.
+
+Nothing else in the package answers either question.
 """
 
 from __future__ import annotations
 
-import threading
-from typing import TYPE_CHECKING, Any, Final
+from contextvars import ContextVar
+from typing import Any, Final, NamedTuple
 
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from pinning_middleware.conf import PoolSpec, conf
-from pinning_middleware.pins import Pin
+from pinning_middleware.conf import conf
+from pinning_middleware.pins import Pin, Position, merge_optional, merge_positions
 from pinning_middleware.reasons import Fault, Reason
-from pinning_middleware.routing.replica_set import Nodes
-from pinning_middleware.scopes.overrides import Kind, Open, lifts, open_blocks, override
-from pinning_middleware.scopes.scope import Facts, Scope, current_scope, entered_scope
-from pinning_middleware.servers.connection_state import ConnectionState
-from pinning_middleware.servers.probe import probing_allowed, state_of
+from pinning_middleware.routing.pool import Pool
+from pinning_middleware.scopes.overrides import (
+    Kind,
+    Override,
+    current_overrides,
+    innermost_override,
+    is_saving,
+    offload_applies,
+)
+from pinning_middleware.scopes.scope import PoolState, Scope, current_scope
+from pinning_middleware.scopes.transactions import is_explicit_transaction_open
+from pinning_middleware.servers.probe import probing_allowed
 from pinning_middleware.signals import (
     fell_back_to_primary,
     fell_back_to_replica,
@@ -30,409 +39,326 @@ from pinning_middleware.signals import (
 )
 from pinning_middleware.utils import clock
 
-if TYPE_CHECKING:
-    from django.db.models import Model
+__all__ = [
+    "Decision",
+    "Rejection",
+    "admit",
+    "decide",
+    "is_former_primary",
+    "is_pinned",
+    "own_pin_reason",
+    "route",
+    "take_decision",
+]
 
-__all__ = ["Pool", "PrimaryOnly", "Route"]
-
-# An alias, and the reason for it.
-Route = tuple[str, str]
-
-# Seconds between two questions of one scope that lasts.
-ASK_AGAIN: Final = 1.0
-_BY_BLOCK: Final = (Reason.USE_PRIMARY, Reason.USE_REPLICA)
-_SAID: Final = (Reason.NOT_CAUGHT_UP, Reason.NO_REPLICA, Reason.PRIMARY_DOWN)
+_FALLBACKS: Final = (Reason.NOT_CAUGHT_UP, Reason.NO_REPLICA, Reason.PRIMARY_DOWN)
+# Seconds between two searches of a long scope for a replica that has caught up.
+SEARCH_INTERVAL: Final = 1.0
 
 
-class Pool(Nodes):
-    """One primary and its replicas."""
+class Decision(NamedTuple):
+    """
+    Where a read goes and why. ``alias`` is returned to Django, ``replica`` the replica that was
+    chosen (None: the primary); they differ if the replica is a test mirror.
+    """
 
-    # Whether what a client has seen moves its position.
-    is_monotonic = False
-    # The reason for a read that nobody decided.
-    otherwise = Reason.EXPLICIT
+    alias: str
+    replica: str | None
+    reason: Reason
 
-    def __init__(self, spec: PoolSpec) -> None:
-        super().__init__(spec)
-        self._by_transaction = self.primary, Reason.TRANSACTION
-        # Whether a decision depends on the model; and of which it is known how.
-        self.minds_models = bool(conf.primary_models)
-        self._verdicts: dict[Any, bool] = {}
-        # An answer is not kept where somebody may stand in for the primary at any time.
-        self._may_not_keep = conf.primary_down == "stale"
-        self._offloads_all = conf.offload is True
-        self._by_query = conf.spread_by_query
-        # Whether it matters which server answered a read.
-        self.minds_servers = self.is_monotonic or self._by_query
-        # Whether the settings leave rule 7 as it is.
-        self._turns_by_scope = not (self._by_query or self._may_not_keep or self.is_monotonic)
-        self._is_plain = self._offloads_all and self._turns_by_scope
-        # Each thread's connection to the primary: `connections[alias]` costs more than all the
-        # rest of a decision.
-        self._thread = threading.local()
-        if self.minds_models:
-            self.db_for_read = self._db_for_model  # type: ignore[method-assign]
 
-    # The decision
+class Rejection(NamedTuple):
+    """Why a connection must not serve a read; ``error`` is the server's own, if it raised one."""
 
-    def db_for_read(self, model: Any = None, **hints: Any) -> str | None:
-        """
-        Return the alias that the next read uses, ``None`` for one that starts from an instance
-        of a database outside this pool. The signature is that of a router, so that Django asks
-        the pool itself where there is nothing to translate.
-        """
-        if hints and (instance := hints.get("instance")) and instance._state.db not in self:
-            return None
-        scope = entered_scope()
-        if scope is None:
-            scope = current_scope()
-        facts = scope[self.key]
-        try:
-            connection = self._thread.connection
-        except AttributeError:
-            connection = self._thread.connection = connections[self.primary]
-        if (block := open_blocks()) is not None:
-            kept = facts.in_block
-            if (
-                kept is not None
-                and kept[0] is block
-                and facts.is_plain
-                and kept[1][0] == facts.replica
-                and (
-                    connection.connection is None
-                    or (connection.autocommit and not connection.in_atomic_block)
-                )
-            ):
-                route: Route = kept[1]
-                facts.decided = route
-                return route[0]
-            return self._told(self.decide(model, connection), facts)
-        if (
-            connection.connection is not None
-            and (connection.in_atomic_block or not connection.autocommit)
-            and self._in_transaction(connection, scope)
-        ):
-            facts.decided = self._by_transaction
-            return self.primary
-        answer: str | None = facts.answer
-        if answer is not None:
-            return answer
-        if self._is_plain and facts.is_plain and scope.is_plain:
-            # Rule 7, for what most requests are: nothing speaks against a replica.
-            alias = self._replica(facts)
-            if alias is not None and facts.meant is None:
-                facts.answer = alias
-                if facts.writes:
-                    # Another thread of this scope has begun to write since.
-                    facts.answer = None
-                return alias
-        return self._told(self._settle(scope, facts), facts)
+    reason: Reason | Fault
+    error: Exception | None = None
 
-    def _db_for_model(self, model: Any = None, **hints: Any) -> str | None:
-        """Do what ``db_for_read`` does, where some models are read from the primary."""
-        is_of_primary = self._verdicts.get(model)
-        if is_of_primary is None:
-            is_of_primary = self._verdicts[model] = _is_of_primary(model)
-        if not is_of_primary:
-            return Pool.db_for_read(self, model, **hints)
-        if hints and (instance := hints.get("instance")) and instance._state.db not in self:
-            return None
-        return self._told(self.decide(model), current_scope()[self.key])
 
-    def decide(self, model: Any = None, connection: BaseDatabaseWrapper | None = None) -> Route:
-        """
-        Return where a read goes and why: the rules of the documentation, the first match wins.
-        """
-        route = self._decide(connection or connections[self.primary])
-        if self.minds_models and route[1] not in _BY_BLOCK and _is_of_primary(model):
-            return self.primary, Reason.PRIMARY_MODEL
-        return route
+# The decision for the read that follows, until a cursor is opened for it.
+_pending: ContextVar[Decision | None] = ContextVar("pinning_decision", default=None)
 
-    def _decide(self, connection: BaseDatabaseWrapper) -> Route:
-        scope = entered_scope() or current_scope()
-        facts = scope[self.key]
-        block = open_blocks()
-        if block is not None and (chosen := override(block, self.primary)) is not None:
-            return self._in_block(chosen, facts)
-        if (
-            connection.connection is not None
-            and (connection.in_atomic_block or not connection.autocommit)
-            and self._in_transaction(connection, scope)
-        ):
-            return self.primary, Reason.TRANSACTION
-        if facts.answer is not None and block is None:
-            return facts.answer, facts.reason
-        is_lifted = lifts(block, self.primary)
-        route = self._settle(scope, facts, is_lifted)
-        if is_lifted and facts.is_plain and self._turns_by_scope and not scope.is_lasting:
-            # The same until the scope has news, or leaves its replica.
-            facts.in_block = block, route
-        return route
 
-    def _in_transaction(self, connection: BaseDatabaseWrapper, scope: Scope | None) -> bool:
-        """Return whether the open transaction is one that the code itself asked for."""
-        if not connection.in_atomic_block:
-            return True
-        asked_for = 0
-        for block in connection.atomic_blocks:
-            asked_for += not block._from_testcase  # type: ignore[attr-defined]
-        views = None if scope is None else scope.view_transactions.get(self.primary)
-        return asked_for > (views is connection)
+def route(pool: Pool, model: object = None) -> str:
+    """Decide where the next read of a pool goes and return the alias for Django."""
+    scope = current_scope()
+    decision = decide(pool, scope, model)
+    _pending.set(decision)
+    if pool.has_replicas:
+        _signal_fallback(pool, scope, decision)
+    return decision.alias
 
-    def _in_block(self, block: Open, facts: Facts) -> Route:
-        if block.kind is Kind.PRIMARY:
-            return self.primary, Reason.USE_PRIMARY
-        if block.max_lag is None:
-            alias = self._replica(facts)
-        else:
-            alias = self.within(block.max_lag, facts.replica)
-            if alias is not None and self.is_mirror(alias):
-                facts.meant, alias = alias, self.primary
-        return (alias, Reason.USE_REPLICA) if alias else (self.primary, Reason.NO_REPLICA)
 
-    def _settle(self, scope: Scope, facts: Facts, is_lifted: bool = False) -> Route:
-        """Decide by the rules that stay the same for a while, and remember what may be."""
-        if facts.writes or facts.by_hand or facts.held:
-            writes = dict(facts.writes)
-            if self.has_written(scope, facts) or self.is_headless:
-                return self._primary(Reason.WROTE if writes else Reason.MANUAL)
-            facts.settle(writes)
-        if facts.is_locked and not scope.is_lasting:
-            return self._primary(Reason.LOCK)
-        is_lifted = is_lifted or scope.lifted
-        may_keep = not (is_lifted or self._may_not_keep or scope.is_lasting)
-        if not is_lifted:
-            if scope.from_primary and not facts.is_lifted:
-                return self._keep(facts, self._primary(Reason.HTTP_METHOD), may_keep)
-            if (scope.is_lasting or not self._offloads_all) and not self._offloads(scope):
-                return self._primary(Reason.NOT_OFFLOADED)
-        if facts.carried is not None or facts.seen is not None:
-            route = self._carried(scope, facts)
-            if route is not None:
-                is_reached = route[1] == Reason.CAUGHT_UP and not self._by_query
-                return self._keep(facts, route, may_keep and is_reached)
-        if scope.is_lasting:
-            # It has no next scope that would get the next replica.
-            now = clock.monotonic()
-            if now - facts.turned >= conf.seconds:
-                facts.replica, facts.turned = None, now
-        alias = self._replica(facts)
-        if alias is None:
-            return self._primary(Reason.NO_REPLICA)
-        return self._keep(facts, (alias, Reason.ROUND_ROBIN), may_keep and not self._by_query)
+def take_decision(alias: str) -> Decision | None:
+    """
+    Return the decision that a new cursor of this alias follows; None if the code named the alias.
 
-    def _keep(self, facts: Facts, route: Route, may_keep: bool) -> Route:
-        # Where a mirror is meant, what else is read from the primary is to be told from that.
-        if may_keep and facts.meant is None:
-            facts.answer, facts.reason = route
-            if facts.writes and route[0] != self.primary:
-                # Another thread of this scope has begun to write since.
-                facts.answer = None
-        return route
-
-    def _offloads(self, scope: Scope) -> bool:
-        """Return whether this scope may read replicas where nothing else speaks."""
-        if scope.is_lasting:
-            return conf.offload_outside
-        if scope.offloads is None:
-            if not callable(conf.offload):
-                scope.offloads = conf.offload
-            elif scope.ask_offload is None:
-                # Before authentication, or no request at all.
-                return False
-            else:
-                # What the function itself reads is not to ask it again.
-                scope.offloads = False
-                scope.offloads = scope.ask_offload()
-        return scope.offloads
-
-    def _carried(self, scope: Scope, facts: Facts) -> Route | None:
-        """Return who serves under the pins of earlier scopes, ``None``: they are over."""
-        is_held, wanted = facts.wanted(clock.now())
-        if is_held or (wanted is not None and not self.supports_positions):
-            return self._primary(Reason.PINNED)
-        if wanted is None:
-            return None
-        now = clock.monotonic()
-        # One question for a request; what lasts longer asks again, but not at every read.
-        ask = now - facts.looked > ASK_AGAIN or not facts.looked
-        alias = facts.replica if facts.replica and self.has(facts.replica, wanted) else None
-        alias = alias or self.holder(wanted, ask)
-        wait = conf.wait if scope.wait is None else scope.wait
-        if alias is None and ask and wait and probing_allowed(connections[self.primary]):
-            alias = self.wait_for(wanted, wait)
-            facts.waited = alias, clock.monotonic() - now
-        if alias is None:
-            if ask:
-                facts.looked = now
-            return self._primary(Reason.NOT_CAUGHT_UP)
-        if self.is_mirror(alias):
-            facts.meant, alias = alias, self.primary
-        facts.replica = alias
-        return alias, Reason.CAUGHT_UP
-
-    def _replica(self, facts: Facts) -> str | None:
-        """Return this scope's replica, or the next one's; ``None`` where none is usable."""
-        alias = facts.replica
-        if alias is None or (self.out and alias in self.out):
-            alias = self.turn()
-            if alias is not None and self.is_mirror(alias):
-                facts.meant, alias = alias, self.primary
-            facts.replica = alias
-        return alias
-
-    def _primary(self, reason: str) -> Route:
-        """Return the primary, or who stands in while it can't be reached."""
-        if self.is_headless and (alias := self.stand_in()) is not None:
-            return alias, Reason.PRIMARY_DOWN
-        return self.primary, reason
-
-    def _told(self, route: Route, facts: Facts) -> str:
-        """Say what is worth a signal, now that it is decided; once for a scope."""
-        alias, reason = route
-        facts.decided = route
-        if reason is Reason.ROUND_ROBIN:
-            return alias
-        if facts.waited is not None:
-            (found, seconds), facts.waited = facts.waited, None
-            replica_wait_finished.send_robust(
-                self.primary,
-                replica=found or self.replicas[0],
-                seconds=seconds,
-                reached=found is not None,
-            )
-        if reason in _SAID and facts.said != reason:
-            facts.said = reason
-            signal = fell_back_to_replica if reason == Reason.PRIMARY_DOWN else fell_back_to_primary
-            signal.send_robust(self.primary, served=alias, reason=reason)
-        return alias
-
-    # What the connection at hand is good for
-
-    def has_written(self, scope: Scope, facts: Facts) -> bool:
-        """Return whether what this scope did itself holds it on the primary."""
-        if not facts.is_pinned or self.is_headless:
-            return False
-        if not conf.seconds and not scope.is_lasting:
-            # No window at all: the rest of the scope.
-            return True
-        now = clock.now()
-        return facts.wrote_until(conf.seconds, now) > now
-
-    def is_free(self, connection: BaseDatabaseWrapper, scope: Scope | None) -> bool:
-        """
-        Return whether nothing speaks against reading on a replica's open connection, as far as
-        that shows at a glance; ``refusal`` knows more. So it is for most reads.
-        """
-        facts = None if scope is None else scope.get(self.key)
-        if not (facts.is_plain if facts is not None else scope is None or not scope.carried):
-            return False
-        kept = connection.__dict__.get("_pinning_link")
-        if kept is None or kept[0] is not connection.connection:
-            return False
-        link: ConnectionState = kept[1]
-        in_block = open_blocks() is not None
-        if (in_block or self._max_lag is not None) and not self.is_only(link, in_block):
-            return False
-        endpoint, server = link.endpoint, link.server
-        is_bad = endpoint.must_reidentify if server is None else server.out_of_rotation
-        return not is_bad and endpoint.is_current and not link.was_promoted()
-
-    def refusal(self, connection: BaseDatabaseWrapper, scope: Scope | None) -> str:
-        """
-        Return why the server of a replica's connection will not serve this scope, empty: it will.
-        Asks it where that is not known. Raises what ``look`` raises.
-        """
-        link = state_of(connection)
-        server = link.server
-        if (
-            server is not None
-            and server.out_of_rotation
-            and (server.out_of_rotation != Fault.LAG or self.rotation)
-        ):
-            reason = server.out_of_rotation
-            if not self.is_back(connection, server):
-                return reason
-            link = state_of(connection)
-            server = link.server
-        block = override(open_blocks(), self.primary)
-        max_lag = None if block is None else block.max_lag
-        minds_lag = max_lag is not None or self._max_lag is not None
-        if minds_lag and not self.is_only(link, max_lag is not None):
-            if why := self.lags(connection, max_lag):
-                return why
-            link = state_of(connection)
-            server = link.server
-        is_promoted = link.was_promoted()
-        if is_promoted or (server is None and link.endpoint.must_reidentify):
-            seen = self.look_at(connection)
-            link.promotion_seen = is_promoted
-            if seen is not None and seen.server.out_of_rotation not in ("", Fault.LAG):
-                return seen.server.out_of_rotation
-        if scope is None or self.is_headless or connection.alias not in conf.guarded:
-            # Of the older interface's replicas `using` has the last word.
-            return ""
-        facts = scope.get(self.key)
-        if facts is None:
-            if not scope.carried:
-                return ""
-            facts = scope[self.key]
-        if facts.carried is None and facts.seen is None:
-            return ""
-        if block is not None:
-            return ""
-        is_held, wanted = facts.wanted(clock.now())
-        if is_held or (wanted is not None and not self.supports_positions):
-            return Reason.PINNED
-        if wanted is None or self.has(connection.alias, wanted):
-            return ""
-        return "" if self.asked_has(connection.alias, wanted) else Reason.NOT_CAUGHT_UP
-
-    def note_served(self, facts: Facts, alias: str) -> None:
-        """Note who answered a read, where that is worth knowing."""
-
-    # What a scope means for this pool
-
-    def is_pinned(self, scope: Scope) -> bool:
-        """Return whether this scope's reads belong to the primary, or to who has caught up."""
-        facts = scope[self.key]
-        now = clock.now()
-        if facts.carried is not None and facts.carried.until > now:
-            return True
-        if self.has_written(scope, facts):
-            return True
-        is_by_method = scope.from_primary and not facts.is_lifted
-        return not scope.is_lasting and (facts.is_locked or is_by_method)
-
-    def seen(self, facts: Facts, now: float) -> Pin | None:
-        """Return the pin of what a scope has read: none where only writes pin."""
+    Django asks the router and opens the cursor in separate calls, so that a decision which no read
+    followed is taken by the next read of the same alias, also if the code named that.
+    """
+    decision = _pending.get()
+    if decision is None:
         return None
-
-    # Which connection is whose, who is in
-
-    def adopt(self, connection: BaseDatabaseWrapper) -> None:
-        """Take this for the thread's connection to the primary."""
-        self._thread.connection = connection
+    _pending.set(None)
+    return decision if decision.alias == alias else None
 
 
-class PrimaryOnly(Pool):
-    """A pool without replicas, or of a site that switched them off."""
+def decide(pool: Pool, scope: Scope, model: object = None) -> Decision:
+    """
+    Return where a read of this pool goes.
 
-    def __init__(self, spec: PoolSpec) -> None:
-        super().__init__(spec)
-        self.otherwise = Reason.NO_REPLICA if conf.enabled else Reason.DISABLED
+    ``model`` was passed to the router: a model class, but also anything else.
+    """
+    # Rule 1: there is nothing to choose from.
+    if not pool.has_replicas:
+        return Decision(pool.primary, None, pool.default_reason)
+    # Rule 2: the innermost use_primary or use_replica.
+    overrides = current_overrides()
+    override = innermost_override(overrides, pool.primary)
+    if override is not None:
+        return _follow_override(pool, scope, override)
+    state = scope.state(pool.key)
+    # Rule 3: a transaction, a lock, or session state of the primary's connection.
+    if is_explicit_transaction_open(connections[pool.primary], scope):
+        return Decision(pool.primary, None, Reason.TRANSACTION)
+    if state.holds_lock and not scope.is_ambient:
+        return _primary(pool, Reason.LOCK)
+    if state.session_modified:
+        return _primary(pool, Reason.SESSION_STATE)
+    # Rule 4: the scope has written, was pinned, or its HTTP method most likely writes.
+    if is_saving(overrides, pool.primary):
+        return _primary(pool, Reason.WROTE)
+    if state.is_pinned:
+        if (reason := own_pin_reason(scope, state)) is not None:
+            return _primary(pool, reason)
+        state = _age(pool, scope, state)
+    is_offloaded = scope.offloaded or offload_applies(overrides, pool.primary)
+    if scope.prefers_primary and not state.method_ignored and not is_offloaded:
+        return _primary(pool, Reason.HTTP_METHOD)
+    # Rule 5: settings exclude the model, or the scope.
+    if conf.primary_models and _is_primary_model(model):
+        return _primary(pool, Reason.PRIMARY_MODEL)
+    if not is_offloaded and not _may_offload(scope):
+        return _primary(pool, Reason.NOT_OFFLOADED)
+    # Rule 6: inherited pins.
+    requirement = state.required(clock.now())
+    wanted = requirement.position
+    if requirement.primary_only or (wanted is not None and not pool.supports_positions):
+        return _primary(pool, Reason.PINNED)
+    if wanted is not None:
+        return _find_replica(pool, scope, state, wanted)
+    # Rule 7: the next replica.
+    alias = _next_replica(pool, scope, state)
+    if alias is None:
+        return _primary(pool, Reason.NO_REPLICA)
+    try:
+        wanted = pool.guarantee.must_reach(pool, state, alias)
+    except LookupError:
+        return _primary(pool, Reason.NOT_CAUGHT_UP)
+    if wanted is not None:
+        return _find_replica(pool, scope, state, wanted)
+    return _replica(pool, alias, Reason.ROUND_ROBIN)
 
-    def db_for_read(self, model: Any = None, **hints: Any) -> str | None:
-        instance = hints.get("instance")
-        return self.primary if instance is None or instance._state.db in self else None
 
-    def decide(self, model: Any = None, connection: BaseDatabaseWrapper | None = None) -> Route:
-        return self.primary, self.otherwise
+def admit(pool: Pool, connection: BaseDatabaseWrapper, scope: Scope) -> Rejection | None:
+    """
+    Return why an open connection of this pool must not serve a read of this scope, or None.
+
+    May probe the server of a replica; raise what ``servers.probe.probe()`` raises.
+    """
+    alias, overrides = connection.alias, current_overrides()
+    override = innermost_override(overrides, pool.primary)
+    is_primary = alias == pool.primary or pool.is_mirror(alias)
+    # `using` has the last word for replicas that only the legacy interface names.
+    may_be_stale = is_primary or alias not in conf.readonly_aliases or pool.is_primary_down
+    may_be_stale = may_be_stale or (override is not None and override.kind is Kind.REPLICA)
+    state = scope.state(pool.key)
+    if not may_be_stale and own_pin_reason(scope, state) is not None:
+        return Rejection(Reason.WROTE)
+    requirement = state.required(clock.now())
+    # In a transaction the server that it is open on answers, whatever its status.
+    if pool.dialect is not None and not connection.in_atomic_block:
+        if is_primary:
+            fault = pool.health.reject_primary(connection, requirement)
+        else:
+            max_lag = None if override is None else override.max_lag
+            fault = pool.health.reject(connection, max_lag, not pool.replica_set.rotation)
+        if fault is not None:
+            return Rejection(fault)
+    if may_be_stale:
+        return None
+    wanted = requirement.position
+    if requirement.primary_only or (wanted is not None and not pool.supports_positions):
+        return Rejection(Reason.PINNED)
+    try:
+        wanted = merge_positions(wanted, pool.guarantee.must_reach(pool, state, alias))
+    except LookupError:
+        return Rejection(Reason.NOT_CAUGHT_UP)
+    if wanted is None or pool.replica_set.caught_up(alias, wanted, connection):
+        return None
+    has_caught_up = pool.replica_set.probe_caught_up(alias, wanted, connection)
+    return None if has_caught_up else Rejection(Reason.NOT_CAUGHT_UP)
 
 
-def _is_of_primary(model: type[Model] | None) -> bool:
-    if model is None:
+def is_former_primary(
+    pool: Pool, connection: BaseDatabaseWrapper, scope: Scope | None = None
+) -> bool:
+    """
+    Return whether an open connection of the primary's alias is connected to a former primary,
+    judged by the known servers and by the scope's pins. Writes to it would be lost.
+    """
+    if pool.dialect is None or connection.alias != pool.primary or connection.in_atomic_block:
         return False
-    known = {model, model._meta.concrete_model}
-    labels = {label for one in known if one for label in (one._meta.app_label, one._meta.label)}
-    return not conf.primary_models.isdisjoint(map(str.lower, labels))
+    state = PoolState() if scope is None else scope.state(pool.key)
+    requirement = state.required(clock.now())
+    return pool.health.reject_primary(connection, requirement) is not None
+
+
+# What the rules are made of
+
+
+def _follow_override(pool: Pool, scope: Scope, override: Override) -> Decision:
+    if override.kind is Kind.PRIMARY:
+        return Decision(pool.primary, None, Reason.USE_PRIMARY)
+    state = scope.state(pool.key)
+    if override.max_lag is None:
+        alias = _next_replica(pool, scope, state)
+    else:
+        alias = pool.replica_set.within_lag(override.max_lag, state.replica)
+    if alias is None:
+        return Decision(pool.primary, None, Reason.NO_REPLICA)
+    return _replica(pool, alias, Reason.USE_REPLICA)
+
+
+def own_pin_reason(scope: Scope, state: PoolState) -> Reason | None:
+    """Return why what the scope did itself still pins the pool, or None."""
+    if not state.is_pinned:
+        return None
+    if conf.seconds or scope.is_ambient:
+        now = clock.now()
+        end = state.own_pin_end(conf.seconds, now)
+        if end is None or end <= now:
+            return None
+    # Without any window the pin lasts for the rest of the scope.
+    return Reason.WROTE if state.writes else Reason.MANUAL
+
+
+def _age(pool: Pool, scope: Scope, state: PoolState) -> PoolState:
+    """
+    Turn what the scope did into an inherited pin: its window has ended, so that a replica which has
+    caught up may serve again. Outside any scope the pin just ends.
+    """
+    position = None if scope.is_ambient else pool.current_position()
+    pin = None if position is None else Pin(clock.now(), None, position)
+
+    def change(latest: PoolState) -> PoolState:
+        # Another thread may have begun to write meanwhile.
+        writes = {k: w for k, w in latest.writes.items() if state.writes.get(k) is not w}
+        inherited = merge_optional(latest.inherited, pin)
+        return latest._replace(
+            writes=writes, pinned_at=None, pinned_until=None, inherited=inherited
+        )
+
+    return scope.update(pool.key, change)
+
+
+def _may_offload(scope: Scope) -> bool:
+    if scope.is_ambient:
+        return conf.offload_outside
+    if scope.may_offload is None:
+        if not callable(conf.offload):
+            return conf.offload
+        if scope.offload_predicate is None:
+            # Before authentication, or not a request at all.
+            return False
+        # What the function itself reads must not call it again.
+        scope.may_offload = False
+        scope.may_offload = scope.offload_predicate()
+    return scope.may_offload
+
+
+def _is_primary_model(model: Any) -> bool:
+    options = getattr(model, "_meta", None)
+    concrete = getattr(getattr(options, "concrete_model", None), "_meta", None)
+    labels = {
+        str(getattr(each, name, "")).lower()
+        for each in (options, concrete)
+        for name in ("app_label", "label")
+        if each is not None
+    }
+    return not conf.primary_models.isdisjoint(labels)
+
+
+def _find_replica(pool: Pool, scope: Scope, state: PoolState, wanted: Position) -> Decision:
+    """Choose a replica that has caught up with a position, after waiting for it if configured."""
+    now = clock.monotonic()
+    # A request searches once; a longer scope again, but not at every read.
+    last = state.last_searched
+    may_probe = last is None or now - last > SEARCH_INTERVAL
+    replicas = pool.replica_set
+    alias = state.replica if state.replica and replicas.caught_up(state.replica, wanted) else None
+    if alias is None:
+        alias = replicas.find_caught_up(wanted, probe=may_probe)
+    max_wait = conf.wait if scope.max_wait is None else scope.max_wait
+    if alias is None and may_probe and max_wait and probing_allowed(connections[pool.primary]):
+        alias = replicas.wait_caught_up(wanted, max_wait)
+        replica_wait_finished.send_robust(
+            pool.primary,
+            replica=alias or pool.replicas[0],
+            seconds=clock.monotonic() - now,
+            reached=alias is not None,
+        )
+    if alias is None:
+        if may_probe:
+            scope.update(pool.key, lambda state: state._replace(last_searched=now))
+        return _primary(pool, Reason.NOT_CAUGHT_UP)
+    if alias != state.replica:
+        scope.update(pool.key, lambda state: state._replace(replica=alias))
+    return _replica(pool, alias, Reason.CAUGHT_UP)
+
+
+def _next_replica(pool: Pool, scope: Scope, state: PoolState) -> str | None:
+    """Return the replica that the scope reads from, choosing the next one if necessary."""
+    alias, now = state.replica, clock.monotonic()
+    # Outside any scope a replica is kept for a window only.
+    is_kept = not scope.is_ambient or now - state.replica_since < conf.seconds
+    if alias is not None and is_kept and alias not in pool.replica_set.out_of_rotation:
+        return alias
+    alias = pool.replica_set.next(after=alias)
+    scope.update(pool.key, lambda state: state._replace(replica=alias, replica_since=now))
+    return alias
+
+
+def _replica(pool: Pool, alias: str, reason: Reason) -> Decision:
+    # The primary's connection answers for a test mirror, since only it sees the test's own rows.
+    return Decision(pool.primary if pool.is_mirror(alias) else alias, alias, reason)
+
+
+def _primary(pool: Pool, reason: Reason) -> Decision:
+    """Choose the primary, or the replica that substitutes for it while it is down."""
+    if pool.is_primary_down and (alias := pool.replica_set.substitute()) is not None:
+        return Decision(alias, alias, Reason.PRIMARY_DOWN)
+    return Decision(pool.primary, None, reason)
+
+
+def _signal_fallback(pool: Pool, scope: Scope, decision: Decision) -> None:
+    """Send the signal for a fallback, once in a scope for each reason."""
+    reason = decision.reason
+    if reason not in _FALLBACKS:
+        return
+    if (pool.key, reason) in scope.signalled:
+        return
+    scope.signalled |= {(pool.key, reason)}
+    signal = fell_back_to_replica if reason is Reason.PRIMARY_DOWN else fell_back_to_primary
+    signal.send_robust(pool.primary, served=decision.alias, reason=reason)
+
+
+def is_pinned(pool: Pool, scope: Scope) -> bool:
+    """Return whether this scope's reads go to the primary, or to a replica that has caught up."""
+    state = scope.state(pool.key)
+    requirement = state.required(clock.now())
+    if requirement.primary_only or requirement.position is not None:
+        return True
+    if own_pin_reason(scope, state) is not None:
+        return True
+    by_method = scope.prefers_primary and not state.method_ignored
+    return not scope.is_ambient and (state.holds_lock or by_method)

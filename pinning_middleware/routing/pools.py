@@ -3,54 +3,60 @@
 from __future__ import annotations
 
 import os
-import threading
-from typing import Any
 
 from django.db import DEFAULT_DB_ALIAS, connections
-from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.backends.signals import connection_created
 
 from pinning_middleware.conf import PoolSpec, conf, on_change
-from pinning_middleware.routing.monotonic import MonotonicPool
-from pinning_middleware.routing.policy import Pool, PrimaryOnly
-from pinning_middleware.scopes.scope import entered_scope
+from pinning_middleware.routing.compatibility import is_same_database
+from pinning_middleware.routing.guarantees import MonotonicReads, ReadYourWrites
+from pinning_middleware.routing.pool import Pool
+from pinning_middleware.scopes.scope import PoolState, entered_scope
+from pinning_middleware.utils.forks import ForkSafeLock
 
 __all__ = ["Pools", "pools"]
 
 
 class Pools:
-    """Every pool of the site, made from the settings at the first use."""
+    """
+    Every pool of the site, made from the settings at first use.
+
+    ``by_primary`` has the pools of PINNING_REPLICAS; ``legacy`` is the pool of the legacy
+    interface, which is one of them unless ``SLAVE_DATABASES`` lists other replicas.
+    """
 
     def __init__(self) -> None:
-        self.by_primary = {spec.primary: _pool(spec) for spec in conf.pools}
+        self.by_primary = {spec.key.primary: _make(spec) for spec in conf.pools}
+        self.default = self.by_primary.get(DEFAULT_DB_ALIAS)
+        is_shared = conf.legacy_pool in conf.pools
+        self.legacy = self.by_primary[DEFAULT_DB_ALIAS] if is_shared else _make(conf.legacy_pool)
+        # Two rotations of one primary share their pins.
+        self.all = tuple(dict.fromkeys((*self.by_primary.values(), self.legacy)))
+        # The pool that an alias of PINNING_REPLICAS belongs to, for routing.
         self.by_alias = {
             alias: pool
             for pool in self.by_primary.values()
             for alias in (pool.primary, *pool.replicas)
         }
-        self.default = self.by_primary.get(DEFAULT_DB_ALIAS)
-        shared = conf.legacy_pool in conf.pools
-        self.legacy = self.by_primary[DEFAULT_DB_ALIAS] if shared else _pool(conf.legacy_pool)
-        self.legacy.is_shared = shared
-        self.by_replica = {
-            alias: pool
-            for pool in (self.legacy, *self.by_primary.values())
-            for alias in pool.replicas
+        # The pool that a statement on an alias concerns, the legacy interface included.
+        self.by_connection = {
+            **dict.fromkeys((DEFAULT_DB_ALIAS, *self.legacy.replicas), self.legacy),
+            **self.by_alias,
         }
-        # Whose reads may move to another node, or are to be remembered.
-        primaries = self.by_primary if conf.primary_down == "stale" or conf.monotonic_reads else {}
-        self.moving = {**primaries, **self.by_replica}
-        # Who a statement on this connection concerns.
-        self.by_connection = {DEFAULT_DB_ALIAS: self.legacy, **self.by_primary, **self.by_replica}
-        self.aliases = frozenset((*self.by_alias, *self.by_replica))
-        # One each where the older interface has a rotation of its own: they share their pins.
-        self.all = tuple(dict.fromkeys((*self.by_primary.values(), self.legacy)))
+        # The pool of each replica, the legacy interface included.
+        self.by_replica = {a: p for a, p in self.by_connection.items() if a != p.primary}
+        # Aliases outside every pool that are the database of a primary.
+        self.same_as_primary = {
+            alias: primary
+            for primary in self.by_primary
+            for alias in connections.settings
+            if alias not in self.by_connection and is_same_database(primary, alias)
+        }
 
     def of_primary(self, using: str | None) -> tuple[Pool, ...]:
         """
-        Return the pools of this primary; all of them for ``None``.
+        Return the pools of this primary; all of them if None is given.
 
-        ``ValueError`` for an alias that is no pool's primary.
+        Raise ValueError for an alias that is not the primary of a pool.
         """
         if using is None:
             return self.all
@@ -61,14 +67,13 @@ class Pools:
         return found
 
 
-def _pool(spec: PoolSpec) -> Pool:
-    if not conf.enabled or not any(spec.weights.values()):
-        return PrimaryOnly(spec)
-    return (MonotonicPool if conf.monotonic_reads and conf.positions else Pool)(spec)
+def _make(spec: PoolSpec) -> Pool:
+    is_monotonic = conf.monotonic_reads and conf.positions
+    return Pool(spec, MonotonicReads() if is_monotonic else ReadYourWrites())
 
 
 _pools: Pools | None = None
-_lock = threading.Lock()
+_lock = ForkSafeLock()
 
 
 def pools() -> Pools:
@@ -87,27 +92,19 @@ def pools() -> Pools:
 def _forget() -> None:
     global _pools
     _pools = None
-    # What was answered inside this scope was by the settings before.
-    if (scope := entered_scope()) is not None:
-        for facts in scope.values():
-            facts.answer = facts.replica = None
+    scope = entered_scope()
+    for key in scope.pools if scope is not None else ():
+        # The replica was chosen under the previous settings.
+        scope.update(key, _without_replica)  # type: ignore[union-attr]
 
 
-def _begin_anew_after_fork() -> None:
-    global _lock
-    _lock = threading.Lock()
+def _without_replica(state: PoolState) -> PoolState:
+    return state._replace(replica=None)
+
+
+def _begin_after_fork() -> None:
     for pool in _pools.all if _pools is not None else ():
-        pool.begin_anew_after_fork()
+        pool.replica_set.begin_after_fork()
 
 
-os.register_at_fork(after_in_child=_begin_anew_after_fork)
-
-
-def _adopt(*, connection: BaseDatabaseWrapper, **kwargs: Any) -> None:
-    # A thread may have been given another connection object than the one it had.
-    for pool in pools().all:
-        if pool.primary == connection.alias and connections[connection.alias] is connection:
-            pool.adopt(connection)
-
-
-connection_created.connect(_adopt, dispatch_uid="pinning_middleware.pools")
+os.register_at_fork(after_in_child=_begin_after_fork)

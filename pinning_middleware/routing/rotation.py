@@ -1,4 +1,4 @@
-"""Whose turn it is. Pure: knows names and weights, nothing of databases."""
+"""Weighted round robin. No I/O: names and weights only."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ __all__ = ["Rotation", "spread"]
 
 def spread(weights: Mapping[str, int]) -> tuple[str, ...]:
     """
-    Return one round of turns in which each name occurs as often as its weight says, as evenly
-    spread as possible (smooth weighted round robin, as nginx does it). One of weight 0 has none.
+    Return one round, in which each name occurs in proportion to its weight, as evenly spread as
+    possible (smooth weighted round robin, as in nginx). A name of weight 0 does not occur.
 
     >>> spread({"big": 2, "small": 1})
     ('big', 'small', 'big')
@@ -37,11 +37,11 @@ def spread(weights: Mapping[str, int]) -> tuple[str, ...]:
 
 class Rotation:
     """
-    Endless turns over weighted names. The first turn is drawn at random, so that many processes
-    that start together do not all begin with the same name.
+    Endless round robin over weighted names. The start is random, so that many processes that start
+    together do not all begin with the same name.
 
-    Safe between threads without a lock: the counter advances atomically, and the round is a
-    tuple that is only ever replaced as a whole.
+    Thread-safe without a lock: the counter advances atomically, and the round is a tuple that is
+    only ever replaced as a whole.
     """
 
     __slots__ = ("_count", "_round", "weights")
@@ -55,21 +55,32 @@ class Rotation:
         return bool(self._round)
 
     def draw(self) -> None:
-        """Begin anywhere."""
+        """Start at a random place."""
         start = random.randrange(max(len(self._round), 1))
         self._count: Iterator[int] = itertools.count(start)
 
     def leave_out(self, names: Collection[str]) -> None:
-        """Go on without these names; an empty collection takes everybody back."""
+        """Continue without these names; an empty collection takes all of them back."""
         self._round = spread({n: w for n, w in self.weights.items() if n not in names})
 
-    def turn(self) -> str | None:
-        """Return the name whose turn it is, ``None`` where nobody is left."""
+    def next(self, after: str | None = None) -> str | None:
+        """
+        Return the next name, None if none is left.
+
+        ``after`` is the name that the caller had before. Many callers that share the rotation could
+        each be given the same name again and again; that one is skipped, unless its weight repeats
+        it.
+        """
         names = self._round
-        return names[next(self._count) % len(names)] if names else None
+        if not names:
+            return None
+        place = next(self._count) % len(names)
+        if names[place] == after != names[place - 1]:
+            place = next(self._count) % len(names)
+        return names[place]
 
     def order(self) -> tuple[str, ...]:
-        """Return every name that is in, each once, beginning with the one whose turn it is."""
+        """Return every name in the rotation once, beginning with the next one."""
         names = self._round
         if not names:
             return ()

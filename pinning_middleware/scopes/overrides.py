@@ -1,6 +1,8 @@
 """
-The blocks that are open: ``use_primary``, ``use_replica``, ``offload``, ``no_failover`` and
-``ignore_writes``. They live in a context variable of their own, as a chain of values.
+The context managers that are active: ``use_primary``, ``use_replica``, ``offload``,
+``no_failover`` and ``ignore_writes``, and the saving of an instance.
+
+They form a chain of immutable values in a context variable of its own.
 """
 
 from __future__ import annotations
@@ -11,98 +13,108 @@ from typing import NamedTuple
 
 __all__ = [
     "Kind",
-    "Open",
-    "close",
-    "enter_blocks",
+    "Override",
+    "current_overrides",
     "failover_suppressed",
-    "ignores_writes",
-    "lifts",
-    "open_block",
-    "open_blocks",
-    "override",
+    "innermost_override",
+    "is_saving",
+    "offload_applies",
+    "pop",
+    "push",
+    "set_overrides",
+    "writes_ignored",
 ]
 
 
 class Kind(Enum):
+    """What an override does; the value is the name of the public function."""
+
     PRIMARY = "use_primary"
     REPLICA = "use_replica"
     OFFLOAD = "offload"
     NO_FAILOVER = "no_failover"
-    IGNORE = "ignore_writes"
+    IGNORE_WRITES = "ignore_writes"
+    # Model.save(): what it reads is part of the write.
+    SAVING = "save"
 
 
-class Open(NamedTuple):
-    """An open block, who opened it, and the block around it."""
+class Override(NamedTuple):
+    """
+    An active override.
+
+    ``owner`` is the object that pushed it, ``using`` the alias of the primary it applies to (None:
+    every pool), ``max_lag`` in seconds (None: no limit), ``outer`` the override around it.
+    """
 
     kind: Kind
     owner: object
     using: str | None
     max_lag: float | None
-    outer: Open | None
+    outer: Override | None
+
+    def applies_to(self, primary: str) -> bool:
+        """Return whether the override applies to the pool of this primary."""
+        return self.using is None or self.using == primary
 
 
-_blocks: ContextVar[Open | None] = ContextVar("pinning_blocks", default=None)
+_overrides: ContextVar[Override | None] = ContextVar("pinning_overrides", default=None)
 
-open_blocks = _blocks.get
-# Enter a whole chain, as another context had it.
-enter_blocks = _blocks.set
-
-
-def open_block(
-    kind: Kind, owner: object, using: str | None = None, max_lag: float | None = None
-) -> None:
-    _blocks.set(Open(kind, owner, using, max_lag, _blocks.get()))
+current_overrides = _overrides.get
+# Replace the whole chain, for example by that of another context.
+set_overrides = _overrides.set
 
 
-def close(owner: object) -> None:
+def push(kind: Kind, owner: object, using: str | None = None, max_lag: float | None = None) -> None:
+    """Activate an override inside those that are active."""
+    _overrides.set(Override(kind, owner, using, max_lag, _overrides.get()))
+
+
+def pop(owner: object) -> None:
     """
-    Close the innermost block of this owner, and no other; nothing where the context has moved on,
-    as for a generator that is collected in another request.
+    Deactivate the innermost override of this owner, and any that were left active inside it.
+
+    Does nothing if the context has moved on, as for a generator that is collected later.
     """
-    inside: list[Open] = []
-    block = _blocks.get()
-    while block is not None and block.owner is not owner:
-        inside.append(block)
-        block = block.outer
-    if block is None:
-        return
-    outer = block.outer
-    for other in reversed(inside):
-        outer = other._replace(outer=outer)
-    _blocks.set(outer)
+    override = _overrides.get()
+    while override is not None:
+        if override.owner is owner:
+            _overrides.set(override.outer)
+            return
+        override = override.outer
 
 
-def override(block: Open | None, primary: str) -> Open | None:
-    """Return the innermost ``use_primary`` or ``use_replica`` that speaks of this pool."""
-    while block is not None:
-        if block.kind in (Kind.PRIMARY, Kind.REPLICA) and block.using in (None, primary):
-            return block
-        block = block.outer
+def innermost_override(override: Override | None, primary: str) -> Override | None:
+    """Return the innermost ``use_primary`` or ``use_replica`` for this primary's pool."""
+    while override is not None:
+        if override.kind in (Kind.PRIMARY, Kind.REPLICA) and override.applies_to(primary):
+            return override
+        override = override.outer
     return None
 
 
-def lifts(block: Open | None, primary: str) -> bool:
-    """Return whether an open ``offload`` speaks of this pool."""
-    while block is not None:
-        if block.kind is Kind.OFFLOAD and block.using in (None, primary):
-            return True
-        block = block.outer
-    return False
+def offload_applies(override: Override | None, primary: str) -> bool:
+    """Return whether ``offload`` is active for this primary's pool."""
+    return _find(override, Kind.OFFLOAD, primary)
+
+
+def is_saving(override: Override | None, primary: str) -> bool:
+    """Return whether an instance is being saved to this primary."""
+    return _find(override, Kind.SAVING, primary)
 
 
 def failover_suppressed() -> bool:
-    """Return whether aliases name the very nodes that are talked to."""
-    return _has(Kind.NO_FAILOVER)
+    """Return whether ``no_failover`` is active."""
+    return _find(_overrides.get(), Kind.NO_FAILOVER)
 
 
-def ignores_writes() -> bool:
-    return _has(Kind.IGNORE)
+def writes_ignored() -> bool:
+    """Return whether ``ignore_writes`` is active."""
+    return _find(_overrides.get(), Kind.IGNORE_WRITES)
 
 
-def _has(kind: Kind) -> bool:
-    block = _blocks.get()
-    while block is not None:
-        if block.kind is kind:
+def _find(override: Override | None, kind: Kind, primary: str | None = None) -> bool:
+    while override is not None:
+        if override.kind is kind and (primary is None or override.applies_to(primary)):
             return True
-        block = block.outer
+        override = override.outer
     return False

@@ -1,9 +1,12 @@
 """
-What one scope did and came with, for each pool: facts, no I/O, no settings.
+What one unit of work has done and inherited, for each pool. No I/O, no settings.
 
-A scope lives in a context variable that holds one mutable object. A child task and a thread of
-``sync_to_async`` copy the context and so share the object: what a child writes, its parent knows.
-Another request has another object.
+A scope is a mutable object in a context variable. Child tasks and the threads of
+``sync_to_async`` copy the context and so share the object: a write in one of them is visible in
+all. Another request has another object.
+
+The state of a pool is an immutable value that is replaced as a whole, so the threads of a scope
+read it without a lock.
 """
 
 from __future__ import annotations
@@ -11,366 +14,375 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pinning_middleware.pins import SEEN, Pin, Pins, Position, merge_pins, merge_positions
-from pinning_middleware.reasons import Reason
+from pinning_middleware.pins import (
+    Pin,
+    Pins,
+    PoolKey,
+    Position,
+    merge_optional,
+    merge_pins,
+    merge_positions,
+    pins_of,
+)
 from pinning_middleware.utils import clock
+from pinning_middleware.utils.forks import ForkSafeLock
 
-__all__ = ["Facts", "Scope", "Write", "current_scope", "enter", "entered_scope"]
+if TYPE_CHECKING:
+    from django.db.backends.base.base import BaseDatabaseWrapper
 
-_NONE: Pins = MappingProxyType({})
+__all__ = [
+    "PoolState",
+    "Requirement",
+    "Scope",
+    "Write",
+    "current_scope",
+    "enter",
+    "entered_scope",
+]
 
+_NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
-class Write:
-    """A scope's latest write on one connection, and when it ended (seconds since the epoch)."""
-
-    __slots__ = ("_block", "_connection", "_ended")
-
-    def __init__(self, connection: Any) -> None:
-        self._connection = connection
-        # The outermost transaction that it is part of, but a test's own: it ends with that.
-        blocks = (block for block in connection.atomic_blocks if not block._from_testcase)
-        self._block = next(blocks, None)
-        self._ended = 0.0
-
-    def end(self) -> None:
-        """Note that the statement is over."""
-        self._ended = clock.now()
-
-    def ended(self, now: float) -> float:
-        """Return when it ended, 0.0: it has not, or its transaction may still be open."""
-        if not self._ended:
-            return 0.0
-        connection, block = self._connection, self._block
-        if block is not None:
-            if any(block is one for one in connection.atomic_blocks):
-                return 0.0
-            # ProbeResult only now, so not before now, as far as anybody may rely on it.
-            self._block, self._ended = None, now
-        elif not connection.autocommit and connection.connection is not None:
-            return 0.0
-        return self._ended
+# Held while a state is replaced, never during I/O.
+_lock = ForkSafeLock()
 
 
-class Facts:
-    """What one scope knows of one pool. Most scopes only read, so all else is a default here."""
+class Write(NamedTuple):
+    """
+    The latest write of a scope on one connection. ``visible_at``: when its transaction ended
+    (seconds since the epoch), None while it is open.
+    """
 
-    # The pins of earlier scopes: of what the client wrote, and of what it has seen.
-    carried: Pin | None = None
-    seen: Pin | None = None
-    # The scope's own writes, the latest of each connection.
-    writes: Mapping[int, Write] = MappingProxyType({})
-    # Whether nothing speaks against a replica, so that a decision need not look at what follows.
-    is_plain = True
-    # The replica that the scope reads from, and since when (monotonic clock).
-    replica: str | None = None
-    turned = 0.0
-    # The alias that serves until something changes, so that most reads decide nothing; and why.
-    answer: str | None = None
-    reason: str = Reason.ROUND_ROBIN
-    # What was decided inside this innermost block, while nothing speaks against a replica.
-    in_block: tuple[Any, tuple[str, str]] | None = None
-    # The last decision that was not kept, until its read has run: an alias and a reason.
-    decided: tuple[str, str] | None = None
-    # The replica that a test mirror was chosen as, where the primary answers for it.
-    meant: str | None = None
-    # Where its reads went and why, as often as that changed, for those who are to be told.
-    routes: tuple[tuple[str, str], ...] = ()
-    # The fallback that was said last.
-    said = ""
-    # When replicas were asked in vain for the carried pin (monotonic clock, 0.0: never).
-    looked = 0.0
-    # When it was pinned by hand, 0.0: never; until when for as long as was said.
-    by_hand = held = 0.0
-    # A locking read holds the rest of the scope on the primary, without a pin.
-    is_locked = False
-    # The pin that it came with was ended by hand: stores forget that very pin.
-    is_unpinned = False
-    # What the request's method says does not count for this pool any more.
-    is_lifted = False
-    # How often it did what follows this scope may have to know of.
-    changes = 0
-    # What it left behind last, and how many changes that knows of.
-    left: tuple[int, Pin] | None = None
-    # The aliases that it read from, kept only where a read moves the client's position.
-    served: list[str] | None = None
-
-    # A replica that was waited for (``None``: in vain) and for how many seconds, to be said.
-    waited: tuple[str | None, float] | None = None
-
-    def __init__(self, key: str) -> None:
-        self.key = key
+    connection: BaseDatabaseWrapper
+    visible_at: float | None = None
 
     @property
-    def primary(self) -> str:
-        """The primary's alias, with which the key of every pool begins."""
-        return self.key.partition("\0")[0]
+    def is_open(self) -> bool:
+        """
+        Whether its transaction may still be open.
+
+        The transaction of a TestCase ends with the test; a write directly inside it counts as
+        committed.
+        """
+        if self.visible_at is not None:
+            return False
+        blocks = self.connection.atomic_blocks
+        return not (blocks and all(block._from_testcase for block in blocks))  # type: ignore[attr-defined]
+
+
+class Requirement(NamedTuple):
+    """What the inherited pins of a scope require of a server that is to serve its reads."""
+
+    primary_only: bool
+    position: Position | None
+
+
+_NO_REQUIREMENT = Requirement(False, None)
+
+
+class PoolState(NamedTuple):
+    """What a scope has done to one pool, and what it has inherited."""
+
+    # The pins of earlier scopes: for what the client has written, and for what it has read.
+    inherited: Pin | None = None
+    observed: Pin | None = None
+    # The latest write of each connection, by the id of the connection.
+    writes: Mapping[int, Write] = _NOTHING
+    # When pin_this_request() was called; until when, if it was given a duration (seconds since the
+    # epoch).
+    pinned_at: float | None = None
+    pinned_until: float | None = None
+    # A locking read, or session state that replicas do not have, keeps the scope on the primary.
+    holds_lock: bool = False
+    session_modified: bool = False
+    # unpin_this_request(): the HTTP method no longer counts; the inherited pin was dropped.
+    method_ignored: bool = False
+    cleared: bool = False
+    # Incremented by everything that later scopes have to know.
+    revision: int = 0
+    # The replica that the scope reads from, and since when (monotonic clock).
+    replica: str | None = None
+    replica_since: float = 0.0
+    # When replicas were last probed in vain for the inherited position (monotonic clock).
+    last_searched: float | None = None
+    # The aliases that it has read from, oldest first; recorded under monotonic-reads only.
+    read_from: tuple[str, ...] = ()
 
     @property
     def is_pinned(self) -> bool:
-        """Whether this scope pinned the pool, by a write or by hand."""
-        return bool(self.writes or self.by_hand or self.held)
+        """Whether this scope itself pinned the pool."""
+        return bool(self.writes) or self.pinned_at is not None or self.pinned_until is not None
 
-    def note_write(self, connection: Any) -> Write:
-        """Note that a write begins; ``end()`` of what is returned says that it is over."""
-        write = self._own_writes()[id(connection)] = Write(connection)
-        self.changes += 1
-        self._has_news()
-        return write
+    @property
+    def has_open_write(self) -> bool:
+        """Whether it has written in a transaction that has not ended."""
+        return any(write.is_open for write in self.writes.values())
 
-    def _own_writes(self) -> dict[int, Write]:
-        # Atomically, since several threads of a scope may begin to write at once.
-        writes: dict[int, Write] = self.__dict__.setdefault("writes", {})
-        return writes
+    def own_pin_end(self, window: float, now: float) -> float | None:
+        """Return until when what this scope did pins it (seconds since the epoch), or None."""
+        ends = [
+            (now if w.visible_at is None else w.visible_at) + window for w in self.writes.values()
+        ]
+        if self.pinned_at is not None:
+            ends.append(self.pinned_at + window)
+        if self.pinned_until is not None:
+            ends.append(self.pinned_until)
+        return max(ends, default=None)
 
-    def note_lock(self) -> None:
-        self.is_locked = True
-        self._has_news()
+    def required(self, now: float) -> Requirement:
+        """Return what the inherited pins require at this time (seconds since the epoch)."""
+        if self.inherited is None and self.observed is None:
+            return _NO_REQUIREMENT
+        position: Position | None = None
+        for pin in (self.inherited, self.observed):
+            if pin is None or not pin.is_live(now):
+                continue
+            if pin.is_primary_only(now):
+                return Requirement(True, None)
+            position = merge_positions(position, pin.position)
+        return Requirement(False, position)
 
-    def _has_news(self) -> None:
-        self.is_plain, self.answer = False, None
+    def inherit(self, pin: Pin | None, observed: Pin | None) -> PoolState:
+        """Return the state with further pins of earlier scopes."""
+        if pin is None and observed is None:
+            return self
+        return self._replace(
+            inherited=merge_optional(self.inherited, pin),
+            observed=merge_optional(self.observed, observed),
+            last_searched=None,
+        )
 
-    def pin(self, seconds: float | None) -> None:
+    def merge_outer(self, outer: PoolState) -> PoolState:
+        """Return the state as it begins inside a scope that has this state."""
+        return self._merge_own(outer).inherit(outer.inherited, outer.observed)
+
+    def merge_inner(self, inner: PoolState) -> PoolState:
+        """Return the state after a scope inside this one has ended with that state."""
+        merged = self._merge_own(inner)._replace(revision=self.revision + inner.revision)
+        return merged.inherit(inner.inherited, inner.observed)
+
+    def _merge_own(self, other: PoolState) -> PoolState:
+        return self._replace(
+            writes={**self.writes, **other.writes} if other.writes else self.writes,
+            pinned_at=_latest(self.pinned_at, other.pinned_at),
+            pinned_until=_latest(self.pinned_until, other.pinned_until),
+            holds_lock=self.holds_lock or other.holds_lock,
+            session_modified=self.session_modified or other.session_modified,
+        )
+
+
+def _latest(one: float | None, other: float | None) -> float | None:
+    return max((each for each in (one, other) if each is not None), default=None)
+
+
+_INITIAL = PoolState()
+
+
+class Scope:
+    """
+    One unit of work: a request, a task, a message, a ``pinning_scope()``; or, if ``is_ambient``,
+    what runs outside all of them (a shell, a thread).
+    """
+
+    is_ambient = False
+    # The scope that it was opened in, whose state it shares.
+    parent: Scope | None = None
+    # The pins that it began with, and those that it inherited later.
+    inherited_pins: Pins = _NOTHING
+    # The request's method is one of PINNING_PRIMARY_METHODS.
+    prefers_primary = False
+    # offload_this_request() was called.
+    offloaded = False
+    # Whether it may read from replicas, None: not asked yet; and the function to ask.
+    may_offload: bool | None = None
+    offload_predicate: Callable[[], bool] | None = None
+    # Seconds to wait for a replica to catch up, None: PINNING_WAIT.
+    max_wait: float | None = None
+    # The connections on which Django has opened a transaction for the view that is running
+    # (ATOMIC_REQUESTS), by alias.
+    view_transactions: Mapping[str, Any] = _NOTHING
+    # Keys to pin when it ends, each with the primary's alias that it was given with.
+    keys: tuple[tuple[str, str | None], ...] = ()
+    # Where its reads went and why, without repetition; the fallbacks that were signalled.
+    routes: tuple[tuple[str, str], ...] = ()
+    signalled: frozenset[tuple[PoolKey, str]] = frozenset()
+    # The pins made for its writes, each with the revision that it covers: to make one costs a round
+    # trip.
+    made_pins: Mapping[PoolKey, tuple[int, Pin]] = _NOTHING
+    # When code that outlives it becomes a scope of its own (monotonic clock), None: it is open.
+    expires_at: float | None = None
+    # Called with the scope for each fact that is recorded after it was closed. It does not refer to
+    # the scope itself: a cycle would keep every request in memory until the garbage collector runs.
+    on_late_change: Callable[[Scope], None] | None = None
+
+    def __init__(self, pins: Pins = _NOTHING) -> None:
+        self.pools: Mapping[PoolKey, PoolState] = _NOTHING
+        if pins:
+            self.inherited_pins = pins
+
+    def state(self, key: PoolKey) -> PoolState:
+        """Return the state of a pool, also if nothing has happened to it yet."""
+        state = self.pools.get(key)
+        if state is not None:
+            return state
+        if not self.inherited_pins and self.parent is None:
+            return _INITIAL
+        state = _INITIAL.inherit(*pins_of(self.inherited_pins, key.primary))
+        return state if self.parent is None else state.merge_outer(self.parent.state(key))
+
+    def update(self, key: PoolKey, change: Callable[[PoolState], PoolState]) -> PoolState:
+        """Replace the state of a pool by what ``change`` makes of it, and return that."""
+        with _lock:
+            state = change(self.state(key))
+            self.pools = {**self.pools, key: state}
+        return state
+
+    def has_state_for(self, key: PoolKey) -> bool:
+        """Return whether anything has happened to a pool here or in a scope around this one."""
+        return key in self.pools or (self.parent is not None and self.parent.has_state_for(key))
+
+    # What happens to it
+
+    def record_write(self, key: PoolKey, write: Write) -> None:
+        """Record the latest write on a connection; later scopes have to know of it."""
+
+        def change(state: PoolState) -> PoolState:
+            writes = {**state.writes, id(write.connection): write}
+            return state._replace(writes=writes, revision=state.revision + 1)
+
+        self.update(key, change)
+
+    def record_visible(self, connection: BaseDatabaseWrapper, at: float) -> None:
+        """Record that the transaction of a connection has ended (seconds since the epoch)."""
+        for key, state in self.pools.items():
+            write = state.writes.get(id(connection))
+            if write is not None and write.visible_at is None:
+                self.record_write(key, write._replace(visible_at=at))
+
+    def record_lock(self, key: PoolKey) -> None:
+        """Record a locking read."""
+        self.update(key, lambda state: state._replace(holds_lock=True))
+
+    def record_session_state(self, key: PoolKey) -> None:
+        """Record that the code has changed the session of the primary's connection."""
+        self.update(key, lambda state: state._replace(session_modified=True))
+
+    def pin(self, key: PoolKey, seconds: float | None) -> None:
         """
-        Pin by hand, for so many seconds that no position ends, or for the window. For none at all
-        it is the rest of the scope, without a pin.
+        Pin a pool for the window (None), for so many seconds that no position ends, or, given 0,
+        for the rest of the scope only.
         """
         now = clock.now()
-        if seconds is None:
-            self.by_hand = now
-        elif seconds:
-            self.held = max(self.held, now + seconds)
-        else:
-            self.is_locked = True
-        self.changes += 1
-        self._has_news()
 
-    def unpin(self) -> None:
-        if self.is_pinned or self.carried is not None or self.seen is not None:
-            self.changes += 1
-            self.is_unpinned = True
-        self.carried = self.seen = self.left = None
-        self.is_locked = False
-        self.settle()
+        def change(state: PoolState) -> PoolState:
+            changed = state._replace(revision=state.revision + 1)
+            if seconds is None:
+                return changed._replace(pinned_at=now)
+            if seconds:
+                return changed._replace(pinned_until=_latest(state.pinned_until, now + seconds))
+            return changed._replace(holds_lock=True)
 
-    def settle(self, over: Mapping[int, Write] | None = None) -> None:
-        """Forget what this scope did itself, of its writes these, or all: it is over."""
-        for number, write in (dict(self.writes) if over is None else over).items():
-            # Another thread may have begun to write meanwhile.
-            if self.writes.get(number) is write:
-                self._own_writes().pop(number, None)
-        self.by_hand = self.held = 0.0
-        self.answer = None
+        self.update(key, change)
 
-    def begin_in(self, outer: Facts) -> None:
-        """Know what a scope knows that is open around this one."""
-        if outer.writes:
-            self._own_writes().update(outer.writes)
-        self.by_hand = max(self.by_hand, outer.by_hand)
-        self.held = max(self.held, outer.held)
-        self.is_locked = self.is_locked or outer.is_locked
-        self.is_plain, self.answer = self.is_plain and outer.is_plain, None
-        self.carry(outer.carried, outer.seen)
+    def unpin(self, key: PoolKey, *, ignore_method: bool) -> None:
+        """Forget why a pool is pinned, inherited pins included."""
 
-    def take_over(self, other: Facts) -> None:
-        """Let this scope have done what one inside it did."""
-        if other.writes:
-            self._own_writes().update(other.writes)
-        self.by_hand = max(self.by_hand, other.by_hand)
-        self.held = max(self.held, other.held)
-        self.changes += other.changes
-        if other.carried is not None:
-            self.carry(other.carried, other.seen)
-        self._has_news()
+        def change(state: PoolState) -> PoolState:
+            has_pin = state.is_pinned or state.inherited is not None or state.observed is not None
+            return PoolState(
+                session_modified=state.session_modified,
+                method_ignored=ignore_method,
+                cleared=state.cleared or has_pin,
+                revision=state.revision + has_pin,
+                replica=state.replica,
+                replica_since=state.replica_since,
+                read_from=state.read_from,
+            )
 
-    def carry(self, pin: Pin | None, seen: Pin | None) -> None:
-        """Take on pins of earlier scopes, beside those that are already carried."""
-        if pin is not None:
-            self.carried = pin if self.carried is None else self.carried.merge(pin)
-        if seen is not None:
-            self.seen = seen if self.seen is None else self.seen.merge(seen)
-        if pin is not None or seen is not None:
-            self._has_news()
-            self.looked = 0.0
+        self.update(key, change)
 
-    def wanted(self, now: float) -> tuple[bool, Position | None]:
-        """
-        Return what the pins of earlier scopes ask for: whether only the primary will do, and the
-        position that any other server must have, ``None``: none.
-        """
-        position: Position | None = None
-        for name in ("carried", "seen"):
-            pin: Pin | None = getattr(self, name)
-            if pin is None:
-                continue
-            if pin.until <= now:
-                setattr(self, name, None)
-            elif pin.held_until > now:
-                return True, None
-            else:
-                position = merge_positions(position, pin.position)
-        return False, position
-
-    def wrote_until(self, window: float, now: float) -> float:
-        """Return until when what this scope did itself holds it on the primary."""
-        until = max(self.by_hand + window if self.by_hand else 0.0, self.held)
-        for write in self.writes.values():
-            until = max(until, (write.ended(now) or now) + window)
-        return until
-
-    def leave(self, replica: str) -> None:
-        """Choose another replica for the rest of the scope."""
-        if self.replica == replica:
-            self.replica = None
-        if self.answer == replica:
-            self.answer = None
-
-
-class Scope(dict[str, Facts]):
-    """
-    One unit of work: what it knows of each pool, by the pool's key, made at the first use.
-
-    ``is_lasting``: it has no end of its own (a shell, a thread that nobody gave a scope).
-    """
-
-    # What differs from these defaults is set; most requests set nothing but their end.
-    __slots__ = ("__dict__",)
-
-    # Whether its reads may go to replicas, as far as its pools have nothing against that.
-    is_plain = True
-    # The pins that it came with.
-    carried: Pins = _NONE
-    # Whether its method is one that reads from the primary.
-    from_primary = False
-    is_lasting = False
-    # From here on it reads as if its view were decorated with `offload`.
-    lifted = False
-    # The scope that it was opened in, whose knowledge it shares.
-    outer: Scope | None = None
-    # The request that it was of, once that is over.
-    ended: Any = None
-    # The primaries, with their connections, on which Django opened a transaction for the view that
-    # runs now.
-    view_transactions: Mapping[str, Any] = MappingProxyType({})
-    # Keys of a cache that are to be pinned when it ends, each with the primaries concerned.
-    pinned_keys: Mapping[tuple[str, str | None], None] = MappingProxyType({})
-    # Seconds to wait for a replica to catch up, None: as the settings say.
-    wait: float | None = None
-    # Whether it may read replicas at all, None: as the settings say; and who says so, asked once.
-    offloads: bool | None = None
-    ask_offload: Callable[[], bool] | None = None
-    # Saves what was written after the scope had ended, given the request that it was of.
-    saver: ClassVar[Callable[[Scope, Any], None] | None] = None
-
-    @classmethod
-    def of(cls, pins: Pins) -> Scope:
-        """Return a scope that begins with these pins."""
-        scope = cls()
-        scope.carried = pins
-        return scope
-
-    # Two that know nothing are two all the same.
-    __eq__ = object.__eq__
-    __ne__ = object.__ne__
-    __hash__ = object.__hash__  # type: ignore[assignment]
-
-    def __bool__(self) -> bool:
-        # One that knows of no pool yet is a scope all the same.
-        return True
-
-    def __missing__(self, key: str) -> Facts:
-        facts = Facts(key)
-        if self.carried:
-            primary = facts.primary
-            facts.carry(self.carried.get(primary), self.carried.get(SEEN + primary))
-        if self.outer is not None:
-            facts.begin_in(self.outer[key])
-        # Another thread of this scope may have been faster.
-        return self.setdefault(key, facts)
-
-    def carry(self, pins: Pins) -> None:
-        """Take on pins of earlier scopes, beside those that are already carried."""
+    def inherit(self, pins: Pins) -> None:
+        """Inherit further pins of earlier scopes."""
         if not pins:
             return
-        self.carried = merge_pins(self.carried, pins)
-        for facts in self.values():
-            facts.carry(pins.get(facts.primary), pins.get(SEEN + facts.primary))
+        self.inherited_pins = merge_pins(self.inherited_pins, pins)
+        for key in self.pools:
+            self.update(key, lambda state, key=key: state.inherit(*pins_of(pins, key.primary)))  # type: ignore[misc]
 
-    def begin_in(self, outer: Scope) -> None:
-        """Be open inside that scope from now on: know what it knows, and read as it does."""
-        self.outer = outer
-        for key, facts in self.items():
-            facts.begin_in(outer[key])
-        if not outer.is_lasting:
-            self.from_primary = self.from_primary or outer.from_primary
-            self.is_plain = self.is_plain and outer.is_plain
-            self.lifted = self.lifted or outer.lifted
-            self.offloads, self.ask_offload = outer.offloads, outer.ask_offload
-            self.view_transactions = outer.view_transactions
+    def record_route(self, route: tuple[str, str], limit: int) -> None:
+        """Record where a read went and why, unless that is what happened last."""
+        routes = self.routes
+        if len(routes) < limit and routes[-1:] != (route,):
+            self.routes = (*routes, route)
 
-    def is_inside(self, other: Scope) -> bool:
-        """Return whether this is that scope, or was opened inside it."""
-        scope: Scope | None = self
-        while scope is not None and scope is not other:
-            scope = scope.outer
-        return scope is other
+    # Scopes inside scopes, and the end
 
-    def knows(self, key: str) -> bool:
-        """Return whether this scope, or one around it, has facts of a pool."""
-        scope: Scope | None = self
-        while scope is not None and key not in scope:
-            scope = scope.outer
-        return scope is not None
+    def attach_to(self, parent: Scope) -> None:
+        """Make ``parent`` the enclosing scope: inherit its state and its routing preferences."""
+        self.parent = parent
+        for key in self.pools:
+            outer = parent.state(key)
+            self.update(key, lambda state, outer=outer: state.merge_outer(outer))  # type: ignore[misc]
+        if not parent.is_ambient:
+            self.prefers_primary = self.prefers_primary or parent.prefers_primary
+            self.offloaded = self.offloaded or parent.offloaded
+            self.may_offload, self.offload_predicate = parent.may_offload, parent.offload_predicate
+            self.view_transactions = parent.view_transactions
 
-    def tell(self, outer: Scope | None) -> None:
-        """Let a scope around this one know what this one did."""
-        if outer is not None:
-            for key, facts in self.items():
-                if facts.changes:
-                    outer[key].take_over(facts)
+    def merge_into(self, outer: Scope) -> None:
+        """Report what this scope did to a scope around it."""
+        for key, state in self.pools.items():
+            if state.revision or state.holds_lock or state.session_modified:
+                outer.update(key, lambda before, state=state: before.merge_inner(state))  # type: ignore[misc]
 
-    def read_primary(self) -> None:
-        """Read from the primary, as a request of a method that most likely writes."""
-        self.from_primary, self.is_plain = True, False
+    @property
+    def is_closed(self) -> bool:
+        """Whether its unit of work has ended."""
+        return self.expires_at is not None
 
-    def lift(self) -> None:
-        """From here on, read as if everything were decorated with ``offload``."""
-        self.lifted, self.is_plain = True, False
-        self.forget_answers()
+    def extend(self, seconds: float) -> None:
+        """Let code that outlives a closed scope belong to it for so many more seconds."""
+        if self.expires_at is not None:
+            self.expires_at = max(self.expires_at, clock.monotonic() + seconds)
 
-    def end(self, request: Any) -> None:
-        """Let what outlives a request be no part of its method."""
-        self.ended = request
-        if self.from_primary:
-            self.from_primary = False
-            self.forget_answers()
+    def close(self, seconds: float, on_late_change: Callable[[Scope], None] | None) -> None:
+        """
+        End the unit of work. For so many seconds code that outlives it still belongs to it, and
+        ``on_late_change`` is called with the scope for what that code does.
+        """
+        self.prefers_primary = False
+        self.on_late_change = on_late_change
+        self.expires_at = clock.monotonic() + seconds
 
-    def save_late(self) -> None:
-        """Save what a child task or a thread wrote after this had ended, where somebody can."""
-        save = type(self).saver
-        if save is not None:
-            save(self, self.ended)
-
-    def forget_answers(self) -> None:
-        """Decide anew: a rule that counts for the whole scope has changed."""
-        for facts in self.values():
-            facts.answer = None
+    @property
+    def revision(self) -> int:
+        """A number that grows with everything that later scopes have to know."""
+        return sum(state.revision for state in self.pools.values()) + len(self.keys)
 
 
 _scope: ContextVar[Scope | None] = ContextVar("pinning_scope", default=None)
 
-entered_scope = _scope.get
-# Enter a scope by `enter(scope)` and leave it by `enter(what was entered before)`: `reset(token)`
-# raises where a scope is left in another context than it was entered in.
+# Enter a scope by `enter(scope)` and leave it by `enter(the previous one)`: `reset(token)` raises
+# if a scope is left in another context than it was entered in.
 enter = _scope.set
 
 
-def current_scope() -> Scope:
-    """Return the scope of this unit of work; outside any, a lasting one of this context."""
+def entered_scope() -> Scope | None:
+    """Return the scope of this unit of work, None outside any."""
     scope = _scope.get()
+    if scope is not None and scope.expires_at is not None and clock.monotonic() >= scope.expires_at:
+        # A background task that outlives the request which started it.
+        _scope.set(None)
+        return None
+    return scope
+
+
+def current_scope() -> Scope:
+    """Return the scope of this unit of work; outside any, an ambient one of this context."""
+    scope = entered_scope()
     if scope is None:
         scope = Scope()
-        scope.is_lasting, scope.is_plain = True, False
+        scope.is_ambient = True
         _scope.set(scope)
     return scope

@@ -1,1 +1,1 @@
-"""What is known of servers, who asks, and when. Knows no pool and no scope."""
+"""Database servers: their state, and how it is probed. Independent of pools and scopes."""

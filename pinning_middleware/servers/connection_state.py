@@ -1,10 +1,10 @@
 """
-Which server a connection leads to. It is known of the driver's connection, a pooled one too, and
-asked once.
+The server behind a driver connection. Determined once per driver connection (also a pooled one).
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from pinning_middleware.servers.registry import Endpoint, Server
@@ -13,17 +13,19 @@ __all__ = ["ConnectionState"]
 
 
 class ConnectionState:
-    """What is known of one connection of a driver."""
+    """The state of one driver connection, kept for as long as the connection exists."""
 
     __slots__ = (
-        "_hot_standby",
+        "_parameter_status",
         "alias",
         "behind_pooler",
+        "can_prepare",
         "deadline",
         "endpoint",
         "is_watched",
         "may_fail_over",
         "next_prepared",
+        "opened_at",
         "prepared",
         "promotion_seen",
         "server",
@@ -31,35 +33,39 @@ class ConnectionState:
         "session_modified_at_checkout",
     )
 
-    def __init__(self, endpoint: Endpoint, is_replica: bool, raw: Any = None) -> None:
+    def __init__(self, endpoint: Endpoint, may_fail_over: bool, raw: Any = None) -> None:
         self.alias = endpoint.alias
         self.endpoint = endpoint
-        # Whether another node may answer a read that waits here in vain.
-        self.may_fail_over = is_replica
-        # The server at its other end, None: not asked yet.
+        # Whether a read that hangs here may fail over to another server.
+        self.may_fail_over = may_fail_over
+        self.opened_at = time.monotonic()
+        # None if the server has not been identified yet.
         self.server: Server | None = None
-        # The site has changed its session, so that another one is not the same.
+        # The site has changed session state, so another connection is not interchangeable.
         self.session_modified = False
-        # It had when it was last taken from a pool.
+        # The value of session_modified when the connection was last taken from a pool.
         self.session_modified_at_checkout = False
-        # A pooler stands between, which may hand out another server at any time.
+        # A connection pooler is in between, which may switch servers at any time.
         self.behind_pooler = False
-        # The question that is prepared on it, and the one that would be the next time.
+        # The SQL of the probe that is prepared on the connection, and of the one to prepare if it
+        # is repeated.
         self.prepared: str | None = None
-        self.next_prepared = ""
-        # When a question of ours has to be answered, 0.0: none is asked.
-        self.deadline = 0.0
-        # Whether the driver lets its waiting be watched.
+        self.next_prepared: str | None = None
+        self.can_prepare = True
+        # Monotonic time by which the current probe must be answered, or None.
+        self.deadline: float | None = None
+        # Whether the driver allows its waits to be watched.
         self.is_watched = False
-        # PostgreSQL 14 and later report a promotion by themselves, with their next message.
+        # PostgreSQL 14 and later report a promotion with their next message.
+        # https://www.postgresql.org/docs/current/libpq-status.html#LIBPQ-PQPARAMETERSTATUS
         pgconn = getattr(raw, "pgconn", None)
-        self._hot_standby = getattr(pgconn, "parameter_status", None)
+        self._parameter_status = getattr(pgconn, "parameter_status", None)
         self.promotion_seen = False
 
     def was_promoted(self) -> bool:
-        """Return whether the server is news as one that is no standby; asks nobody."""
+        """Return whether the server has left recovery since we last checked. Does no I/O."""
         return (
-            self._hot_standby is not None
-            and self._hot_standby(b"in_hot_standby") == b"off"
+            self._parameter_status is not None
+            and self._parameter_status(b"in_hot_standby") == b"off"
             and not self.promotion_seen
         )

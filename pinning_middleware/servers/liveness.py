@@ -1,15 +1,15 @@
 """
-Servers that say nothing. One that is stopped accepts connections and acknowledges packets, so
-only a clock tells.
+Detection of unresponsive servers. A stopped process still accepts TCP connections, so only a
+timeout reveals it.
 
-A question of ours has a deadline. A read of the site has none, since a slow query is no fault: when
-a replica has not answered it for a second, the same server is asked on a fresh connection, once for
-all who wait, whether it has our session. Silence there ends the reads that wait for it, and so does
-an answer of one that has not; else they are left alone.
+A probe has a deadline. A read of the site has none, since a slow query is not a fault. If a replica
+has not answered a read for a second, a fresh connection checks whether the same server still runs
+that session, once for all reads that wait for it. If the server does not answer, or no longer runs
+the session, the reads fail with an error that lets them fail over; otherwise they go on.
 
-psycopg 3 lets its waiting be watched: ``Connection.wait`` comes back every tenth of a second, and
-its generator is told so. Other drivers can't; a question there is ended by a watchdog that shuts
-the socket down, and a read by the driver's own option (``read_timeout`` of mysqlclient).
+psycopg 3 allows its waits to be watched: ``Connection.wait`` resumes its generator every 0.1 s. For
+other drivers a watchdog thread shuts down the socket of an unanswered probe, and reads are limited
+by the driver's own option (``read_timeout`` of mysqlclient).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import selectors
 import socket
 import threading
 import time
-import weakref
 from collections.abc import Generator, Iterator
 from typing import Any, ClassVar
 
@@ -34,6 +33,7 @@ from pinning_middleware.reasons import Fault
 from pinning_middleware.servers.connection_state import ConnectionState
 from pinning_middleware.servers.dialects.postgresql import STARTED
 from pinning_middleware.servers.registry import registry
+from pinning_middleware.utils.forks import ForkSafeLock
 
 __all__ = [
     "DEADLINE",
@@ -43,14 +43,16 @@ __all__ = [
     "is_ready",
     "start_deadline",
     "watch_waits",
+    "watched_wait",
 ]
 
-# Seconds: for a question of ours; before a read that is not answered is looked into, and again.
+# Maximum seconds for a probe.
 DEADLINE = 1.0
+# Seconds without an answer until a read's server is checked, and until it is checked again.
 FIRST_CHECK_AFTER = 1.0
 NEXT_CHECK_AFTER = 5.0
-# How often a fresh connection may lead to another server than the one that is waited for.
-TRIES = 20
+# Maximum attempts to reach the same server again through a load balancer.
+MAX_ATTEMPTS = 20
 
 
 class ServerUnresponsive(OperationalError):
@@ -58,179 +60,188 @@ class ServerUnresponsive(OperationalError):
 
 
 class ServerGone(OperationalError):
-    """What is at the other end has ended without a farewell; another one may be there now."""
+    """
+    The server process went away without closing the connection; another may have taken its address.
+    """
 
-    # A lost connection, to whoever looks.
+    # Classified as a lost connection.
     sqlstate = "08006"
 
 
-def watch_waits(raw: Any, link: ConnectionState) -> None:
-    """Watch the waiting of a driver's connection, where the driver allows it."""
-    wait = getattr(type(raw), "wait", None)
-    if wait is None or not hasattr(raw, "pgconn"):
-        return
+def watched_wait(wait: Any) -> Any:
+    """Replace ``wait()`` of psycopg's connections, to watch those that ``watch_waits()`` names."""
 
-    # No circle of a connection and its own method: it is to be collected at once.
-    known = weakref.ref(raw)
+    def watched(self: Any, generator: Any, *args: Any, **kwargs: Any) -> Any:
+        state = self.__dict__.get("pinning_watched")
+        if state is not None:
+            generator = _watch_wait(generator, self, state)
+        return wait(self, generator, *args, **kwargs)
 
-    def watched(generator: Any, *args: Any, **kwargs: Any) -> Any:
-        me = known()
-        return wait(me, _watch_wait(generator, me, link), *args, **kwargs)
+    return watched
 
-    raw.wait = watched
-    link.is_watched = True
+
+def watch_waits(raw: Any, state: ConnectionState) -> None:
+    """Watch the waits of a driver connection, if the driver is psycopg 3."""
+    if hasattr(getattr(raw, "wait", None), "pinning_original"):
+        # An agent's proxy around the connection sets it on the connection itself.
+        raw.pinning_watched = state
+        state.is_watched = True
 
 
 def _watch_wait(
-    generator: Generator[Any, Any, Any], raw: Any, link: ConnectionState
+    generator: Generator[Any, Any, Any], raw: Any, state: ConnectionState
 ) -> Generator[Any, Any, Any]:
     try:
         wanted = next(generator)
-        since, patience = 0.0, FIRST_CHECK_AFTER
-        was_out = _is_out(link)
+        since, check_after = 0.0, FIRST_CHECK_AFTER
+        was_unresponsive = _is_marked_unresponsive(state)
         while True:
             ready = yield wanted
             if ready:
-                since, patience = 0.0, FIRST_CHECK_AFTER
+                since, check_after = 0.0, FIRST_CHECK_AFTER
             else:
                 now = time.monotonic()
                 since = since or now
-                if link.deadline:
-                    if now >= link.deadline:
-                        raise ServerUnresponsive(f"{link.alias} did not answer within {DEADLINE} s")
-                elif link.may_fail_over:
-                    # It may answer again to whoever asks it all the same.
-                    is_out = _is_out(link)
-                    if is_out and not was_out:
-                        raise ServerUnresponsive(f"{link.alias} does not answer")
-                    was_out = is_out
-                    if now - since >= patience:
-                        answers = _check_shared(raw, link)
-                        if answers is None:
-                            raise ServerGone(f"{link.alias} does not know this connection any more")
-                        if not answers:
-                            _mark_unresponsive(link)
-                            raise ServerUnresponsive(f"{link.alias} does not answer")
-                        since, patience = time.monotonic(), NEXT_CHECK_AFTER
+                if state.deadline is not None:
+                    if now >= state.deadline:
+                        raise ServerUnresponsive(
+                            f"{state.alias} did not answer within {DEADLINE} s"
+                        )
+                elif state.may_fail_over:
+                    # It may have recovered, so a read that began after it was marked, inside
+                    # no_failover() for example, is not interrupted.
+                    is_unresponsive = _is_marked_unresponsive(state)
+                    if is_unresponsive and not was_unresponsive:
+                        raise ServerUnresponsive(f"{state.alias} does not answer")
+                    was_unresponsive = is_unresponsive
+                    if now - since >= check_after:
+                        is_alive = _check_shared(raw, state)
+                        if is_alive is None:
+                            raise ServerGone(f"{state.alias} no longer runs this session")
+                        if not is_alive:
+                            _mark_unresponsive(state)
+                            raise ServerUnresponsive(f"{state.alias} does not answer")
+                        since, check_after = time.monotonic(), NEXT_CHECK_AFTER
             wanted = generator.send(ready)
     except StopIteration as stop:
         return stop.value
 
 
-def _is_out(link: ConnectionState) -> bool:
-    """Return whether what a connection leads to is known to be silent."""
-    server = link.server
-    return link.endpoint.out_of_rotation == Fault.UNRESPONSIVE or (
+def _is_marked_unresponsive(state: ConnectionState) -> bool:
+    server = state.server
+    return state.endpoint.out_of_rotation == Fault.UNRESPONSIVE or (
         server is not None and server.out_of_rotation == Fault.UNRESPONSIVE
     )
 
 
-def _mark_unresponsive(link: ConnectionState) -> None:
-    """Take what does not answer out: the server where it is known, else what leads to it."""
-    if link.server is not None:
-        registry.set_status(link.server, Fault.UNRESPONSIVE, conf.retry_after, "it does not answer")
+def _mark_unresponsive(state: ConnectionState) -> None:
+    """Take the server out of rotation, or the endpoint if the server is unknown."""
+    error = "it does not answer"
+    if state.server is not None:
+        registry.set_status(state.server, Fault.UNRESPONSIVE, conf.retry_after, error)
     else:
-        registry.mark_down(
-            link.endpoint, Fault.UNRESPONSIVE, conf.retry_after, "it does not answer"
-        )
+        registry.mark_down(state.endpoint, Fault.UNRESPONSIVE, conf.retry_after, error)
 
 
-def start_deadline(raw: Any, link: ConnectionState) -> _Guard | None:
-    """Let a question over this connection end within the deadline; ``end`` says that it has."""
-    link.deadline = time.monotonic() + DEADLINE
-    return None if link.is_watched else _watchdog.guard(raw, link.deadline)
+def start_deadline(raw: Any, state: ConnectionState) -> _Guard | None:
+    """
+    Start the probe deadline on this connection; ``clear_deadline(state, guard)`` clears it. Return
+    the guard to pass on.
+    """
+    state.deadline = time.monotonic() + DEADLINE
+    return None if state.is_watched else _watchdog.guard(raw, state.deadline)
 
 
-def clear_deadline(link: ConnectionState, guard: _Guard | None) -> None:
-    link.deadline = 0.0
+def clear_deadline(state: ConnectionState, guard: _Guard | None) -> None:
+    state.deadline = None
     if guard is not None:
         guard.done = True
 
 
-# A fresh connection to the same server
+# The check on a fresh connection
 
 
 class _Check:
-    __slots__ = ("answers", "over")
+    __slots__ = ("done", "is_alive")
 
     def __init__(self) -> None:
-        self.over = threading.Event()
-        self.answers: bool | None = True
+        self.done = threading.Event()
+        self.is_alive: bool | None = True
 
 
-_lock = threading.Lock()
+_lock = ForkSafeLock()
 _checks: dict[object, _Check] = {}
 
 
-def _check_shared(raw: Any, link: ConnectionState) -> bool | None:
+def _check_shared(raw: Any, state: ConnectionState) -> bool | None:
     """
-    Return whether a server answers on a fresh connection; asked once for all who wait. ``None``:
-    what answers there does not know this session.
+    Return what ``_check_session_alive`` returns, run once for all reads that wait for a server.
     """
-    key: object = link.server or link.endpoint
+    key: object = state.server or state.endpoint
     with _lock:
         check = _checks.get(key)
-        mine = check is None
+        is_first = check is None
         if check is None:
             check = _checks[key] = _Check()
-    if not mine:
-        check.over.wait(DEADLINE + 0.5)
-        # That another one's session is not known says nothing of this one's.
-        return _check_session_alive(raw, link) if check.answers is None else check.answers
+    if not is_first:
+        check.done.wait(DEADLINE + 0.5)
+        # The session of the first read has ended, but that of this read may still run.
+        return _check_session_alive(raw, state) if check.is_alive is None else check.is_alive
     try:
-        check.answers = _check_session_alive(raw, link)
+        check.is_alive = _check_session_alive(raw, state)
     finally:
-        check.over.set()
+        check.done.set()
         with _lock:
             _checks.pop(key, None)
-    return check.answers
+    return check.is_alive
 
 
-def _check_session_alive(raw: Any, link: ConnectionState) -> bool | None:
+def _check_session_alive(raw: Any, state: ConnectionState) -> bool | None:
     """
-    Return whether the server of a connection is there: it says within the deadline that it has
-    this session. ``None``: what answers has not, or is another server.
+    Return whether the server of a connection answers, within the deadline, on a fresh connection.
+
+    Return None if the server that answers does not run this session, or is another one.
     """
     from psycopg import Error, conninfo, pq
 
-    known = {
+    parameters = {
         name: value
         for name, value in raw.info.get_parameters().items()
         if name not in ("load_balance_hosts", "target_session_attrs")
     }
-    where = {"host": raw.info.host, "port": raw.info.port, "hostaddr": raw.info.hostaddr or None}
-    text = conninfo.make_conninfo(**{**known, **where, "password": raw.info.password or None})
-    started = link.server.identity.started if link.server is not None else ""
+    host = {"host": raw.info.host, "port": raw.info.port, "hostaddr": raw.info.hostaddr or None}
+    text = conninfo.make_conninfo(**{**parameters, **host, "password": raw.info.password or None})
+    started = state.server.identity.started if state.server is not None else ""
     sql = (
         f"SELECT {STARTED if started else 'NULL'}, pg_backend_pid(), EXISTS (SELECT 1 FROM "
         f"pg_stat_activity WHERE pid = {raw.info.backend_pid} AND datname = current_database())"
     )
     until = time.monotonic() + DEADLINE
     found: bool | None = False
-    # Behind a balancer another server may answer: ask until it is the same, for a while.
-    for _ in range(TRIES):
+    # A load balancer may connect to another server: retry for a while to get the same one.
+    for _ in range(MAX_ATTEMPTS):
         connection = pq.PGconn.connect_start(text.encode())
         try:
-            verdict = _poll(connection, until)
-            if verdict == pq.PollingStatus.OK:
-                row = _ask(connection, sql, until)
-                # A pooler makes up the id of the session that it offers.
-                behind_pooler = link.behind_pooler or (
+            status = _finish_connecting(connection, until)
+            if status == pq.PollingStatus.OK:
+                row = _fetch_row(connection, sql, until)
+                # A pooler reports a process ID of its own at connect.
+                behind_pooler = state.behind_pooler or (
                     row and row[1] != str(connection.backend_pid)
                 )
                 if row is None:
                     return False
                 if not row or behind_pooler:
-                    # It answers, and can't tell more.
+                    # It answers, but the session cannot be checked.
                     return True
                 has_session = row[2] == "t"
                 if row[0] == started if started else has_session:
                     return has_session or None
                 found = None
-            elif verdict is None:
+            elif status is None:
                 return False
             elif b":  " in connection.error_message:
-                # Not the network's error but the server's own ("too many clients"): in every
+                # An error of the server ("too many clients"), not of the network: in every
                 # language, only these have two blanks after the severity.
                 return True
         except Error:
@@ -243,15 +254,15 @@ def _check_session_alive(raw: Any, link: ConnectionState) -> bool | None:
 
 
 def is_ready(number: int, seconds: float, is_writing: bool = False) -> bool:
-    """Return whether a socket can be read from, or written to, within so many seconds."""
-    # Not `select.select`, which takes no number above 1023.
+    """Return whether a socket becomes readable, or writable, within so many seconds."""
+    # select.select() does not accept a file descriptor above 1023.
     with selectors.DefaultSelector() as selector:
         selector.register(number, selectors.EVENT_WRITE if is_writing else selectors.EVENT_READ)
         return bool(selector.select(seconds))
 
 
-def _poll(connection: Any, until: float) -> Any:
-    """Return how an attempt to connect ended (a plain int), ``None``: not in time."""
+def _finish_connecting(connection: Any, until: float) -> Any:
+    """Return the final status of a connection attempt (an int), or None if it timed out."""
     from psycopg.pq import PollingStatus
 
     while True:
@@ -264,8 +275,8 @@ def _poll(connection: Any, until: float) -> Any:
             return None
 
 
-def _ask(connection: Any, sql: str, until: float) -> list[str | None] | None:
-    """Return one row, empty where that was refused; ``None``: not in time."""
+def _fetch_row(connection: Any, sql: str, until: float) -> list[str | None] | None:
+    """Return one row, empty if the statement failed, or None if it timed out."""
     connection.send_query(sql.encode())
     while connection.is_busy():
         left = until - time.monotonic()
@@ -279,7 +290,7 @@ def _ask(connection: Any, sql: str, until: float) -> list[str | None] | None:
     return [None if value is None else value.decode() for value in values]
 
 
-# For drivers that wait by themselves
+# For drivers whose waits cannot be watched
 
 
 class _Guard:
@@ -291,12 +302,12 @@ class _Guard:
 
 
 class _Watchdog:
-    """One lazy thread that shuts down the sockets of questions that were not answered in time."""
+    """A lazily started thread that shuts down the sockets of probes that miss their deadline."""
 
     _order: ClassVar[Iterator[int]] = itertools.count()
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._condition = threading.Condition()
         self._guards: list[tuple[float, int, _Guard]] = []
         self._is_running = False
 
@@ -305,7 +316,7 @@ class _Watchdog:
         if fileno is None:
             return None
         guard = _Guard(fileno())
-        with self._changed:
+        with self._condition:
             heapq.heappush(self._guards, (until, next(self._order), guard))
             if not self._is_running:
                 self._is_running = True
@@ -314,14 +325,14 @@ class _Watchdog:
 
     def _run(self) -> None:
         while True:
-            with self._changed:
+            with self._condition:
                 if not self._guards:
                     self._is_running = False
                     return
                 until, _, guard = self._guards[0]
                 left = until - time.monotonic()
                 if left > 0 and not guard.done:
-                    self._changed.wait(min(left, 0.1))
+                    self._condition.wait(min(left, 0.1))
                     continue
                 heapq.heappop(self._guards)
             with contextlib.suppress(OSError):
@@ -333,10 +344,10 @@ class _Watchdog:
 _watchdog = _Watchdog()
 
 
-def _forget() -> None:
-    global _watchdog, _lock
-    _lock, _watchdog = threading.Lock(), _Watchdog()
+def _reset_after_fork() -> None:
+    global _watchdog
+    _watchdog = _Watchdog()
     _checks.clear()
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_reset_after_fork)

@@ -1,11 +1,11 @@
 """
-Who looks at servers that no request should have to wait for: those that are out, how far each
-lags, what a waiting scope needs, what a role without rights is not told.
+Background monitoring, so that no request waits for it: retries servers that are out of rotation,
+samples replication lag, polls for waiting requests, and resolves hidden timelines.
 
-One lazy daemon thread for each alias that needs looking at, with a connection of its own, so that a
-silent node holds up nobody else's; it ends, and so does its connection, when nothing has needed it
-for a while. Where threads do not run, nobody waits for one longer than they said, and a replica
-whose retry is overdue is simply tried.
+One lazily started daemon thread per alias, with its own connection, so that an unresponsive server
+cannot block the others. The thread and its connection end after IDLE seconds without work. Where
+threads do not run, callers wait no longer than their own limit, and a read retries a replica whose
+retry is overdue.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from django.db import DatabaseError, InterfaceError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -34,9 +34,10 @@ from pinning_middleware.servers.registry import (
     Server,
     registry,
 )
+from pinning_middleware.utils.forks import ForkSafeLock
 
 __all__ = [
-    "Judge",
+    "UpdateStatus",
     "measure_lag",
     "resolve_timeline",
     "retry_until_up",
@@ -49,196 +50,204 @@ T = TypeVar("T")
 
 logger = logging.getLogger("pinning_middleware.servers")
 
-# Seconds: between two samples, after which nobody needs a watcher, and for which one is needed.
+# Seconds between two samples; without work until a monitor ends; for which a request for samples
+# keeps it sampling.
 SAMPLE_EVERY = 1.0
 IDLE = 5.0
 NEEDED = 10.0
-# Pauses between two questions while somebody waits.
-FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.02
-# Seconds at most that a dating takes until a replica has what its primary had.
-DATING = 0.05
+# Seconds between two probes while a request waits: the first pause, doubled up to the second.
+FIRST_PAUSE, MAX_PAUSE = 0.001, 0.02
+# Maximum seconds to wait for a replica to reach the primary's position while resolving its
+# timeline.
+RESOLVE_TIMEOUT = 0.05
 
-# Decides what an answer means for a pool: called with the endpoint and who answered.
-Judge = Callable[[Endpoint, Server], None]
+# Called with an endpoint and the server found there, after each probe. Updates the rotation status.
+UpdateStatus = Callable[[Endpoint, Server], None]
 
 
 class Monitor:
-    """Looks at what one alias leads to, as long as there is a reason."""
+    """Probes the server of one alias in a thread of its own, as long as there is work."""
 
-    def __init__(self, alias: str, primary: str, judge: Judge) -> None:
-        self.alias, self.primary, self.judge = alias, primary, judge
-        self.changed = threading.Condition()
-        self.looks = 0
-        self._waiting = 0
+    def __init__(self, alias: str, primary: str, update_status: UpdateStatus) -> None:
+        self.alias, self.primary, self.update_status = alias, primary, update_status
+        # Notified when work arrives and after each probe.
+        self.condition = threading.Condition()
+        self.is_stopping = False
+        self.stopped = threading.Event()
+        self._waiters = 0
         self._sampling_until = 0.0
-        self._looked = 0.0
-        self._dating = False
+        self._resolving = False
+        self._last_check = 0.0
         self._busy_until = time.monotonic() + IDLE
         self._connections: dict[str, BaseDatabaseWrapper] = {}
-        self.is_over = False
-        self.has_ended = threading.Event()
 
     def start(self) -> None:
-        # Not by `Thread.start`, which waits until the thread runs: under uWSGI it may never do.
+        # Thread.start() waits until the thread runs, which under uWSGI may never happen.
         _thread.start_new_thread(self._run, ())
 
-    # What others ask of it, from their threads; false: it is leaving, and will not do it
+    # Called from other threads. Return False if the monitor is shutting down and did not accept
+    # the work.
 
-    def schedule(self, sampling: bool = False, dating: bool = False) -> bool:
-        with self.changed:
-            if self.is_over:
+    def schedule(self, sampling: bool = False, resolving: bool = False) -> bool:
+        with self.condition:
+            if self.is_stopping:
                 return False
             now = time.monotonic()
             self._busy_until = now + IDLE
             if sampling:
                 self._sampling_until = now + NEEDED
-            self._dating = self._dating or dating
-            self.changed.notify_all()
+            self._resolving = self._resolving or resolving
+            self.condition.notify_all()
         return True
 
-    def add_waiter(self, by: int) -> bool:
-        with self.changed:
-            if self.is_over:
+    def add_waiter(self, number: int) -> bool:
+        with self.condition:
+            if self.is_stopping:
                 return False
-            self._waiting += by
+            self._waiters += number
             self._busy_until = time.monotonic() + IDLE
-            self.changed.notify_all()
+            self.condition.notify_all()
         return True
 
-    def end(self) -> None:
-        with self.changed:
-            self.is_over = True
-            self.changed.notify_all()
+    def request_stop(self) -> None:
+        with self.condition:
+            self.is_stopping = True
+            self.condition.notify_all()
 
-    # Its own thread
+    # The monitor's own thread
 
     def _run(self) -> None:
-        threading.current_thread().name = f"pinning-watcher-{self.alias}"
+        threading.current_thread().name = f"pinning-monitor-{self.alias}"
         pause = FIRST_PAUSE
         try:
-            while (due := self._wait_until_due(pause)) is not None:
-                if due == "date":
-                    self._date()
+            while (work := self._wait_for_work(pause)) is not None:
+                if work == "resolve":
+                    self._resolve_timeline()
                 else:
-                    self._look()
-                pause = min(pause * 2, LONGEST_PAUSE) if self._waiting else FIRST_PAUSE
+                    self._check()
+                with self.condition:
+                    self.condition.notify_all()
+                pause = min(pause * 2, MAX_PAUSE) if self._waiters else FIRST_PAUSE
         except Exception:
             logger.exception(
-                "Nobody looks at %s any more.",
+                "Monitoring of %s stopped unexpectedly.",
                 self.alias,
                 extra={"alias": self.alias, "pool": self.primary},
             )
         finally:
-            self.end()
+            self.request_stop()
             self._disconnect()
-            self.has_ended.set()
+            self.stopped.set()
 
-    def _wait_until_due(self, pause: float) -> str | None:
-        """Return what to do next, when it is time; ``None``: nothing any more."""
-        with self.changed:
-            while not self.is_over:
+    def _wait_for_work(self, pause: float) -> Literal["resolve", "check"] | None:
+        """Return the next work when it is due, or None if the monitor is to end."""
+        with self.condition:
+            while not self.is_stopping:
                 now = time.monotonic()
-                if self._dating:
-                    self._dating = False
-                    return "date"
-                at = self._next(now, pause)
-                if at is None:
+                if self._resolving:
+                    self._resolving = False
+                    return "resolve"
+                due = self._next_check(now, pause)
+                if due is None:
                     if now >= self._busy_until:
-                        # Under the lock, so that nobody gives work to one that is leaving.
-                        self.is_over = True
+                        # Set under the lock so that no work is queued on a monitor that is
+                        # shutting down.
+                        self.is_stopping = True
                         return None
-                    at = self._busy_until
-                elif at <= now:
-                    return "look"
-                self.changed.wait(at - now)
+                    due = self._busy_until
+                elif due <= now:
+                    return "check"
+                self.condition.wait(due - now)
         return None
 
-    def _next(self, now: float, pause: float) -> float | None:
+    def _next_check(self, now: float, pause: float) -> float | None:
+        """Return the monotonic time of the next check, or None if none is needed."""
         times = []
-        if self._waiting:
-            times.append(self._looked + pause)
+        if self._waiters:
+            times.append(self._last_check + pause)
         if now < self._sampling_until:
-            times.append(self._looked + SAMPLE_EVERY)
+            times.append(self._last_check + SAMPLE_EVERY)
         endpoint = registry.endpoint(self.alias, self.primary)
         if endpoint.out_of_rotation:
-            pause = LAST_REPLICA_RETRY_INTERVAL if _nobody_else_serves(endpoint) else SAMPLE_EVERY
-            times.append(min(endpoint.retry_at, self._looked + pause))
+            interval = (
+                LAST_REPLICA_RETRY_INTERVAL if _all_replicas_are_out(endpoint) else SAMPLE_EVERY
+            )
+            times.append(min(endpoint.retry_at, self._last_check + interval))
             self._busy_until = now + IDLE
         return min(times) if times else None
 
-    def _look(self) -> None:
+    def _check(self) -> None:
+        """Probe the server, measure its lag, and update its rotation status."""
         endpoint = registry.endpoint(self.alias, self.primary)
-        is_trial = _is_early(endpoint)
-        server = self._ask(self.alias, is_trial)
-        answers = server is not None or self._reaches(endpoint, is_trial)
-        self._looked = time.monotonic()
+        is_trial = _must_stay_out(endpoint)
+        server = self._probe(self.alias, is_trial)
+        is_reachable = server is not None or self._can_connect(endpoint, is_trial)
+        self._last_check = time.monotonic()
         if is_trial:
-            endpoint.is_reachable_again = answers
+            endpoint.is_reachable_again = is_reachable
         elif server is not None:
             measure_lag(server, self.primary)
             if server.lag and not endpoint.out_of_rotation:
-                server = self._once_more(server)
-            self.judge(endpoint, server)
-        if not is_trial and endpoint.out_of_rotation and endpoint.retry_at <= self._looked:
-            registry.schedule_retry(endpoint, _pause_of(endpoint))
-        with self.changed:
-            self.looks += 1
-            self.changed.notify_all()
+                server = self._measure_again(server)
+            self.update_status(endpoint, server)
+        if not is_trial and endpoint.out_of_rotation and endpoint.retry_at <= self._last_check:
+            registry.schedule_retry(endpoint, _retry_interval(endpoint))
 
-    def _once_more(self, server: Server) -> Server:
+    def _measure_again(self, server: Server) -> Server:
         """
-        Query one that seems to be behind again, a moment later: samples are a second apart, so one
-        that is milliseconds late for the newest would be taken to lag by all of that second.
+        Probe a replica that seems to lag once more, a moment later. Samples are a second apart, so
+        a replica that misses the newest by milliseconds would appear to lag by that second.
         """
-        with self.changed:
-            self.changed.wait(LAST_REPLICA_RETRY_INTERVAL)
-        again = self._ask(self.alias)
+        with self.condition:
+            self.condition.wait(LAST_REPLICA_RETRY_INTERVAL)
+        again = self._probe(self.alias)
         if again is None:
             return server
         measure_lag(again, self.primary)
         return again
 
-    def _date(self) -> None:
-        """Query the primary, the replica until it has what the primary had, and the primary."""
-        before = self._ask(self.primary)
-        if before is not None:
-            until = time.monotonic() + DATING
-            wanted = dict(before.position)
-            while (server := self._ask(self.alias)) is not None and server.timeline_hidden:
-                if server.reported_at_least(wanted) or time.monotonic() >= until:
-                    self._ask(self.primary)
-                    break
-                time.sleep(FIRST_PAUSE)
-        with self.changed:
-            self.looks += 1
-            self.changed.notify_all()
+    def _resolve_timeline(self) -> None:
+        """Probe the primary, the replica until it has caught up, and the primary again."""
+        before = self._probe(self.primary)
+        if before is None:
+            return
+        until = time.monotonic() + RESOLVE_TIMEOUT
+        wanted = before.position
+        while (server := self._probe(self.alias)) is not None and server.timeline_hidden:
+            if server.reported_at_least(wanted) or time.monotonic() >= until:
+                self._probe(self.primary)
+                break
+            time.sleep(FIRST_PAUSE)
 
-    def _ask(self, alias: str, is_trial: bool = False) -> Server | None:
-        seen = self._try(alias, lambda connection: probe(connection, is_trial))
-        return None if seen is None else seen.server
+    def _probe(self, alias: str, is_trial: bool = False) -> Server | None:
+        result = self._attempt(alias, lambda connection: probe(connection, is_trial))
+        return None if result is None else result.server
 
-    def _reaches(self, endpoint: Endpoint, is_trial: bool) -> bool:
-        """Return whether one that is out, and that nobody may ask how far it is, is there again."""
-        tells = conf.positions and dialect_for(self._connection(self.alias)) is not None
-        if tells or not endpoint.out_of_rotation or not self._try(self.alias, _answers):
+    def _can_connect(self, endpoint: Endpoint, is_trial: bool) -> bool:
+        """Check an endpoint that is out of rotation and has no positions to probe."""
+        has_positions = conf.positions and dialect_for(self._connection_to(self.alias)) is not None
+        if has_positions or not endpoint.out_of_rotation:
+            return False
+        if not self._attempt(self.alias, _is_usable_anew):
             return False
         if not is_trial:
             registry.mark_up(endpoint)
         return True
 
-    def _connection(self, alias: str) -> BaseDatabaseWrapper:
+    def _connection_to(self, alias: str) -> BaseDatabaseWrapper:
         connection = self._connections.get(alias)
         if connection is None:
             connection = self._connections[alias] = dedicated_connection(alias)
         return connection
 
-    def _try(self, alias: str, ask: Callable[[BaseDatabaseWrapper], T]) -> T | None:
-        connection = self._connection(alias)
+    def _attempt(self, alias: str, operation: Callable[[BaseDatabaseWrapper], T]) -> T | None:
+        """Return what an operation returns, or None if the server cannot be reached."""
+        connection = self._connection_to(alias)
         try:
-            return ask(connection)
+            return operation(connection)
         except (DatabaseError, InterfaceError) as error:
             logger.debug(
-                "%s did not answer its watcher: %s",
+                "%s did not answer a probe: %s",
                 alias,
                 error,
                 extra={"alias": alias, "pool": self.primary, "error": str(error)},
@@ -246,8 +255,8 @@ class Monitor:
             with contextlib.suppress(Exception):
                 connection.close()
         except RuntimeError as error:
-            # A test that forbids queries.
-            logger.debug("%s may not be asked: %s", alias, error)
+            # Raised in tests that forbid queries.
+            logger.debug("Probes of %s are forbidden: %s", alias, error)
         return None
 
     def _disconnect(self) -> None:
@@ -257,7 +266,11 @@ class Monitor:
 
 
 def measure_lag(server: Server, primary: str) -> None:
-    """Note for how long a replica has been behind: the age of what it has reached."""
+    """
+    Set a server's lag (seconds): the age of the primary's newest position that it has reached.
+
+    Set it to None if the lag is unknown.
+    """
     server.lag_measured = time.monotonic()
     samples = registry.samples(server.system)
     if not samples or not server.is_replica:
@@ -266,31 +279,33 @@ def measure_lag(server: Server, primary: str) -> None:
     newest = samples[0][0]
     dialect = dialect_for(connections[primary])
     for at, position in samples:
-        # Of one that hides its timeline, its word will do for this.
-        if server.reported_at_least(position) or (
+        # For lag, the reported LSN is enough even if the timeline is hidden.
+        if server.reported_at_least(position.points) or (
             dialect is not None and dialect.reached(position, server.position)
         ):
             server.lag = newest - at
             return
-    # Of one that has not even reached the oldest, a single sample says nothing.
+    # If the server is behind the oldest sample, one sample is not enough to estimate the lag.
     server.lag = newest - samples[-1][0] if len(samples) > 1 else None
 
 
-def _answers(connection: BaseDatabaseWrapper) -> bool:
-    """Return whether a new connection to a database can be used; the deadline is a question's."""
+def _is_usable_anew(connection: BaseDatabaseWrapper) -> bool:
+    """Return whether a new connection can be used, within the deadline of a probe."""
     connection.close()
     connection.ensure_connection()
-    raw = connection.connection
-    link = state_of(connection)
-    guard = start_deadline(raw, link)
+    if dialect_for(connection) is None:
+        # SQLite: there is no server to wait for.
+        return connection.is_usable()
+    state = state_of(connection)
+    guard = start_deadline(connection.connection, state)
     try:
         return connection.is_usable()
     finally:
-        clear_deadline(link, guard)
+        clear_deadline(state, guard)
 
 
-def _pause_of(endpoint: Endpoint) -> float:
-    """Return for how many seconds an endpoint that is out is left alone."""
+def _retry_interval(endpoint: Endpoint) -> float:
+    """Return the seconds until the next attempt on an endpoint that is out of rotation."""
     if (
         endpoint.out_of_rotation in (Fault.STALE_RESTART, Fault.LAG)
         or endpoint.alias == endpoint.pool
@@ -299,120 +314,127 @@ def _pause_of(endpoint: Endpoint) -> float:
     return max(conf.retry_after, LAST_REPLICA_RETRY_INTERVAL)
 
 
-def _is_early(endpoint: Endpoint) -> bool:
-    """Return whether one that failed is to stay out for now, whatever it answers."""
+def _must_stay_out(endpoint: Endpoint) -> bool:
+    """Return whether a failed endpoint stays out of rotation even if it answers now."""
     return (
         endpoint.out_of_rotation in (Fault.UNREACHABLE, Fault.UNRESPONSIVE)
         and endpoint.retry_at > time.monotonic()
-        and not _nobody_else_serves(endpoint)
+        and not _all_replicas_are_out(endpoint)
     )
 
 
-def _nobody_else_serves(endpoint: Endpoint) -> bool:
-    """Return whether every replica of a pool is out, so that the primary has the reads of all."""
+def _all_replicas_are_out(endpoint: Endpoint) -> bool:
+    """Return whether no replica of the pool is left, so that all reads go to the primary."""
     weights = conf.replicas.get(endpoint.pool, {})
     return all(
-        mate.out_of_rotation
-        for mate in registry.replicas_of(endpoint.pool)
-        if weights.get(mate.alias, 1)
+        other.out_of_rotation
+        for other in registry.replicas_of(endpoint.pool)
+        if weights.get(other.alias, 1)
     )
 
 
-_lock = threading.Lock()
-_watchers: dict[str, Monitor] = {}
-# What a fork left behind: to close it would close the parent's.
+_lock = ForkSafeLock()
+_monitors: dict[str, Monitor] = {}
+# A forked process keeps its parent's monitors: if they were freed, their connections would be
+# closed, which would end the parent's sessions.
 _inherited: list[Any] = []
 
 
-def _watcher(alias: str, primary: str, judge: Judge, accepts: Callable[[Monitor], bool]) -> Monitor:
-    """Return the watcher of an alias that has accepted some work."""
-    while not accepts(watcher := _running(alias, primary, judge)):
+def _assign(
+    alias: str, primary: str, update_status: UpdateStatus, accepts: Callable[[Monitor], bool]
+) -> Monitor:
+    """Return a running monitor of an alias that has accepted the work."""
+    while not accepts(monitor := _running_monitor(alias, primary, update_status)):
         pass
-    return watcher
+    return monitor
 
 
-def _running(alias: str, primary: str, judge: Judge) -> Monitor:
-    watcher = _watchers.get(alias)
-    if watcher is None or watcher.is_over:
+def _running_monitor(alias: str, primary: str, update_status: UpdateStatus) -> Monitor:
+    monitor = _monitors.get(alias)
+    if monitor is None or monitor.is_stopping:
         with _lock:
-            watcher = _watchers.get(alias)
-            if watcher is None or watcher.is_over:
-                watcher = _watchers[alias] = Monitor(alias, primary, judge)
-                watcher.start()
-    return watcher
+            monitor = _monitors.get(alias)
+            if monitor is None or monitor.is_stopping:
+                monitor = _monitors[alias] = Monitor(alias, primary, update_status)
+                monitor.start()
+    return monitor
 
 
-def retry_until_up(alias: str, primary: str, judge: Judge) -> None:
-    """Look at an alias that is out until it serves again."""
-    _watcher(alias, primary, judge, lambda watcher: watcher.schedule())
-    # Who waits for a retry far away may be the only one left by now.
-    for other in tuple(_watchers.values()):
+def retry_until_up(alias: str, primary: str, update_status: UpdateStatus) -> None:
+    """Retry an alias that is out of rotation until it is back."""
+    _assign(alias, primary, update_status, lambda monitor: monitor.schedule())
+    # Wake the pool's other monitors: a replica whose retry is far off may now be the last one.
+    for other in tuple(_monitors.values()):
         if other.primary == primary and other.alias != alias:
-            with other.changed:
-                other.changed.notify_all()
+            with other.condition:
+                other.condition.notify_all()
 
 
-def sample_lag(primary: str, aliases: tuple[str, ...], judge: Judge) -> None:
-    """Measure how far these replicas lag, for the next while."""
+def sample_lag(primary: str, aliases: tuple[str, ...], update_status: UpdateStatus) -> None:
+    """Measure the lag of these replicas every second for the next NEEDED seconds."""
     for alias in (primary, *aliases):
-        _watcher(alias, primary, judge, lambda watcher: watcher.schedule(sampling=True))
+        _assign(alias, primary, update_status, lambda monitor: monitor.schedule(sampling=True))
 
 
-def resolve_timeline(alias: str, primary: str, judge: Judge) -> None:
-    """Find out of which timeline a replica's position is that its role may not see."""
-    _watcher(alias, primary, judge, lambda watcher: watcher.schedule(dating=True))
+def resolve_timeline(alias: str, primary: str, update_status: UpdateStatus) -> None:
+    """Find out to which timeline the position of a replica belongs that hides it."""
+    _assign(alias, primary, update_status, lambda monitor: monitor.schedule(resolving=True))
 
 
 def wait_for(
-    aliases: tuple[str, ...], primary: str, judge: Judge, seconds: float, over: Callable[[], Any]
+    aliases: tuple[str, ...],
+    primary: str,
+    update_status: UpdateStatus,
+    seconds: float,
+    condition: Callable[[], Any],
 ) -> Any:
     """
-    Have replicas asked again and again until ``over()`` is true, or for so many seconds; return
-    what it returned last. However many wait, each replica is asked once for all.
+    Probe replicas repeatedly until ``condition()`` is true, for at most ``seconds``.
+
+    Return its last result. However many callers wait, each replica is probed once for all.
     """
     until = time.monotonic() + seconds
-    watchers = [
-        _watcher(alias, primary, judge, lambda watcher: watcher.add_waiter(1)) for alias in aliases
+    monitors = [
+        _assign(alias, primary, update_status, lambda monitor: monitor.add_waiter(1))
+        for alias in aliases
     ]
-    if not watchers:
-        return over()
+    if not monitors:
+        return condition()
     try:
-        first = watchers[0]
-        while not (found := over()) and (left := until - time.monotonic()) > 0:
-            with first.changed:
-                # With others beside it, one is no more than a pause late.
-                first.changed.wait(left if len(watchers) == 1 else min(left, LONGEST_PAUSE))
-        return found
+        first = monitors[0]
+        while not (result := condition()) and (left := until - time.monotonic()) > 0:
+            with first.condition:
+                # The first monitor does not notify of the others' probes.
+                first.condition.wait(left if len(monitors) == 1 else min(left, MAX_PAUSE))
+        return result
     finally:
-        for watcher in watchers:
-            watcher.add_waiter(-1)
+        for monitor in monitors:
+            monitor.add_waiter(-1)
 
 
 def stop() -> None:
-    """End all watchers, and wait a little until their connections are closed."""
+    """Stop all monitors, and wait at most 2 seconds for each to close its connections."""
+    for monitor in _request_stop_of_all():
+        monitor.stopped.wait(2)
+
+
+def _request_stop_of_all() -> list[Monitor]:
     with _lock:
-        ended = list(_watchers.values())
-        _watchers.clear()
-    for watcher in ended:
-        watcher.end()
-    for watcher in ended:
-        watcher.has_ended.wait(2)
-
-
-def _forget_after_fork() -> None:
-    global _lock
-    _lock = threading.Lock()
-    _inherited.extend(_watchers.values())
-    _watchers.clear()
-
-
-os.register_at_fork(after_in_child=_forget_after_fork)
+        monitors = list(_monitors.values())
+        _monitors.clear()
+    for monitor in monitors:
+        monitor.request_stop()
+    return monitors
 
 
 @on_change
-def _end() -> None:
-    with _lock:
-        ended = list(_watchers.values())
-        _watchers.clear()
-    for watcher in ended:
-        watcher.end()
+def _stop_on_changed_settings() -> None:
+    _request_stop_of_all()
+
+
+def _abandon_after_fork() -> None:
+    _inherited.extend(_monitors.values())
+    _monitors.clear()
+
+
+os.register_at_fork(after_in_child=_abandon_after_fork)

@@ -1,8 +1,8 @@
 """
-What is asked, of one server and within a deadline: who it is, and how far.
+Probe one server, within a deadline: its identity and its replication position.
 
-A question runs on the driver's connection, past Django's cursors: it is no statement of the site,
-so it stands in no log of queries and in no count of a test. Nobody fails over while one is asked.
+A probe bypasses Django's cursors: it appears in no query log and in no ``assertNumQueries``. No
+failover happens during a probe.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from pinning_middleware.servers.liveness import (
     watch_waits,
 )
 from pinning_middleware.servers.registry import Endpoint, Identity, Report, Server, registry
+from pinning_middleware.utils.transactions import driver_in_transaction
 
 __all__ = [
     "CONNECTION_ERRORS",
@@ -52,24 +53,24 @@ __all__ = [
 
 logger = logging.getLogger("pinning_middleware.servers")
 
-# Each question, at the level DEBUG: they stand in no other log.
-probe_logger = logging.getLogger("pinning_middleware.questions")
+# Logs the SQL of each probe, at the level DEBUG.
+probe_logger = logging.getLogger("pinning_middleware.probes")
 
 CONNECTION_ERRORS = (OperationalError, InterfaceError)
-# The name of the one statement that is prepared on a connection.
+# The name of the prepared statement on a connection.
 _PREPARED = b"pinning_position"
 
-# Set while a question is asked of one node.
-failover_disabled: ContextVar[bool] = ContextVar("pinning_asking", default=False)
-# Set while a question of ours connects, which is not to wait for as long as the site may.
-probing: ContextVar[bool] = ContextVar("pinning_hurried", default=False)
+# True during a probe and inside without_failover().
+failover_disabled: ContextVar[bool] = ContextVar("pinning_failover_disabled", default=False)
+# True while connecting for a probe, which uses CONNECT_TIMEOUT rather than the site's own timeout.
+probing: ContextVar[bool] = ContextVar("pinning_probing", default=False)
 
-_links: WeakKeyDictionary[Any, ConnectionState] = WeakKeyDictionary()
+_states: WeakKeyDictionary[Any, ConnectionState] = WeakKeyDictionary()
 
 
 @contextmanager
 def without_failover() -> Iterator[None]:
-    """Let nobody stand in for a node that is talked to inside the block."""
+    """Disable failover inside the block."""
     previous = failover_disabled.get()
     failover_disabled.set(True)
     try:
@@ -80,10 +81,15 @@ def without_failover() -> Iterator[None]:
 
 def probing_allowed(connection: BaseDatabaseWrapper) -> bool:
     """
-    Return whether this is a place for questions. An event loop's thread is not, nor is a test
-    that forbids queries, nor an open transaction, in which rows stay as they were.
+    Return whether this thread may probe over a connection now.
+
+    False in the thread of an event loop, in tests that forbid queries, and in a transaction,
+    whose snapshot hides what is replayed meanwhile.
     """
-    if connection.in_atomic_block or hasattr(connection.connect, "wrapped"):
+    in_raw_transaction = getattr(connection, "in_raw_transaction", False)
+    if connection.in_atomic_block or in_raw_transaction or driver_in_transaction(connection):
+        return False
+    if hasattr(connection.connect, "wrapped"):
         return False
     try:
         asyncio.get_running_loop()
@@ -93,32 +99,36 @@ def probing_allowed(connection: BaseDatabaseWrapper) -> bool:
 
 
 def endpoint_for(connection: BaseDatabaseWrapper) -> Endpoint:
-    """Return what is known of where this connection's alias leads."""
-    return registry.endpoint(connection.alias, conf.primary_of.get(connection.alias, ""))
+    """Return the endpoint of a connection's alias."""
+    return registry.endpoint(connection.alias, conf.primary_by_replica.get(connection.alias, ""))
 
 
 def state_of(connection: BaseDatabaseWrapper, raw: Any = None) -> ConnectionState:
-    """Return what is known of the connection that is open now, or of the one just made."""
+    """
+    Return the state of the open driver connection, or of ``raw``, if it has just been opened.
+
+    It is created if it does not exist, and again after a change of the settings.
+    """
     raw = connection.connection if raw is None else raw
-    kept = connection.__dict__.get("_pinning_link")
-    if kept is not None and kept[0] is raw and kept[1].endpoint.is_current:
-        return kept[1]  # type: ignore[no-any-return]
-    link = _links.get(raw)
-    if link is None or not link.endpoint.is_current:
+    cached = connection.__dict__.get("pinning_state")
+    if cached is not None and cached[0] is raw and not cached[1].endpoint.is_stale:
+        return cached[1]  # type: ignore[no-any-return]
+    state = _states.get(raw)
+    if state is None or state.endpoint.is_stale:
         endpoint = endpoint_for(connection)
-        is_ours = "_pinning_private" in connection.__dict__
-        fresh = ConnectionState(endpoint, is_ours or endpoint.alias != endpoint.pool, raw)
-        if link is not None:
-            fresh.session_modified = link.session_modified
+        is_dedicated = getattr(connection, "is_dedicated", False)
+        fresh = ConnectionState(endpoint, is_dedicated or endpoint.alias != endpoint.pool, raw)
+        if state is not None:
+            fresh.session_modified = state.session_modified
         watch_waits(raw, fresh)
-        link = _links[raw] = fresh
-    link.session_modified_at_checkout = link.session_modified
-    connection.__dict__["_pinning_link"] = (raw, link)
-    return link
+        state = _states[raw] = fresh
+    state.session_modified_at_checkout = state.session_modified
+    connection.__dict__["pinning_state"] = (raw, state)
+    return state
 
 
 class ProbeResult(NamedTuple):
-    """Which server answered, and what it said; ``None`` from one that can't tell."""
+    """The server that answered, and its report; None if it cannot report a position."""
 
     server: Server
     report: Report | None
@@ -126,29 +136,26 @@ class ProbeResult(NamedTuple):
 
 def probe(connection: BaseDatabaseWrapper, is_trial: bool = False) -> ProbeResult | None:
     """
-    Query how far the server of this connection is, and who it is where that is not known. ``None``
-    where this is no place to ask, or the database has no positions.
+    Probe the server of a connection: its position, and its identity if that is unknown.
 
-    Raises ``OperationalError`` and ``InterfaceError`` where it can't be reached, or did not answer
-    within the deadline: that is then known of it. A trial of one that is out neither takes it back
-    nor puts off its retry.
+    Return None if probing is not allowed here, or the database has no positions. Raise
+    ``OperationalError`` or ``InterfaceError`` if the server cannot be reached, or did not answer
+    within the deadline; it is then out of rotation. A trial of a server that is out of rotation
+    changes neither its status nor the time of its retry.
     """
     dialect = dialect_for(connection)
     if dialect is None or not conf.positions or not probing_allowed(connection):
         return None
-    before = failover_disabled.get()
-    failover_disabled.set(True)
-    try:
-        return _probe_once(connection, dialect, is_trial)
-    except CONNECTION_ERRORS as error:
-        is_made = connection.connection is not None
-        if not is_made or isinstance(error, ServerUnresponsive) or connection.is_usable():
-            raise
-        # It was lost while nobody looked, or cut off at once.
-        connection.close()
-        return _probe_once(connection, dialect, is_trial)
-    finally:
-        failover_disabled.set(before)
+    with without_failover():
+        try:
+            return _probe_once(connection, dialect, is_trial)
+        except CONNECTION_ERRORS as error:
+            is_open = connection.connection is not None
+            if not is_open or isinstance(error, ServerUnresponsive) or connection.is_usable():
+                raise
+            # The connection was lost while it was idle, or right after it was opened.
+            connection.close()
+            return _probe_once(connection, dialect, is_trial)
 
 
 def _probe_once(connection: BaseDatabaseWrapper, dialect: Dialect, is_trial: bool) -> ProbeResult:
@@ -162,22 +169,22 @@ def _probe_once(connection: BaseDatabaseWrapper, dialect: Dialect, is_trial: boo
         raise
     finally:
         probing.reset(token)
-    link = state_of(connection)
-    ask = _asker(connection, link)
+    state = state_of(connection)
+    query = _query_for(connection, state)
     try:
-        asked_at = time.monotonic()
-        server, row = _identify(connection, dialect, link, ask)
+        sent_at = time.monotonic()
+        server, row = _identify(connection, dialect, state, query)
         report = None
         if server.reports_position is not False:
-            report = _report(dialect, server, link, ask, row, asked_at)
+            report = _fetch_report(dialect, server, state, query, row, sent_at)
     except ServerUnresponsive as error:
         if is_trial:
             pass
-        elif link.server is not None:
-            registry.set_status(link.server, Fault.UNRESPONSIVE, conf.retry_after, error)
+        elif state.server is not None:
+            registry.set_status(state.server, Fault.UNRESPONSIVE, conf.retry_after, error)
         else:
             registry.mark_down(endpoint, Fault.UNRESPONSIVE, conf.retry_after, error)
-        # What was asked may still be answered: nobody is to take that for another answer.
+        # A late reply may still arrive on this connection, so it must not be reused.
         connection.close()
         raise
     if not is_trial:
@@ -186,23 +193,23 @@ def _probe_once(connection: BaseDatabaseWrapper, dialect: Dialect, is_trial: boo
     return ProbeResult(server, report)
 
 
-def _asker(connection: BaseDatabaseWrapper, link: ConnectionState) -> Query:
+def _query_for(connection: BaseDatabaseWrapper, state: ConnectionState) -> Query:
     raw = connection.connection
-    fetch = _by_protocol if hasattr(raw, "pgconn") else _by_cursor
+    fetch = _fetch_with_libpq if hasattr(raw, "pgconn") else _fetch_with_cursor
 
-    def ask(sql: str) -> tuple[Any, ...]:
-        probe_logger.debug("%s: %s", link.alias, sql)
-        guard = start_deadline(raw, link)
+    def query(sql: str) -> Row:
+        probe_logger.debug("%s: %s", state.alias, sql)
+        guard = start_deadline(raw, state)
         try:
             with connection.wrap_database_errors:
-                return fetch(raw, sql, link)
+                return fetch(raw, sql, state)
         finally:
-            clear_deadline(link, guard)
+            clear_deadline(state, guard)
 
-    return ask
+    return query
 
 
-def _by_cursor(raw: Any, sql: str, link: ConnectionState) -> Row:
+def _fetch_with_cursor(raw: Any, sql: str, state: ConnectionState) -> Row:
     cursor = raw.cursor()
     try:
         cursor.execute(sql)
@@ -211,124 +218,142 @@ def _by_cursor(raw: Any, sql: str, link: ConnectionState) -> Row:
         cursor.close()
 
 
-def _by_protocol(raw: Any, sql: str, link: ConnectionState) -> Row:
+def _fetch_with_libpq(raw: Any, sql: str, state: ConnectionState) -> Row:
     """
-    Query over psycopg 3 without a cursor, which takes half of the time; values are text. What is
-    asked a third time on a connection is prepared there.
+    Return a row, with values as text, through psycopg 3 without a cursor, in half of the time.
+
+    A statement is prepared when the same one runs for the third time on a connection.
     """
     from psycopg import errors, generators, pq
 
     pgconn = raw.pgconn
     with raw.lock:
-        if link.prepared == sql:
+        if state.prepared == sql:
             pgconn.send_query_prepared(_PREPARED, [])
-        elif link.next_prepared == sql and not link.behind_pooler:
+        elif state.next_prepared == sql and not state.behind_pooler:
             pgconn.send_prepare(_PREPARED, sql.encode())
-            is_done = raw.wait(generators.execute(pgconn))[-1].status == pq.ExecStatus.COMMAND_OK
-            # What the site itself prepared in that name is not ours: then never.
-            link.prepared, link.next_prepared = sql if is_done else "", ""
+            status = raw.wait(generators.execute(pgconn))[-1].status
+            # If the name is already taken by the site, never use the prepared statement on this
+            # connection.
+            state.can_prepare = status == pq.ExecStatus.COMMAND_OK
+            state.prepared, state.next_prepared = sql if state.can_prepare else None, None
             pgconn.send_query(sql.encode())
         else:
-            link.next_prepared = sql if link.server is not None and link.prepared is None else ""
+            is_candidate = state.server is not None and state.prepared is None
+            state.next_prepared = sql if is_candidate and state.can_prepare else None
             pgconn.send_query(sql.encode())
         result = raw.wait(generators.execute(pgconn))[-1]
     if result.status != pq.ExecStatus.TUPLES_OK:
         error = errors.error_from_result(result)
-        if link.prepared == sql and isinstance(error, errors.InvalidSqlStatementName):
-            # Somebody has reset the session (DISCARD ALL).
-            link.prepared = None
-            return _by_protocol(raw, sql, link)
+        if state.prepared == sql and isinstance(error, errors.InvalidSqlStatementName):
+            # The session was reset (DISCARD ALL).
+            state.prepared = None
+            return _fetch_with_libpq(raw, sql, state)
         raise error
     values = (result.get_value(0, column) for column in range(result.nfields))
     return tuple([None if value is None else value.decode() for value in values])
 
 
 def _identify(
-    connection: BaseDatabaseWrapper, dialect: Dialect, link: ConnectionState, ask: Query
+    connection: BaseDatabaseWrapper, dialect: Dialect, state: ConnectionState, query: Query
 ) -> tuple[Server, Row]:
-    """Return the server, and what it said of itself where one statement asked both."""
-    if link.server is not None and not link.behind_pooler:
-        return link.server, ()
-    who, row = _introduce(connection, dialect, link, ask)
-    server = registry.get(who.identity)
+    """Return the server, and the row of its report if the same statement fetched both."""
+    if state.server is not None and not state.behind_pooler:
+        return state.server, ()
+    identification, row = _fetch_identity(connection, dialect, state, query)
+    identity = identification.identity
+    server = registry.get(identity)
     if server is None:
-        system, followed = link.endpoint.pool, ""
+        system, timeline = state.endpoint.pool, None
         try:
-            system = dialect.system(ask, who.identity)
-            if who.lacks_timeline_privilege:
-                followed = dialect.checkpoint_timeline(ask)
+            system = dialect.system(query, identity)
+            if identification.lacks_timeline_privilege:
+                timeline = dialect.checkpoint_timeline(query)
         except CONNECTION_ERRORS:
             raise
         except DatabaseError as error:
-            logger.debug("%s does not say what it belongs to: %s", link.alias, error)
-        server = registry.register(link.alias, who.identity, system)
-        server.checkpoint_timeline = followed
+            logger.debug("%s cannot report its system identifier: %s", state.alias, error)
+        server = registry.register(state.alias, identity, system)
+        server.checkpoint_timeline = timeline
     else:
-        registry.register(link.alias, who.identity, server.system)
-    server.lacks_timeline_privilege = who.lacks_timeline_privilege
-    own = _session_of(connection)
-    link.behind_pooler = who.session is not None and own is not None and who.session != own
+        registry.register(state.alias, identity, server.system)
+    server.lacks_timeline_privilege = identification.lacks_timeline_privilege
+    session, own = identification.session, _driver_session(connection)
+    state.behind_pooler = session is not None and own is not None and session != own
+    endpoint = state.endpoint
     if (
-        link.behind_pooler
-        and len(link.endpoint.recent_servers) > 1
-        and not link.endpoint.pooler_mixes_servers
+        state.behind_pooler
+        and len(endpoint.recent_servers) > 1
+        and not endpoint.pooler_mixes_servers
     ):
-        link.endpoint.pooler_mixes_servers = True
+        endpoint.pooler_mixes_servers = True
         logger.warning(
-            "%s leads to several servers behind a pooler: the window serves for it.", link.alias
+            "%s resolves to several servers behind a connection pooler; positions are ignored and "
+            "pins last the full window.",
+            state.alias,
         )
-    link.server = server
+    state.server = server
     return server, row
 
 
-def _introduce(
-    connection: BaseDatabaseWrapper, dialect: Dialect, link: ConnectionState, ask: Query
+def _fetch_identity(
+    connection: BaseDatabaseWrapper, dialect: Dialect, state: ConnectionState, query: Query
 ) -> tuple[Identification, Row]:
-    where = _where(connection)
-    # The best way first; one that is refused leaves at least the name.
-    for way in (next(iter(dialect.strategies(conf.positions)), None), None):
+    address = _driver_address(connection)
+    # If the statement of the best strategy is refused, the identity alone may be available.
+    for strategy in (next(iter(dialect.strategies(conf.positions)), None), None):
         try:
-            return dialect.identify(ask, where, way)
+            return dialect.identify(query, address, strategy)
         except CONNECTION_ERRORS as error:
             if dialect.error_code(error) not in dialect.permission_errors:
                 raise
         except DatabaseError as error:
-            logger.debug("%s does not say which server it is: %s", link.alias, error)
-    return Identification(Identity("", *where)), ()
+            logger.debug("%s cannot report its identity: %s", state.alias, error)
+    return Identification(Identity("", *address)), ()
 
 
-def _report(
-    dialect: Dialect, server: Server, link: ConnectionState, ask: Query, row: Row, asked_at: float
+def _fetch_report(
+    dialect: Dialect,
+    server: Server,
+    state: ConnectionState,
+    query: Query,
+    row: Row,
+    sent_at: float,
 ) -> Report | None:
-    ways = dialect.strategies(conf.positions)
-    why: object = f"PINNING_POSITIONS = {conf.positions!r} is no way of this database"
-    # What came with the name came by the first way.
-    for way in (
-        ways if row else ways[ways.index(server.strategy) if server.strategy in ways else 0 :]
-    ):
+    """Return the report of the best strategy that the server supports, None if there is none."""
+    strategies = dialect.strategies(conf.positions)
+    cause: object = f"PINNING_POSITIONS = {conf.positions!r} is not supported by this database"
+    # A row that came with the identity was fetched with the first strategy.
+    if not row and server.strategy in strategies:
+        strategies = strategies[strategies.index(server.strategy) :]
+    for strategy in strategies:
         try:
             if not row:
-                asked_at = time.monotonic()
-                row = dialect.report(ask, server, way)
-            report = dialect.read(row, server, way)
+                sent_at = time.monotonic()
+                row = dialect.report(query, server, strategy)
+            report = dialect.read(row, server, strategy)
         except PositionUnavailable as error:
-            why = error
+            cause = error
             break
         except DatabaseError as error:
             if dialect.error_code(error) not in dialect.permission_errors:
                 raise
-            why = error
+            cause = error
         else:
-            server.strategy, server.reports_position = way, True
-            registry.apply_report(server, report, asked_at)
+            server.strategy, server.reports_position = strategy, True
+            registry.apply_report(server, report, sent_at)
             return report
     server.reports_position = False
-    logger.info("%s does not tell how far it is, the window serves: %s", link.alias, why)
+    logger.info(
+        "%s cannot report a replication position; pins on it last the full window: %s",
+        state.alias,
+        cause,
+    )
     return None
 
 
-def _where(connection: BaseDatabaseWrapper) -> tuple[str, int]:
-    """Return the host and port that the driver, or the settings, know."""
+def _driver_address(connection: BaseDatabaseWrapper) -> tuple[str, int]:
+    """Return host and port, as the driver or the settings report them."""
     info = getattr(connection.connection, "info", None)
     settings = connection.settings_dict
     host = getattr(info, "host", None) or settings["HOST"] or ""
@@ -336,14 +361,13 @@ def _where(connection: BaseDatabaseWrapper) -> tuple[str, int]:
     return str(host), int(port) if str(port).isdigit() else 0
 
 
-def _session_of(connection: BaseDatabaseWrapper) -> int | None:
-    """Return the id of the session as the driver knows it: a pooler makes one up."""
+def _driver_session(connection: BaseDatabaseWrapper) -> int | None:
+    """Return the session's ID as reported at connect; a connection pooler reports its own."""
     raw = connection.connection
-    info = getattr(raw, "info", None)
-    known = getattr(info, "backend_pid", None)
-    if known is None and hasattr(raw, "thread_id"):
-        known = raw.thread_id()
-    return known
+    session = getattr(getattr(raw, "info", None), "backend_pid", None)
+    if session is None and hasattr(raw, "thread_id"):
+        session = raw.thread_id()
+    return session
 
 
 on_change(registry.clear)

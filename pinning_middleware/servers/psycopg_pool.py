@@ -1,6 +1,6 @@
 """
-Django's pool of connections (psycopg's): nobody waits for one longer than for a server, and one
-that its server ended long ago is not handed out.
+Connections from Django's psycopg pool: bounds the wait for one, and never returns one whose server
+closed it while it was idle.
 """
 
 from __future__ import annotations
@@ -12,37 +12,43 @@ from typing import Any
 from pinning_middleware.servers.liveness import is_ready
 from pinning_middleware.servers.probe import probing
 
-__all__ = ["apply_pool_timeouts", "get_live_connection", "has_pool"]
+__all__ = ["apply_pool_timeouts", "bounded_getconn", "get_live_connection", "has_pool"]
 
 
 def has_pool(connection: Any) -> bool:
     return bool(connection.settings_dict["OPTIONS"].get("pool"))
 
 
-def apply_pool_timeouts(connection: Any, is_ours: bool, timeout: float) -> None:
+def apply_pool_timeouts(connection: Any, always: bool, timeout: float) -> None:
     """
-    Let the wait for a pool's connection end after so many seconds, unless the site has said when:
-    it waits for its own thread, which bounds nothing. Of one that is not ours, a primary's, only a
-    question of ours is not to wait.
+    Limit the wait for a connection of the pool to ``timeout`` seconds, unless the site has set
+    ``OPTIONS["pool"]["timeout"]``.
+
+    ``connect_timeout`` does not limit it, because a thread of the pool connects. With ``always``
+    false, for a primary's pool, only probes are limited.
     """
     pool, options = connection.pool, connection.settings_dict["OPTIONS"]["pool"]
-    is_chosen = isinstance(options, dict) and "timeout" in options
-    if is_ours:
-        # Nobody would watch the wait of its check; what was cut off, or is silent, is found out
-        # here and by the read.
+    is_set = isinstance(options, dict) and "timeout" in options
+    if always:
+        # Disable the pool's own check: it waits without a timeout. Lost or hung connections are
+        # detected by get_live_connection() and by the read itself.
         pool._check = None
-        if not is_chosen:
+        if not is_set:
             pool.timeout = min(pool.timeout, timeout)
-    elif "getconn" not in pool.__dict__:
-        pool.getconn = functools.partial(_getconn, pool.getconn, None if is_chosen else timeout)
+    elif not hasattr(pool, "pinning_probe_timeout"):
+        pool.pinning_probe_timeout = None if is_set else timeout
         if (check := getattr(pool, "_check", None)) is not None:
             pool._check = functools.partial(_check, check)
 
 
-def _getconn(
-    getconn: Callable[..., Any], longest: float | None, timeout: float | None = None
-) -> Any:
-    return getconn(longest if probing.get() and longest is not None else timeout)
+def bounded_getconn(getconn: Any) -> Any:
+    """Replace ``getconn()`` of psycopg's pools, to limit the wait of a probe."""
+
+    def bounded(self: Any, timeout: float | None = None) -> Any:
+        probe_timeout = getattr(self, "pinning_probe_timeout", None)
+        return getconn(self, probe_timeout if probing.get() and probe_timeout else timeout)
+
+    return bounded
 
 
 def _check(check: Callable[[Any], None], raw: Any) -> None:
@@ -51,29 +57,31 @@ def _check(check: Callable[[Any], None], raw: Any) -> None:
 
 
 def get_live_connection(
-    pool: Any, connect: Callable[[], Any], is_there: Callable[[], object]
+    pool: Any, connect: Callable[[], Any], check_reachable: Callable[[], object]
 ) -> Any:
     """
-    Return a connection of a pool that was not cut off. ``is_there`` raises where there is nothing
-    to connect to: then the pool would be waited for in vain.
+    Return a connection of a pool that its server has not closed.
+
+    ``check_reachable`` raises if the server cannot be connected to, since the pool would otherwise
+    retry until its timeout.
     """
     raw = connect()
-    if not _is_cut_off(raw):
+    if not _is_closed_by_server(raw):
         return raw
     pool.putconn(raw)
-    is_there()
+    check_reachable()
     for _ in range(pool.max_size):
         raw = connect()
-        if not _is_cut_off(raw):
+        if not _is_closed_by_server(raw):
             return raw
         pool.putconn(raw)
     return connect()
 
 
-def _is_cut_off(raw: Any) -> bool:
-    """Return whether the server ended a connection that nobody used. Asks nobody."""
+def _is_closed_by_server(raw: Any) -> bool:
+    """Return whether the server closed an idle connection. Sends nothing."""
     try:
-        # Its farewell is read first, then the end.
+        # First consume the server's final message, then EOF.
         while is_ready(raw.fileno(), 0):
             raw.pgconn.consume_input()
     except Exception:

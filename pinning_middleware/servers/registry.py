@@ -1,24 +1,25 @@
 """
-What is known of servers, and of the endpoints that lead to them. Pure: times, positions, reasons.
+In-process registry of database servers and of the endpoints (aliases) that resolve to them. No I/O.
 
-A server is one running process of a database; what it has replayed, whether it replicates and how
-far it lags is known of it alone. An endpoint is what an alias leads to: usually one server, behind
-a balancer or a list of hosts many.
+A server is one running process of a database. What it has replayed, its role and its replication
+lag are facts of the server, never of an alias. An endpoint is what an alias resolves to: usually
+one server; several behind a load balancer or a list of hosts.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import random
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from pinning_middleware.pins import OPTIONAL, Position, merge_positions
+from pinning_middleware.pins import Points, Position, merge_points
+from pinning_middleware.reasons import Fault
+from pinning_middleware.servers.timelines import HiddenTimeline, PrimarySample, is_unresolved
 from pinning_middleware.signals import replica_removed, replica_restored
+from pinning_middleware.utils.forks import ForkSafeLock
 
 __all__ = [
     "LAST_REPLICA_RETRY_INTERVAL",
@@ -33,20 +34,20 @@ __all__ = [
 
 logger = logging.getLogger("pinning_middleware.servers")
 
-# Seconds for which an endpoint is taken to lead to a server that nobody has met there since.
-CURRENT_FOR = 60.0
-# How many servers are remembered behind one alias.
-MOST_SERVERS = 64
-# Seconds between two tries while nobody else could serve.
+# Seconds during which an endpoint is assumed to resolve to a server that was last seen there.
+RECENT_FOR = 60.0
+# Maximum number of servers that are remembered behind one alias.
+MAX_SERVERS = 64
+# Seconds between two attempts while no other replica is left.
 LAST_REPLICA_RETRY_INTERVAL = 0.05
-# How many answers of a primary are kept to date what replicas say.
-REMEMBERED = 32
-# Of what a primary had written, how many samples are kept, and how many seconds apart at least.
-SAMPLES, SAMPLE_EVERY = 600, 0.5
+# Number of reports of a primary that are kept to resolve hidden timelines.
+MAX_PRIMARY_SAMPLES = 32
+# Number of a primary's positions that are kept to measure lag, and minimum seconds between two.
+MAX_LAG_SAMPLES, LAG_SAMPLE_INTERVAL = 600, 0.5
 
 
 class Identity(NamedTuple):
-    """Which running process this is. A restart makes another one, at the same place."""
+    """Identifies a running server process. A restart gives another identity at the same place."""
 
     started: str
     address: str
@@ -57,7 +58,7 @@ class Identity(NamedTuple):
         return self.address, self.port
 
     def may_follow(self, other: Identity) -> bool:
-        """Return whether this may be the other after a restart: it began later, as far as known."""
+        """Return whether this may be the other server after a restart: it started later."""
         try:
             return float(self.started) > float(other.started)
         except ValueError:
@@ -66,33 +67,25 @@ class Identity(NamedTuple):
 
 class Report(NamedTuple):
     """
-    What a server says of itself: whether it replays another's log (``None``: it does not know),
-    what it has replayed and, of a primary, what it has written. ``timeline_hidden``: the role may not see
-    of which timeline that is.
+    What a server reports about itself.
+
+    ``is_replica``: whether it replays another server's log, or None if unknown.
+    ``written``: what a primary has written. ``timeline_hidden``: the role may not see to which
+    timeline ``replayed`` belongs.
     """
 
     is_replica: bool | None
-    replayed: Position
+    replayed: Points
     written: Position | None = None
     timeline_hidden: bool = False
 
 
-class PrimarySample(NamedTuple):
-    """An answer of a primary, and when it was asked and had answered (monotonic clock)."""
-
-    asked: float
-    answered: float
-    written: Position
-
-
 class Server:
-    """One running process of a database, as this process knows it."""
+    """One running database server: its last reports and its status in the rotation."""
 
     __slots__ = (
-        "_first_resolved",
-        "_last_reported",
+        "_hidden_timeline",
         "_predecessors",
-        "_undated_reports",
         "checkpoint_timeline",
         "identity",
         "is_replica",
@@ -114,344 +107,313 @@ class Server:
 
     def __init__(self, identity: Identity, system: str = "") -> None:
         self.identity = identity
-        # Which cluster of servers it belongs to, where the database has such a name.
+        # The cluster that the server belongs to, if the database has a name for it.
         self.system = system
         self.is_replica: bool | None = None
-        # What it has replayed, with the log's name certain. It only grows.
-        self.position: Position = {}
-        # When it was last asked with success, and how far it was, of whatever log.
+        # What the server has replayed, of logs whose timeline is known. It only grows.
+        self.position: Points = {}
+        # Monotonic time of the last report, and how far the server was then, on any log.
         self.last_probed = 0.0
         self.replayed_offset = 0
-        # What a server at this place had before it; until that is here again this one serves
-        # nobody.
-        self.minimum_position: Position = {}
-        self._predecessors: dict[Identity, Position] = {}
-        # Why it serves nobody ("silent", "role", "behind", "lag"), empty: it does; since when.
-        self.out_of_rotation = ""
+        # What the servers that this one may have replaced had replayed. A replica that restarts
+        # accepts reads before it has replayed all of that again.
+        self.minimum_position: Points = {}
+        self._predecessors: dict[Identity, Points] = {}
+        # Why the server is out of rotation, or None if it is in rotation; and since when (epoch).
+        self.out_of_rotation: Fault | None = None
         self.status_since = 0.0
-        # When who is connected to it may ask it again.
+        # Monotonic time at which a connection that resolves to this server may probe it again.
         self.retry_at = 0.0
-        # Seconds behind the primary, None: not known.
+        # Seconds behind the primary, or None if unknown.
         self.lag: float | None = None
-        # When that was last found out.
+        # Monotonic time of the last measurement of the lag.
         self.lag_measured = 0.0
-        # Whether it can say how far it is, None: not asked yet; by which of the dialect's ways.
+        # Whether the server can report a position (None: not probed yet), and the dialect's
+        # strategy that works.
         self.reports_position: bool | None = None
         self.strategy = 0
         self.timeline_hidden = False
-        # The timeline that it is on, or has passed: then it is on no older one. Empty: not known.
-        self.checkpoint_timeline = ""
-        # Whether it hides that from the role that we have there.
+        # A timeline that the server has reached, so that it is on no older one. None if unknown.
+        self.checkpoint_timeline: str | None = None
+        # Whether the role lacks the privilege to see the current timeline.
         self.lacks_timeline_privilege = False
-        # What it has replayed of a log whose name it could not see, until a primary dates it.
-        self._undated_reports: deque[tuple[float, float, str, int]] = deque(maxlen=8)
-        # What it said last that it had replayed, with or without the log's name.
-        self._last_reported: Position = {}
-        # Of each log, the first point at which it met a primary that dates it.
-        self._first_resolved: dict[str, int] = {}
+        self._hidden_timeline = HiddenTimeline()
 
     def __repr__(self) -> str:
         return f"<Server {self.identity.address}:{self.identity.port}>"
 
-    def apply_report(self, report: Report, asked: float) -> None:
-        """Take in what it said of itself, asked at that time of the monotonic clock."""
+    def apply_report(self, report: Report, sent_at: float) -> None:
+        """Store a report. ``sent_at``: monotonic time at which the probe was sent."""
         self.is_replica, self.timeline_hidden = report.is_replica, report.timeline_hidden
         self.last_probed = time.monotonic()
         self.replayed_offset = sum(report.replayed.values())
-        self._last_reported = report.replayed
+        is_hidden = bool(report.timeline_hidden and report.is_replica)
+        self._hidden_timeline.record(report.replayed, sent_at, self.last_probed, is_hidden)
+        if is_hidden:
+            return
         replayed = report.replayed
         if not report.is_replica and report.written:
-            replayed = {log.removeprefix(OPTIONAL): end for log, end in report.written.items()}
-        if report.timeline_hidden and report.is_replica:
-            for log, point in replayed.items():
-                self._undated_reports.append((asked, self.last_probed, log, point))
-            return
-        # One whose name ends openly is on a timeline that nobody could tell.
-        certain = {log: point for log, point in replayed.items() if not log.endswith("-")}
-        if certain:
-            self.position = merge_positions(self.position, certain) or {}
+            replayed = report.written.points
+        self._advance({log: end for log, end in replayed.items() if not is_unresolved(log)})
+
+    def _advance(self, position: Points) -> None:
+        if position:
+            self.position = merge_points(self.position, position)
 
     def replaces(self, other: Server) -> None:
-        """Take the other for what this one was before it was restarted."""
-        self._predecessors[other.identity] = (
-            merge_positions(other.minimum_position, other.position) or {}
-        )
+        """Record that this may be the other server after a restart."""
+        self._predecessors[other.identity] = merge_points(other.minimum_position, other.position)
         self.minimum_position = _merged(self._predecessors.values())
 
     def undo_replaces(self, identity: Identity) -> None:
-        """Know that one which this was taken for after a restart still runs."""
+        """Undo replaces(): the server that this one was thought to have replaced still runs."""
         if self._predecessors.pop(identity, None):
             self.minimum_position = _merged(self._predecessors.values())
 
-    def reported_at_least(self, wanted: Position) -> bool:
-        """Return whether it was last at or after a point, if it follows that log at all."""
-        if not self._undated_reports:
-            return False
-        _, _, log, point = self._undated_reports[-1]
-        return any(name.startswith(log) and point >= end for name, end in wanted.items())
+    def reported_at_least(self, wanted: Points) -> bool:
+        """Return whether the last report without a timeline is at or past a point of ``wanted``."""
+        return self._hidden_timeline.reported_at_least(wanted)
 
-    def reached_without_timeline(self, floor: Position) -> bool:
+    def reached_without_timeline(self, minimum: Points) -> bool:
         """
-        Return whether by its own word it is as far as what was here before it, on a timeline that
-        nobody can tell as long as its primary is away. That says nothing of a pin.
+        Return whether the last report is at or past ``minimum``, on a timeline that is unknown
+        while the primary is away. Enough to be back in rotation, never enough for a pin.
         """
-        return bool(floor) and all(
-            any(
-                log.endswith("-") and name.startswith(log) and point >= end
-                for log, point in self._last_reported.items()
-            )
-            for name, end in floor.items()
-        )
+        return self._hidden_timeline.reached(minimum)
 
-    def resolve_timeline(self, answers: Iterable[PrimarySample]) -> None:
-        """
-        Let what a primary said before and after name the log of what this one has replayed.
-
-        Between two equal names of the primary's log it was at a point between the primary's two.
-        One that stands still on a lost timeline is passed by the primary once, so it has to be
-        met at two points; or it is known to be on no older timeline than the primary.
-        """
-        for asked, answered, log, point in tuple(self._undated_reports):
-            before = {
-                name: end
-                for told in answers
-                if told.answered <= asked
-                for name, end in told.written.items()
-                if name.startswith(log)
-            }
-            after = {
-                name: end
-                for told in answers
-                if told.asked >= answered
-                for name, end in told.written.items()
-                if name.startswith(log)
-            }
-            for name in before.keys() & after.keys():
-                if before[name] <= point <= after[name] and len(before.keys() | after.keys()) == 1:
-                    first = self._first_resolved.setdefault(name, point)
-                    if point > first or name.endswith(f"-{self.checkpoint_timeline}"):
-                        self.position = merge_positions(self.position, {name: point}) or {}
+    def resolve_timeline(self, samples: tuple[PrimarySample, ...]) -> None:
+        """Find out to which timeline the last reports belong, from a primary's samples."""
+        self._advance(self._hidden_timeline.resolve(samples, self.checkpoint_timeline))
 
 
-def _merged(positions: Iterable[Position]) -> Position:
-    merged: Position | None = None
+def _merged(positions: Iterable[Points]) -> Points:
+    merged: Points = {}
     for position in positions:
-        merged = merge_positions(merged, position)
-    return merged or {}
+        merged = merge_points(merged, position)
+    return merged
 
 
 class Endpoint:
-    """What an alias leads to: the servers met there, and whether it leads anywhere now."""
+    """What an alias resolves to: the servers seen there, and its status in the rotation."""
 
     def __init__(self, alias: str, pool: str) -> None:
         self.alias = alias
-        # The primary's alias of the pool that it belongs to, who sends its signals.
+        # The alias of the pool's primary, which is the sender of the pool's signals.
         self.pool = pool
+        # The monotonic time at which each server was last seen.
         self.servers: dict[Server, float] = {}
-        # Why it serves nobody ("connect", or what its servers are out for), empty: it does.
-        self.out_of_rotation = ""
+        # Why the endpoint is out of rotation, or None if it is in rotation; and since when (epoch).
+        self.out_of_rotation: Fault | None = None
         self.status_since = 0.0
         self.error = ""
+        # Monotonic time of the next attempt.
         self.retry_at = 0.0
-        # It is out, and answers by now: it waits for its time, or until nobody else serves.
+        # Out of rotation but reachable again; returns at retry_at, or at once if no other replica
+        # is left.
         self.is_reachable_again = False
-        # A connection was lost here; whoever connects next has to look who is there.
+        # A connection was lost: identify the server again on the next connection.
         self.must_reidentify = False
-        # Behind a pooler that hands out several servers; said once, and then the window serves.
+        # A connection pooler mixes several servers, so that a position is of no use. Logged once.
         self.pooler_mixes_servers = False
-        # Whether the settings that it was made for still hold.
-        self.is_current = True
-        self._connection_fault = ""
+        # The settings that the endpoint was made for have been replaced.
+        self.is_stale = False
+        # A fault of the endpoint itself, whatever the status of its servers; None if it connects.
+        self._connection_fault: Fault | None = None
         self.draw_jitter()
 
     def __repr__(self) -> str:
         return f"<Endpoint {self.alias}>"
 
     def draw_jitter(self) -> None:
-        """Draw the jitter, once for each process, so that they do not come back together."""
+        """Randomise the retry interval, once per process, so that retries are spread out."""
         self.jitter = random.uniform(1.0, 1.25)
 
     @property
     def recent_servers(self) -> list[Server]:
-        """The servers that it leads to, as far as is known."""
+        """The servers that connections of the alias have resolved to lately."""
         servers = tuple(self.servers.items())
         if len(servers) < 2:
             return [server for server, _ in servers]
-        newest = max(met for _, met in servers)
-        return [server for server, met in servers if newest - met < CURRENT_FOR]
+        newest = max(seen_at for _, seen_at in servers)
+        return [server for server, seen_at in servers if newest - seen_at < RECENT_FOR]
 
     @property
     def server(self) -> Server | None:
-        """The one server that it leads to, ``None`` where there are several or none is known."""
+        """The only server that the alias resolves to, or None if there are several or none."""
         servers = self.servers
         if len(servers) == 1:
             return next(iter(servers))
-        current = self.recent_servers
-        return current[0] if len(current) == 1 else None
+        recent = self.recent_servers
+        return recent[0] if len(recent) == 1 else None
 
 
 class ServerRegistry:
-    """Everything that this process knows, and who wants to hear of what serves or does not."""
+    """
+    Servers and endpoints by identity and alias. Callables in ``listeners`` are called with each
+    endpoint that leaves or rejoins the rotation.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._known: dict[Identity, Server] = {}
+        self._lock = ForkSafeLock()
+        self._servers: dict[Identity, Server] = {}
         self._endpoints: dict[str, Endpoint] = {}
+        # By system: a primary's last reports, and its positions over a longer time.
         self._primary_samples: dict[str, deque[PrimarySample]] = {}
-        self._samples: dict[str, deque[tuple[float, Position]]] = {}
+        self._lag_samples: dict[str, deque[tuple[float, Position]]] = {}
         self.listeners: list[Callable[[Endpoint], None]] = []
 
     def endpoint(self, alias: str, pool: str = "") -> Endpoint:
-        """Return what is known of an alias, making it at the first use."""
-        found = self._endpoints.get(alias)
-        if found is None:
+        """Return the endpoint of an alias, created on first use."""
+        endpoint = self._endpoints.get(alias)
+        if endpoint is None:
             with self._lock:
-                found = self._endpoints.setdefault(alias, Endpoint(alias, pool or alias))
-        return found
+                endpoint = self._endpoints.setdefault(alias, Endpoint(alias, pool or alias))
+        return endpoint
 
     def replicas_of(self, pool: str) -> list[Endpoint]:
-        """Return what the aliases of a pool's replicas lead to."""
-        known = tuple(self._endpoints.values())
-        return [each for each in known if each.pool == pool != each.alias]
-
-    def begin_anew_after_fork(self) -> None:
-        """Let go of what a thread of the parent may have held: it is not in this process."""
-        self._lock = threading.Lock()
+        """Return the endpoints of a pool's replicas."""
+        endpoints = tuple(self._endpoints.values())
+        return [each for each in endpoints if each.pool == pool != each.alias]
 
     def clear(self) -> None:
-        """Forget everything: the settings were changed."""
+        """Forget everything, because the settings have changed."""
         with self._lock:
             for endpoint in self._endpoints.values():
-                endpoint.is_current = False
-            self._known.clear()
+                endpoint.is_stale = True
+            self._servers.clear()
             self._endpoints.clear()
             self._primary_samples.clear()
-            self._samples.clear()
+            self._lag_samples.clear()
             self.listeners.clear()
 
     def get(self, identity: Identity) -> Server | None:
-        return self._known.get(identity)
+        """Return a registered server, or None."""
+        return self._servers.get(identity)
 
     def register(self, alias: str, identity: Identity, system: str) -> Server:
-        """Note that a connection of this alias leads to that server, and return it."""
+        """Record that an alias resolves to a server, and return that server."""
         with self._lock:
             endpoint = self._endpoints.get(alias)
             if endpoint is None:
-                # The settings were changed since it was asked: it is for others to make that anew.
+                # The settings have changed since the probe began. An endpoint created here would
+                # not belong to a pool, so the server stays unregistered.
                 return Server(identity, system)
-            server = self._known.get(identity)
+            server = self._servers.get(identity)
             if server is None:
-                server = self._known[identity] = Server(identity, system)
+                server = self._servers[identity] = Server(identity, system)
             is_new = server not in endpoint.servers
             for other in list(endpoint.servers) if is_new else ():
                 if other is server or other.identity.place != identity.place:
                     continue
                 if identity.may_follow(other.identity):
-                    # It was here before it was restarted, and what it had is not there by itself.
                     if other.system == system:
                         server.replaces(other)
                     del endpoint.servers[other]
-                    self._known.pop(other.identity, None)
+                    self._servers.pop(other.identity, None)
                 else:
-                    # Both run, since two networks may use the same addresses.
+                    # Two networks may use the same addresses, so both servers may be running.
                     other.undo_replaces(identity)
             endpoint.servers[server] = time.monotonic()
-            if len(endpoint.servers) > MOST_SERVERS:
+            if len(endpoint.servers) > MAX_SERVERS:
                 oldest = min(endpoint.servers, key=endpoint.servers.__getitem__)
                 del endpoint.servers[oldest]
-                self._known.pop(oldest.identity, None)
+                self._servers.pop(oldest.identity, None)
         return server
 
-    def apply_report(self, server: Server, report: Report, asked: float) -> None:
-        """Take in what a server said of itself; of a primary, that dates what replicas said."""
-        server.apply_report(report, asked)
+    def apply_report(self, server: Server, report: Report, sent_at: float) -> None:
+        """
+        Store a server's report. A primary's report also resolves hidden timelines of its replicas.
+        """
+        server.apply_report(report, sent_at)
+        system = server.system
         if report.written and not report.is_replica:
-            told = self._primary_samples.setdefault(server.system, deque(maxlen=REMEMBERED))
-            told.append(PrimarySample(asked, server.last_probed, report.written))
-            samples = self._samples.setdefault(server.system, deque(maxlen=SAMPLES))
-            if not samples or asked - samples[-1][0] >= SAMPLE_EVERY:
-                samples.append((asked, report.written))
-            for other in tuple(self._known.values()):
-                if other.timeline_hidden and other.system == server.system:
-                    other.resolve_timeline(tuple(told))
+            samples = self._primary_samples.setdefault(system, deque(maxlen=MAX_PRIMARY_SAMPLES))
+            samples.append(PrimarySample(sent_at, server.last_probed, report.written))
+            positions = self._lag_samples.setdefault(system, deque(maxlen=MAX_LAG_SAMPLES))
+            if not positions or sent_at - positions[-1][0] >= LAG_SAMPLE_INTERVAL:
+                positions.append((sent_at, report.written))
+            for other in tuple(self._servers.values()):
+                if other.timeline_hidden and other.system == system:
+                    other.resolve_timeline(tuple(samples))
         elif report.timeline_hidden:
-            server.resolve_timeline(tuple(self._primary_samples.get(server.system, ())))
+            server.resolve_timeline(tuple(self._primary_samples.get(system, ())))
 
     def primary_position(self, system: str) -> Position | None:
-        """Return what a primary of this system was last known to have written."""
-        told = self._primary_samples.get(system)
-        return told[-1].written if told else None
+        """Return the last position that a primary of this system has reported, or None."""
+        samples = self._primary_samples.get(system)
+        return samples[-1].written if samples else None
 
     def samples(self, system: str) -> tuple[tuple[float, Position], ...]:
-        """Return when a primary of this system had written what, the newest first."""
-        return tuple(reversed(self._samples.get(system, ())))
-
-    # Who serves
+        """Return (monotonic time, position) of a primary of this system, newest first."""
+        return tuple(reversed(self._lag_samples.get(system, ())))
 
     def set_status(
-        self, server: Server, reason: str, retry_in: float = 0.0, error: object = ""
+        self, server: Server, fault: Fault | None, retry_in: float = 0.0, error: object = ""
     ) -> None:
-        """Say why a server serves nobody, or by an empty reason that it does."""
-        if server.out_of_rotation != reason:
-            server.out_of_rotation, server.status_since = reason, time.time()
+        """Take a server out of rotation for a fault, or put it back in (None)."""
+        if server.out_of_rotation != fault:
+            server.out_of_rotation, server.status_since = fault, time.time()
         server.retry_at = time.monotonic() + retry_in
         for endpoint in tuple(self._endpoints.values()):
             if server in endpoint.servers:
                 self._publish(endpoint, retry_in, error)
 
-    def mark_down(self, endpoint: Endpoint, reason: str, retry_in: float, error: object) -> None:
-        """Say that an endpoint leads nowhere now: it can't be connected to, or keeps silent."""
-        endpoint._connection_fault = reason
+    def mark_down(self, endpoint: Endpoint, fault: Fault, retry_in: float, error: object) -> None:
+        """Take an endpoint out of rotation: it is unreachable or unresponsive."""
+        endpoint._connection_fault = fault
         endpoint.must_reidentify = True
         self._publish(endpoint, retry_in, error)
 
     def mark_up(self, endpoint: Endpoint) -> None:
-        """Say that an endpoint leads somewhere."""
+        """Record that an endpoint can be connected to; its servers' own faults remain."""
         if endpoint._connection_fault or endpoint.out_of_rotation:
-            endpoint._connection_fault = ""
+            endpoint._connection_fault = None
             self._publish(endpoint, 0.0, "")
 
     def schedule_retry(self, endpoint: Endpoint, seconds: float) -> None:
-        """Let an endpoint that is out be looked at again after so many seconds."""
+        """Schedule the next attempt in so many seconds, times the endpoint's jitter."""
         endpoint.retry_at = time.monotonic() + seconds * endpoint.jitter
 
     def _publish(self, endpoint: Endpoint, retry_in: float, error: object) -> None:
-        if not endpoint.is_current:
-            # Who still looks at it began before the settings were changed: nobody is to hear.
+        if endpoint.is_stale:
+            # This endpoint belongs to settings that have been replaced; do not notify listeners.
             return
-        reason = endpoint._connection_fault
-        if not reason:
-            outs = [server.out_of_rotation for server in endpoint.recent_servers]
-            reason = outs[0] if outs and all(outs) else ""
+        fault = endpoint._connection_fault
+        if fault is None:
+            faults = [server.out_of_rotation for server in endpoint.recent_servers]
+            fault = faults[0] if faults and all(faults) else None
         with self._lock:
-            is_news, endpoint.out_of_rotation = endpoint.out_of_rotation != reason, reason
-            endpoint.is_reachable_again = endpoint.is_reachable_again and not is_news
-            if reason:
+            has_changed, endpoint.out_of_rotation = endpoint.out_of_rotation != fault, fault
+            endpoint.is_reachable_again = endpoint.is_reachable_again and not has_changed
+            if fault is not None:
                 endpoint.error = str(error) or endpoint.error
-                if is_news or retry_in:
+                if has_changed or retry_in:
                     self.schedule_retry(endpoint, retry_in)
-            if is_news:
+            if has_changed:
                 endpoint.status_since = time.time()
-        if not is_news:
+        if not has_changed:
             return
         for listener in tuple(self.listeners):
             listener(endpoint)
-        tell = {"alias": endpoint.alias, "pool": endpoint.pool, "reason": reason}
-        if reason:
+        is_replica = endpoint.alias != endpoint.pool
+        extra = {"alias": endpoint.alias, "pool": endpoint.pool, "reason": fault or ""}
+        if fault is not None:
             logger.warning(
-                "%s serves nobody (%s): %s", endpoint.alias, reason, endpoint.error, extra=tell
+                "%s is out of rotation (%s): %s",
+                endpoint.alias,
+                fault,
+                endpoint.error,
+                extra=extra,
             )
-            if endpoint.alias != endpoint.pool:
+            if is_replica:
                 replica_removed.send_robust(
-                    endpoint.pool, replica=endpoint.alias, reason=reason, seconds=retry_in
+                    endpoint.pool, replica=endpoint.alias, reason=fault, seconds=retry_in
                 )
         else:
             endpoint.error = ""
-            logger.info("%s serves again.", endpoint.alias, extra=tell)
-            if endpoint.alias != endpoint.pool:
+            logger.info("%s is back in rotation.", endpoint.alias, extra=extra)
+            if is_replica:
                 replica_restored.send_robust(endpoint.pool, replica=endpoint.alias)
 
 
 registry = ServerRegistry()
-
-os.register_at_fork(after_in_child=registry.begin_anew_after_fork)

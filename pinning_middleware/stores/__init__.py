@@ -1,10 +1,11 @@
-"""Where pins live between scopes."""
+"""Stores, which keep pins between scopes."""
 
 from __future__ import annotations
 
 from pinning_middleware.stores.base import BaseStore
-from pinning_middleware.stores.cache import CacheStore, auser_key, user_key
+from pinning_middleware.stores.cache import CacheStore
 from pinning_middleware.stores.client import CookieStore, HeaderStore, TokenStore
+from pinning_middleware.stores.user_key import auser_key, user_key
 
 __all__ = [
     "BaseStore",

@@ -1,8 +1,6 @@
 """
-What a store is: it answers two questions, and knows nothing of pools or routing.
-
-``load(request)`` returns the pins that a request comes with, ``save(request, response, pins)``
-keeps those that what follows has to honour.
+The interface of a store: `load(request)` returns the pins of a request, `save(request, response,
+pins)` keeps the pins for later requests. Stores are independent of routing.
 """
 
 from __future__ import annotations
@@ -12,7 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from asgiref.sync import sync_to_async
 
-from pinning_middleware.pins import Pin, Pins, live, merge_pins
+from pinning_middleware.conf import conf
+from pinning_middleware.pins import Pin, PinKey, Pins, live, merge_pins
 from pinning_middleware.utils import clock
 from pinning_middleware.utils.logging import log_rate_limited
 
@@ -20,38 +19,39 @@ if TYPE_CHECKING:
     from django.http import HttpRequest
     from django.http.response import HttpResponseBase
 
-__all__ = ["BaseStore", "loaded", "log_store_error", "remember"]
+__all__ = ["BaseStore", "loaded_pins", "log_store_error", "remember_loaded"]
 
 logger = logging.getLogger("pinning_middleware.pins")
 
 
 class BaseStore:
     """
-    The two methods of a store, and their async twins for stores that need no thread for them.
+    Base class of stores. Subclasses must provide `load` and `save`; a store that needs no thread
+    in async code may provide `aload` and `asave` as well.
 
-    An error that leaves a method is logged, and costs no more than what this store would have
-    kept.
+    An error raised by a method is logged. The other stores and the response are not affected.
     """
 
-    # Whether `load` wants `request.user` or `request.session`: it is then called in
-    # `process_view`, when every other middleware has seen the request.
+    # Whether `load` needs `request.user` or `request.session`. It is then called in
+    # `process_view`, after every other middleware.
     after_authentication: ClassVar[bool] = False
+    # Whether `save` needs a response, like a store that sends the pins to the client.
+    needs_response: ClassVar[bool] = False
 
     def load(self, request: HttpRequest) -> Pins:
         """
-        Return the pins of this request, by their primaries' aliases; what its client has only
-        seen, by the same with ``pins.SEEN`` before them.
+        Return the pins of this request, as `save` was given them: by the alias of a primary and the
+        kind of the pin (`pins.PinKey`). `pins.pack` and `pins.unpack` convert them for JSON.
         """
-        raise NotImplementedError
+        raise NotImplementedError("subclasses of BaseStore must provide a load() method")
 
     def save(self, request: HttpRequest, response: HttpResponseBase | None, pins: Pins) -> None:
         """
-        Keep these pins for what follows: all that it is to have. Called only where the request
-        has changed something. One that ``load`` returned and that is not among them was ended by
-        ``unpin_this_request()``. ``response`` is ``None`` where it is out already, or never will
-        be.
+        Keep these pins, which replace those of the request. Called only if the request changed
+        something. A pin that `load` returned and that is missing was ended by
+        `unpin_this_request()`. `response` is None if it has already been sent, or never will be.
         """
-        raise NotImplementedError
+        raise NotImplementedError("subclasses of BaseStore must provide a save() method")
 
     async def aload(self, request: HttpRequest) -> Pins:
         return await sync_to_async(self.load)(request)
@@ -62,32 +62,32 @@ class BaseStore:
         await sync_to_async(self.save)(request, response, pins)
 
 
-def remember(request: HttpRequest, store: BaseStore, pins: Pins) -> Pins:
-    """Keep with a request what a store found for it."""
+def remember_loaded(request: HttpRequest, store: BaseStore, pins: Pins) -> Pins:
+    """Record the loaded pins of a store on the request, and return them."""
     request.__dict__.setdefault("_pinning_loaded", {})[type(store)] = pins
     return pins
 
 
-def loaded(request: HttpRequest, store: BaseStore | None = None) -> dict[str, Pin]:
+def loaded_pins(request: HttpRequest, store: BaseStore | None = None) -> dict[PinKey, Pin]:
     """
-    Return what a store found for a request, or what all found together, without those pins that
-    have ended by themselves since.
+    Return the pins that a store loaded for a request, or those of all stores merged, without pins
+    that have expired since.
     """
     by_store: dict[type, Pins] = request.__dict__.get("_pinning_loaded", {})
     found = merge_pins(*by_store.values()) if store is None else by_store.get(type(store), {})
-    return live(found, clock.now()) if found else {}
+    return live(found, clock.now(), conf.seconds) if found else {}
 
 
-def log_store_error(store: object, what: str, error: Exception) -> None:
-    """Say that a store could not load or save, once a minute: that is no error of the request."""
+def log_store_error(store: object, action: str, error: Exception) -> None:
+    """Log that a store failed to load or save pins (at most once a minute)."""
     name = store if isinstance(store, str) else type(store).__name__
     log_rate_limited(
         logger,
         logging.ERROR,
-        (name, what),
-        "%s could not %s the pins; the other stores and the rest of the request go on.",
+        (name, action),
+        "%s failed to %s pins. Other stores and the response are not affected.",
         name,
-        what,
+        action,
         extra={"store": name, "error": str(error)},
         exc_info=error,
     )

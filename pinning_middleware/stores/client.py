@@ -1,50 +1,47 @@
-"""Stores that hand the client a signed token: in a cookie, or in a header."""
+"""Stores that send the client a signed token: in a cookie, or in a header."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from django.utils.cache import patch_vary_headers
-from django.utils.http import http_date
 
 from pinning_middleware import tokens
 from pinning_middleware.conf import conf
-from pinning_middleware.pins import SEEN, Pins, live, merge_pins
-from pinning_middleware.stores.base import BaseStore, loaded, remember
+from pinning_middleware.pins import PinKind, Pins, merge_pins, within_window
+from pinning_middleware.stores.base import BaseStore, loaded_pins, remember_loaded
 from pinning_middleware.utils import clock
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
     from django.http.response import HttpResponseBase
 
-__all__ = ["CookieStore", "HeaderStore", "TokenStore", "keep_private"]
+__all__ = ["CookieStore", "HeaderStore", "TokenStore", "make_private"]
 
-# What lets caches between here and the client keep a response: parts of a header, and what headers
-# end with that go before it (Cloudflare-CDN-Cache-Control, say; nginx has X-Accel-Expires).
-_SHARED = ("public", "private", "s-maxage")
+# What lets shared caches store a response: directives of Cache-Control, and suffixes of the headers
+# that override it (for example Cloudflare-CDN-Cache-Control, and X-Accel-Expires of nginx).
+_SHARED_DIRECTIVES = ("public", "private", "s-maxage")
 _SHARED_HEADERS = ("cdn-cache-control", "surrogate-control", "edge-control", "x-accel-expires")
-
-_NO_PINS: Pins = MappingProxyType({})
 
 
 class TokenStore(BaseStore):
-    """What the stores have in common that hand the client a signed token."""
+    """Base class of stores that send the client a signed token."""
+
+    needs_response = True
 
     def read(self, request: HttpRequest) -> list[str]:
-        """Return the tokens that the request brings; an empty text is none."""
-        raise NotImplementedError
+        """Return the tokens of the request, without empty ones."""
+        raise NotImplementedError("subclasses of TokenStore must provide a read() method")
 
     def write(self, request: HttpRequest, response: HttpResponseBase, pins: Pins) -> None:
-        """Give the client what it is to bring from now on; no pins: nothing."""
-        raise NotImplementedError
+        """Add the token of these pins to the response; remove that of the client if none."""
+        raise NotImplementedError("subclasses of TokenStore must provide a write() method")
 
     def load(self, request: HttpRequest) -> Pins:
-        if not (brought := self.read(request)):
+        if not (received := self.read(request)):
             return {}
-        pins = merge_pins(*[tokens.accept(token, type(self)) for token in brought])
-        return remember(request, self, pins)
+        pins = merge_pins(*[tokens.accept(token, type(self)) for token in received])
+        return remember_loaded(request, self, pins)
 
     def save(self, request: HttpRequest, response: HttpResponseBase | None, pins: Pins) -> None:
         if response is not None:
@@ -61,78 +58,63 @@ class TokenStore(BaseStore):
 
 class CookieStore(TokenStore):
     """
-    Pins a browser, by a signed cookie. What it has only seen travels in a cookie of its own, so
-    that a read never overwrites a write's pin.
+    Pins a browser by a signed cookie. Positions that it has only read are in a separate cookie, so
+    that a read never overwrites the pin of a write.
     """
 
-    def load(self, request: HttpRequest) -> Pins:
-        # Every request comes by here, and most bring no pin. Who needs no cookie parses none; the
-        # name of the other one begins with this one's.
-        brought = request.META.get("HTTP_COOKIE", "")
-        if conf.cookie_name not in brought and "COOKIES" not in request.__dict__:
-            return _NO_PINS
-        return super().load(request) if request.COOKIES else _NO_PINS
-
     def read(self, request: HttpRequest) -> list[str]:
-        cookies = request.COOKIES
         names = (conf.cookie_name, conf.seen_cookie_name)
-        # Django's test client sends a cookie that was deleted as an empty one.
-        return [token for name in names if (token := cookies.get(name))]
+        # Django's test client sends a deleted cookie as an empty one.
+        return [token for name in names if (token := request.COOKIES.get(name))]
 
     def write(self, request: HttpRequest, response: HttpResponseBase, pins: Pins) -> None:
-        # What any store brought is no news; what ended meanwhile was not ended by this request.
-        before, pins = loaded(request), live(pins, clock.now())
-        is_set = _put(request, response, conf.cookie_name, _own(before), _own(pins))
+        # The window bounds the cookie. Compare with all loaded pins; one that expired
+        # meanwhile was not removed.
+        now = clock.now()
+        before, pins = within_window(loaded_pins(request), now), within_window(pins, now)
+        is_set = _put(request, response, conf.cookie_name, _written(before), _written(pins))
         if conf.monotonic_reads:
             name = conf.seen_cookie_name
-            is_set = _put(request, response, name, _seen(before), _seen(pins)) or is_set
+            is_set = _put(request, response, name, _observed(before), _observed(pins)) or is_set
         if is_set:
-            keep_private(response, "Cookie")
+            make_private(response, "Cookie")
 
 
 def _put(
     request: HttpRequest, response: HttpResponseBase, name: str, before: Pins, pins: Pins
 ) -> bool:
-    """Set or end a cookie where that changes something; return whether it did."""
+    """Set or delete a cookie if its pins changed. Return whether they did."""
     if _content(pins) == _content(before):
         return False
     if not pins:
         if not request.COOKIES.get(name):
             return False
-        kept = {part: conf.cookie[part] for part in ("path", "domain", "samesite")}
-        response.delete_cookie(name, **kept)
+        attributes = {part: conf.cookie[part] for part in ("path", "domain", "samesite")}
+        response.delete_cookie(name, **attributes)
         return True
-    # Browsers count whole seconds; the server's own end is in the token.
-    now = clock.now()
-    age = int(max([pin.until for pin in pins.values()]) - now) + 1
-    expires = _http_date(int(now) + age)
-    response.set_cookie(name, tokens.dumps(pins), age, expires, **conf.cookie)
+    # Browsers count whole seconds; the exact end is in the token.
+    age = max(1, int(max(pin.until for pin in pins.values()) - clock.now()) + 1)
+    response.set_cookie(name, tokens.dumps(pins), age, **conf.cookie)
     return True
 
 
-def _content(pins: Pins) -> dict[str, Any]:
-    # A pin that was merged with itself may say the same in another way.
-    return {alias: (p.until, p.held_until, p.position or None) for alias, p in pins.items()}
+def _content(pins: Pins) -> dict[Any, Any]:
+    # Merging a pin with itself may change its representation.
+    return {key: (pin.until, pin.primary_only_end, pin.position) for key, pin in pins.items()}
 
 
-def _own(pins: Pins) -> Pins:
-    return {alias: pin for alias, pin in pins.items() if alias[0] != SEEN}
+def _written(pins: Pins) -> Pins:
+    return {key: pin for key, pin in pins.items() if key.kind is PinKind.WRITTEN}
 
 
-def _seen(pins: Pins) -> Pins:
-    return {alias: pin for alias, pin in pins.items() if alias[0] == SEEN}
-
-
-@lru_cache(maxsize=4)
-def _http_date(second: int) -> str:
-    # Most responses of a second have the same date.
-    return http_date(second)
+def _observed(pins: Pins) -> Pins:
+    return {key: pin for key, pin in pins.items() if key.kind is PinKind.OBSERVED}
 
 
 class HeaderStore(TokenStore):
     """
-    Pins a client without cookies: it sends back the header that it got last, as it got it. An
-    empty one says that there is nothing to send any more.
+    Pins a client without cookies, which sends the last header that it received. An empty
+    header means that the client must no longer send one.
     """
 
     def read(self, request: HttpRequest) -> list[str]:
@@ -140,13 +122,13 @@ class HeaderStore(TokenStore):
         return [token] if token else []
 
     def write(self, request: HttpRequest, response: HttpResponseBase, pins: Pins) -> None:
-        if pins or loaded(request, self):
+        if pins or loaded_pins(request, self):
             response.headers[conf.header_name] = tokens.dumps(pins) if pins else ""
-            keep_private(response, conf.header_name)
+            make_private(response, conf.header_name)
 
 
-def keep_private(response: HttpResponseBase, vary: str) -> None:
-    """Tell caches between here and the client that this response is the client's own."""
+def make_private(response: HttpResponseBase, vary: str) -> None:
+    """Prevent shared caches from storing this response."""
     headers = response.headers
     present = {name.lower() for name in headers}
     if "vary" in present:
@@ -155,10 +137,10 @@ def keep_private(response: HttpResponseBase, vary: str) -> None:
         headers["Vary"] = vary
     if "cache-control" in present:
         parts = [part.strip() for part in headers["Cache-Control"].split(",") if part.strip()]
-        kept = [part for part in parts if part.partition("=")[0].lower() not in _SHARED]
+        kept = [p for p in parts if p.partition("=")[0].lower() not in _SHARED_DIRECTIVES]
         headers["Cache-Control"] = ", ".join([*kept, "private"])
     else:
         headers["Cache-Control"] = "private"
-    for known in present:
-        if known.endswith(_SHARED_HEADERS):
-            del headers[known]
+    for name in present:
+        if name.endswith(_SHARED_HEADERS):
+            del headers[name]

@@ -1,11 +1,12 @@
-"""The tools of this package as methods of a test case."""
+"""The test utilities as methods of a test case."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from typing import Any
 
-from pinning_middleware.testing.clock import reset_step
+from pinning_middleware.testing.clock import reset_window
+from pinning_middleware.testing.isolation import isolated_pins
 from pinning_middleware.testing.reads import Read, assert_num_reads, assert_reads_from
 from pinning_middleware.testing.replicas import replicas
 
@@ -14,8 +15,9 @@ __all__ = ["PinningAssertions"]
 
 class PinningAssertions:
     """
-    A mixin of ``SimpleTestCase`` and its descendants. When a test is over no replica lags any more,
-    and windows end as they did before::
+    A mixin for ``SimpleTestCase`` and its subclasses.
+
+    Each test starts without pins in the cache. After each test, replicas and windows are reset::
 
         class TestComments(PinningAssertions, TestCase):
             databases = "__all__"
@@ -27,22 +29,24 @@ class PinningAssertions:
 
     def run(self, result: Any = None) -> Any:
         try:
-            return super().run(result)  # type: ignore[misc]
+            with isolated_pins():
+                return super().run(result)  # type: ignore[misc]
         finally:
             replicas.reset()
-            reset_step()
+            reset_window()
 
     def assertReadsFrom(
         self, where: str, reason: str | None = None
     ) -> AbstractContextManager[list[Read]]:
         """
-        Assert that there are reads inside the block and that each goes to ``"replica"``,
-        ``"primary"`` or this alias, for this reason where one is given.
+        Assert that there are reads, and that each goes to ``where``, for ``reason`` if given.
+
+        ``where`` is ``"replica"``, ``"primary"`` or an alias.
         """
         return assert_reads_from(where, reason)
 
     def assertNumReads(
         self, primary: int | None = None, replica: int | None = None
     ) -> AbstractContextManager[list[Read]]:
-        """Assert how many reads inside the block are for which role; ``None``: any number."""
+        """Assert the number of reads by role; None means any number."""
         return assert_num_reads(primary, replica)

@@ -1,32 +1,32 @@
-"""Windows, moved on by a test."""
+"""Advance the windows of pins in a test."""
 
 from __future__ import annotations
 
 from pinning_middleware.utils import clock
 
-__all__ = ["reset_step", "step"]
+__all__ = ["advance_window", "reset_window"]
 
-# A token counts whole milliseconds, and rounds.
+# Tokens round times to milliseconds.
 _ROUNDING = 0.001
 _ahead = 0.0
 
 
-def step(seconds: float) -> None:
+def advance_window(seconds: float) -> None:
     """
-    Let so many seconds pass for the windows of pins, and for nothing else: no other clock moves,
-    so that it works beside freezegun and time-machine. It holds until the test is over.
+    Advance the windows of pins by this many seconds, until the end of the test.
 
-    ``ValueError`` for a negative number: no window opens again.
+    No other clock changes, so this also works with freezegun and time-machine. Raise ValueError if
+    the number is negative.
     """
     global _ahead
     if seconds < 0:
-        raise ValueError(f"step({seconds!r}): windows move on, not back")
+        raise ValueError(f"advance_window({seconds!r}): seconds must not be negative")
     _ahead += seconds + _ROUNDING
     clock.set_ahead(_ahead)
 
 
-def reset_step() -> None:
-    """Let windows end when the machine's clock says so."""
+def reset_window() -> None:
+    """Undo ``advance_window()``."""
     global _ahead
     _ahead = 0.0
     clock.set_ahead(0.0)

@@ -1,4 +1,4 @@
-"""Where reads go: blocks that record it, assert it, or forbid it."""
+"""Context managers that record, assert or forbid reads by role."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ __all__ = [
     "PrimaryForbidden",
     "Read",
     "ReplicaForbidden",
+    "Violations",
     "assert_num_reads",
     "assert_reads_from",
+    "calling_line",
     "capture_reads",
     "forbid_primary",
     "forbid_replicas",
-    "here",
-    "names",
+    "mentions_table",
+    "observe_reads",
+    "observe_writes",
     "tables_of",
 ]
 
@@ -42,20 +45,24 @@ _ROLES: Final = (PRIMARY, REPLICA)
 
 
 class PrimaryForbidden(AssertionError):
-    """The primary was used inside ``forbid_primary()``."""
+    """Raised if the primary is used inside ``forbid_primary()``."""
 
 
 class ReplicaForbidden(AssertionError):
-    """A replica was read inside ``forbid_replicas()``."""
+    """Raised if a replica is read inside ``forbid_replicas()``."""
 
 
 class Read(NamedTuple):
     """
-    One read: ``alias``, where it was meant to go, also where a test mirror leads to the primary;
-    ``role``, ``"primary"`` or ``"replica"``; ``reason``, a word of
-    ``pinning_middleware.reasons``, or ``"explicit"`` where the code named the alias; ``model``,
-    the one of the table that it selects from, ``None`` where there is none; ``sql``; ``served``,
-    the alias that answered; ``place``, the site's line that made it (``file:line``).
+    One completed read.
+
+    - ``alias``: the alias chosen by the routing decision, also if it is a test mirror.
+    - ``role``: ``"primary"`` or ``"replica"``.
+    - ``reason``: a ``pinning_middleware.reasons.Reason``.
+    - ``model``: the model of the first table, or ``None``.
+    - ``sql``: the statement.
+    - ``served``: the alias whose connection ran it.
+    - ``place``: the line of the site's code (``file:line``).
     """
 
     alias: str
@@ -77,39 +84,39 @@ class Read(NamedTuple):
 @contextmanager
 def capture_reads() -> Iterator[list[Read]]:
     """
-    Record every read of a pool that this process makes inside the block, in whichever thread::
+    Record the reads of all threads of this process::
 
         with capture_reads() as reads:
             client.get("/")
         assert [read.role for read in reads] == ["replica"]
     """
-    found: list[Read] = []
-    with observed(lambda read: found.append(_told(read))):
-        yield found
+    reads: list[Read] = []
+    with observe_reads(lambda read: reads.append(_describe(read))):
+        yield reads
 
 
 @contextmanager
-def observed(observe: Callable[[counters.Read], None]) -> Iterator[None]:
-    """Call this with each read inside the block."""
+def observe_reads(observe: Callable[[counters.Read], None]) -> Iterator[None]:
+    """Call ``observe`` with each read inside the context."""
     counters.observers.append(observe)
     try:
         yield
     finally:
-        _take_out(counters.observers, observe)
+        _remove(counters.observers, observe)
 
 
-def _take_out(things: list[Any], thing: Any) -> None:
-    # By identity: two that are equal need not be the same.
-    for place, each in enumerate(things):
+def _remove(things: list[Any], thing: Any) -> None:
+    # Compare by identity, because distinct observers may be equal.
+    for index, each in enumerate(things):
         if each is thing:
-            del things[place]
+            del things[index]
             return
 
 
-def _told(read: counters.Read) -> Read:
+def _describe(read: counters.Read) -> Read:
     tables = tables_of(read.sql)
     model = _models().get(tables[0]) if tables else None
-    return Read(read.alias, read.role, read.reason, model, read.sql, read.served, here())
+    return Read(read.alias, read.role, read.reason, model, read.sql, read.served, calling_line())
 
 
 def _models() -> dict[str, Any]:
@@ -121,49 +128,50 @@ _NAME = r'(?:"[^"]+"|`[^`]+`|\[[^\]]+\]|[\w$]+)'
 _SOURCES = re.compile(
     rf"\b(?:FROM|JOIN)\s+(?:ONLY\s+)?({_NAME}(?:\s*\.\s*{_NAME})*)", re.IGNORECASE
 )
-# Texts and comments, where no table stands; but for comments that MySQL runs.
-_ASIDE = re.compile(r"'(?:[^']|'')*'|--[^\n]*|/\*(?!M?!).*?\*/", re.DOTALL)
+# String literals and comments, except comments that MySQL executes.
+_LITERALS = re.compile(r"'(?:[^']|'')*'|--[^\n]*|/\*(?!M?!).*?\*/", re.DOTALL)
 
 
 def tables_of(sql: str) -> list[str]:
-    """Return the tables that a statement reads, without schema and quotes, in lower case."""
-    sources = _SOURCES.findall(_ASIDE.sub(" ", sql))
+    """Return the tables that a statement reads, unquoted, without schema, in lower case."""
+    sources = _SOURCES.findall(_LITERALS.sub(" ", sql))
     return [re.split(r"\s*\.\s*", name)[-1].strip('"`[]').lower() for name in sources]
 
 
-def names(sql: str, table: str) -> bool:
-    """Return whether a statement has the name of this table (in lower case) anywhere."""
+def mentions_table(sql: str, table: str) -> bool:
+    """Return whether the name of a table (in lower case) occurs in a statement."""
     word = rf"(?<![\w$]){re.escape(table)}(?![\w$])"
-    return re.search(word, _ASIDE.sub(" ", sql).lower()) is not None
+    return re.search(word, _LITERALS.sub(" ", sql).lower()) is not None
 
 
-# Where in the site's code
+# Lines of the site's code
 
-_NOT_THE_SITE: Final = tuple(
+_LIBRARIES: Final = tuple(
     os.path.dirname(os.path.abspath(str(module.__file__))) + os.sep
     for module in (django, asgiref, pinning_middleware)
 ) + tuple(path + os.sep for name in ("stdlib", "platstdlib") if (path := sysconfig.get_path(name)))
 
 
 @lru_cache(maxsize=4096)
-def _is_of_site(file: str) -> bool:
-    return "site-packages" not in file and not file.startswith((*_NOT_THE_SITE, "<"))
+def _is_site_code(file: str) -> bool:
+    return "site-packages" not in file and not file.startswith((*_LIBRARIES, "<"))
 
 
-def here() -> str:
+def calling_line() -> str:
     """
-    Return the innermost line of the site's own code that is running, as ``file:line``. In a
-    thread of ``sync_to_async`` the line that awaits is not to be seen: there it is the
-    innermost line of any code.
+    Return the innermost line of the site's own code on the stack, as ``file:line``.
+
+    In a thread of ``sync_to_async`` the awaiting line is not on the stack. Then return the
+    innermost line of any code outside this package.
     """
     frame: Any = sys._getframe(1)
     first = ""
     while frame is not None:
         file = frame.f_code.co_filename
         where = f"{file}:{frame.f_lineno}"
-        if _is_of_site(file):
+        if _is_site_code(file):
             return where
-        if not first and not file.startswith(_NOT_THE_SITE[2]):
+        if not first and not file.startswith(_LIBRARIES[2]):
             first = where
         frame = frame.f_back
     return first
@@ -175,25 +183,25 @@ def here() -> str:
 @contextmanager
 def assert_reads_from(where: str, reason: str | None = None) -> Iterator[list[Read]]:
     """
-    Assert that there are reads inside the block and that each goes to ``"replica"``,
-    ``"primary"`` or this alias, and for this reason where one is given. Yields the reads.
+    Assert that there are reads, and that each goes to ``where``, for ``reason`` if given.
 
-    ``ValueError`` for what is neither a role nor an alias of a pool.
+    ``where`` is ``"replica"``, ``"primary"`` or an alias. Yield the list of reads. Raise ValueError
+    if ``where`` is neither a role nor an alias of a pool.
     """
     _check(where)
     with capture_reads() as reads:
         yield reads
     if not reads:
-        raise AssertionError(f"There was no read at all, from {where} or elsewhere.")
+        raise AssertionError(f"No reads, expected reads from {where}.")
     wrong = [
         read
         for read in reads
         if where not in (read.alias, read.role) or reason not in (None, read.reason)
     ]
     if wrong:
-        because = "" if reason is None else f" by the reason {reason!r}"
+        expected = where if reason is None else f"{where} for the reason {reason!r}"
         raise AssertionError(
-            f"{len(wrong)} of {len(reads)} reads did not go to {where}{because}:{_listed(wrong)}"
+            f"{len(wrong)} of {len(reads)} reads did not go to {expected}:{_format(wrong)}"
         )
 
 
@@ -201,83 +209,90 @@ def assert_reads_from(where: str, reason: str | None = None) -> Iterator[list[Re
 def assert_num_reads(
     primary: int | None = None, replica: int | None = None
 ) -> Iterator[list[Read]]:
-    """Assert how many reads inside the block are for which role; ``None``: any number."""
+    """Assert the number of reads by role; None means any number."""
     with capture_reads() as reads:
         yield reads
-    found = Counter(read.role for read in reads)
-    for role, wanted in ((PRIMARY, primary), (REPLICA, replica)):
-        if wanted is not None and found[role] != wanted:
-            those = [read for read in reads if read.role == role]
+    counts = Counter(read.role for read in reads)
+    for role, expected in ((PRIMARY, primary), (REPLICA, replica)):
+        if expected is not None and counts[role] != expected:
+            matching = [read for read in reads if read.role == role]
             raise AssertionError(
-                f"{found[role]} reads from the {role}, {wanted} expected:{_listed(those)}"
+                f"{counts[role]} reads from the {role}, {expected} expected:{_format(matching)}"
             )
 
 
-def _listed(reads: list[Read]) -> str:
+def _format(reads: list[Read]) -> str:
     return "".join(f"\n  {read}" for read in reads) or " none"
 
 
 def _check(where: str) -> None:
-    known = {*_ROLES, *conf.watched, *conf.primary_of}
-    if where not in known:
-        raise ValueError(f"{where!r} is none of {', '.join(sorted(known))}")
+    choices = {*_ROLES, *conf.pools_by_primary, *conf.primary_by_replica}
+    if where not in choices:
+        raise ValueError(f"{where!r} is not one of {', '.join(sorted(choices))}")
 
 
 # Forbidding
 
 
-class _Culprits(list[AssertionError]):
-    """What was done that is forbidden: raised where it was done, and again where it was hidden."""
+class Violations(list[AssertionError]):
+    """Violations of a context manager: raised at once, and again at its end if caught."""
 
-    def found(self, error: AssertionError) -> None:
+    def add(self, error: AssertionError) -> None:
         self.append(error)
         raise error
+
+    def check(self) -> None:
+        """Raise the first violation, in case the code has caught it."""
+        if self:
+            raise self[0]
 
 
 @contextmanager
 def forbid_primary(reads: bool = True) -> Iterator[None]:
     """
-    Forbid writes and, unless ``reads`` is false, reads that are meant for the primary: each
-    raises ``PrimaryForbidden`` at its line, and once more at the end where the code caught that.
+    Forbid writes and, unless ``reads`` is false, reads from the primary.
+
+    Each raises PrimaryForbidden at its line, and again at the end of the context if the code has
+    caught that.
     """
-    culprits = _Culprits()
+    violations = Violations()
 
     def read(read: counters.Read) -> None:
         if reads and read.role == PRIMARY:
-            culprits.found(PrimaryForbidden(f"A read of the primary: {_told(read)}"))
+            violations.add(PrimaryForbidden(f"A read from the primary: {_describe(read)}"))
 
     def write(alias: str, sql: str) -> None:
-        culprits.found(PrimaryForbidden(f"A write to {alias} at {here()}: {sql[:120]}"))
+        violations.add(PrimaryForbidden(f"A write to {alias} at {calling_line()}: {sql[:120]}"))
 
-    with watched_writes(write), observed(read):
+    with observe_writes(write), observe_reads(read):
         yield
-    if culprits:
-        raise culprits[0]
+    violations.check()
 
 
 @contextmanager
-def watched_writes(write: Callable[[str, str], None]) -> Iterator[None]:
-    """Call this with the alias and the text of each write inside the block, before it runs."""
-    counters.write_observers.append(write)
+def observe_writes(observe: Callable[[str, str], None]) -> Iterator[None]:
+    """Call ``observe`` with the alias and SQL of each write, before it runs."""
+    counters.write_observers.append(observe)
     try:
         yield
     finally:
-        _take_out(counters.write_observers, write)
+        _remove(counters.write_observers, observe)
 
 
 @contextmanager
 def forbid_replicas() -> Iterator[None]:
     """
-    Forbid reads that are meant for a replica: each raises ``ReplicaForbidden`` at its line, and
-    once more at the end where the code caught that.
+    Forbid reads from replicas.
+
+    Each raises ReplicaForbidden at its line, and again at the end of the context if the code has
+    caught that.
     """
-    culprits = _Culprits()
+    violations = Violations()
 
     def read(read: counters.Read) -> None:
         if read.role == REPLICA:
-            culprits.found(ReplicaForbidden(f"A read of a replica: {_told(read)}"))
+            violations.add(ReplicaForbidden(f"A read from a replica: {_describe(read)}"))
 
-    with observed(read):
+    with observe_reads(read):
         yield
-    if culprits:
-        raise culprits[0]
+    violations.check()

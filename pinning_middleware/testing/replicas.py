@@ -1,4 +1,4 @@
-"""Replicas that lag, die and come back when a test says so."""
+"""Control over replicas in a test: let them lag, take them down, and bring them back."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from typing import Any, Final
 from django.db import DatabaseError, InterfaceError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from pinning_middleware.reasons import Reason
-from pinning_middleware.routing.policy import Pool
+from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.routing.replica_set import Nodes
+from pinning_middleware.routing.replica_set import ReplicaSet
 from pinning_middleware.servers import connect
 from pinning_middleware.servers.connect import dedicated_connection
 from pinning_middleware.servers.registry import registry
 from pinning_middleware.sql import table_of
-from pinning_middleware.testing.reads import REPLICA, here, names, observed, tables_of
+from pinning_middleware.testing.reads import calling_line, mentions_table
 from pinning_middleware.utils import counters
 
-__all__ = ["Replicas", "StaleRead", "forbid_stale_reads", "replicas"]
+__all__ = ["Replicas", "replicas"]
 
-# Seconds for which a real replica may take to do what it is told.
-FIRST_CHECK_AFTER: Final = 10.0
+# Maximum time for a real replica to pause or catch up (seconds).
+TIMEOUT: Final = 10.0
 
 # PostgreSQL's documentation, "Recovery Control Functions"; MariaDB's, "STOP REPLICA" and
 # "MASTER_GTID_WAIT"; MySQL's, "STOP REPLICA" and "Functions Used with Global Transaction
@@ -52,68 +51,67 @@ _REACHED: Final = {
 }
 
 
-class StaleRead(AssertionError):
-    """A read of a replica that lags, of a table that was written since."""
-
-
 class Replicas:
     """
-    The replicas of the site, in the hands of a test. What it does holds until the test undoes it,
-    or is over; ``lag`` and ``kill`` are blocks as well::
+    Controls the replicas of the site.
+
+    A change lasts until it is undone or the test ends. ``lag`` and ``take_down`` are also context
+    managers::
 
         with replicas.lag("replica1"):
             ...
 
-    No alias means every replica. ``ValueError`` for one that is no replica.
+    Without an alias, all replicas are meant. Methods raise ValueError for an alias that is not a
+    replica.
     """
 
     def __init__(self) -> None:
-        # Alias → table → the line that wrote to it; or the statement, where it may be any of
-        # those that it names.
+        # Lagging alias → table → line of the first write since. If the table of a write is unknown,
+        # the key is the whole statement.
         self._written: dict[str, dict[str, str]] = {}
 
     @property
     def lagging(self) -> frozenset[str]:
-        """The aliases that lag now because a test said so."""
+        """The aliases that were made to lag."""
         return frozenset(self._written)
 
     def lag(self, *aliases: str) -> _Undo:
         """
-        Let replicas lag from now on. A real one stops replaying; a test mirror, and SQLite, is
-        taken for one that has nothing of what is written from now on.
+        Make replicas lag. A real replica stops replaying; a test mirror or SQLite file is treated
+        as if it had not replayed any later write.
 
-        ``RuntimeError`` where a real one can't be told to.
+        Raise RuntimeError if a real replica cannot be paused.
         """
         chosen = self._chosen(aliases)
         for alias in chosen:
-            self._tell(alias, _PAUSE, _PAUSED)
+            self._command(alias, _PAUSE, _PAUSED)
         if not self._written:
-            counters.write_observers.append(self._note_write)
+            counters.write_observers.append(self._record_write)
         self._written.update({alias: {} for alias in chosen if alias not in self._written})
-        # What a real one has it goes on to serve.
-        pretended = {alias for alias in chosen if not _is_real(alias)}
-        self._pretend(Nodes.held_back | pretended, Nodes.cut_off)
+        # A real replica keeps serving what it has replayed.
+        simulated = {alias for alias in chosen if not _is_real(alias)}
+        self._simulate(ReplicaSet.behind_in_tests | simulated, ReplicaSet.unreachable_in_tests)
         return _Undo(lambda: self.catch_up(*chosen))
 
     def catch_up(self, *aliases: str) -> None:
         """
-        Let replicas have everything. A real one replays until it has what its primary has now;
-        an SQLite file, which nothing connects to its primary, is made a copy of it.
+        Make replicas catch up. A real replica resumes and replays all that its primary has written;
+        an SQLite file is overwritten with a copy of its primary.
 
-        ``RuntimeError`` where a real one does not catch up within ten seconds.
+        Raise RuntimeError if a real replica does not catch up within ten seconds.
         """
         chosen = self._chosen(aliases)
         for alias in chosen:
             if alias in self._written:
-                self._tell(alias, _RESUME)
-            self._bring(alias)
+                self._command(alias, _RESUME)
+            self._wait_caught_up(alias)
             self._written.pop(alias, None)
-        if not self._written and self._note_write in counters.write_observers:
-            counters.write_observers.remove(self._note_write)
-        self._pretend(Nodes.held_back - set(chosen), Nodes.cut_off)
+        if not self._written and self._record_write in counters.write_observers:
+            counters.write_observers.remove(self._record_write)
+        self._simulate(ReplicaSet.behind_in_tests - set(chosen), ReplicaSet.unreachable_in_tests)
 
-    def kill(self, *aliases: str) -> _Undo:
-        """Let replicas be out of reach for this process: they leave the rotation."""
+    def take_down(self, *aliases: str) -> _Undo:
+        """Make replicas unreachable for this process, so that they leave the rotation."""
         chosen = self._chosen(aliases)
         connect.unreachable_in_tests.update(chosen)
         for alias in chosen:
@@ -121,83 +119,83 @@ class Replicas:
                 connection = connections[alias]
                 if not connection.in_atomic_block:
                     connection.close()
-        self._pretend(Nodes.held_back, Nodes.cut_off | set(chosen))
-        return _Undo(lambda: self.revive(*chosen))
+        self._simulate(ReplicaSet.behind_in_tests, ReplicaSet.unreachable_in_tests | set(chosen))
+        return _Undo(lambda: self.bring_up(*chosen))
 
-    def revive(self, *aliases: str) -> None:
-        """Let replicas that were killed be in reach again, at once."""
+    def bring_up(self, *aliases: str) -> None:
+        """Make replicas reachable again, and return them to the rotation at once."""
         chosen = self._chosen(aliases)
         connect.unreachable_in_tests.difference_update(chosen)
         for alias in chosen:
             registry.mark_up(registry.endpoint(alias))
-        self._pretend(Nodes.held_back, Nodes.cut_off - set(chosen))
+        self._simulate(ReplicaSet.behind_in_tests, ReplicaSet.unreachable_in_tests - set(chosen))
 
     def reset(self) -> None:
-        """Let no replica lag or be out of reach because of a test."""
-        known = pools().by_replica
+        """Undo all changes."""
+        by_replica = pools().by_replica
         for alias in tuple(self._written):
-            # The settings of the test may be gone already.
-            if alias in known:
-                self._tell(alias, _RESUME)
+            # The test may have overridden the settings.
+            if alias in by_replica:
+                self._command(alias, _RESUME)
         self._written.clear()
-        if self._note_write in counters.write_observers:
-            counters.write_observers.remove(self._note_write)
+        if self._record_write in counters.write_observers:
+            counters.write_observers.remove(self._record_write)
         connect.unreachable_in_tests.clear()
-        if Nodes.held_back or Nodes.cut_off:
-            self._pretend(frozenset(), frozenset())
+        if ReplicaSet.behind_in_tests or ReplicaSet.unreachable_in_tests:
+            self._simulate(frozenset(), frozenset())
 
-    # What was written since a replica lags
+    # Writes since a replica lags
 
     def written_since(self, alias: str, table: str) -> str | None:
-        """Return the line that wrote to a table since this replica lags, ``None``: none did."""
-        # A copy, since other threads write meanwhile.
+        """Return the line of a write to a table since a replica lags, or None."""
+        # Copy, because other threads may add writes.
         written = tuple(self._written.get(alias, {}).items())
-        return next((place for what, place in written if names(what, table)), None)
+        return next((place for target, place in written if mentions_table(target, table)), None)
 
-    def _note_write(self, alias: str, sql: str) -> None:
+    def _record_write(self, alias: str, sql: str) -> None:
         table = table_of(sql)
         written = sql if table is None else table.rpartition(".")[2]
-        known = pools().by_replica
+        by_replica = pools().by_replica
         for replica, tables in self._written.items():
-            if replica in known and known[replica].primary == alias:
-                tables.setdefault(written, here())
+            if replica in by_replica and by_replica[replica].primary == alias:
+                tables.setdefault(written, calling_line())
 
-    # Who is who
+    # Aliases
 
     def _chosen(self, aliases: tuple[str, ...]) -> tuple[str, ...]:
-        known = pools().by_replica
+        by_replica = pools().by_replica
         for alias in aliases:
-            if alias not in known:
-                names = ", ".join(sorted(known)) or "none is configured"
-                raise ValueError(f"{alias!r} is no replica of PINNING_REPLICAS ({names})")
-        return aliases or tuple(known)
+            if alias not in by_replica:
+                choices = ", ".join(sorted(by_replica)) or "it is empty"
+                raise ValueError(f"{alias!r} is not an alias in PINNING_REPLICAS ({choices})")
+        return aliases or tuple(by_replica)
 
-    def _pretend(self, held_back: frozenset[str], cut_off: frozenset[str]) -> None:
-        Nodes.held_back, Nodes.cut_off = held_back, cut_off
+    def _simulate(self, held_back: frozenset[str], cut_off: frozenset[str]) -> None:
+        ReplicaSet.behind_in_tests, ReplicaSet.unreachable_in_tests = held_back, cut_off
         for pool in pools().all:
-            pool.count()
+            pool.replica_set.refresh()
 
-    # What a real server is told
+    # Commands to real servers
 
-    def _tell(
-        self, alias: str, orders: dict[str, str], checks: dict[str, str] | None = None
+    def _command(
+        self, alias: str, commands: dict[str, str], checks: dict[str, str] | None = None
     ) -> None:
         if not _is_real(alias):
             return
         vendor = _vendor(alias)
         try:
-            with _beside(alias) as ask:
-                ask(orders[vendor])
+            with _dedicated_cursor(alias) as query:
+                query(commands[vendor])
                 if checks and vendor in checks:
-                    _until(lambda: ask(checks[vendor]), f"{alias} did not pause")
+                    _wait_until(lambda: query(checks[vendor]), f"{alias} did not pause")
         except (DatabaseError, InterfaceError) as error:
             raise RuntimeError(
-                f"{alias} can't be told {orders[vendor]!r}: {error}. Let the tests connect as a "
-                "role that may (a superuser of the test servers), or make the replica a mirror: "
+                f"{alias} did not run {commands[vendor]!r}: {error}. Connect the tests as a role "
+                "that may run it (a superuser of the test servers), or make the replica a mirror: "
                 f'DATABASES[{alias!r}]["TEST"] = {{"MIRROR": {_pool(alias).primary!r}}}.'
             ) from error
 
-    def _bring(self, alias: str) -> None:
+    def _wait_caught_up(self, alias: str) -> None:
         if _is_mirror(alias):
             return
         vendor, primary = _vendor(alias), _pool(alias).primary
@@ -206,13 +204,14 @@ class Replicas:
             return
         if vendor not in _WRITTEN:
             return
-        with _beside(primary) as ask_primary, _beside(alias) as ask:
-            wanted = ask_primary(_WRITTEN[vendor])
-            _until(lambda: ask(_REACHED[vendor], (wanted,)), f"{alias} did not reach {wanted}")
+        with _dedicated_cursor(primary) as query_primary, _dedicated_cursor(alias) as query:
+            position = query_primary(_WRITTEN[vendor])
+            failure = f"{alias} did not reach {position}"
+            _wait_until(lambda: query(_REACHED[vendor], (position,)), failure)
 
 
 class _Undo:
-    """Undoes something where a block ends; without one it stays done."""
+    """Undoes a change at the end of a ``with`` block, if there is one."""
 
     def __init__(self, undo: Callable[[], None]) -> None:
         self._undo = undo
@@ -233,7 +232,7 @@ def _is_mirror(alias: str) -> bool:
 
 
 def _is_real(alias: str) -> bool:
-    """Return whether a replica replays a log, and can be told to stop."""
+    """Return whether a replica replays a log that can be paused."""
     return connections[alias].vendor in ("postgresql", "mysql") and not _is_mirror(alias)
 
 
@@ -248,12 +247,12 @@ def _vendor(alias: str) -> str:
 
 
 @contextmanager
-def _beside(alias: str) -> Iterator[Callable[..., Any]]:
-    """A connection beside the site's; yields what asks over it for one value."""
+def _dedicated_cursor(alias: str) -> Iterator[Callable[..., Any]]:
+    """Yield a function that queries a single value on a connection of its own."""
     connection: BaseDatabaseWrapper = dedicated_connection(alias)
 
-    def ask(sql: str, params: tuple[Any, ...] = ()) -> Any:
-        # Past the execute wrappers: it is nothing that the site does.
+    def query(sql: str, params: tuple[Any, ...] = ()) -> Any:
+        # Bypass the execute wrappers, because this is not a statement of the site.
         with connection.cursor() as wrapped, connection.wrap_database_errors:
             cursor = wrapped.cursor
             cursor.execute(sql, params)
@@ -261,16 +260,16 @@ def _beside(alias: str) -> Iterator[Callable[..., Any]]:
         return row[0] if row else None
 
     try:
-        yield ask
+        yield query
     finally:
         connection.close()
 
 
-def _until(condition: Callable[[], Any], otherwise: str) -> None:
-    deadline = time.monotonic() + FIRST_CHECK_AFTER
+def _wait_until(condition: Callable[[], Any], error: str) -> None:
+    deadline = time.monotonic() + TIMEOUT
     while not condition():
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{otherwise} within {FIRST_CHECK_AFTER:g} s")
+            raise RuntimeError(f"{error} within {TIMEOUT:g} s")
         time.sleep(0.005)
 
 
@@ -280,42 +279,10 @@ def _copy(source: str, target: str) -> None:
         connection.ensure_connection()
     if replica.in_atomic_block:
         raise RuntimeError(
-            f"{target} is inside a transaction, so nothing can be copied to it: use "
-            "TransactionTestCase, or leave the replica out of the test's `databases`."
+            f"{target} cannot be overwritten inside a transaction. Use TransactionTestCase, or "
+            "remove the replica from the test's `databases`."
         )
     primary.connection.backup(replica.connection)
 
 
 replicas = Replicas()
-
-
-@contextmanager
-def forbid_stale_reads() -> Iterator[None]:
-    """
-    Raise ``StaleRead`` for a read that is meant for a replica which lags by ``replicas.lag()``,
-    of a table that was written since, with the place of both; ``use_replica`` may. So a view that
-    loses its pin is found without a second server.
-    """
-    found: list[StaleRead] = []
-
-    def check(read: counters.Read) -> None:
-        if (
-            read.role != REPLICA
-            or read.reason == Reason.USE_REPLICA
-            or read.alias not in replicas.lagging
-        ):
-            return
-        for table in tables_of(read.sql):
-            written = replicas.written_since(read.alias, table)
-            if written is not None:
-                error = StaleRead(
-                    f"{here()} reads {table} from {read.alias} ({read.reason}), which lags: it was "
-                    f"written at {written}. {read.sql[:120]}"
-                )
-                found.append(error)
-                raise error
-
-    with observed(check):
-        yield
-    if found:
-        raise found[0]

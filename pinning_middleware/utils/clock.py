@@ -1,6 +1,6 @@
 """
-The clock of windows. What measures how long a server takes has the machine's own; what says when
-a pin is over has this one, so that a test can move windows on, and nothing else.
+The clock for the windows of pins, which tests can advance. Time limits for servers use the system's
+clock.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Callable
 
 __all__ = ["monotonic", "now", "set_ahead"]
 
-# Seconds since the epoch, and of the monotonic clock. The functions themselves, so that they cost
-# nothing and that those who freeze time find them.
+# Seconds since the epoch, and of the monotonic clock. The functions of ``time`` themselves: they
+# cost no extra call, and freezegun and time-machine replace them.
 now: Callable[[], float] = time.time
 monotonic: Callable[[], float] = time.monotonic
 
 
 def set_ahead(seconds: float) -> None:
-    """Let windows be over so many seconds sooner than they would; 0.0: as the machine has it."""
+    """Advance this clock by this many seconds; 0.0 restores the system's."""
     global now, monotonic
     if not seconds:
         now, monotonic = time.time, time.monotonic

@@ -1,7 +1,7 @@
 """
-What this process did, counted where it happens; and who wants to see each read.
+Counters of this process, and the observers of reads and writes.
 
-Additions to a dict need no lock: with the interpreter's own, no thread comes in between.
+Additions to a dict need no lock under the interpreter's own.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ __all__ = [
     "Read",
     "fallbacks",
     "observers",
-    "pins",
+    "pin_events",
     "reads",
-    "rejected",
-    "reruns",
+    "rejected_tokens",
+    "retries",
     "write_observers",
 ]
 
 
 class Read(NamedTuple):
     """
-    One read that has run. ``alias``: where the decider meant it to go, a test mirror's included;
-    ``served``: the alias that answered; ``role``: ``"primary"`` or ``"replica"``, what was meant;
-    ``reason``: a word of ``pinning_middleware.reasons``, or ``"explicit"``; ``connection``: what
-    it ran on, which is good only while the observer is called.
+    A completed read.
+
+    ``alias``: the alias that was chosen, also if it is a test mirror; ``served``: the alias that
+    served it; ``role``: ``"primary"`` or ``"replica"``, by the chosen alias; ``reason``: a
+    ``pinning_middleware.reasons.Reason``; ``server``: the server, if known; ``connection``: the
+    connection that it ran on, valid only while the observer is called.
     """
 
     pool: str
@@ -41,26 +43,27 @@ class Read(NamedTuple):
     connection: Any
 
 
-# Called with each read, in the thread that made it. Nobody is asked where it is empty.
+# Called with each read, in the thread that ran it.
 observers: list[Callable[[Read], None]] = []
 
-# Called with the alias and the text of each write on a primary that counts, before it runs.
+# Called with the alias and the text of each write on a primary, before it runs.
 write_observers: list[Callable[[str, str], None]] = []
 
-# By the pool's primary, the alias that answered, its server (None: not known), and the reason.
+# By the pool's primary, the alias that served the read, its server (None: unknown), and the reason.
 reads: defaultdict[tuple[str, str, Any, str], int] = defaultdict(int)
-# By what happened to a pin: set, carried, rejected.
-pins: Counter[str] = Counter()
-# By the reason a token was ignored.
-rejected: Counter[str] = Counter()
-# By the pool's primary and the reason; and by the pool's primary, who failed and who served.
+# By event of a pin: set, inherited, rejected.
+pin_events: Counter[str] = Counter()
+# By the reason that a token was ignored for.
+rejected_tokens: Counter[str] = Counter()
+# By the pool's primary and the reason; by the pool's primary, the alias that failed and the one
+# that served.
 fallbacks: Counter[tuple[str, str]] = Counter()
-reruns: Counter[tuple[str, str, str]] = Counter()
+retries: Counter[tuple[str, str, str]] = Counter()
 
 
-def _begin_anew() -> None:
-    for counted in (reads, pins, rejected, fallbacks, reruns):
+def _clear() -> None:
+    for counted in (reads, pin_events, rejected_tokens, fallbacks, retries):
         counted.clear()
 
 
-os.register_at_fork(after_in_child=_begin_anew)
+os.register_at_fork(after_in_child=_clear)

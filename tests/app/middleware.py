@@ -6,7 +6,7 @@ from django.http import HttpRequest, HttpResponse
 
 
 class SyncMiddleware:
-    """As many sites still have one."""
+    """A sync-only middleware."""
 
     sync_capable = True
     async_capable = False

@@ -44,7 +44,7 @@ class Book(models.Model):
 
 
 class OwnBook(Book):
-    """Makes its instances itself, as Django's documentation shows it."""
+    """A model with from_db(), as in Django's documentation."""
 
     class Meta:
         proxy = True
@@ -58,7 +58,7 @@ class OwnBook(Book):
 
 
 class Account(models.Model):
-    """Of another pool, as tests.app.routers.UsersRouter says."""
+    """A model of another pool, see tests.app.routers.UsersRouter."""
 
     name = models.CharField(max_length=100)
 

@@ -9,7 +9,7 @@ from django.http import HttpRequest
 from pinning_middleware.pins import Pins
 from pinning_middleware.stores import BaseStore
 
-# What the recording store was asked to keep: the response and the pins.
+# Arguments of the saves of the recording store: the response and the pins.
 kept: list[tuple[Any, Pins]] = []
 
 

@@ -1,4 +1,4 @@
-"""Two views that do what a test puts into ``actions``, in a sync and in an async way."""
+"""A sync and an async view that run the actions in ``actions``."""
 
 from __future__ import annotations
 

@@ -17,14 +17,14 @@ _FILE = re.compile(r"# (\S+)\.py\n")
 
 
 class Block(NamedTuple):
-    """One block: the heading above it, the file that its first line names, its code."""
+    """A code block: the heading above it, the file named in its first line, and its code."""
 
     heading: str
     file: str
     code: Any
 
     def run(self) -> ModuleType:
-        """Return what it defines, as the module that its file would be."""
+        """Run the code and return it as a module."""
         module = ModuleType(self.file.replace("/", "."))
         sys.modules[module.__name__] = module
         exec(self.code, module.__dict__)
@@ -32,13 +32,13 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """Compile every block of a page."""
+    """Compile the code blocks of a page."""
     text = page.read_text()
     for found in _FENCE.finditer(text):
         before, own = text[: found.start(2)], textwrap.dedent(found[2])
         heading = _HEADING.findall(_FENCE.sub("", before))[-1]
         named = _FILE.match(own)
-        # Tracebacks lead to the page's own lines; our own future imports are none of theirs.
+        # Tracebacks show the lines of the page; do not inherit the future imports of this module.
         source = "\n" * before.count("\n") + own
         code = compile(source, str(page), "exec", dont_inherit=True)
         yield Block(heading, named[1] if named else "", code)

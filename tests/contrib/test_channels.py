@@ -1,4 +1,4 @@
-"""Channels' consumers, on replicas that lag for ever."""
+"""Channels' consumers, on replicas that lag forever."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.django_db(transaction=True, databases="__all__")
 
 
 def work(what: str) -> str:
-    """Do it, and return where a read goes."""
+    """Run the action, and return the alias of a read."""
     if what.startswith("write"):
         Book.objects.create(title="x")
     if what == "unpin":
@@ -97,7 +97,7 @@ def consumer(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-def test_what_a_message_wrote_the_next_one_reads(consumer: Any) -> None:
+def test_next_message_reads_what_a_message_wrote(consumer: Any) -> None:
     async def act(one: Socket, other: Socket) -> list[str]:
         return [
             await one.where(),
@@ -113,7 +113,7 @@ def test_what_a_message_wrote_the_next_one_reads(consumer: Any) -> None:
     assert is_replica(other)
 
 
-def test_a_message_of_another_socket_in_between_changes_nothing(consumer: Any) -> None:
+def test_messages_of_other_sockets_are_unaffected(consumer: Any) -> None:
     async def act(one: Socket, other: Socket) -> list[str]:
         return [await one.where("write"), await other.where(), await one.where()]
 
@@ -122,7 +122,7 @@ def test_a_message_of_another_socket_in_between_changes_nothing(consumer: Any) -
     assert is_replica(other)
 
 
-def test_what_the_connecting_request_brings(consumer: Any) -> None:
+def test_messages_inherit_pins_of_the_connecting_request(consumer: Any) -> None:
     async def write(socket: Socket) -> str:
         return str((await socket.ask("write"))[1])
 
@@ -134,7 +134,7 @@ def test_what_the_connecting_request_brings(consumer: Any) -> None:
     assert is_replica(talk(read, open_socket(consumer, token[:-1] + "-")))
 
 
-def test_a_page_that_wrote_opens_a_socket(consumer: Any, do: Callable[..., str]) -> None:
+def test_socket_inherits_pins_of_the_page(consumer: Any, do: Callable[..., str]) -> None:
     client = Client()
     client.post(f"/sync/{do(lambda request: work('write'))}/")
 
@@ -144,15 +144,15 @@ def test_a_page_that_wrote_opens_a_socket(consumer: Any, do: Callable[..., str])
     assert talk(read, open_socket(consumer, client.cookies["pinning"].value)) == "default"
 
 
-def test_a_message_that_fails_pins_too(consumer: Any) -> None:
+def test_failed_message_pins(consumer: Any) -> None:
     async def act(socket: Socket) -> list[str]:
         return [await socket.where("write and fail"), await socket.where()]
 
     assert talk(act, open_socket(consumer)) == ["failed", "default"]
 
 
-def test_an_error_that_leaves_the_consumer() -> None:
-    """Its scope ends with it."""
+def test_error_that_ends_the_consumer() -> None:
+    """The scope of the message ends with it."""
 
     async def run() -> Any:
         socket = ApplicationCommunicator(Failing.as_asgi(), {"type": "websocket"})
@@ -165,7 +165,7 @@ def test_an_error_that_leaves_the_consumer() -> None:
     assert async_to_sync(run)() is None
 
 
-def test_a_pin_that_is_ended_by_hand_is_over(consumer: Any) -> None:
+def test_unpin_this_request_in_a_message(consumer: Any) -> None:
     async def act(socket: Socket) -> list[str]:
         return [await socket.where("write"), await socket.where("unpin"), await socket.where()]
 
@@ -175,7 +175,7 @@ def test_a_pin_that_is_ended_by_hand_is_over(consumer: Any) -> None:
     assert is_replica(after)
 
 
-def test_the_cache_tells_a_users_pages_and_sockets_of_each_other(
+def test_cache_store_shares_pins_of_pages_and_sockets(
     consumer: Any, do: Callable[..., str], settings: Any
 ) -> None:
     # In the database the session would lag as well.
@@ -210,7 +210,7 @@ def test_the_cache_tells_a_users_pages_and_sockets_of_each_other(
 
 
 @pytest.mark.parametrize("store", ["BrokenStore", "BrokenLateStore"])
-def test_a_store_that_is_down_costs_a_line_in_the_log(
+def test_unavailable_store_is_logged(
     consumer: Any, store: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def act(socket: Socket) -> list[str]:
@@ -218,11 +218,11 @@ def test_a_store_that_is_down_costs_a_line_in_the_log(
 
     with override_settings(PINNING_STORES=[f"tests.app.stores.{store}"]):
         assert talk(act, open_socket(consumer)) == ["default", "default"]
-    assert f"{store} could not load the pins" in caplog.text
-    assert f"{store} could not save the pins" in caplog.text
+    assert f"{store} failed to load pins" in caplog.text
+    assert f"{store} failed to save pins" in caplog.text
 
 
-def test_blocks_around_the_server_are_not_the_messages_own(consumer: Any) -> None:
+def test_messages_ignore_context_managers_around_the_server(consumer: Any) -> None:
     async def act(socket: Socket) -> str:
         return await socket.where()
 
@@ -230,8 +230,8 @@ def test_blocks_around_the_server_are_not_the_messages_own(consumer: Any) -> Non
         assert talk(act, open_socket(consumer)) == "default"
 
 
-def test_messages_are_json(consumer: Any) -> None:
-    """The mixin leaves the consumer's own ways alone."""
+def test_json_consumer(consumer: Any) -> None:
+    """The mixin does not change the consumer's encoding."""
 
     async def act(socket: Socket) -> Any:
         await socket.send_to(text_data=json.dumps("read"))

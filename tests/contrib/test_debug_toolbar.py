@@ -1,4 +1,4 @@
-"""The panel in the real toolbar, beside its own, under WSGI and ASGI."""
+"""The panel in the real toolbar, beside its built-in panels, under WSGI and ASGI."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .pages import load
 
 pytestmark = pytest.mark.django_db(transaction=True, databases="__all__")
 
-# The page's own settings.
+# The settings of the page.
 PAGE_OF_DOCS = load("integrations.md", "Django Debug Toolbar")[""]
 TOOLBAR = PAGE_OF_DOCS.MIDDLEWARE[1]
 PAGE = "<html><body>done</body></html>"
@@ -46,7 +46,7 @@ SETTINGS: dict[str, Any] = {
 
 
 class Urls(list[Any]):
-    """Made at the first use: the toolbar's own need its app to be installed."""
+    """Imported on first use, because the toolbar requires its app to be installed."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter([*of_the_app, path("__debug__/", include("debug_toolbar.urls"))])
@@ -64,8 +64,8 @@ def always(request: Any) -> bool:
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """Have the toolbar in the site, with nothing in its store, and leave nothing of it."""
-    # Its app looks at the other settings when it is made ready.
+    """Install the toolbar with an empty store, and remove it afterwards."""
+    # The toolbar's AppConfig.ready() reads the other settings.
     with override_settings(**SETTINGS), override_settings(INSTALLED_APPS=APPS):
         from debug_toolbar.store import MemoryStore
 
@@ -74,7 +74,7 @@ def installed() -> Iterator[None]:
         yield
         MemoryStore.clear()
     for connection in connections.all():
-        # What its SQL panel leaves on each connection.
+        # The attribute that its SQL panel sets on each connection.
         for name in ("cursor", "chunked_cursor", "_djdt_cursor", "_djdt_chunked_cursor"):
             connection.__dict__.pop(name, None)
     assert counters.observers == []
@@ -87,7 +87,7 @@ def toolbar() -> Iterator[None]:
 
 
 def stats_of(request_id: str, panel: str = "PinningPanel") -> Any:
-    """What the toolbar's store has of a request."""
+    """Return the toolbar's stored data of a request."""
     from debug_toolbar.store import get_store
 
     return get_store().panel(request_id, panel)
@@ -100,7 +100,7 @@ def last(panel: str = "PinningPanel") -> Any:
 
 
 def shown(browser: Any = None) -> str:
-    """The panel as the page asks for it."""
+    """Return the panel as loaded by the page."""
     from debug_toolbar.store import get_store
 
     request_id = list(get_store().request_ids())[-1]
@@ -121,7 +121,9 @@ def write_and_read(request: Any = None) -> HttpResponse:
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
-def test_each_read_with_where_and_why(browser: Browser, do: Callable[..., str], kind: str) -> None:
+def test_panel_shows_alias_and_reason_of_reads(
+    browser: Browser, do: Callable[..., str], kind: str
+) -> None:
     response = browser.get(f"/{kind}/{do(read)}/")
     assert "Pinning" in response.content.decode()
     (found,) = last()["reads"]
@@ -131,35 +133,37 @@ def test_each_read_with_where_and_why(browser: Browser, do: Callable[..., str], 
     assert found["sql"].startswith('SELECT … FROM "app_book" WHERE')
     assert "1 replica" in response.content.decode()
     content = shown()
-    assert f"{found['alias']}: turn" in content
-    assert "a replica, by turns" in content
-    assert re.findall(r"<td>(came with|leaves)</td><td colspan=.3.>(.*?)</td>", content) == [
-        ("came with", "none"),
-        ("leaves", "none"),
+    assert f"{found['alias']}: round_robin" in content
+    assert "the next replica, round robin" in content
+    assert re.findall(r"<td>(inherited|outgoing)</td><td colspan=.3.>(.*?)</td>", content) == [
+        ("inherited", "none"),
+        ("outgoing", "none"),
     ]
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
-def test_pins_carried_and_left(browser: Browser, do: Callable[..., str], kind: str) -> None:
+def test_panel_shows_inherited_and_outgoing_pins(
+    browser: Browser, do: Callable[..., str], kind: str
+) -> None:
     browser.get(f"/{kind}/{do(write_and_read)}/")
     found = last()
     assert [each["reason"] for each in found["reads"]] == ["wrote"]
-    assert found["pins"]["carried"] == []
-    (pin,) = found["pins"]["left"]
+    assert found["pins"]["inherited"] == []
+    (pin,) = found["pins"]["outgoing"]
     assert pin["pool"] == "default"
     assert 10 < pin["seconds"] <= 15
-    assert "nothing: only time ends it" in shown()
+    assert "no position: lasts the full window" in shown()
     browser.get(f"/{kind}/{do(read)}/")
     found = last()
     assert [(each["served"], each["reason"]) for each in found["reads"]] == [("default", "pinned")]
-    assert [each["pool"] for each in found["pins"]["carried"]] == ["default"]
-    assert found["pins"]["left"] is None
+    assert [each["pool"] for each in found["pins"]["inherited"]] == ["default"]
+    assert found["pins"]["outgoing"] is None
     assert "an earlier request has written" in shown()
-    assert "the same" in shown()
+    assert "unchanged" in shown()
 
 
-def test_it_changes_nothing(browser: Browser, do: Callable[..., str]) -> None:
-    """The cookie of a request that the toolbar looks at is the one that it would have been."""
+def test_panel_does_not_change_the_cookie(browser: Browser, do: Callable[..., str]) -> None:
+    """The cookie is the same with and without the toolbar."""
     address = f"/sync/{do(write_and_read)}/"
     browser.get(address)
     with_toolbar = browser.cookies["pinning"]["max-age"]
@@ -169,7 +173,7 @@ def test_it_changes_nothing(browser: Browser, do: Callable[..., str]) -> None:
     assert browser.cookies["pinning"]["max-age"] == with_toolbar
 
 
-def test_servers(browser: Browser, do: Callable[..., str]) -> None:
+def test_panel_shows_servers(browser: Browser, do: Callable[..., str]) -> None:
     browser.get(f"/sync/{do(read)}/")
     assert [row["alias"] for row in last()["servers"]] == ["default", "replica1", "replica2"]
     content = shown()
@@ -177,7 +181,7 @@ def test_servers(browser: Browser, do: Callable[..., str]) -> None:
     assert "replica2" in content
 
 
-def test_two_pools(browser: Browser, do: Callable[..., str]) -> None:
+def test_panel_with_two_pools(browser: Browser, do: Callable[..., str]) -> None:
     def both(request: Any) -> HttpResponse:
         list(Account.objects.using("users").all())
         return read()
@@ -193,7 +197,7 @@ def test_two_pools(browser: Browser, do: Callable[..., str]) -> None:
     assert shown().count("<th>Pool</th>") == 2
 
 
-def test_requests_at_once_see_their_own_reads_in_threads(do: Callable[..., str]) -> None:
+def test_parallel_requests_in_threads(do: Callable[..., str]) -> None:
     number = 4
     together = threading.Barrier(number)
 
@@ -217,7 +221,7 @@ def test_requests_at_once_see_their_own_reads_in_threads(do: Callable[..., str])
     _expect_own_reads(number, 5)
 
 
-def test_requests_at_once_see_their_own_reads_in_one_loop(do: Callable[..., str]) -> None:
+def test_parallel_requests_in_one_event_loop(do: Callable[..., str]) -> None:
     number = 4
 
     async def act(request: Any) -> HttpResponse:
@@ -252,9 +256,7 @@ def _expect_own_reads(requests: int, reads: int) -> None:
     assert all(len(each) == 1 for each in texts)
 
 
-def test_nobody_watches_when_no_request_has_the_panel(
-    browser: Browser, do: Callable[..., str]
-) -> None:
+def test_no_observer_without_the_panel(browser: Browser, do: Callable[..., str]) -> None:
     seen = []
 
     def act(request: Any) -> HttpResponse:
@@ -269,7 +271,7 @@ def test_nobody_watches_when_no_request_has_the_panel(
     assert last() == {}
 
 
-def test_a_view_that_fails(browser: Browser, do: Callable[..., str]) -> None:
+def test_panel_of_a_failing_view(browser: Browser, do: Callable[..., str]) -> None:
     def act(request: Any) -> HttpResponse:
         write_and_read()
         raise LookupError
@@ -278,30 +280,32 @@ def test_a_view_that_fails(browser: Browser, do: Callable[..., str]) -> None:
     assert browser.get(f"/sync/{do(act)}/").status_code == 500
     found = last()
     assert [each["reason"] for each in found["reads"]] == ["wrote"]
-    assert [each["pool"] for each in found["pins"]["left"]] == ["default"]
+    assert [each["pool"] for each in found["pins"]["outgoing"]] == ["default"]
 
 
-def test_the_middleware_that_stands_inside(browser: Browser, do: Callable[..., str]) -> None:
-    """Then the pins can't be told, and the panel says so, whatever its thread did before."""
+def test_panel_with_the_middleware_after_the_toolbar(
+    browser: Browser, do: Callable[..., str]
+) -> None:
+    """Pins are then unavailable, regardless of earlier requests of the thread."""
     read()
     with override_settings(MIDDLEWARE=[TOOLBAR, *MIDDLEWARE]):
         browser.get(f"/sync/{do(write_and_read)}/")
     assert [each["reason"] for each in last()["reads"]] == ["wrote"]
     assert last()["pins"] == {}
-    assert "has to stand before the toolbar" in shown()
+    assert "must come before the toolbar" in shown()
 
 
-def test_the_sql_panel_beside_it(browser: Browser, do: Callable[..., str]) -> None:
+def test_panel_together_with_the_sql_panel(browser: Browser, do: Callable[..., str]) -> None:
     browser.get(f"/sync/{do(write_and_read)}/")
     queries = last("SQLPanel")["queries"]
     assert [query["alias"] for query in queries] == ["default", "default"]
     assert len(last()["reads"]) == 1
 
 
-def test_a_store_in_the_database(do: Callable[..., str]) -> None:
+def test_panel_with_a_store_in_the_database(do: Callable[..., str]) -> None:
     """
-    Its table is nothing that a user wrote, nor is it read from a replica that lags. Under ASGI the
-    toolbar itself refuses this store.
+    Writes to its table do not pin, and reads do not use a lagging replica. Under ASGI the
+    toolbar itself rejects this store.
     """
     browser = Client()
     page = load("integrations.md", "The toolbar's store in the database")[""]
@@ -318,12 +322,12 @@ def test_a_store_in_the_database(do: Callable[..., str]) -> None:
                 browser.get(f"/sync/{do(read)}/")
                 assert [each["reason"] for each in last()["reads"]] == ["round_robin"]
                 assert "pinning" not in browser.cookies
-                assert "a replica, by turns" in shown()
+                assert "the next replica, round robin" in shown()
         finally:
             with connections["default"].schema_editor() as editor:
                 editor.delete_model(model)
 
 
-def test_every_reason_has_a_meaning() -> None:
+def test_panel_reasons_have_descriptions() -> None:
 
     assert all(reason.description for reason in Reason)

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.urls(__name__),
 ]
 
-# The page's own addresses.
+# The URLs of the page.
 PAGE = load("integrations.md", "django-health-check")["shop/urls"]
 NAME = PAGE.REPLICAS
 
@@ -48,7 +48,7 @@ def nobody_out() -> Iterator[None]:
 
 @pytest.fixture
 def break_down(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that lets replicas be where nobody can connect to them."""
+    """Return a function that makes replicas unreachable."""
 
     def move(*aliases: str) -> None:
         for alias in aliases:
@@ -58,71 +58,71 @@ def break_down(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def result(**options: Any) -> Any:
-    """What the package makes of the check: its error, ``None`` for none."""
+    """Return the error of the check, or None."""
     return asyncio.run(Replicas(**options).get_result()).error
 
 
-def test_enough() -> None:
+def test_healthy_with_enough_replicas() -> None:
     assert result() is None
     assert result(min_replicas=2) is None
 
 
-def test_fewer_than_are_wanted(break_down: Any) -> None:
+def test_warning_below_min_replicas(break_down: Any) -> None:
     break_down("replica2")
     assert result() is None
     error = result(min_replicas=2)
     assert type(error) is ServiceWarning
-    assert error.message == "1 of 2 replicas of 'default' in the rotation (replica2: connect)"
+    assert error.message == "1 of 2 replicas of 'default' in rotation (replica2: unreachable)"
 
 
-def test_none(break_down: Any) -> None:
+def test_unavailable_without_replicas(break_down: Any) -> None:
     break_down("replica1", "replica2")
     error = result()
     assert type(error) is ServiceUnavailable
     assert error.message == (
-        "0 of 2 replicas of 'default' in the rotation (replica1: connect, replica2: connect)"
+        "0 of 2 replicas of 'default' in rotation (replica1: unreachable, replica2: unreachable)"
     )
-    # Whoever wants none still wants to hear that there is none.
+    # Without a minimum, no replica at all is still an error.
     assert type(result(min_replicas=0)) is ServiceUnavailable
 
 
-def test_one_that_is_out() -> None:
+def test_warning_for_a_promoted_replica() -> None:
     registry.mark_down(registry.endpoint("replica1", "default"), "promoted", 1000, "promoted")
     error = result(min_replicas=2)
     assert type(error) is ServiceWarning
-    assert "replica1: role" in error.message
+    assert "replica1: promoted" in error.message
 
 
-def test_a_drained_one_does_not_count() -> None:
+def test_weight_zero_does_not_count() -> None:
     with override_settings(PINNING_REPLICAS={"default": {"replica1": 1, "replica2": 0}}):
         assert result() is None
-        assert result(min_replicas=2).message == "1 of 1 replicas of 'default' in the rotation"
+        assert result(min_replicas=2).message == "1 of 1 replicas of 'default' in rotation"
 
 
-def test_lag_that_cannot_be_told() -> None:
-    """SQLite tells no positions."""
+def test_unavailable_with_unknown_lag() -> None:
+    """SQLite has no positions."""
     error = result(max_lag=10)
     assert type(error) is ServiceUnavailable
     assert "replica1: lag unknown" in error.message
 
 
-def test_a_pool_that_is_not_there() -> None:
+def test_unavailable_for_unknown_pool() -> None:
     error = result(pool="nothing")
     assert type(error) is ServiceUnavailable
-    assert error.message == "'nothing' is no primary of PINNING_REPLICAS"
+    assert error.message == "'nothing' is not a primary in PINNING_REPLICAS"
 
 
 @pytest.mark.parametrize(
     "settings", [{"PINNING_ENABLED": False}, {"PINNING_REPLICAS": {"default": {"replica1": 0}}}]
 )
-def test_the_settings_use_no_replica(settings: dict[str, Any]) -> None:
+def test_warning_if_settings_use_no_replica(settings: dict[str, Any]) -> None:
     with override_settings(**settings):
         error = result()
     assert type(error) is ServiceWarning
-    assert "by the settings" in error.message
+    assert "The settings send" in error.message
 
 
-def test_it_is_no_read_of_the_site() -> None:
+def test_check_counts_no_read_and_opens_no_scope() -> None:
     before = dict(counters.reads)
     enter(None)
     assert result() is None
@@ -131,7 +131,7 @@ def test_it_is_no_read_of_the_site() -> None:
 
 
 @pytest.mark.parametrize("kind", ["wsgi", "asgi"])
-def test_the_view(kind: str, break_down: Any) -> None:
+def test_health_check_view(kind: str, break_down: Any) -> None:
     async def aget(address: str) -> Any:
         return await AsyncClient().get(address, headers={"accept": "application/json"})
 
@@ -146,18 +146,18 @@ def test_the_view(kind: str, break_down: Any) -> None:
     answer = get("/two/")
     assert answer.status_code == 500
     assert list(answer.json().values()) == [
-        "Warning: 1 of 2 replicas of 'default' in the rotation (replica2: connect)"
+        "Warning: 1 of 2 replicas of 'default' in rotation (replica2: unreachable)"
     ]
     pools = {"default": site.PINNING_REPLICAS, "users": ["users_replica"]}
     break_down("users_replica")
     with override_settings(PINNING_REPLICAS=pools):
         answer = get("/users/")
     assert list(answer.json().values()) == [
-        "Unavailable: 0 of 1 replicas of 'users' in the rotation (users_replica: connect)"
+        "Unavailable: 0 of 1 replicas of 'users' in rotation (users_replica: unreachable)"
     ]
 
 
-def test_the_pages_addresses() -> None:
+def test_urls_of_the_documentation() -> None:
     answer = Client().get("/health/", headers={"accept": "application/json"})
     assert answer.json() == {
         "Database(alias='default')": "OK",

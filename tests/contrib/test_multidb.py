@@ -1,4 +1,4 @@
-"""django-multidb-router's names over the package's own verbs."""
+"""The API of django-multidb-router, implemented by the package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from django.urls import path
 from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware import pinning_scope, use_replica
-from pinning_middleware.conf import DEFAULTS, OLDER, OLDER_DEFAULTS, conf
+from pinning_middleware.conf import DEFAULTS, MULTIDB_ALIASES, MULTIDB_DEFAULTS, conf
 from pinning_middleware.contrib import multidb
 from pinning_middleware.contrib.multidb import middleware as older
 from pinning_middleware.contrib.multidb.pinning import (
@@ -41,7 +41,7 @@ OURS = "pinning_middleware.contrib."
 
 
 class Subclass(older.PinningRouterMiddleware):
-    """As sites have one: no cookie for robots, an answer of its own for one address."""
+    """A middleware of a site: no cookie for robots, a special response for one path."""
 
     def process_request(self, request: HttpRequest) -> Any:
         if request.path == "/closed/":
@@ -50,7 +50,7 @@ class Subclass(older.PinningRouterMiddleware):
 
     def process_response(self, request: HttpRequest, response: Any) -> Any:
         response.headers["X-Reads"] = where()
-        # A query, which async code may not make.
+        # A query, which async code must not run.
         Book.objects.count()
         return super().process_response(request, response)
 
@@ -81,7 +81,7 @@ urlpatterns = [
 
 @pytest.fixture(autouse=True)
 def site(settings: Any) -> Iterator[Any]:
-    """The settings of a site that has changed nothing in them but the paths."""
+    """The settings of a site that has changed only the dotted paths."""
     del settings.PINNING_REPLICAS
     settings.DATABASE_ROUTERS = [OURS + ROUTER]
     settings.MIDDLEWARE = [OURS + MIDDLEWARE]
@@ -91,7 +91,7 @@ def site(settings: Any) -> Iterator[Any]:
 
 
 def do(action: Callable[[HttpRequest], Any], client: Client | None = None, **kwargs: Any) -> str:
-    """Return what an action finds in a request."""
+    """Return the result of an action in a request."""
     name = f"action{len(actions)}"
     actions[name] = action
     enter(None)
@@ -109,10 +109,10 @@ def read(request: Any = None) -> str:
     return where()
 
 
-# Its settings
+# Settings
 
 
-def test_its_settings_are_read(site: Any) -> None:
+def test_multidb_settings_are_used(site: Any) -> None:
     site.MULTIDB_PINNING_COOKIE = "theirs"
     site.MULTIDB_PINNING_SECONDS = 60
     site.MULTIDB_PINNING_COOKIE_SECURE = True
@@ -124,14 +124,14 @@ def test_its_settings_are_read(site: Any) -> None:
     assert flags == [True, True, "Strict"]
 
 
-def test_ours_come_first(site: Any) -> None:
+def test_pinning_settings_take_precedence(site: Any) -> None:
     site.MULTIDB_PINNING_COOKIE, site.PINNING_COOKIE_NAME = "theirs", "ours"
     site.PINNING_REPLICAS = ["replica2"]
     assert conf.cookie_name == "ours"
     assert conf.replicas == {"default": {"replica2": 1}}
 
 
-def test_its_oldest_setting_too(site: Any) -> None:
+def test_slave_databases_setting_is_used(site: Any) -> None:
     del site.REPLICA_DATABASES
     assert conf.replicas == {}
     site.SLAVE_DATABASES = ["replica1"]
@@ -139,37 +139,37 @@ def test_its_oldest_setting_too(site: Any) -> None:
 
 
 @pytest.mark.parametrize("left", ["DATABASE_ROUTERS", "MIDDLEWARE"])
-def test_either_of_the_two_makes_it_such_a_site(site: Any, left: str) -> None:
+def test_router_or_middleware_enables_multidb_settings(site: Any, left: str) -> None:
     setattr(site, left, [])
-    assert conf.reads_older
+    assert conf.uses_multidb_names
     assert conf.cookie_name == "multidb_pin_writes"
 
 
-def test_another_site_is_left_alone(site: Any) -> None:
+def test_multidb_settings_are_ignored_otherwise(site: Any) -> None:
     site.DATABASE_ROUTERS, site.MIDDLEWARE = ["pinning_middleware.routers.PinningRouter"], []
     site.MULTIDB_PINNING_COOKIE = "theirs"
     assert (conf.replicas, conf.cookie_name) == ({}, "pinning")
 
 
-def test_every_older_setting_has_one_of_ours() -> None:
-    assert set(OLDER_DEFAULTS) <= set(OLDER) <= set(DEFAULTS)
+def test_each_multidb_setting_has_a_replacement() -> None:
+    assert set(MULTIDB_DEFAULTS) <= set(MULTIDB_ALIASES) <= set(DEFAULTS)
 
 
-def test_the_system_checks_are_content(site: Any) -> None:
+def test_system_checks_pass(site: Any) -> None:
     assert [one for one in checks.run_checks() if one.is_serious()] == []
 
 
-# The cookie of before and of after
+# The old and the new cookie
 
 
-def test_an_older_process_understands_the_cookie() -> None:
-    """It asks for no more than the cookie's name."""
+def test_old_process_understands_the_cookie() -> None:
+    """The old package only checks for the name of the cookie."""
     client = Client()
     do(write, client)
     assert "multidb_pin_writes" in client.cookies
 
 
-def test_an_older_cookie_pins_its_request_and_leaves_nothing(clock: FrozenDateTimeFactory) -> None:
+def test_old_cookie_pins_only_its_request(clock: FrozenDateTimeFactory) -> None:
     client = Client()
     client.cookies["multidb_pin_writes"] = "y"
     assert do(read, client) == "default"
@@ -180,7 +180,7 @@ def test_an_older_cookie_pins_its_request_and_leaves_nothing(clock: FrozenDateTi
 # The middleware
 
 
-def test_a_write_pins_and_time_ends_it(clock: FrozenDateTimeFactory) -> None:
+def test_write_pins_until_the_window_ends(clock: FrozenDateTimeFactory) -> None:
     client = Client()
     assert do(write, client) == "default"
     assert do(read, client) == "default"
@@ -189,7 +189,7 @@ def test_a_write_pins_and_time_ends_it(clock: FrozenDateTimeFactory) -> None:
     assert is_replica(do(read, client))
 
 
-def test_a_write_in_a_get_pins_and_a_post_that_wrote_nothing_does_not() -> None:
+def test_only_writes_pin_whatever_the_method() -> None:
     client = Client()
     assert do(read, client, method="POST") == "default"
     assert is_replica(do(read, client))
@@ -197,7 +197,7 @@ def test_a_write_in_a_get_pins_and_a_post_that_wrote_nothing_does_not() -> None:
     assert do(read, client) == "default"
 
 
-def test_a_response_that_is_marked_by_hand_pins() -> None:
+def test_marked_response_pins() -> None:
     def mark(request: HttpRequest) -> HttpResponse:
         response = HttpResponse(where())
         response._db_write = True  # type: ignore[attr-defined]
@@ -209,7 +209,7 @@ def test_a_response_that_is_marked_by_hand_pins() -> None:
 
 
 def test_db_write(site: Any) -> None:
-    """Under either middleware: the mark is a pin as well."""
+    """Under either middleware: the mark is a pin, too."""
     for path_of in (OURS + MIDDLEWARE, "pinning_middleware.middleware.PinningMiddleware"):
         site.MIDDLEWARE = [path_of]
         client = Client()
@@ -217,7 +217,7 @@ def test_db_write(site: Any) -> None:
         assert do(read, client) == "default"
 
 
-def test_db_write_of_an_async_view() -> None:
+def test_db_write_async_view() -> None:
     async def visit() -> list[str]:
         client = AsyncClient()
         return [
@@ -229,7 +229,7 @@ def test_db_write_of_an_async_view() -> None:
     assert (during, after) == ("default", "default")
 
 
-def test_what_sites_override_is_called(site: Any) -> None:
+def test_overridden_hooks_are_called(site: Any) -> None:
     site.MIDDLEWARE = [f"{__name__}.Subclass"]
     site.PINNING_REPLICAS = ["replica1", "replica2"]
     client = Client()
@@ -244,8 +244,8 @@ def test_what_sites_override_is_called(site: Any) -> None:
     assert closed.content == b"closed"
 
 
-def test_the_two_halves_called_by_themselves() -> None:
-    """As a site's own tests of a subclass do."""
+def test_hooks_called_directly() -> None:
+    """As tests of a subclass of the middleware do."""
     halves = older.PinningRouterMiddleware(lambda request: HttpResponse())
     first = RequestFactory().get("/")
     halves.process_request(first)
@@ -260,10 +260,10 @@ def test_the_two_halves_called_by_themselves() -> None:
     assert not this_thread_is_pinned()
 
 
-# The verbs
+# The API
 
 
-def test_pin_this_thread_holds_for_the_scope_and_no_longer() -> None:
+def test_pin_this_thread_lasts_for_the_scope() -> None:
     client = Client()
 
     def pin(request: HttpRequest) -> str:
@@ -275,8 +275,8 @@ def test_pin_this_thread_holds_for_the_scope_and_no_longer() -> None:
     assert is_replica(do(read, client))
 
 
-def test_outside_any_scope_it_holds_until_it_is_unpinned(clock: FrozenDateTimeFactory) -> None:
-    """As commands and workers use it."""
+def test_pin_this_thread_outside_a_scope_lasts_until_unpinned(clock: FrozenDateTimeFactory) -> None:
+    """For example in commands and workers."""
     pin_this_thread()
     clock.tick(3600)
     assert where() == "default"
@@ -286,15 +286,15 @@ def test_outside_any_scope_it_holds_until_it_is_unpinned(clock: FrozenDateTimeFa
     assert not this_thread_is_pinned()
 
 
-def test_a_pin_inside_a_block_outlives_it() -> None:
-    """There the end of the block takes the pin with it."""
+def test_pin_this_thread_inside_use_primary_db() -> None:
+    """In django-multidb-router, leaving the context manager removes the pin."""
     with pinning_scope():
         with use_primary_db:
             pin_this_thread()
         assert where() == "default"
 
 
-def test_blocks_nest_and_the_innermost_wins() -> None:
+def test_use_primary_db_nested() -> None:
     with pinning_scope():
         with use_primary_db, use_primary_db:
             pass
@@ -308,7 +308,7 @@ def test_blocks_nest_and_the_innermost_wins() -> None:
             assert where() == "default"
 
 
-def test_the_block_decorates_async_functions_too() -> None:
+def test_use_primary_db_decorates_async_functions() -> None:
     assert async_to_sync(use_primary_db(_where))() == "default"
     assert is_replica(async_to_sync(_where)())
 
@@ -317,21 +317,21 @@ async def _where() -> str:
     return where()
 
 
-def test_a_mark_outside_a_request_pins_nobody() -> None:
+def test_mark_as_write_outside_a_request() -> None:
     assert mark_as_write(HttpResponse()).status_code == 200
     assert entered_scope() is None
 
 
-def test_nothing_is_pinned_where_nobody_was() -> None:
+def test_this_thread_is_pinned_without_a_scope() -> None:
     enter(None)
     assert not this_thread_is_pinned()
 
 
-def test_replicas_take_turns() -> None:
+def test_get_replica_round_robin() -> None:
     assert {multidb.get_replica() for _ in range(4)} == {"replica1", "replica2"}
 
 
-def test_without_replicas_it_is_the_primary(site: Any) -> None:
+def test_get_replica_without_replicas(site: Any) -> None:
     site.REPLICA_DATABASES = []
     assert multidb.get_replica() == "default"
     assert where() == "default"
@@ -346,15 +346,15 @@ def test_without_replicas_it_is_the_primary(site: Any) -> None:
         (use_master.__enter__, "use_primary_db"),
     ],
 )
-def test_what_was_deprecated_says_so(call: Callable[[], Any], now: str) -> None:
-    with pytest.warns(DeprecationWarning, match=f"is {now}"):
+def test_deprecated_names_warn(call: Callable[[], Any], now: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"Use {now}"):
         call()
 
 
 # The router
 
 
-def test_a_replica_is_not_migrated_and_relations_are_allowed(site: Any) -> None:
+def test_router_allow_migrate_and_allow_relation(site: Any) -> None:
     router = multidb.PinningReplicaRouter()
     site.PINNING_REPLICAS = {"default": ["replica1"], "users": ["users_replica"]}
     answers = {alias: router.allow_migrate(alias, "app") for alias in site.DATABASES}
@@ -362,7 +362,7 @@ def test_a_replica_is_not_migrated_and_relations_are_allowed(site: Any) -> None:
     assert router.allow_relation(Book(), Book())
 
 
-def test_routers_before_it_keep_their_say(site: Any) -> None:
+def test_routers_before_it_take_precedence(site: Any) -> None:
     site.DATABASE_ROUTERS = ["tests.app.routers.UsersRouter", OURS + ROUTER]
     assert where("Account") == "users"
     assert is_replica(where())

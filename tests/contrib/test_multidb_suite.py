@@ -1,4 +1,4 @@
-"""The test suite of django-multidb-router itself, with nothing changed but the import path."""
+"""The test suite of django-multidb-router, with only the import path changed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MIDDLEWARE = ["pinning_middleware.contrib.multidb.middleware.PinningRouterMiddle
 REPLICA_DATABASES = ["replica"]
 SECRET_KEY = "only for tests"
 """
-# The tests that assert what the older package does wrong, and what that is.
+# Tests that assert a defect of django-multidb-router, and the defect.
 DEFECTS: Mapping[str, str] = {
     "MiddlewareTests.test_process_response": (
         "It wants a pin for a POST that wrote nothing. Here a write pins, whatever the method."
@@ -40,7 +40,7 @@ DEFECTS: Mapping[str, str] = {
 
 @pytest.fixture(scope="module")
 def suite() -> str:
-    """The text of the suite, from the package's source as PyPI has it."""
+    """Return the text of the suite, from the source distribution on PyPI."""
     folder = Path(tempfile.gettempdir()) / f"pinning-tests-sources-{os.getuid()}"
     archive = folder / ARCHIVE
     if not archive.exists():
@@ -62,7 +62,7 @@ def suite() -> str:
 
 
 def run(suite: str, folder: Path) -> dict[str, str]:
-    """Return what pytest says of each test, in a process of its own."""
+    """Run pytest in a subprocess; return the outcome of each test."""
     (folder / "suite_settings.py").write_text(SETTINGS)
     moved = re.sub(r"\bmultidb\b", "pinning_middleware.contrib.multidb", suite)
     (folder / "test_suite.py").write_text(moved)
@@ -83,13 +83,13 @@ def run(suite: str, folder: Path) -> dict[str, str]:
 
 
 def _package_path() -> list[str]:
-    """Return where the package is that this process tests, a checkout or a wheel."""
+    """Return the location of the package under test, a checkout or a wheel."""
     import pinning_middleware
 
     return [str(Path(pinning_middleware.__file__).parents[1])]
 
 
-def test_all_pass_but_those_that_assert_a_defect(suite: str, tmp_path: Path) -> None:
+def test_multidb_suite_passes_except_known_defects(suite: str, tmp_path: Path) -> None:
     results = run(suite, tmp_path)
     assert len(results) == 25
     assert {name for name, says in results.items() if says != "PASSED"} == set(DEFECTS)

@@ -43,7 +43,7 @@ Watch = Callable[..., Instruments]
 
 @pytest.fixture
 def watch() -> Iterator[Watch]:
-    """Return a function that measures for providers of the test's own."""
+    """Return a function that installs the instruments with the test's providers."""
     started: list[tuple[MeterProvider, Instruments]] = []
 
     def start(*readers: Any, tracers: TracerProvider | None = None) -> Instruments:
@@ -62,20 +62,18 @@ def watch() -> Iterator[Watch]:
 
 @pytest.fixture(autouse=True)
 def nothing_counted() -> Iterator[None]:
-    kept = {
-        name: getattr(counters, name).copy() for name in ("reads", "pins", "fallbacks", "reruns")
-    }
-    rejected = counters.rejected.copy()
-    for name in (*kept, "rejected"):
+    names = ("reads", "pin_events", "rejected_tokens", "fallbacks", "retries")
+    kept = {name: getattr(counters, name).copy() for name in names}
+    for name in names:
         getattr(counters, name).clear()
     yield
-    for name, before in {**kept, "rejected": rejected}.items():
+    for name, before in kept.items():
         getattr(counters, name).clear()
         getattr(counters, name).update(before)
 
 
 class Metrics(dict[str, Any]):
-    """What a reader collects: the metric of each name."""
+    """Return the collected metrics by name."""
 
     def __init__(self, reader: InMemoryMetricReader) -> None:
         data = reader.get_metrics_data()
@@ -84,7 +82,7 @@ class Metrics(dict[str, Any]):
         super().__init__({m.name: m for scope in scopes for m in scope.metrics})
 
     def values(self, name: str) -> dict[tuple[str, ...], Any]:  # type: ignore[override]
-        """The attributes' values, in the order of their names, and what was measured."""
+        """Return the values by the attributes, sorted by name."""
         points = self[f"pinning_middleware.{name}"].data.data_points if self.has(name) else []
         return {
             tuple(str(value) for _, value in sorted(point.attributes.items())): point.value
@@ -96,9 +94,9 @@ class Metrics(dict[str, Any]):
 
 
 def happen() -> None:
-    """Let there be something to measure for every metric."""
+    """Cause a measurement for every metric."""
     counters.reads["default", "replica1", None, "round_robin"] += 1
-    counters.pins["set"] += 1
+    counters.pin_events["set"] += 1
     signals.fell_back_to_primary.send("default", served="default", reason="not_caught_up")
     signals.read_retried.send("default", failed="replica1", served="replica2", error="gone")
     signals.replica_wait_finished.send("default", replica="replica1", seconds=0.01, reached=True)
@@ -108,7 +106,7 @@ def happen() -> None:
 
 
 @with_databases
-def test_reads(watch: Watch) -> None:
+def test_reads_counter(watch: Watch) -> None:
     reader = InMemoryMetricReader()
     watch(reader)
     enter(None)
@@ -127,10 +125,10 @@ def test_reads(watch: Watch) -> None:
     by_reason: dict[str, int] = {}
     for (_, _, reason, role, _), number in found.values("reads").items():
         by_reason[f"{role} {reason}"] = by_reason.get(f"{role} {reason}", 0) + number
-    assert by_reason == {"replica turn": 2, "primary use_primary": 1, "replica explicit": 1}
+    assert by_reason == {"replica round_robin": 2, "primary use_primary": 1, "replica explicit": 1}
 
 
-def test_a_server_that_was_restarted_is_the_same_place(watch: Watch) -> None:
+def test_reads_of_a_restarted_server_have_the_same_address(watch: Watch) -> None:
     reader = InMemoryMetricReader()
     watch(reader)
     for started in ("one", "other"):
@@ -141,22 +139,22 @@ def test_a_server_that_was_restarted_is_the_same_place(watch: Watch) -> None:
     }
 
 
-def test_counters_of_what_happened(watch: Watch) -> None:
+def test_other_counters(watch: Watch) -> None:
     reader = InMemoryMetricReader()
     watch(reader)
-    counters.pins["set"] += 3
-    counters.rejected["expired"] += 2
+    counters.pin_events["set"] += 3
+    counters.rejected_tokens["expired"] += 2
     signals.fell_back_to_primary.send("default", served="default", reason="not_caught_up")
     signals.read_retried.send("default", failed="replica1", served="replica2", error="gone")
     found = Metrics(reader)
-    assert found.values("pins") == {("set",): 3, ("carried",): 0, ("rejected",): 2}
+    assert found.values("pins") == {("set",): 3, ("inherited",): 0, ("rejected",): 2}
     assert found.values("fallbacks") == {("default", "not_caught_up"): 1}
-    assert found.values("reruns") == {("replica1", "default", "replica2"): 1}
-    units = {name: found[f"pinning_middleware.{name}"].unit for name in ("pins", "reruns")}
-    assert units == {"pins": "{pin}", "reruns": "{rerun}"}
+    assert found.values("retries") == {("replica1", "default", "replica2"): 1}
+    units = {name: found[f"pinning_middleware.{name}"].unit for name in ("pins", "retries")}
+    assert units == {"pins": "{pin}", "retries": "{retry}"}
 
 
-def test_waits(watch: Watch) -> None:
+def test_wait_histogram(watch: Watch) -> None:
     reader = InMemoryMetricReader()
     watch(reader)
     for seconds, reached in ((0.003, True), (0.2, True), (0.5, False)):
@@ -169,13 +167,13 @@ def test_waits(watch: Watch) -> None:
     assert points["True"].count == 2
     assert points["True"].sum == pytest.approx(0.203)
     assert points["True"].attributes == {"pool": "default", "alias": "replica1", "reached": True}
-    # Not the SDK's own, which are for milliseconds.
+    # Not the default of the SDK, which is for milliseconds.
     assert points["True"].explicit_bounds[0] == 0.001
 
 
 @pytest.fixture
 def states(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is known of two replicas and their primary."""
+    """Return the states of two replicas and their primary."""
     rows = [
         stats.ServerState("default", "default", "10.0.0.1:5432", "primary", "primary", "in"),
         stats.ServerState(
@@ -194,8 +192,8 @@ def states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stats, "servers", lambda: rows)
 
 
-def test_gauges_of_replicas(watch: Watch, states: None) -> None:
-    """What is not known is not said, and a primary is no replica."""
+def test_replica_gauges(watch: Watch, states: None) -> None:
+    """Unknown values and primaries have no gauge."""
     reader = InMemoryMetricReader()
     watch(reader)
     found = Metrics(reader)
@@ -215,7 +213,7 @@ def test_gauges_of_replicas(watch: Watch, states: None) -> None:
 
 
 class Traces:
-    """Spans of a tracer of the test's own, as they were exported."""
+    """The exported spans of the test's tracer."""
 
     def __init__(self, **kwargs: Any) -> None:
         self._exporter = InMemorySpanExporter()
@@ -232,7 +230,7 @@ def a_read(server: Server | None = None) -> Read:
 
 
 @with_databases
-def test_the_current_span_is_told_who_answered(watch: Watch) -> None:
+def test_span_attributes_of_a_read(watch: Watch) -> None:
     traces = Traces()
     watch(tracers=traces.provider)
     enter(None)
@@ -248,7 +246,7 @@ def test_the_current_span_is_told_who_answered(watch: Watch) -> None:
 
 
 @pytest.mark.parametrize("kind", [SpanKind.INTERNAL, SpanKind.CLIENT])
-def test_the_servers_address(kind: SpanKind) -> None:
+def test_span_server_address(kind: SpanKind) -> None:
     traces = Traces()
     with traces.tracer.start_as_current_span("work", kind=kind):
         annotate(a_read(Server(Identity("", "10.0.0.2", 5432))))
@@ -265,8 +263,8 @@ def test_the_servers_address(kind: SpanKind) -> None:
 
 
 @pytest.mark.parametrize("kind", [SpanKind.SERVER, SpanKind.CONSUMER])
-def test_a_requests_span_keeps_its_own_address(kind: SpanKind) -> None:
-    """There it is the site's, by the conventions of HTTP."""
+def test_request_span_keeps_its_address(kind: SpanKind) -> None:
+    """In a request span it is the site's address, by the HTTP conventions."""
     traces = Traces()
     span = traces.tracer.start_span("GET", kind=kind, attributes={"server.address": "shop.example"})
     with trace.use_span(span, end_on_exit=True):
@@ -277,7 +275,7 @@ def test_a_requests_span_keeps_its_own_address(kind: SpanKind) -> None:
     assert attributes["pinning_middleware.server.address"] == "10.0.0.2"
 
 
-def test_a_span_that_does_not_record_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_recording_span_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     traces = Traces(sampler=ALWAYS_OFF)
     with traces.tracer.start_as_current_span("work") as span:
         monkeypatch.setattr(
@@ -287,7 +285,7 @@ def test_a_span_that_does_not_record_is_told_nothing(monkeypatch: pytest.MonkeyP
     assert traces.found() == {}
 
 
-def test_a_wait_is_a_span_of_its_own(watch: Watch) -> None:
+def test_wait_creates_a_span(watch: Watch) -> None:
     traces = Traces()
     watch(tracers=traces.provider)
     with traces.tracer.start_as_current_span("GET"):
@@ -310,18 +308,18 @@ def test_a_wait_is_a_span_of_its_own(watch: Watch) -> None:
     assert wait.instrumentation_scope.name == "pinning_middleware"
 
 
-def test_a_wait_outside_of_any_trace_begins_none(watch: Watch) -> None:
+def test_wait_outside_a_trace_creates_no_span(watch: Watch) -> None:
     traces = Traces()
     watch(tracers=traces.provider)
     signals.replica_wait_finished.send("default", replica="replica1", seconds=0.25, reached=True)
     assert traces.found() == {}
 
 
-# Nothing where nothing listens
+# Without an SDK
 
 
-def test_what_it_costs_without_an_sdk() -> None:
-    """At most a microsecond; a busy machine is given the best of many tries."""
+def test_cost_without_an_sdk() -> None:
+    """At most a microsecond: the best of many runs, for busy machines."""
     read = a_read()
     best = min(timeit.repeat(lambda: annotate(read), number=1000, repeat=50)) / 1000
     assert best < 1e-6
@@ -358,7 +356,7 @@ COLLECTED = (
 
 
 def run(before: str = "", after: str = "", told: str = "''") -> str:
-    """The app in a process of its own, since providers are set once for all."""
+    """Run the app in a subprocess, because providers can be set only once."""
     code = APP.format(before=before, after=after, told=told)
     ran = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
@@ -368,17 +366,17 @@ def run(before: str = "", after: str = "", told: str = "''") -> str:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_the_app_finds_the_sites_own_provider(when: str) -> None:
+def test_app_uses_the_global_provider(when: str) -> None:
     found = run(**{when: SDK}, told=COLLECTED)
     assert found.startswith("1 ")
     assert "'pinning_middleware.reads'" in found
 
 
-def test_the_app_without_an_sdk() -> None:
+def test_app_without_an_sdk() -> None:
     assert run() == "1"
 
 
-def test_the_app_without_the_api() -> None:
+def test_app_without_the_api() -> None:
     assert run(before="sys.modules['opentelemetry.metrics'] = None") == "0"
 
 
@@ -388,7 +386,7 @@ METRIC = re.compile(r"^\| `(pinning_middleware\.[\w.]+)` \| (\w+), (\S+) \| (.*?
 ATTRIBUTE = re.compile(r"`(\w+)`")
 
 
-def test_the_page_lists_what_is_measured(watch: Watch, states: None) -> None:
+def test_metrics_are_documented(watch: Watch, states: None) -> None:
     reader = InMemoryMetricReader()
     watch(reader)
     happen()
@@ -398,7 +396,7 @@ def test_the_page_lists_what_is_measured(watch: Watch, states: None) -> None:
     for name, _, _, attributes in METRIC.findall(PAGE):
         if attributes == "the same":
             continue
-        # Before a colon is the attribute, after it what it may be.
+        # Attribute, colon, values.
         named = {
             match[1]
             for part in re.split(r", (?=`\w+`(?:,|:|$))", attributes)
@@ -408,14 +406,14 @@ def test_the_page_lists_what_is_measured(watch: Watch, states: None) -> None:
             assert set(point.attributes) <= named, name
 
 
-def test_the_page_names_the_app() -> None:
+def test_app_is_documented() -> None:
     assert load("integrations.md", "OpenTelemetry")[""].INSTALLED_APPS == [
         "pinning_middleware",
         "pinning_middleware.contrib.opentelemetry",
     ]
 
 
-def test_the_page_lists_what_spans_are_told() -> None:
+def test_span_attributes_are_documented() -> None:
     table = PAGE.partition("| attribute of a span |")[2].partition("\n\n")[0]
     traces = Traces()
     with traces.tracer.start_as_current_span("work"):
@@ -430,7 +428,7 @@ def test_the_page_lists_what_spans_are_told() -> None:
 
 @pytest.fixture
 def exported(watch: Watch, states: None) -> dict[str, set[str]]:
-    """The names that the exporter for Prometheus writes, each with its labels."""
+    """Return the names that the Prometheus exporter writes, with their labels."""
     watch(PrometheusMetricReader())
     happen()
     found: dict[str, set[str]] = {}
@@ -441,7 +439,7 @@ def exported(watch: Watch, states: None) -> dict[str, set[str]]:
 
 
 def expressions() -> list[str]:
-    """Every query of the dashboard."""
+    """Return every query of the dashboard."""
     found: list[str] = []
 
     def visit(node: Any) -> None:
@@ -457,15 +455,15 @@ def expressions() -> list[str]:
     return found
 
 
-def test_the_dashboard_names_only_metrics_that_exist(exported: dict[str, set[str]]) -> None:
+def test_dashboard_uses_existing_metrics(exported: dict[str, set[str]]) -> None:
     used = {name for each in expressions() for name in re.findall(r"pinning_middleware_\w+", each)}
     assert used <= set(exported)
-    # And none is forgotten, but for what a histogram has beside its buckets.
+    # All metrics are used, except the sum and count of histograms.
     forgotten = {name for name in set(exported) - used if not re.search(r"_(count|sum)$", name)}
     assert forgotten == set()
 
 
-def test_the_dashboard_groups_by_labels_that_exist(exported: dict[str, set[str]]) -> None:
+def test_dashboard_uses_existing_labels(exported: dict[str, set[str]]) -> None:
     labels = {"le", "job", "instance", *(each for known in exported.values() for each in known)}
     for each in expressions():
         for group in re.findall(r"\bby \(([^)]*)\)", each):
@@ -474,7 +472,7 @@ def test_the_dashboard_groups_by_labels_that_exist(exported: dict[str, set[str]]
             assert label in labels, each
 
 
-def test_the_dashboards_panels_do_not_overlap() -> None:
+def test_dashboard_panels_do_not_overlap() -> None:
     panels = json.loads(DASHBOARD.read_text())["panels"]
     taken: dict[tuple[int, int], str] = {}
     for panel in panels:

@@ -46,7 +46,7 @@ SETTINGS: dict[str, Any] = {
     ],
     "PROMETHEUS_EXPORT_MIGRATIONS": False,
 }
-# Of the text that it exports.
+# A line of the exported text.
 LINE = re.compile(r"^(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 
 
@@ -63,7 +63,7 @@ urlpatterns = [path("", include("django_prometheus.urls")), path("view/", view)]
 
 @pytest.fixture(autouse=True)
 def its_backends() -> Iterator[None]:
-    """Let its backends open what the aliases name, and measure into the same registry."""
+    """Use the backends of django-prometheus for the aliases, with the same registry."""
     kept = {alias: (connections[alias], connections.settings[alias]["ENGINE"]) for alias in ALIASES}
     for alias in ALIASES:
         connections.settings[alias]["ENGINE"] = ENGINE
@@ -83,7 +83,7 @@ def its_backends() -> Iterator[None]:
 
 
 class Counted(dict[str, dict[str, float]]):
-    """What is exported: of each metric and alias, the sum."""
+    """Return the exported sum of each metric and alias."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Counted(dict[str, dict[str, float]]):
         return {alias: number for alias, number in found.items() if number}
 
 
-def test_a_read_counts_once_in_each(browser: Browser) -> None:
+def test_read_is_counted_once_by_each_package(browser: Browser) -> None:
     def collected() -> Counted:
         return Counted(browser.get("/metrics").content.decode())
 
@@ -115,7 +115,7 @@ def test_a_read_counts_once_in_each(browser: Browser) -> None:
     assert reads == {"default": 1, replica: 2}
 
 
-def test_the_page_names_its_backends() -> None:
+def test_backends_are_documented() -> None:
     page = [
         each for each in blocks(DOCS / "integrations.md") if each.heading == "django-prometheus"
     ]
@@ -124,8 +124,8 @@ def test_the_page_names_its_backends() -> None:
         assert load_backend(entry["ENGINE"]).DatabaseWrapper.vendor == "postgresql"
 
 
-def test_the_pages_provider() -> None:
-    """In a process of its own, since providers are set once for all."""
+def test_documented_provider() -> None:
+    """In a subprocess, because providers can be set only once."""
     page = [each for each in blocks(DOCS / "integrations.md") if each.file == "shop/metrics"]
     assert len(page) == 1
     code = (

@@ -1,4 +1,4 @@
-"""The recipes of ``docs/recipes.md``, its own code, each with the package that it is for."""
+"""The code of ``docs/recipes.md``, with the package of each recipe."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ pytestmark = [
 
 
 def given(name: str, **values: Any) -> None:
-    """Put a module where the page's code expects one of the site's own."""
+    """Install a module under the name that the page's code imports from the site."""
     sys.modules[name] = module = ModuleType(name)
     module.__dict__.update(values)
 
@@ -124,7 +124,7 @@ by_action: Any = load("recipes.md", "Django REST framework by action")["shop/api
 
 
 class Books(by_action.Books):  # type: ignore[misc]
-    """The page's, which tells where its actions read."""
+    """The viewset of the page, whose actions return the alias that they read."""
 
     authentication_classes = ()
     where = ""
@@ -148,7 +148,7 @@ router = SimpleRouter()
 router.register("books", Books)
 
 
-# A function of the request
+# Predicates of the request
 
 
 by_percentage: Any = load("recipes.md", "A percentage of the users")
@@ -210,12 +210,12 @@ def test_graphql_by_operation(name: str) -> None:
     assert is_replica(ask(Client(), name))
 
 
-def test_without_the_recipe_a_query_reads_from_the_primary() -> None:
-    """It comes by POST."""
+def test_graphql_without_the_recipe_reads_the_primary() -> None:
+    """The query is sent by POST."""
     assert ask(Client(), "bare") == "default"
 
 
-def test_graphql_by_operation_in_async_code() -> None:
+def test_graphql_by_operation_async() -> None:
     response = async_to_sync(AsyncClient().post)(
         "/async/", json.dumps({"query": "{ where }"}), content_type="application/json"
     )
@@ -224,7 +224,7 @@ def test_graphql_by_operation_in_async_code() -> None:
 
 @pytest.mark.parametrize("name", ADD)
 def test_graphql_by_resolver(name: str) -> None:
-    """The book is on the primary only, put there by nobody that we know of."""
+    """The book exists only on the primary, and no pin covers it."""
     replicas.catch_up()
     change_behind("default", "INSERT INTO app_book (title, author_id) VALUES ('x', NULL)")
     client = Client()
@@ -235,7 +235,7 @@ def test_graphql_by_resolver(name: str) -> None:
     assert found == [{"data": {"found": 1}}]
 
 
-def test_an_action_of_a_viewset() -> None:
+def test_offload_of_a_viewset_action() -> None:
     client = Client()
     assert is_replica(post(client, "/books/search/", titles=["x"])["where"])
     assert post(client, "/books/count/")["where"] == "default"
@@ -244,7 +244,7 @@ def test_an_action_of_a_viewset() -> None:
     assert is_replica(post(Client(), "/books/search/", titles=["x"])["where"])
 
 
-def test_an_action_that_a_viewset_has_from_its_class(settings: Any) -> None:
+def test_offload_of_an_inherited_viewset_action(settings: Any) -> None:
     settings.PINNING_OFFLOAD = False
     client = Client()
     assert is_replica(client.get("/books/").headers["X-Reads"])
@@ -258,7 +258,7 @@ def users() -> list[Any]:
     return [get_user_model().objects.create(username=f"user{number}") for number in range(60)]
 
 
-def test_a_percentage_of_users(
+def test_offload_for_a_percentage_of_users(
     settings: Any, users: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings.PINNING_OFFLOAD = by_percentage["shop/settings"].PINNING_OFFLOAD
@@ -284,7 +284,7 @@ def logged_in(user: Any) -> Client:
 def waffle(settings: Any) -> Iterator[Any]:
     """The app, with the tables that its migrations would have made."""
     settings.INSTALLED_APPS = [*settings.INSTALLED_APPS, "waffle"]
-    # Users are to know that flags refer to them.
+    # Creates the reverse relations from users to flags.
     apps.clear_cache()
     from waffle.models import Flag
 
@@ -297,7 +297,7 @@ def waffle(settings: Any) -> Iterator[Any]:
     apps.clear_cache()
 
 
-def test_a_flag_of_waffle(settings: Any, users: list[Any], waffle: Any) -> None:
+def test_offload_by_a_waffle_flag(settings: Any, users: list[Any], waffle: Any) -> None:
     settings.PINNING_OFFLOAD = by_flag["shop/settings"].PINNING_OFFLOAD
     tester, other = map(logged_in, users[:2])
     flag = waffle.objects.create(name="replicas")

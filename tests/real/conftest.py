@@ -15,7 +15,8 @@ from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 
 from pinning_middleware import pinning_scope, signals, tokens
-from pinning_middleware.pins import Pin
+from pinning_middleware.pins import Pin, PinKey
+from pinning_middleware.reasons import Fault
 from pinning_middleware.routing.policy import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scope_blocks import PinningScope
@@ -35,7 +36,7 @@ MODELS = [Author, Tag, Book, Account]
 
 
 class OnServers:
-    """Every model lives on the primary of the servers that the test uses."""
+    """Route every model to the primary of the servers that the test uses."""
 
     primary = "pg"
 
@@ -45,12 +46,12 @@ class OnServers:
     db_for_write = db_for_read
 
 
-# Databases of Django on running servers
+# Django's DATABASES for running servers
 
 
 @contextmanager
 def as_databases(entries: dict[str, dict[str, Any]]) -> Iterator[None]:
-    """Let Django know these databases, the first of them a primary, and forget them afterwards."""
+    """Add these databases to Django, the first one as a primary, inside the context manager."""
     added = {**entries, "default": connections.settings["default"]}
     complete = connections.configure_settings(added)
     primary = next(iter(entries))
@@ -68,7 +69,7 @@ def as_databases(entries: dict[str, dict[str, Any]]) -> Iterator[None]:
             try:
                 yield
             finally:
-                # Before the settings change, which ends watchers without waiting for them.
+                # Before the settings change, which stops monitors without waiting for them.
                 monitor.stop()
     finally:
         for alias in entries:
@@ -78,14 +79,14 @@ def as_databases(entries: dict[str, dict[str, Any]]) -> Iterator[None]:
 
 
 def make_tables(alias: str) -> None:
-    """The tables of some models of the tests, unless they are there."""
+    """Create the tables of the test models if they do not exist."""
     connection = connections[alias]
     present = connection.introspection.table_names()
     with connection.schema_editor() as editor:
         for model in MODELS:
             if model._meta.db_table not in present:
                 editor.create_model(model)
-        # A foreign key's constraint waits for the end; nothing else asks for the tables.
+        # Foreign keys are created at the end; nothing else accesses the tables.
 
 
 def empty_tables(alias: str) -> None:
@@ -96,7 +97,7 @@ def empty_tables(alias: str) -> None:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A primary and two streaming replicas, that tests may break but have to mend."""
+    """A primary and two streaming replicas. Tests may break them and must repair them."""
     with new_cluster(tmp_path_factory.mktemp("cluster")) as running:
         yield running
 
@@ -116,7 +117,7 @@ def entries_of(cluster: Cluster, **options: Any) -> dict[str, dict[str, Any]]:
 
 
 class PostgreSQL:
-    """The nodes of a cluster, by the aliases of Django."""
+    """The servers of a cluster, by Django's aliases."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -129,32 +130,32 @@ class PostgreSQL:
             self[alias].pause()
 
     def resume(self, *aliases: str) -> None:
-        """Let replicas replay again, and wait until they have what the primary has by now."""
+        """Resume replay, and wait until the replicas have caught up."""
         for alias in aliases or ("pg1", "pg2"):
             self[alias].resume()
         self.wait_for(*aliases)
 
     def wait_for(self, *aliases: str) -> None:
-        """Wait until replicas have what the primary has by now."""
+        """Wait until the replicas have caught up."""
         target = end_of_log(self["pg"].execute(INSERTED)[0][0])
         for alias in aliases or ("pg1", "pg2"):
             node = self[alias]
             if not eventually(lambda node=node: node.execute(REPLAYED)[0][0] >= target, 1):
-                # The last record may be one that nobody flushes: a read has tidied up a page.
+                # The last record may not be flushed, for example if a read has pruned a page.
                 self["pg"].execute("SELECT pg_logical_emit_message(true, '', 'flush')")
             assert eventually(lambda node=node: node.execute(REPLAYED)[0][0] >= target)
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         for node in self.cluster.nodes.values():
             node.start()
         for node in self.cluster.replicas:
             node.resume()
-        # A replica that has something new is one that streams again.
+        # A replica that replays a new record is streaming again.
         self["pg"].execute("SELECT pg_logical_emit_message(true, '', 'mended')")
         self.cluster.wait_caught_up(timeout=30)
 
     def terminate(self, alias: str) -> None:
-        """End all connections to the site's database on a node, and wait until they are gone."""
+        """Terminate all connections to the site's database on a server, and wait for it."""
         others = "FROM pg_stat_activity WHERE datname = 'site' AND backend_type = 'client backend'"
         self[alias].execute(f"SELECT pg_terminate_backend(pid) {others}")
         assert eventually(lambda: self[alias].execute(f"SELECT count(*) {others}")[0][0] == 0)
@@ -173,19 +174,19 @@ def django_on(cluster: Cluster, **options: Any) -> Iterator[PostgreSQL]:
 
 @pytest.fixture
 def pg(cluster: Cluster, django_db_setup: None, django_db_blocker: Any) -> Iterator[PostgreSQL]:
-    """The shared cluster, with all models on it, all of its nodes up and caught up."""
+    """The shared cluster, with all models on it, all servers up and caught up."""
     with django_db_blocker.unblock(), django_on(cluster) as servers:
         try:
             yield servers
         finally:
-            servers.mend()
+            servers.repair()
 
 
 @pytest.fixture
 def own_pg(
     tmp_path_factory: pytest.TempPathFactory, django_db_setup: None, django_db_blocker: Any
 ) -> Iterator[PostgreSQL]:
-    """A cluster that the test may turn upside down."""
+    """A cluster that the test may change permanently."""
     with (
         django_db_blocker.unblock(),
         new_cluster(tmp_path_factory.mktemp("own")) as cluster,
@@ -196,7 +197,7 @@ def own_pg(
 
 @contextmanager
 def as_layout(pg: PostgreSQL, **replicas: dict[str, Any]) -> Iterator[None]:
-    """Let Django reach the cluster in this way; the primary's alias is `site`."""
+    """Configure Django for the cluster in this layout; the primary's alias is `site`."""
     with as_databases({"site": database(pg["pg"], conn_max_age=None), **replicas}):
         enter(None)
         try:
@@ -204,19 +205,19 @@ def as_layout(pg: PostgreSQL, **replicas: dict[str, Any]) -> Iterator[None]:
         finally:
             for alias, entry in replicas.items():
                 if entry["OPTIONS"].get("pool"):
-                    # Django keeps it under the alias, for every thread.
+                    # Django stores the pool by alias, for all threads.
                     connections[alias].close()
                     connections[alias].close_pool()
 
 
 def pooled(*places: Place) -> dict[str, Any]:
-    """An entry of Django's DATABASES with a pool of connections."""
+    """Return an entry of DATABASES with a connection pool."""
     if importlib.util.find_spec("psycopg_pool") is None:
         missing("psycopg_pool is missing: pip install 'psycopg[pool]'")
     return database(*places, pool={"min_size": 0, "max_size": 16})
 
 
-# What tests ask
+# State that tests check
 
 
 def pool() -> Pool:
@@ -224,44 +225,44 @@ def pool() -> Pool:
 
 
 def endpoint(alias: str) -> Endpoint:
-    """What is known of where an alias leads."""
+    """Return the registered endpoint of an alias."""
     return pool().endpoints[alias]
 
 
 def server_of(alias: str) -> Server:
-    """The one server that an alias is known to lead to."""
+    """Return the one server that an alias resolves to."""
     found = endpoint(alias).server
     assert found is not None
     return found
 
 
-def look_around() -> None:
-    """Query every replica how far it is, as other requests do by and by."""
+def probe_replicas() -> None:
+    """Probe every replica once, as other requests would do over time."""
     for alias in pool().replicas:
-        assert pool().look_at(connections[alias]) is not None
+        assert pool().health.probe(connections[alias]) is not None
 
 
-def stranger(token: str | None = None) -> PinningScope:
-    """Return a scope that knows nothing of what else the test did, as another request's."""
+def unrelated_scope(token: str | None = None) -> PinningScope:
+    """Return an isolated scope, like that of another request."""
     return pinning_scope(token, isolated=True)
 
 
-def take_out(alias: str, seconds: float = 1000) -> None:
-    """Let an alias be known not to be reachable, and not be looked at for so many seconds."""
+def mark_unreachable(alias: str, seconds: float = 1000) -> None:
+    """Mark an alias as unreachable, with its next retry after `seconds`."""
     registry.mark_down(
-        registry.endpoint(alias, OnServers.primary), "unreachable", seconds, "by the test"
+        registry.endpoint(alias, OnServers.primary), Fault.UNREACHABLE, seconds, "by the test"
     )
 
 
-def look_again(alias: str) -> None:
-    """Let an alias that is out be looked at now."""
+def make_retry_due(alias: str) -> None:
+    """Make the retry of an alias due now."""
     registry.endpoint(alias, OnServers.primary).retry_at = time.monotonic()
-    monitor.retry_until_up(alias, OnServers.primary, pool().judge)
+    monitor.retry_until_up(alias, OnServers.primary, pool().health.update_status)
 
 
 def write(title: str = "new") -> str:
-    """Write in a scope of its own; the token that it leaves behind."""
-    with stranger() as scope:
+    """Write in a scope of its own, and return its token."""
+    with unrelated_scope() as scope:
         Book.objects.create(title=title)
     token = scope.token
     assert token is not None
@@ -270,11 +271,12 @@ def write(title: str = "new") -> str:
 
 def pin_in(token: str | None) -> Pin:
     assert token is not None
-    return tokens.loads(token)[OnServers.primary]
+    return tokens.loads(token)[PinKey(OnServers.primary)]
 
 
 def position_in(token: str | None) -> Any:
-    return pin_in(token).position
+    position = pin_in(token).position
+    return None if position is None else position.points
 
 
 ASK_PORT = {
@@ -284,7 +286,7 @@ ASK_PORT = {
 
 
 def server() -> str:
-    """Read in this scope; the alias of the server that answered, by its port."""
+    """Read in this scope, and return the alias of the server, by its port."""
     sql = ASK_PORT[connections[OnServers.primary].vendor]
     (book,) = Book.objects.raw(sql)
     return alias_of_port(book.port)
@@ -299,28 +301,28 @@ def alias_of_port(port: int) -> str:
 
 
 def port() -> int:
-    """Read in this scope; the port of the server that answered."""
+    """Read in this scope, and return the port of the server."""
     (book,) = Book.objects.raw(ASK_PORT["postgresql"])
     return int(book.port)
 
 
 def port_for(token: str | None) -> int:
-    with stranger(token):
+    with unrelated_scope(token):
         return port()
 
 
 def server_for(token: str | None) -> str:
-    with stranger(token):
+    with unrelated_scope(token):
         return server()
 
 
 def titles(token: str | None = None) -> list[str]:
-    with stranger(token):
+    with unrelated_scope(token):
         return sorted(Book.objects.values_list("title", flat=True))
 
 
 class Queries(dict[str, list[str]]):
-    """What the site ran on each database, and what the package asked there."""
+    """The statements of the site, by database, and the probes of the package."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -328,7 +330,7 @@ class Queries(dict[str, list[str]]):
 
     @property
     def added(self) -> list[str]:
-        """What the package asked."""
+        """Return the probes of the package."""
         return [sql for several in self.questions.values() for sql in several]
 
 
@@ -338,7 +340,7 @@ class _Questions(logging.Handler):
         self.found = found
 
     def emit(self, record: logging.LogRecord) -> None:
-        # Watchers ask by themselves, in threads of their own.
+        # Monitors probe independently, in their own threads.
         if not (record.threadName or "").startswith("pinning-"):
             alias, sql = record.args  # type: ignore[misc]
             self.found.setdefault(str(alias), []).append(str(sql))
@@ -346,9 +348,9 @@ class _Questions(logging.Handler):
 
 @contextmanager
 def queries() -> Iterator[Queries]:
-    """Note the queries to the databases of the pool, and the questions of this thread."""
+    """Record the statements on the databases of the pool, and the probes of this thread."""
     found = Queries()
-    log = logging.getLogger("pinning_middleware.questions")
+    log = logging.getLogger("pinning_middleware.probes")
     handler, level = _Questions(found.questions), log.level
     log.addHandler(handler)
     log.setLevel(logging.DEBUG)
@@ -366,7 +368,7 @@ def queries() -> Iterator[Queries]:
 
 
 class Asked(logging.Handler):
-    """The questions of the package, of all threads: the alias, and the thread's name."""
+    """The probes of all threads: the alias, and the name of the thread."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -380,13 +382,13 @@ class Asked(logging.Handler):
         return [alias for alias, thread in tuple(self.all) if not thread.startswith("pinning-")]
 
     @property
-    def by_watchers(self) -> list[str]:
+    def by_monitors(self) -> list[str]:
         return [alias for alias, thread in tuple(self.all) if thread.startswith("pinning-")]
 
 
 @pytest.fixture
 def asked() -> Iterator[Asked]:
-    log, handler = logging.getLogger("pinning_middleware.questions"), Asked()
+    log, handler = logging.getLogger("pinning_middleware.probes"), Asked()
     before = log.level
     log.addHandler(handler)
     log.setLevel(logging.DEBUG)
@@ -395,17 +397,17 @@ def asked() -> Iterator[Asked]:
     log.setLevel(before)
 
 
-class Heard(list[tuple[str, dict[str, Any]]]):
-    """The signals that were sent, in order."""
+class SentSignals(list[tuple[str, dict[str, Any]]]):
+    """The sent signals, in order."""
 
     def of(self, name: str) -> list[dict[str, Any]]:
         return [arguments for known, arguments in self if known == name]
 
 
 @pytest.fixture
-def heard() -> Iterator[Heard]:
-    """The package's signals from here on, but for the sender's name."""
-    found = Heard()
+def sent_signals() -> Iterator[SentSignals]:
+    """Record the signals of the package, without their sender."""
+    found = SentSignals()
     kept = []
     names = [name for name in signals.__all__ if name != "token_rejected"]
     for name in names:
@@ -421,7 +423,7 @@ def heard() -> Iterator[Heard]:
 
 
 def in_threads(function: Callable[[int], Any], number: int) -> list[Any]:
-    """Run in so many threads at once, each of which is told its number; what each returned."""
+    """Run the function in this many threads, with the number of each; return the results."""
 
     def run(which: int) -> Any:
         try:
@@ -435,7 +437,7 @@ def in_threads(function: Callable[[int], Any], number: int) -> list[Any]:
 
 
 def in_thread(function: Callable[[], Any]) -> Any:
-    """Run in a thread of its own, with connections of its own; what it returned or raised."""
+    """Run in a new thread, with its own connections; return its result or raise its error."""
     results: list[Any] = []
 
     def run() -> None:

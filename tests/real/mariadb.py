@@ -43,7 +43,7 @@ def as_account() -> dict[str, Any]:
     return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
 
 
-# Ends the server when we are killed: its standard input closes then.
+# Ends the server when this process is killed: its standard input closes then.
 WATCH = 'read -r _; kill -KILL "$1"'
 
 
@@ -91,13 +91,13 @@ class Server:
             )
         watch = ["/bin/sh", "-c", WATCH, "watch", str(self._process.pid)]
         self._watcher = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
-        assert eventually(lambda: not self.running or self.is_reachable_again(), 60)
+        assert eventually(lambda: not self.running or self.answers(), 60)
         assert self.running, self.log.read_text()[-3000:]
 
     def stop(self, number: int = signal.SIGKILL) -> None:
-        """End it: by default as a crash would."""
+        """Stop the server, by default like a crash."""
         if self._watcher is not None:
-            # Before the number of the server's process may be another's.
+            # Before the process ID may be reused.
             self._watcher.kill()
             self._watcher.communicate()
             self._watcher = None
@@ -116,7 +116,7 @@ class Server:
         return True
 
     def execute(self, sql: str, database: str = "") -> list[tuple[Any, ...]]:
-        """Run a statement as root, in autocommit; its rows, if it has any."""
+        """Run a statement as root, in autocommit, and return its rows, if any."""
         import MySQLdb
 
         connection = MySQLdb.connect(
@@ -148,7 +148,7 @@ class Server:
 
 
 class Servers:
-    """The three of them; `servers["my1"]` is one."""
+    """The three servers; `servers["my1"]` is one of them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -171,7 +171,7 @@ class Servers:
             f"CREATE DATABASE {DATABASE} CHARACTER SET utf8mb4",
             f"CREATE USER {USER} IDENTIFIED BY '{PASSWORD}'",
             f"GRANT ALL ON {DATABASE}.* TO {USER}",
-            # To choose a domain, and to see how far behind a replica is.
+            # To select a domain, and to read the lag of a replica.
             f"GRANT BINLOG REPLAY, SLAVE MONITOR ON *.* TO {USER}",
             "CREATE USER replica IDENTIFIED BY 'replica'",
             "GRANT REPLICATION SLAVE ON *.* TO replica",
@@ -226,7 +226,7 @@ class Servers:
             self[alias].execute("STOP SLAVE SQL_THREAD")
 
     def resume(self, *aliases: str) -> None:
-        """Let replicas replay again, and wait until they have what the primary has by now."""
+        """Resume replay, and wait until the replicas have caught up."""
         for alias in aliases or ("my1", "my2"):
             self[alias].execute("START SLAVE")
         self.wait_for(*aliases)
@@ -244,7 +244,7 @@ class Servers:
             self[alias].execute(f"KILL {number}")
         assert eventually(lambda: self[alias].execute(f"SELECT count(*) {own}") == [(0,)])
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         for server in self.nodes.values():
             server.start()
         for alias in ("my1", "my2"):
@@ -254,7 +254,7 @@ class Servers:
 
 @contextlib.contextmanager
 def running_servers() -> Iterator[Servers]:
-    """Three servers, stopped at the end whatever happens."""
+    """Run three servers, and stop them at the end, also after an error."""
     find_programs()
     # A short path, for the sockets; open to the servers' account, as pytest's own are not.
     folder = Path(tempfile.mkdtemp(prefix="mariadb-"))

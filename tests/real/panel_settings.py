@@ -1,4 +1,4 @@
-"""Settings of the site that `test_panel.py` looks at in a browser: with the debug toolbar."""
+"""Settings of the site that `test_panel.py` opens in a browser: with the debug toolbar."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """
 Tasks of Django (or django-tasks), kept in PostgreSQL by django-tasks-db: the app's `ready()`, and
-`python -m tests.real.queued`, which writes, enqueues one and says its id.
+`python -m tests.real.queued`, which writes, enqueues a task and prints its ID.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
             editor.create_model(queue)
     with pinning_scope(), transaction.atomic(using="pg"):
         Book.objects.create(title="new")
-        # Ours to see when the transaction commits, as django-tasks-db has it by itself.
+        # Inside the transaction: the pin is completed when it commits.
         result = see.enqueue("new")
     print(result.id)
 

@@ -1,4 +1,4 @@
-"""What is enqueued: to be imported when all apps are ready, since a task knows its backend."""
+"""Tasks, imported when all apps are ready because a task looks up its backend."""
 
 from __future__ import annotations
 

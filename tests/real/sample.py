@@ -25,7 +25,7 @@ REPLICAS = ("replica1", "replica2")
 
 
 def eventually(condition: Callable[[], object], timeout: float = 30) -> bool:
-    """Poll until the condition holds; whether it did in time."""
+    """Poll until the condition holds; return whether it did in time."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
@@ -67,7 +67,7 @@ class Site:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "site.log"
-        # pytest-django's own settings module and the databases of whoever runs the tests stay out.
+        # Without the settings module of pytest-django and the databases of the environment.
         foreign = re.compile(r"DJANGO_SETTINGS_MODULE|DATABASE_URL|REPLICA\d+_URL")
         inherited = {key: value for key, value in os.environ.items() if not foreign.match(key)}
         own = {"PORT": str(self.port), "SAMPLE_DATA": str(self.folder)}
@@ -92,7 +92,7 @@ class Site:
         return self.log.read_text()
 
     def ready(self) -> Self:
-        """Wait until it serves."""
+        """Wait until the site responds."""
         assert eventually(lambda: "Ctrl-C ends it." in self.output or self.ended, 90), self.output
         assert not self.ended, self.output
         return self
@@ -102,7 +102,7 @@ class Site:
         return self.process.poll() is not None
 
     def end(self, number: int) -> int:
-        """Send a signal and wait; the exit code."""
+        """Send a signal, wait, and return the exit code."""
         self.process.send_signal(number)
         try:
             return self.process.wait(60)
@@ -126,7 +126,7 @@ class Site:
         return self.browser().post(f"/panel/{alias}/{action}/", data, {"Sample-Panel": "1"})
 
     def pause(self) -> None:
-        """Bring the replicas up to date, and keep them there."""
+        """Wait until the replicas have caught up, and pause them."""
         assert eventually(self.caught_up), self.status()
         for alias in REPLICAS:
             assert self.control(alias, "pause").status == 200
@@ -142,7 +142,7 @@ class Site:
 
 
 class Answer(NamedTuple):
-    """What a client got, redirects followed."""
+    """The response that a client received, after redirects."""
 
     status: int
     url: str
@@ -154,7 +154,7 @@ class Answer(NamedTuple):
 
 
 class Client:
-    """A browser without a window: it keeps cookies and follows redirects."""
+    """An HTTP client that stores cookies and follows redirects."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -185,7 +185,7 @@ class Client:
         assert f"Signed in as <b>{name}</b>" in answer.text
 
     def switch_pinning(self, on: bool) -> None:
-        """What the page's switch does."""
+        """Submit the switch of the page."""
         if on:
             self.jar.clear("127.0.0.1", "/", "sample_pinning_off")
             return
@@ -202,7 +202,7 @@ class Client:
 
 
 def cookie(name: str, value: str) -> Cookie:
-    """A cookie as a page's script would set it."""
+    """Return a cookie like one set by a script of the page."""
     return Cookie(
         version=0,
         name=name,

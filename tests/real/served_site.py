@@ -14,7 +14,7 @@ from tests.app.models import Book  # noqa: E402
 
 
 def port() -> int:
-    """The port of the server that answers this request's reads."""
+    """Return the port of the server of this request's reads."""
     (book,) = Book.objects.raw("SELECT 1 AS id, inet_server_port() AS port")
     return int(book.port)
 

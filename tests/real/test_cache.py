@@ -1,4 +1,4 @@
-"""Pins in a real Valkey, positions of real PostgreSQL replicas that are held back."""
+"""Pins in a real Valkey, with positions of paused PostgreSQL replicas."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from django.db import connections, transaction
 from django.test import override_settings
 
 from pinning_middleware import follow_keys, pin_keys, pinning_scope
+from pinning_middleware.pins import PinKey
 from pinning_middleware.stores import cache as keyed
 from tests.app.models import Book
 from tests.conftest import Browser
-from tests.real.conftest import PostgreSQL, look_around, server
+from tests.real.conftest import PostgreSQL, position_in, probe_replicas, server
 from tests.valkey import pins_in, redis_cache, valkey
 
 __all__ = ["valkey"]
@@ -40,7 +41,7 @@ def on_valkey(valkey: str) -> Iterator[None]:
 
 
 class Device:
-    """A browser of a user; what it runs in a request is returned."""
+    """A browser of a user; calling it runs an action in a request and returns the result."""
 
     def __init__(self, browser: Browser, do: Callable[..., str], user: str | None) -> None:
         self._browser, self._do = browser, do
@@ -69,7 +70,7 @@ def sees(*keys: str) -> tuple[bool, str]:
     return Book.objects.filter(title="new").exists(), server()
 
 
-def test_a_user_is_pinned_on_all_devices(pg: PostgreSQL, device: Callable[..., Device]) -> None:
+def test_user_is_pinned_on_all_devices(pg: PostgreSQL, device: Callable[..., Device]) -> None:
     pg.pause()
     desk, phone, other = device("ada"), device("ada"), device("grace")
     desk(write)
@@ -78,7 +79,7 @@ def test_a_user_is_pinned_on_all_devices(pg: PostgreSQL, device: Callable[..., D
     assert device()() in REPLICAS
 
 
-def test_a_replica_that_has_it_serves_all_devices(
+def test_caught_up_replica_is_used_for_all_devices(
     pg: PostgreSQL, device: Callable[..., Device]
 ) -> None:
     pg.pause("pg2")
@@ -88,25 +89,25 @@ def test_a_replica_that_has_it_serves_all_devices(
     assert [phone() for _ in range(4)] == ["pg1"] * 4
 
 
-def test_a_pin_that_is_passed_stays_until_its_own_end(
+def test_satisfied_pin_is_kept_until_it_expires(
     pg: PostgreSQL, device: Callable[..., Device]
 ) -> None:
-    """A read takes nothing away, so it can't take another device's newer pin away."""
+    """A read removes no pin, so it cannot remove a newer pin of another device."""
     pg.pause()
     desk, phone = device("ada"), device("ada")
     desk(write)
-    kept = keyed.fetch("user", ["ada"])
-    assert set(kept) == {"pg"}
+    kept = keyed.load_pins("user", ["ada"])
+    assert set(kept) == {PinKey("pg")}
     pg.resume()
-    look_around()
+    probe_replicas()
     assert phone() in REPLICAS
-    assert keyed.fetch("user", ["ada"]) == kept
+    assert keyed.load_pins("user", ["ada"]) == kept
 
 
-def test_a_hundred_parallel_requests_of_one_user_lose_no_pin(
+def test_hundred_parallel_requests_of_a_user_lose_no_pin(
     pg: PostgreSQL, do: Callable[..., str]
 ) -> None:
-    """Each writes, and each one's position is in what the next device reads."""
+    """Each request writes, and the next device inherits the position of each."""
     pg.pause()
     tokens_of: list[str] = []
 
@@ -114,19 +115,19 @@ def test_a_hundred_parallel_requests_of_one_user_lose_no_pin(
         try:
             with pinning_scope(isolated=True) as scope:
                 write(f"order:{number}")
-            keyed.keep("user", ["ada"], scope.pins)
-            tokens_of.append(str(max((scope.pins["pg"].position or {}).values())))
+            keyed.save_pins("user", ["ada"], scope.pins)
+            tokens_of.append(str(max(position_in(scope.token).values())))
         finally:
             connections.close_all()
 
     with ThreadPoolExecutor(10) as executor:
         list(executor.map(act, range(100)))
-    (pin,) = keyed.fetch("user", ["ada"]).values()
-    assert max((pin.position or {}).values()) == max(map(int, tokens_of))
+    (pin,) = keyed.load_pins("user", ["ada"]).values()
+    assert max(pin.position.points.values()) == max(map(int, tokens_of))
     assert len(tokens_of) == 100
 
 
-def test_everybody_who_opens_it_sees_an_order_as_it_is(
+def test_followers_of_a_key_read_current_data(
     pg: PostgreSQL, device: Callable[..., Device]
 ) -> None:
     pg.pause()
@@ -138,7 +139,7 @@ def test_everybody_who_opens_it_sees_an_order_as_it_is(
     assert (seen, alias in REPLICAS) == (False, True)
 
 
-def test_who_opens_it_later_reads_a_replica_that_has_it(
+def test_later_followers_of_a_key_read_a_caught_up_replica(
     pg: PostgreSQL, device: Callable[..., Device]
 ) -> None:
     pg.pause("pg1")
@@ -147,22 +148,20 @@ def test_who_opens_it_later_reads_a_replica_that_has_it(
     assert [device()(lambda: sees("order:42")) for _ in range(3)] == [(True, "pg2")] * 3
 
 
-def test_a_script_pins_keys_when_its_transaction_commits(
-    pg: PostgreSQL, device: Callable[..., Device]
-) -> None:
+def test_script_pins_keys_on_commit(pg: PostgreSQL, device: Callable[..., Device]) -> None:
     pg.pause()
     with transaction.atomic(using="pg"):
         write("order:42")
-        assert keyed.fetch("key", ["order:42"]) == {}
-    (pin,) = keyed.fetch("key", ["order:42"]).values()
+        assert keyed.load_pins("key", ["order:42"]) == {}
+    (pin,) = keyed.load_pins("key", ["order:42"]).values()
     assert pin.position
     assert device()(lambda: sees("order:42")) == (True, "pg")
 
 
-def test_the_position_of_a_key_covers_what_somebody_else_wrote(
+def test_position_of_a_key_includes_writes_of_others(
     pg: PostgreSQL, device: Callable[..., Device]
 ) -> None:
-    """A request that writes nothing and pins a key: all that the primary has by then counts."""
+    """A request without a write pins a key with the primary's current position."""
     pg.pause()
     with pinning_scope():
         write()
@@ -171,7 +170,7 @@ def test_the_position_of_a_key_covers_what_somebody_else_wrote(
 
 
 @pytest.mark.parametrize("store", [STORE, "tests.test_stores.SessionStore"])
-def test_a_store_of_your_own_keeps_positions_too(
+def test_custom_store_keeps_positions(
     pg: PostgreSQL, do: Callable[..., str], new_browser: Callable[..., Browser], store: str
 ) -> None:
     pg.pause("pg2")

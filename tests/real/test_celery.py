@@ -1,9 +1,10 @@
-"""Celery: a real worker over Valkey, and PostgreSQL replicas that are held back."""
+"""Celery: a real worker over Valkey, and paused PostgreSQL replicas."""
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ LONG = 60
 
 
 class Worker:
-    """`celery worker` as a process; `pool` is Celery's, `bare` one that carries no pins."""
+    """`celery worker` as a process; `pool` is Celery's, `bare` does not propagate pins."""
 
     def __init__(self, kind: str, broker: str, databases: dict[str, Any], log: Path) -> None:
         self.log = log
@@ -91,7 +92,7 @@ class Worker:
 
 @pytest.fixture(scope="module", autouse=True)
 def broker(valkey: str) -> None:
-    # Before anything is sent, in place too: the app keeps the connections that it made first.
+    # Before any task is sent, also eagerly: the app keeps its first connections.
     tasks.app.conf.broker_url = tasks.app.conf.result_backend = valkey
 
 
@@ -106,7 +107,7 @@ def worker(
 
 @pytest.fixture(autouse=True)
 def long_window() -> Iterator[None]:
-    """Time ends no pin here, however busy the machine is."""
+    """Use a window that does not end during a test on a busy machine."""
     with override_settings(PINNING_SECONDS=600):
         yield
 
@@ -116,7 +117,7 @@ def result(sent: AsyncResult[Any]) -> Any:
 
 
 def answer(sent: AsyncResult[Any]) -> tuple[bool, str]:
-    """Whether the task saw it, and the alias of the server that it asked."""
+    """Return whether the task saw the row, and the alias of the server it read from."""
     found = result(sent)
     return found["seen"], alias_of_port(found["port"])
 
@@ -127,7 +128,7 @@ def write(title: str = "new") -> None:
 
 @pytest.fixture
 def in_request(do: Callable[..., str], new_browser: Callable[..., Browser]) -> Callable[..., Any]:
-    """Return a function that runs an action in a request, and returns what it returned."""
+    """Return a function that runs an action in a request, and returns its result."""
 
     def run(action: Callable[[], Any]) -> Any:
         found: list[Any] = []
@@ -142,16 +143,16 @@ def write_and_send() -> AsyncResult[Any]:
     return tasks.see.delay("new")
 
 
-def test_a_task_sees_what_its_request_wrote(
+def test_task_reads_writes_of_its_request(
     pg: PostgreSQL, worker: Worker, in_request: Callable[..., Any]
 ) -> None:
-    """With infinite lag; the replicas don't have it at all."""
+    """The replicas are paused, so they do not have the row."""
     pg.pause()
     assert answer(in_request(write_and_send)) == (True, "pg")
 
 
 @pytest.mark.parametrize("worker", ["bare"], indirect=True)
-def test_without_the_pin_it_does_not(
+def test_task_without_the_pin_reads_stale_data(
     pg: PostgreSQL, worker: Worker, in_request: Callable[..., Any]
 ) -> None:
     pg.pause()
@@ -159,7 +160,7 @@ def test_without_the_pin_it_does_not(
     assert (seen, alias in REPLICAS) == (False, True)
 
 
-def test_without_lag_it_reads_from_a_replica(
+def test_task_without_lag_reads_a_replica(
     pg: PostgreSQL, worker: Worker, in_request: Callable[..., Any]
 ) -> None:
     def act() -> AsyncResult[Any]:
@@ -171,7 +172,7 @@ def test_without_lag_it_reads_from_a_replica(
     assert (seen, alias in REPLICAS) == (True, True)
 
 
-def test_it_reads_from_the_replica_that_has_it(pg: PostgreSQL, worker: Worker) -> None:
+def test_task_reads_a_caught_up_replica(pg: PostgreSQL, worker: Worker) -> None:
     pg.pause("pg2")
     with pinning_scope():
         write()
@@ -179,8 +180,8 @@ def test_it_reads_from_the_replica_that_has_it(pg: PostgreSQL, worker: Worker) -
         assert [answer(tasks.see.delay("new")) for _ in range(3)] == [(True, "pg1")] * 3
 
 
-def test_the_scope_ends_with_the_task(pg: PostgreSQL, worker: Worker) -> None:
-    """Laravel's stickiness leaked from one job to the next; this worker has one place only."""
+def test_scope_ends_with_the_task(pg: PostgreSQL, worker: Worker) -> None:
+    """Laravel's sticky reads leaked into the next job; this worker has one process."""
     pg.pause()
     with pinning_scope(isolated=True):
         assert answer(write_and_send()) == (True, "pg")
@@ -191,14 +192,14 @@ def test_the_scope_ends_with_the_task(pg: PostgreSQL, worker: Worker) -> None:
     assert answer(tasks.see.delay("by a task"))[0] is False
 
 
-def test_it_ends_also_where_the_task_raised(pg: PostgreSQL, worker: Worker) -> None:
+def test_scope_ends_after_the_task_raised(pg: PostgreSQL, worker: Worker) -> None:
     pg.pause()
     with pytest.raises(LookupError):
         result(tasks.add_and_fail.delay("lost"))
     assert answer(tasks.see.delay("lost"))[0] is False
 
 
-def test_a_task_reads_what_it_wrote_and_passes_it_on(pg: PostgreSQL, worker: Worker) -> None:
+def test_task_reads_its_writes_and_propagates_them(pg: PostgreSQL, worker: Worker) -> None:
     pg.pause()
     with pinning_scope():
         write()
@@ -206,8 +207,8 @@ def test_a_task_reads_what_it_wrote_and_passes_it_on(pg: PostgreSQL, worker: Wor
     assert answer(tasks.app.AsyncResult(inner)) == (True, "pg")
 
 
-def test_a_retry_begins_with_what_was_there(pg: PostgreSQL, worker: Worker) -> None:
-    """What the task came with, and what its first attempt wrote."""
+def test_retry_keeps_the_pins(pg: PostgreSQL, worker: Worker) -> None:
+    """The pins of the message, and of the writes of the first attempt."""
     pg.pause()
     with pinning_scope():
         write()
@@ -215,7 +216,7 @@ def test_a_retry_begins_with_what_was_there(pg: PostgreSQL, worker: Worker) -> N
     assert answer(sent) == (True, "pg")
 
 
-def test_a_countdown(pg: PostgreSQL, worker: Worker) -> None:
+def test_countdown_keeps_the_pins(pg: PostgreSQL, worker: Worker) -> None:
     pg.pause()
     with pinning_scope():
         write()
@@ -223,8 +224,8 @@ def test_a_countdown(pg: PostgreSQL, worker: Worker) -> None:
     assert answer(sent) == (True, "pg")
 
 
-def test_a_chain(pg: PostgreSQL, worker: Worker) -> None:
-    """Each link sees what those before it wrote, and what the sender did."""
+def test_chain_propagates_pins(pg: PostgreSQL, worker: Worker) -> None:
+    """Each task reads the writes of the previous ones and of the sender."""
     pg.pause()
     with pinning_scope():
         write()
@@ -234,25 +235,50 @@ def test_a_chain(pg: PostgreSQL, worker: Worker) -> None:
     assert answer(sent) == (True, "pg")
 
 
-def test_a_chain_of_someone_who_wrote_nothing(pg: PostgreSQL, worker: Worker) -> None:
+def test_chain_without_an_earlier_write_propagates_pins(pg: PostgreSQL, worker: Worker) -> None:
     pg.pause()
     assert answer(chain(tasks.add.si("one"), tasks.see.si("one")).apply_async()) == (True, "pg")
 
 
-def test_a_chord_sees_what_all_of_its_parts_wrote(pg: PostgreSQL, worker: Worker) -> None:
+def test_chord_body_reads_writes_of_all_parts(pg: PostgreSQL, worker: Worker) -> None:
     pg.pause()
     parts = group(tasks.add.si(f"part {number}") for number in range(4))
     assert answer(chord(parts)(tasks.see_all.s())) == (True, "pg")
 
 
-def test_without_lag_a_chord_reads_from_a_replica(pg: PostgreSQL, worker: Worker) -> None:
-    """A position later than that of all parts can be reached, other than a window."""
+def test_chord_body_of_several_tasks_reads_what_the_header_wrote(
+    pg: PostgreSQL, worker: Worker
+) -> None:
+    def parts() -> Any:
+        return [tasks.add.si(f"part {secrets.token_hex(4)}") for _ in range(2)]
+
+    pg.pause()
+    sent = chord(parts())(chain(tasks.see_all.s(), tasks.same.s()))
+    assert answer(sent) == (True, "pg")
+    both = chord(parts())(group(tasks.see_all.s(), tasks.see_all.s()))
+    assert [found["seen"] for found in result(both)] == [True, True]
+
+
+def test_message_of_a_chord_part_has_no_pins_of_other_scopes(
+    pg: PostgreSQL, worker: Worker
+) -> None:
+    pg.pause()
+    with pinning_scope(isolated=True):
+        write("by another user")
+    sent = chord([tasks.pass_on.si("by another user")] * 2)(tasks.same.s())
+    for inner in result(sent):
+        seen, alias = answer(tasks.app.AsyncResult(inner))
+        assert (seen, alias in REPLICAS) == (False, True)
+
+
+def test_chord_without_lag_reads_a_replica(pg: PostgreSQL, worker: Worker) -> None:
+    """A replica can reach a position that is later than those of all parts."""
     parts = group(tasks.see.si() for _ in range(2))
     sent = chord(parts)(tasks.see_when_there.si())
     assert answer(sent)[1] in REPLICAS
 
 
-def test_a_task_that_reads_from_the_primary(pg: PostgreSQL, worker: Worker) -> None:
+def test_task_with_the_primary_policy(pg: PostgreSQL, worker: Worker) -> None:
     assert answer(tasks.see_on_primary.delay())[1] == "pg"
     with pinning_scope():
         write()
@@ -260,7 +286,7 @@ def test_a_task_that_reads_from_the_primary(pg: PostgreSQL, worker: Worker) -> N
         assert answer(tasks.see_on_primary.delay("new")) == (True, "pg")
 
 
-def test_a_task_that_waits_for_a_replica(pg: PostgreSQL, worker: Worker) -> None:
+def test_task_with_the_wait_policy(pg: PostgreSQL, worker: Worker) -> None:
     pg.pause()
     with pinning_scope():
         write()
@@ -270,14 +296,14 @@ def test_a_task_that_waits_for_a_replica(pg: PostgreSQL, worker: Worker) -> None
     assert answer(sent) == (True, "pg1")
 
 
-def test_a_task_waits_no_longer_than_it_says(pg: PostgreSQL, worker: Worker) -> None:
+def test_task_with_the_wait_policy_times_out(pg: PostgreSQL, worker: Worker) -> None:
     pg.pause()
     with pinning_scope():
         write()
         assert answer(tasks.see_soon.delay("new")) == (True, "pg")
 
 
-def test_a_task_that_is_sent_when_the_transaction_commits(
+def test_task_sent_on_commit(
     pg: PostgreSQL, worker: Worker, in_request: Callable[..., Any]
 ) -> None:
     def act() -> AsyncResult[Any]:
@@ -292,7 +318,7 @@ def test_a_task_that_is_sent_when_the_transaction_commits(
     assert answer(in_request(act)) == (True, "pg")
 
 
-# In place
+# Eager tasks
 
 
 @pytest.fixture
@@ -302,14 +328,14 @@ def eager() -> Iterator[None]:
     tasks.app.conf.task_always_eager = False
 
 
-def test_an_eager_task_sees_what_was_written(
+def test_eager_task_reads_writes_of_its_caller(
     pg: PostgreSQL, eager: None, in_request: Callable[..., Any]
 ) -> None:
     pg.pause()
     assert answer(in_request(write_and_send)) == (True, "pg")
 
 
-def test_who_runs_it_sees_what_an_eager_task_wrote(
+def test_caller_reads_writes_of_an_eager_task(
     pg: PostgreSQL, eager: None, in_request: Callable[..., Any]
 ) -> None:
     pg.pause()
@@ -321,20 +347,20 @@ def test_who_runs_it_sees_what_an_eager_task_wrote(
     assert in_request(act) == "pg"
 
 
-def test_an_eager_task_ends_its_scope(pg: PostgreSQL, eager: None) -> None:
+def test_scope_ends_with_an_eager_task(pg: PostgreSQL, eager: None) -> None:
     pg.pause()
     assert entered_scope() is None
     tasks.add.delay("in place")
     left = entered_scope()
     assert left is not None
-    assert left.is_lasting, "who called it knows what it did"
+    assert left.is_ambient, "who called it knows what it did"
     with pinning_scope():
         before = entered_scope()
         assert tasks.add_and_fail.delay("in place").failed()
         assert entered_scope() is before
 
 
-def test_an_eager_retry_sees_what_its_first_attempt_did(pg: PostgreSQL, eager: None) -> None:
+def test_eager_retry_reads_writes_of_the_first_attempt(pg: PostgreSQL, eager: None) -> None:
     pg.pause()
     with pinning_scope():
         before = entered_scope()
@@ -343,7 +369,7 @@ def test_an_eager_retry_sees_what_its_first_attempt_did(pg: PostgreSQL, eager: N
         assert entered_scope() is before
 
 
-def test_an_eager_chain_and_chord(pg: PostgreSQL, eager: None) -> None:
+def test_eager_chain_and_chord(pg: PostgreSQL, eager: None) -> None:
     pg.pause()
     with pinning_scope():
         sent = chain(tasks.add.si("one"), tasks.see.si("one")).apply_async()
@@ -352,12 +378,12 @@ def test_an_eager_chain_and_chord(pg: PostgreSQL, eager: None) -> None:
         assert answer(chord(parts)(tasks.see_all.s())) == (True, "pg")
 
 
-# What is sent
+# Message headers
 
 
 @pytest.fixture
 def sent_headers() -> Iterator[list[dict[str, Any]]]:
-    """The headers of the tasks that are sent, as the broker gets them."""
+    """Record the headers of sent tasks, as the broker receives them."""
     from celery.signals import after_task_publish
 
     found: list[dict[str, Any]] = []
@@ -370,7 +396,7 @@ def sent_headers() -> Iterator[list[dict[str, Any]]]:
     after_task_publish.disconnect(note)
 
 
-def test_who_did_nothing_sends_nothing(
+def test_task_without_a_write_has_no_pins(
     pg: PostgreSQL, broker: None, sent_headers: list[dict[str, Any]]
 ) -> None:
     with pinning_scope(isolated=True):
@@ -383,7 +409,7 @@ def test_who_did_nothing_sends_nothing(
     assert [carrying.HEADER in headers for headers in sent_headers] == [False, False, True, False]
 
 
-def test_a_policy_that_is_none_is_an_error_of_check_and_reads_from_the_primary(
+def test_invalid_policy_is_a_check_error_and_reads_the_primary(
     pg: PostgreSQL, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = set(checks.registry.registry.registered_checks)

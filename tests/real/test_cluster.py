@@ -1,4 +1,4 @@
-"""The cluster that the demo, the tests and the benchmarks run on."""
+"""The cluster of the sample site, the tests and the benchmarks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def count(node: Node) -> int:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One that tests may make lag, but leave in order."""
+    """A cluster that tests may pause and must restore."""
     with Cluster(tmp_path_factory.mktemp("cluster"), keep=False) as cluster:
         cluster.primary.execute("CREATE TABLE rows (number int)")
         cluster.wait_caught_up()
@@ -41,7 +41,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def own_cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """One that a test may turn upside down."""
+    """A cluster that the test may change permanently."""
     with Cluster(tmp_path / "cluster", keep=False) as cluster:
         cluster.primary.execute("CREATE TABLE rows (number int)")
         cluster.wait_caught_up()
@@ -54,7 +54,7 @@ def reachable() -> Iterator[Path]:
         yield folder
 
 
-def test_replicas_get_what_the_primary_writes(cluster: Cluster) -> None:
+def test_replicas_replay_writes_of_the_primary(cluster: Cluster) -> None:
     before = count(cluster.primary)
     cluster.primary.execute("INSERT INTO rows VALUES (%s)", (1,))
     cluster.wait_caught_up()
@@ -62,7 +62,7 @@ def test_replicas_get_what_the_primary_writes(cluster: Cluster) -> None:
     assert [node.in_recovery for node in cluster.nodes.values()] == [False, True, True]
 
 
-def test_a_paused_replica_stays_as_it_was(cluster: Cluster) -> None:
+def test_paused_replica_does_not_change(cluster: Cluster) -> None:
     replica = cluster.nodes["replica1"]
     before = count(replica)
     replica.pause()
@@ -78,7 +78,7 @@ def test_a_paused_replica_stays_as_it_was(cluster: Cluster) -> None:
     assert count(replica) == before + 1
 
 
-def test_a_delayed_replica_is_late(cluster: Cluster) -> None:
+def test_delayed_replica_lags(cluster: Cluster) -> None:
     replica = cluster.nodes["replica2"]
     replica.set_delay(0.5)
     try:
@@ -90,7 +90,7 @@ def test_a_delayed_replica_is_late(cluster: Cluster) -> None:
         replica.set_delay(0)
 
 
-def test_a_crashed_server_comes_back_on_its_port(cluster: Cluster) -> None:
+def test_crashed_server_restarts_on_its_port(cluster: Cluster) -> None:
     for node in cluster.nodes.values():
         port = node.port
         node.stop("immediate")
@@ -104,7 +104,7 @@ def test_a_crashed_server_comes_back_on_its_port(cluster: Cluster) -> None:
 
 
 def fill_page(node: Node) -> bool:
-    """Write a record that ends on the end of a page; whether no other came between."""
+    """Write a record that ends a page; return whether no other record interfered."""
     emit = "SELECT pg_logical_emit_message(false, '', repeat('x', %s), true)"
     while (start := node.execute(INSERTED)[0][0]) % LOG_PAGE > LOG_PAGE - 2000:
         node.execute(emit, (1000,))
@@ -115,8 +115,8 @@ def fill_page(node: Node) -> bool:
     return bool(node.execute(INSERTED)[0][0] % LOG_PAGE in {24, 40})
 
 
-def test_a_crashed_replica_comes_back_after_its_table_shrank(own_cluster: Cluster) -> None:
-    """What it replays again is of pages that it has cut off since."""
+def test_crashed_replica_restarts_after_its_table_was_truncated(own_cluster: Cluster) -> None:
+    """Recovery replays records of pages that were truncated later."""
     primary, replica = own_cluster.primary, own_cluster.replicas[0]
     primary.execute("INSERT INTO rows SELECT generate_series(1, 1000)")
     primary.execute("VACUUM rows")
@@ -134,7 +134,7 @@ def test_a_crashed_replica_comes_back_after_its_table_shrank(own_cluster: Cluste
     assert count(replica) == 1
 
 
-def test_processes_may_end_while_they_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_may_end_while_they_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     present = os.listdir("/proc")
     monkeypatch.setattr(os, "listdir", lambda path: [*present, "999999999"])
     found = _processes()
@@ -142,8 +142,8 @@ def test_processes_may_end_while_they_are_looked_at(monkeypatch: pytest.MonkeyPa
     assert 999999999 not in found
 
 
-def test_caught_up_on_the_boundary_of_a_page(cluster: Cluster) -> None:
-    """Behind a page's header no replica arrives before the next record does."""
+def test_caught_up_at_a_page_boundary(cluster: Cluster) -> None:
+    """A replica does not pass a page header before the next record."""
     assert eventually(lambda: fill_page(cluster.primary))
     cluster.wait_caught_up(timeout=1)
 
@@ -157,11 +157,11 @@ def test_caught_up_on_the_boundary_of_a_page(cluster: Cluster) -> None:
         (8192 + 25, 8192 + 25),
     ],
 )
-def test_end_of_log_leaves_a_page_header_out(inserted: int, end: int) -> None:
+def test_end_of_log_excludes_a_page_header(inserted: int, end: int) -> None:
     assert end_of_log(inserted) == end
 
 
-def test_entries_for_django(cluster: Cluster) -> None:
+def test_django_database_entries(cluster: Cluster) -> None:
     assert cluster.create_database("board")
     assert not cluster.create_database("board")
     entry = cluster.database("primary", "board")
@@ -171,7 +171,7 @@ def test_entries_for_django(cluster: Cluster) -> None:
         assert connection.info.dbname == "board"
 
 
-def test_a_promoted_replica_is_followed_by_the_others(own_cluster: Cluster) -> None:
+def test_other_replicas_follow_a_promoted_one(own_cluster: Cluster) -> None:
     primary, first, second = own_cluster.nodes.values()
     primary.stop("immediate")
     first.promote()
@@ -182,7 +182,7 @@ def test_a_promoted_replica_is_followed_by_the_others(own_cluster: Cluster) -> N
     assert eventually(lambda: count(second) == 1)
 
 
-def test_a_replica_may_follow_a_replica(own_cluster: Cluster) -> None:
+def test_replica_can_follow_a_replica(own_cluster: Cluster) -> None:
     primary, first, second = own_cluster.nodes.values()
     second.follow(first)
     primary.execute("INSERT INTO rows VALUES (1)")
@@ -190,7 +190,7 @@ def test_a_replica_may_follow_a_replica(own_cluster: Cluster) -> None:
     assert [row[0] for row in first.execute("SELECT application_name FROM pg_stat_replication")]
 
 
-def test_the_data_stays_and_the_tuning_goes(tmp_path: Path) -> None:
+def test_restart_keeps_data_and_resets_settings(tmp_path: Path) -> None:
     with Cluster(tmp_path / "cluster") as cluster:
         cluster.primary.execute("CREATE TABLE rows (number int)")
         cluster.nodes["replica1"].set_delay(5)
@@ -206,14 +206,14 @@ def test_the_data_stays_and_the_tuning_goes(tmp_path: Path) -> None:
     assert not cluster.folder.exists()
 
 
-def test_nothing_is_left_running(tmp_path: Path) -> None:
+def test_stop_ends_all_processes(tmp_path: Path) -> None:
     with Cluster(tmp_path / "cluster", keep=False) as cluster:
         assert len(servers_of(cluster.folder)) == 3
     assert servers_of(cluster.folder) == []
     cluster.stop()  # once more does no harm
 
 
-def test_nothing_is_left_when_the_start_fails_at_once(tmp_path: Path) -> None:
+def test_failed_start_ends_all_processes(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path / "cluster", settings={"shared_buffers": "nonsense"}, keep=False)
     with pytest.raises(ClusterError, match=r"primary did not start(.|\n)*nonsense"):
         cluster.start()
@@ -221,7 +221,7 @@ def test_nothing_is_left_when_the_start_fails_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ClusterError])
-def test_nothing_is_left_when_the_start_fails_halfway(
+def test_partly_failed_start_ends_all_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     start = Node.start
@@ -251,14 +251,14 @@ DIE_WITHOUT_A_WATCHER = "cluster._watcher.kill(); cluster._watcher.wait(); " + D
 
 
 def run_and(end: str, folder: Path) -> Path:
-    """Start a cluster in a process that ends this way; the folder it used."""
+    """Start a cluster in a process that ends this way; return its folder."""
     command = [sys.executable, "-c", RUN + end, str(folder)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60)
     return Path(done.stdout.strip())
 
 
 @pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "if not os.fork(): sys.exit()", DIE])
-def test_nothing_outlives_the_process(tmp_path: Path, end: str) -> None:
+def test_servers_end_with_the_process(tmp_path: Path, end: str) -> None:
     folder = run_and(end, tmp_path / "cluster")
     assert eventually(lambda: servers_of(folder) == [])
     with Cluster(tmp_path / "cluster", keep=False) as cluster:
@@ -276,7 +276,7 @@ def test_servers_of_a_killed_run_are_replaced(tmp_path: Path) -> None:
     assert servers_of(folder) == []
 
 
-def test_a_lock_file_of_another_process_is_no_server(tmp_path: Path) -> None:
+def test_lock_file_of_another_process_is_ignored(tmp_path: Path) -> None:
     with Cluster(tmp_path / "cluster", replicas=0) as cluster:
         lock = cluster.primary.folder / "postmaster.pid"
     lock.write_text(f"{os.getpid()}\n")
@@ -284,7 +284,7 @@ def test_a_lock_file_of_another_process_is_no_server(tmp_path: Path) -> None:
         assert cluster.primary.running
 
 
-def test_a_forked_child_leaves_the_servers_alone(cluster: Cluster) -> None:
+def test_forked_child_does_not_stop_the_servers(cluster: Cluster) -> None:
     child = os.fork()
     if not child:
         cluster.stop()
@@ -293,14 +293,14 @@ def test_a_forked_child_leaves_the_servers_alone(cluster: Cluster) -> None:
     assert cluster.primary.execute("SELECT 1") == [(1,)]
 
 
-def test_one_run_at_a_time(cluster: Cluster) -> None:
+def test_second_run_in_the_same_folder_raises(cluster: Cluster) -> None:
     second = Cluster(cluster.folder)
     with pytest.raises(ClusterError, match="another run is using"):
         second.start()
     assert cluster.primary.execute("SELECT 1") == [(1,)]
 
 
-def test_a_taken_port_is_left_to_its_owner(
+def test_port_in_use_raises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: Cluster
 ) -> None:
     ports = iter([cluster.primary.port, cluster.nodes["replica1"].port])
@@ -310,7 +310,7 @@ def test_a_taken_port_is_left_to_its_owner(
         assert other.primary.port not in {node.port for node in cluster.nodes.values()}
 
 
-def test_a_stopped_process_is_stopped_all_the_same(tmp_path: Path) -> None:
+def test_suspended_process_is_stopped(tmp_path: Path) -> None:
     with Cluster(tmp_path / "cluster", replicas=1, keep=False) as cluster:
         pid = cluster.nodes["replica1"].pid
         assert pid
@@ -319,7 +319,7 @@ def test_a_stopped_process_is_stopped_all_the_same(tmp_path: Path) -> None:
 
 
 @as_root
-def test_a_closed_folder_is_replaced_by_a_temporary_one(tmp_path: Path) -> None:
+def test_inaccessible_folder_is_replaced_by_a_temporary_one(tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
     with Cluster(closed / "cluster", replicas=0, keep=False) as cluster:
@@ -330,7 +330,7 @@ def test_a_closed_folder_is_replaced_by_a_temporary_one(tmp_path: Path) -> None:
 
 
 @as_root
-def test_a_wheel_in_a_closed_folder_is_copied(
+def test_wheel_in_an_inaccessible_folder_is_copied(
     tmp_path: Path, reachable: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = installed_package()
@@ -346,7 +346,7 @@ def test_a_wheel_in_a_closed_folder_is_copied(
         assert [path.name[:17] for path in reachable.iterdir()].count("pinning-programs-") == 1
 
 
-def test_without_the_wheel_it_says_what_to_install(
+def test_missing_wheel_reports_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

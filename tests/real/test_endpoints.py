@@ -1,4 +1,4 @@
-"""One alias that leads to several servers, to another one than before, or to the primary."""
+"""Aliases that resolve to several servers, to a different one, or to the primary."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ from typing import Any
 import pytest
 from django.db import close_old_connections
 
+from pinning_middleware.reasons import Fault
+from pinning_middleware.routing.policy import decide
+from pinning_middleware.scopes.scope import current_scope
 from pinning_middleware.servers.registry import registry
 from tests.app.models import Book
 
 from .conftest import (
-    Heard,
     PostgreSQL,
+    SentSignals,
     as_layout,
     endpoint,
     eventually,
     in_thread,
     in_threads,
-    look_around,
     pool,
     pooled,
     port,
     port_for,
+    probe_replicas,
     queries,
     server_of,
-    stranger,
     titles,
+    unrelated_scope,
     write,
 )
 from .layouts import Forwarder, database, frozen, haproxy, pgbouncer
@@ -40,7 +43,7 @@ THREADS, ROUNDS = 8, 30
 
 @contextmanager
 def behind(pg: PostgreSQL, way: str, conn_max_age: int | None = None) -> Iterator[None]:
-    """One alias, `many`, that leads to both replicas."""
+    """Configure one alias, `many`, that resolves to both replicas."""
     nodes = pg["pg1"], pg["pg2"]
     with ExitStack() as stack:
         if way == "haproxy":
@@ -57,8 +60,8 @@ WAYS = [("hosts", 0), ("hosts", None), ("haproxy", 0), ("haproxy", None), ("pool
 
 
 @pytest.mark.parametrize(("way", "conn_max_age"), WAYS)
-def test_own_writes_are_never_missed(pg: PostgreSQL, way: str, conn_max_age: int | None) -> None:
-    """With one of the two servers standing still; the other one serves its share."""
+def test_own_writes_are_always_visible(pg: PostgreSQL, way: str, conn_max_age: int | None) -> None:
+    """One of the two servers is paused; the other one serves reads."""
 
     def visit(number: int) -> list[tuple[bool, int]]:
         seen = []
@@ -66,7 +69,7 @@ def test_own_writes_are_never_missed(pg: PostgreSQL, way: str, conn_max_age: int
             title = f"{number}-{turn}"
             token = write(title)
             for _ in range(3):
-                with stranger(token):
+                with unrelated_scope(token):
                     found = Book.objects.filter(title=title).exists()
                     seen.append((found, port()))
                 close_old_connections()
@@ -77,12 +80,12 @@ def test_own_writes_are_never_missed(pg: PostgreSQL, way: str, conn_max_age: int
         seen = [one for several in in_threads(visit, THREADS) for one in several]
     assert len(seen) == THREADS * ROUNDS * 3
     assert all(found for found, _ in seen)
-    # A connection that leads to the one that stands still is made anew, or the primary serves.
+    # A connection to the paused server is reopened, or the primary is used.
     assert {pg["pg2"].port} <= {by for _, by in seen} <= {pg["pg"].port, pg["pg2"].port}
 
 
-def test_what_counts_is_the_server_of_the_connection_at_hand(pg: PostgreSQL) -> None:
-    """One thread's server has the write, another's does not, and both are under one alias."""
+def test_server_of_the_current_connection_decides(pg: PostgreSQL) -> None:
+    """Two threads use different servers of one alias; one of them has the write."""
     first, second = pg["pg1"], pg["pg2"]
     with (
         Forwarder(first) as address,
@@ -94,8 +97,8 @@ def test_what_counts_is_the_server_of_the_connection_at_hand(pg: PostgreSQL) -> 
         assert port_for(token) == pg["pg"].port
         address.point_to(second, cut=False)
         assert in_thread(lambda: port_for(token)) == second.port
-        # The other thread's server is known to have it, this one's not to: a read without a pin
-        # stays on it, one with a pin is served by another connection's server.
+        # The other thread's server has caught up, this one's has not: a read without a pin
+        # stays on it, a pinned read uses the server of another connection.
         assert port_for(None) == first.port
         for _ in range(3):
             assert titles(token) == ["one"]
@@ -104,16 +107,18 @@ def test_what_counts_is_the_server_of_the_connection_at_hand(pg: PostgreSQL) -> 
 
 
 @pytest.mark.parametrize("is_mute", [False, True])
-def test_one_of_several_that_was_silent_is_asked_again(pg: PostgreSQL, is_mute: bool) -> None:
-    """Its alias serves all the time, so no watcher looks for it; one read does, in time."""
+def test_unresponsive_server_behind_a_shared_alias_is_probed_again(
+    pg: PostgreSQL, is_mute: bool
+) -> None:
+    """Its alias stays in rotation, so no monitor retries it; a read does when it is due."""
     first, second = pg["pg1"], pg["pg2"]
     with Forwarder(first) as address, as_layout(pg, many=database(address, conn_max_age=None)):
-        look_around()
+        probe_replicas()
         assert port_for(None) == first.port
         silent = server_of("many")
         address.point_to(second, cut=False)
-        in_thread(look_around)
-        registry.set_status(silent, "unresponsive", 1000, "by the test")
+        in_thread(probe_replicas)
+        registry.set_status(silent, Fault.UNRESPONSIVE, 1000, "by the test")
         assert port_for(None) == pg["pg"].port
         silent.retry_at = 0.0
         if is_mute:
@@ -122,12 +127,12 @@ def test_one_of_several_that_was_silent_is_asked_again(pg: PostgreSQL, is_mute: 
             assert silent.out_of_rotation == "unresponsive"
         else:
             assert {port_for(None) for _ in range(3)} == {first.port}
-        assert pool().out == frozenset()
+        assert pool().replica_set.out_of_rotation == frozenset()
 
 
 @pytest.mark.parametrize("conn_max_age", [0, None])
 @pytest.mark.parametrize("cut", [True, False])
-def test_an_address_that_moves_to_a_server_that_lags(
+def test_address_that_moves_to_a_lagging_server(
     pg: PostgreSQL, cut: bool, conn_max_age: int | None
 ) -> None:
     pg.pause("pg1")
@@ -151,8 +156,8 @@ def test_an_address_that_moves_to_a_server_that_lags(
         assert eventually(lambda: close_old_connections() or port_for(token) != pg["pg"].port)
 
 
-def test_an_address_that_moves_to_a_server_that_was_restarted(pg: PostgreSQL) -> None:
-    """It is another one than was met at its place before."""
+def test_address_that_moves_to_a_restarted_server(pg: PostgreSQL) -> None:
+    """The restarted process is a different server than the one registered before."""
     with (
         Forwarder(pg["pg1"]) as address,
         as_layout(pg, moving=database(address, conn_max_age=0)),
@@ -170,14 +175,14 @@ def test_an_address_that_moves_to_a_server_that_was_restarted(pg: PostgreSQL) ->
 # PgBouncer
 
 
-def test_a_pooler_of_several_servers_is_noticed(
+def test_pooler_of_several_servers_is_detected(
     pg: PostgreSQL, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It hands out another server for each transaction, so that no answer counts."""
+    """Each transaction may use another server, so no probe is valid for the next one."""
     with (
         pgbouncer(pg["pg1"], pg["pg2"], server_round_robin="1") as bouncer,
         as_layout(pg, many=database(bouncer, conn_max_age=None)),
-        connections_held(bouncer),
+        all_connections_open(bouncer),
     ):
         for number in range(20):
             token = write(f"{number}")
@@ -190,15 +195,18 @@ def test_a_pooler_of_several_servers_is_noticed(
             assert f"more {number}" in titles(token)
             assert port_for(token) == pg["pg"].port
             assert f"more {number}" in in_thread(lambda token=token: titles(token))
-        assert endpoint("many").out_of_rotation == ""
+        assert endpoint("many").out_of_rotation is None
         assert {port_for(None) for _ in range(8)} <= {pg["pg1"].port, pg["pg2"].port}
-    said = [one.getMessage() for one in caplog.records if "behind a pooler" in one.getMessage()]
-    assert said == ["many leads to several servers behind a pooler: the window serves for it."]
+    said = [one.getMessage() for one in caplog.records if "connection pooler" in one.getMessage()]
+    assert said == [
+        "many resolves to several servers behind a connection pooler; positions are ignored and "
+        "pins last the full window."
+    ]
 
 
 @contextmanager
-def connections_held(bouncer: Any) -> Iterator[None]:
-    """Let the pooler have a connection to each of its servers."""
+def all_connections_open(bouncer: Any) -> Iterator[None]:
+    """Make the pooler connect to each of its servers."""
     import psycopg
 
     with ExitStack() as stack:
@@ -217,7 +225,7 @@ def connections_held(bouncer: Any) -> Iterator[None]:
         yield
 
 
-def test_a_pooler_of_one_server_tells_positions(
+def test_pooler_of_one_server_reports_positions(
     pg: PostgreSQL, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
@@ -236,14 +244,14 @@ def test_a_pooler_of_one_server_tells_positions(
     assert "behind a pooler" not in caplog.text
 
 
-# The primary itself
+# Aliases that resolve to the primary
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_an_endpoint_of_readers_without_any_reader_left(
-    pg: PostgreSQL, heard: Heard, known: bool
+def test_reader_endpoint_without_readers_resolves_to_the_primary(
+    pg: PostgreSQL, sent_signals: SentSignals, known: bool
 ) -> None:
-    """It leads to the primary then, which stays in and has every write."""
+    """It then resolves to the primary, which stays in rotation and has every write."""
     with (
         Forwarder(pg["pg"] if not known else pg["pg1"]) as address,
         as_layout(pg, readers=database(address, conn_max_age=None)),
@@ -255,15 +263,15 @@ def test_an_endpoint_of_readers_without_any_reader_left(
         assert {port_for(None) for _ in range(4)} == {pg["pg"].port}
         for number in range(3):
             token = write(f"{number}")
-            with stranger(token):
-                assert pool().decide()[0] == "readers"
+            with unrelated_scope(token):
+                assert decide(pool(), current_scope()).alias == "readers"
                 assert f"{number}" in list(Book.objects.values_list("title", flat=True))
-        assert endpoint("readers").out_of_rotation == ""
-        assert pool().out == frozenset()
-    assert heard.of("replica_removed") == []
+        assert endpoint("readers").out_of_rotation is None
+        assert pool().replica_set.out_of_rotation == frozenset()
+    assert sent_signals.of("replica_removed") == []
 
 
-# What a new connection costs
+# Probes of new connections
 
 
 COSTS: list[tuple[str, Callable[[PostgreSQL], dict[str, Any]]]] = [
@@ -273,7 +281,7 @@ COSTS: list[tuple[str, Callable[[PostgreSQL], dict[str, Any]]]] = [
 
 
 @pytest.mark.parametrize("entry", [entry for _, entry in COSTS], ids=[name for name, _ in COSTS])
-def test_a_new_connection_to_a_known_server_forgets_nothing(
+def test_new_connection_to_a_known_server_keeps_its_state(
     pg: PostgreSQL, entry: Callable[[PostgreSQL], dict[str, Any]]
 ) -> None:
     with as_layout(pg, replica=entry(pg)):
@@ -290,7 +298,7 @@ def test_a_new_connection_to_a_known_server_forgets_nothing(
             assert asked["site"] == []
 
 
-def test_a_connection_of_a_pool_is_asked_once_who_it_leads_to(pg: PostgreSQL) -> None:
+def test_pooled_connection_is_identified_once(pg: PostgreSQL) -> None:
     with as_layout(pg, replica=pooled(pg["pg1"])):
         asked_by_turns = []
         for number in range(4):
@@ -305,7 +313,7 @@ def test_a_connection_of_a_pool_is_asked_once_who_it_leads_to(pg: PostgreSQL) ->
         assert asked_by_turns == [1, 0, 0, 0]
 
 
-def test_an_unpinned_read_asks_nobody_anything(pg: PostgreSQL) -> None:
+def test_unpinned_read_does_not_probe(pg: PostgreSQL) -> None:
     with as_layout(pg, replica=database(pg["pg1"], conn_max_age=0)):
         port_for(None)
         for _ in range(3):

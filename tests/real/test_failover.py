@@ -1,4 +1,4 @@
-"""Replicas that die, restart, cancel and never answer, on PostgreSQL: nobody notices."""
+"""Failover on PostgreSQL: servers that fail, restart, cancel queries or are unresponsive."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from django.test import override_settings
 
 from pinning_middleware import pin_this_request, use_replica
 from pinning_middleware.exceptions import ReplicaWriteError
+from pinning_middleware.pins import PoolKey, Position
 from pinning_middleware.scopes.scope import current_scope
 from pinning_middleware.servers.dialects.postgresql import PostgreSQL as Dialect
 from pinning_middleware.servers.registry import registry
@@ -26,24 +27,24 @@ from tests.app.models import Author, Book
 from tests.conftest import Visit
 
 from .conftest import (
-    Heard,
     PostgreSQL,
+    SentSignals,
     alias_of_port,
     as_layout,
     endpoint,
     eventually,
     in_thread,
-    look_again,
-    look_around,
+    make_retry_due,
+    mark_unreachable,
     pool,
     pooled,
     port_for,
     position_in,
+    probe_replicas,
     server,
     server_for,
-    stranger,
-    take_out,
     titles,
+    unrelated_scope,
     write,
 )
 
@@ -68,6 +69,11 @@ READS: dict[str, Callable[[], Any]] = {
 }
 
 
+def choose(alias: str | None) -> None:
+    """Let the scope read from this replica, or from the next one if None."""
+    current_scope().update(PoolKey("pg"), lambda state: state._replace(replica=alias))
+
+
 def cursor_read() -> list[str]:
     with connections[Book.objects.db].cursor() as cursor:
         cursor.execute("SELECT title FROM app_book")
@@ -76,55 +82,59 @@ def cursor_read() -> list[str]:
 
 @pytest.fixture
 def one_book(pg: PostgreSQL) -> PostgreSQL:
-    with stranger():
+    with unrelated_scope():
         Book.objects.create(title="one")
     pg.wait_for()
     return pg
 
 
-# A replica dies
+# A replica fails
 
 
 @pytest.mark.parametrize("kind", READS)
-def test_a_read_outlives_its_replica(one_book: PostgreSQL, kind: str, heard: Heard) -> None:
-    with stranger():
+def test_read_fails_over_if_its_replica_fails(
+    one_book: PostgreSQL, kind: str, sent_signals: SentSignals
+) -> None:
+    with unrelated_scope():
         first = server()
         one_book[first].stop("immediate")
         assert READS[kind]() == ["one"]
         assert server() == OTHER[first]
-    reruns = heard.of("read_retried")
+    reruns = sent_signals.of("read_retried")
     assert (reruns[0]["sender"], reruns[0]["failed"]) == ("pg", first)
     assert reruns[0]["served"] == OTHER[first]
-    assert heard.of("replica_removed")[0]["replica"] == first
-    assert heard.of("fell_back_to_primary") == []
+    assert sent_signals.of("replica_removed")[0]["replica"] == first
+    assert sent_signals.of("fell_back_to_primary") == []
 
 
 @pytest.mark.parametrize("kind", READS)
-def test_a_read_outlives_its_connection(one_book: PostgreSQL, kind: str, heard: Heard) -> None:
-    """A lost connection is no dead replica: it serves again, and is not left out."""
-    with stranger():
+def test_read_is_retried_if_its_connection_is_lost(
+    one_book: PostgreSQL, kind: str, sent_signals: SentSignals
+) -> None:
+    """A lost connection does not take the replica out of rotation."""
+    with unrelated_scope():
         first = server()
         one_book.terminate(first)
         assert READS[kind]() == ["one"]
         assert server() == first
-    assert [(one["failed"], one["served"]) for one in heard.of("read_retried")] == [(first, first)]
-    assert heard.of("replica_removed") == heard.of("fell_back_to_primary") == []
+    assert sent_signals.of("read_retried") == []
+    assert sent_signals.of("replica_removed") == sent_signals.of("fell_back_to_primary") == []
 
 
-def test_it_is_said_in_the_log(one_book: PostgreSQL, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "pinning_middleware"), stranger():
+def test_failover_is_logged(one_book: PostgreSQL, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "pinning_middleware"), unrelated_scope():
         first = server()
         one_book[first].stop("immediate")
         server()
         one_book[first].start()
-        look_again(first)
+        make_retry_due(first)
         assert eventually(lambda: server_for(None) == first)
-    assert f"{first} serves nobody (connect): " in caplog.text
-    assert f"A read of {first} went to {OTHER[first]}: " in caplog.text
-    assert f"{first} serves again." in caplog.text
+    assert f"{first} is out of rotation (unreachable): " in caplog.text
+    assert f"Could not read from {first}; read from {OTHER[first]} instead: " in caplog.text
+    assert f"{first} is back in rotation." in caplog.text
 
 
-def test_requests_outlive_their_replica(one_book: PostgreSQL, visit: Visit) -> None:
+def test_requests_fail_over_if_their_replica_fails(one_book: PostgreSQL, visit: Visit) -> None:
     def act(request: Any) -> tuple[str, list[str]]:
         return server(), READS["list"]()
 
@@ -134,18 +144,20 @@ def test_requests_outlive_their_replica(one_book: PostgreSQL, visit: Visit) -> N
     assert "pinning" not in visit.browser.cookies
 
 
-def test_with_both_down_the_primary_serves(one_book: PostgreSQL, heard: Heard) -> None:
-    with stranger():
+def test_both_replicas_down_uses_the_primary(
+    one_book: PostgreSQL, sent_signals: SentSignals
+) -> None:
+    with unrelated_scope():
         server()
         for alias in REPLICAS:
             one_book[alias].stop("immediate")
         assert [READS["list"](), READS["chunks"]()] == [["one"]] * 2
         assert server() == "pg"
     assert server_for(None) == "pg"
-    assert {one["reason"] for one in heard.of("fell_back_to_primary")} == {"no_replica"}
+    assert {one["reason"] for one in sent_signals.of("fell_back_to_primary")} == {"no_replica"}
 
 
-def test_with_both_down_from_the_start_the_primary_serves(one_book: PostgreSQL) -> None:
+def test_both_replicas_down_from_the_start_uses_the_primary(one_book: PostgreSQL) -> None:
     for alias in REPLICAS:
         one_book[alias].stop("immediate")
         connections[alias].close()
@@ -153,13 +165,15 @@ def test_with_both_down_from_the_start_the_primary_serves(one_book: PostgreSQL) 
     assert [in_thread(titles) for _ in range(2)] == [["one"]] * 2
 
 
-def test_a_replica_that_is_starting_up_is_left_out(one_book: PostgreSQL, heard: Heard) -> None:
-    """57P03 comes at the connection."""
+def test_replica_that_is_starting_up_is_skipped(
+    one_book: PostgreSQL, sent_signals: SentSignals
+) -> None:
+    """Connecting raises 57P03."""
     one_book["pg1"].stop("immediate")
     connections["pg1"].close()
-    while server_for(None) != "pg2" or not heard.of("replica_removed"):
+    while server_for(None) != "pg2" or not sent_signals.of("replica_removed"):
         pass
-    assert pool().out == {"pg1"}
+    assert pool().replica_set.out_of_rotation == {"pg1"}
 
 
 SLOW_HERE = """
@@ -169,7 +183,7 @@ SELECT id, title, CASE inet_server_port() WHEN %s THEN pg_sleep(30)::text END FR
 
 @contextmanager
 def during_a_query(pg: PostgreSQL, alias: str, act: Callable[[], None]) -> Iterator[Any]:
-    """Act while a query runs on that replica, one that takes long there and only there."""
+    """Call `act` during a query that is slow on this replica only."""
     running = "SELECT 1 FROM pg_stat_activity WHERE query LIKE '%WHEN%pg_sleep(30)%FROM app_book%'"
 
     def wait_and_act() -> None:
@@ -182,16 +196,18 @@ def during_a_query(pg: PostgreSQL, alias: str, act: Callable[[], None]) -> Itera
     thread.join()
 
 
-def test_a_replica_that_shuts_down_during_a_query(one_book: PostgreSQL) -> None:
-    with stranger():
+def test_replica_shuts_down_during_a_query(one_book: PostgreSQL) -> None:
+    with unrelated_scope():
         first = server()
         with during_a_query(one_book, first, lambda: one_book[first].stop("fast")) as books:
             assert [book.title for book in books] == ["one"]
         assert server() == OTHER[first]
 
 
-def test_a_query_that_conflicts_with_recovery(one_book: PostgreSQL, heard: Heard) -> None:
-    """A snapshot that needs what the primary has vacuumed away: 40001."""
+def test_query_that_conflicts_with_recovery_fails_over(
+    one_book: PostgreSQL, sent_signals: SentSignals
+) -> None:
+    """The snapshot needs rows that the primary has vacuumed: 40001."""
     for alias in REPLICAS:
         one_book[alias].execute("ALTER SYSTEM SET max_standby_streaming_delay = 0")
         one_book[alias].execute("SELECT pg_reload_conf()")
@@ -205,7 +221,7 @@ def test_a_query_that_conflicts_with_recovery(one_book: PostgreSQL, heard: Heard
             one_book["pg"].execute(sql, database="site")
 
     try:
-        with stranger():
+        with unrelated_scope():
             first = server()
             with during_a_query(one_book, first, vacuum) as books:
                 assert [book.title for book in books] == ["one"]
@@ -214,77 +230,79 @@ def test_a_query_that_conflicts_with_recovery(one_book: PostgreSQL, heard: Heard
         for alias in REPLICAS:
             one_book[alias].execute("ALTER SYSTEM RESET max_standby_streaming_delay")
             one_book[alias].execute("SELECT pg_reload_conf()")
-    (rerun,) = heard.of("read_retried")
+    (rerun,) = sent_signals.of("read_retried")
     assert (rerun["failed"], rerun["served"]) == (first, OTHER[first])
     assert "conflict with recovery" in str(rerun["error"])
-    assert heard.of("replica_removed") == []
+    assert sent_signals.of("replica_removed") == []
 
 
-def test_one_terminated_connection_of_many_takes_no_replica_out(one_book: PostgreSQL) -> None:
+def test_terminated_connection_leaves_its_replica_in_rotation(one_book: PostgreSQL) -> None:
     for _ in range(5):
         one_book.terminate("pg1")
         one_book.terminate("pg2")
         assert {server_for(None) for _ in range(2)} == REPLICAS
-    assert pool().out == frozenset()
+    assert pool().replica_set.out_of_rotation == frozenset()
 
 
-# What is not run again
+# Statements that are not retried
 
 
-def test_a_statement_timeout_is_not_run_again(one_book: PostgreSQL, heard: Heard) -> None:
+def test_statement_timeout_is_not_retried(one_book: PostgreSQL, sent_signals: SentSignals) -> None:
     for alias in REPLICAS:
         connections[alias].close()
         connections.settings[alias]["OPTIONS"]["options"] = "-c statement_timeout=20"
-    heard.clear()
-    with stranger(), pytest.raises(OperationalError, match="statement timeout"):
+    sent_signals.clear()
+    with unrelated_scope(), pytest.raises(OperationalError, match="statement timeout"):
         list(Book.objects.raw("SELECT id, pg_sleep(10)::text FROM app_book"))
-    assert heard == []
+    assert sent_signals == []
 
 
-def test_a_wrong_query_is_not_run_again(one_book: PostgreSQL, heard: Heard) -> None:
-    with stranger(), pytest.raises(Exception, match="division by zero"):
+def test_invalid_query_is_not_retried(one_book: PostgreSQL, sent_signals: SentSignals) -> None:
+    with unrelated_scope(), pytest.raises(Exception, match="division by zero"):
         list(Book.objects.raw("SELECT 1/0 AS id"))
-    assert heard == []
+    assert sent_signals == []
 
 
-def test_nothing_is_run_again_inside_a_transaction_on_the_replica(
-    one_book: PostgreSQL, heard: Heard
+def test_statement_in_a_transaction_on_the_replica_is_not_retried(
+    one_book: PostgreSQL, sent_signals: SentSignals
 ) -> None:
     with (  # noqa: PT012
-        stranger(),
+        unrelated_scope(),
         pytest.raises(OperationalError),
         transaction.atomic(using="pg1"),
     ):
         assert Book.objects.using("pg1").count() == 1
         one_book.terminate("pg1")
         Book.objects.using("pg1").count()
-    assert heard.of("read_retried") == []
+    assert sent_signals.of("read_retried") == []
     assert Book.objects.using("pg1").count() == 1
 
 
-def test_no_transaction_begins_elsewhere(one_book: PostgreSQL) -> None:
-    """Where it was asked for on the replica, it is not the primary's business."""
+def test_transaction_is_not_started_on_another_server(one_book: PostgreSQL) -> None:
+    """A transaction on a replica is not moved to the primary."""
     one_book["pg1"].stop("immediate")
     connections["pg1"].close()
-    with stranger(), pytest.raises(OperationalError), transaction.atomic(using="pg1"):
+    with unrelated_scope(), pytest.raises(OperationalError), transaction.atomic(using="pg1"):
         Book.objects.using("pg1").count()
 
 
 @pytest.mark.parametrize("down", ["error", "stale"])
-def test_a_write_is_never_run_again(one_book: PostgreSQL, heard: Heard, down: str) -> None:
-    with override_settings(PINNING_PRIMARY_DOWN=down), stranger():
+def test_write_is_never_retried(one_book: PostgreSQL, sent_signals: SentSignals, down: str) -> None:
+    with override_settings(PINNING_PRIMARY_DOWN=down), unrelated_scope():
         Book.objects.create(title="two")
         one_book.terminate("pg")
         with pytest.raises(OperationalError):
             Book.objects.create(title="lost")
         connections["pg"].close()
-    assert heard.of("read_retried") == []
+    assert sent_signals.of("read_retried") == []
     assert one_book["pg"].execute("SELECT count(*) FROM app_book", database="site") == [(2,)]
 
 
 @pytest.mark.parametrize("down", ["error", "stale"])
-def test_a_lock_is_never_run_again(one_book: PostgreSQL, heard: Heard, down: str) -> None:
-    with override_settings(PINNING_PRIMARY_DOWN=down), stranger():
+def test_locking_read_is_never_retried(
+    one_book: PostgreSQL, sent_signals: SentSignals, down: str
+) -> None:
+    with override_settings(PINNING_PRIMARY_DOWN=down), unrelated_scope():
         connections["pg"].ensure_connection()
         one_book.terminate("pg")
         with (
@@ -293,11 +311,13 @@ def test_a_lock_is_never_run_again(one_book: PostgreSQL, heard: Heard, down: str
         ):
             cursor.execute("SELECT * FROM app_book FOR UPDATE")
         connections["pg"].close()
-    assert heard.of("read_retried") == []
+    assert sent_signals.of("read_retried") == []
 
 
-def test_a_read_of_the_primary_gets_its_error(one_book: PostgreSQL, heard: Heard) -> None:
-    with stranger():
+def test_error_of_an_explicit_primary_read_propagates(
+    one_book: PostgreSQL, sent_signals: SentSignals
+) -> None:
+    with unrelated_scope():
         pin_this_request()
         assert READS["list"]() == ["one"]
         one_book.terminate("pg")
@@ -305,18 +325,18 @@ def test_a_read_of_the_primary_gets_its_error(one_book: PostgreSQL, heard: Heard
             READS["list"]()
         connections["pg"].close()
         assert READS["list"]() == ["one"]
-    assert heard == []
+    assert sent_signals == []
 
 
-# Writes stay refused
+# Writes are still rejected
 
 
-def test_a_write_on_a_replica_that_is_down_is_refused(one_book: PostgreSQL) -> None:
-    """Also where the cursor is the primary's."""
+def test_write_on_a_replica_that_is_down_is_rejected(one_book: PostgreSQL) -> None:
+    """Also if the cursor belongs to the primary."""
     for alias in REPLICAS:
         one_book[alias].stop("immediate")
         connections[alias].close()
-    with stranger():
+    with unrelated_scope():
         with pytest.raises(ReplicaWriteError):
             Book.objects.using("pg1").update(title="lost")
         with pytest.raises(ReplicaWriteError), connections["pg1"].cursor() as cursor:
@@ -331,8 +351,8 @@ def test_a_write_on_a_replica_that_is_down_is_refused(one_book: PostgreSQL) -> N
     assert one_book["pg"].execute("SELECT title FROM app_book", database="site") == [("one",)]
 
 
-def test_a_cursor_that_failed_over_stays_a_replica_s(one_book: PostgreSQL) -> None:
-    with stranger(), connections["pg1"].cursor() as cursor:
+def test_cursor_that_failed_over_still_rejects_writes(one_book: PostgreSQL) -> None:
+    with unrelated_scope(), connections["pg1"].cursor() as cursor:
         cursor.execute("SELECT title FROM app_book")
         for alias in REPLICAS:
             one_book[alias].stop("immediate")
@@ -343,14 +363,14 @@ def test_a_cursor_that_failed_over_stays_a_replica_s(one_book: PostgreSQL) -> No
     assert one_book["pg"].execute("SELECT title FROM app_book", database="site") == [("one",)]
 
 
-# Under a pin
+# Pinned reads
 
 
-def test_under_a_pin_nothing_is_run_on_a_replica_that_is_behind(one_book: PostgreSQL) -> None:
+def test_pinned_read_is_not_retried_on_a_replica_behind(one_book: PostgreSQL) -> None:
     one_book.pause("pg2")
     token = write("two")
     one_book.wait_for("pg1")
-    with stranger(token):
+    with unrelated_scope(token):
         assert server() == "pg1"
         one_book["pg1"].stop("immediate")
         assert READS["values_list"]() == ["one", "two"]
@@ -358,37 +378,37 @@ def test_under_a_pin_nothing_is_run_on_a_replica_that_is_behind(one_book: Postgr
     assert [titles(token) for _ in range(4)] == [["one", "two"]] * 4
 
 
-def test_under_a_pin_it_is_run_on_a_replica_that_has_it(one_book: PostgreSQL) -> None:
+def test_pinned_read_is_retried_on_a_caught_up_replica(one_book: PostgreSQL) -> None:
     token = write("two")
     one_book.wait_for()
-    with stranger(token):
+    with unrelated_scope(token):
         first = server()
         one_book[first].stop("immediate")
         assert READS["values_list"]() == ["one", "two"]
         assert server() == OTHER[first]
 
 
-def test_under_a_pin_a_conflict_goes_to_no_replica_that_is_behind(one_book: PostgreSQL) -> None:
-    """What was opened elsewhere counts too."""
+def test_pinned_read_with_a_conflict_uses_no_replica_behind(one_book: PostgreSQL) -> None:
+    """Also on a server that the read failed over to."""
     one_book.pause("pg2")
     token = write("two")
     one_book.wait_for("pg1")
-    with stranger(token):
+    with unrelated_scope(token):
         assert server() == "pg1"
     one_book["pg1"].stop("immediate")
     connections["pg1"].close()
-    # Known to have it, by an earlier request, but not there any more.
+    # An earlier request found it caught up, but it has failed since.
     assert [titles(token) for _ in range(3)] == [["one", "two"]] * 3
 
 
 @pytest.mark.parametrize("lost", ["terminated", "restarted"])
-def test_under_a_pin_a_new_connection_is_asked(one_book: PostgreSQL, lost: str) -> None:
-    """Behind it may be a server that was restarted, and has replayed less than it had."""
+def test_pinned_read_probes_a_new_connection(one_book: PostgreSQL, lost: str) -> None:
+    """The server may have restarted, with an older replay position."""
     one_book["pg1"].execute("CHECKPOINT")
     one_book.pause("pg2")
     token = write("two")
     one_book.wait_for("pg1")
-    with stranger(token):
+    with unrelated_scope(token):
         assert server() == "pg1"
         if lost == "terminated":
             one_book.terminate("pg1")
@@ -404,18 +424,18 @@ def test_under_a_pin_a_new_connection_is_asked(one_book: PostgreSQL, lost: str) 
         assert READS["values_list"]() == ["one", "two"]
 
 
-def test_under_a_pin_a_candidate_s_new_connection_is_asked(one_book: PostgreSQL) -> None:
-    """It was known to have it; then it was restarted, and the one that served died."""
+def test_pinned_read_probes_a_new_connection_of_a_failover_candidate(one_book: PostgreSQL) -> None:
+    """It had caught up, and was restarted; then the current replica failed."""
     one_book["pg2"].execute("CHECKPOINT")
     token = write("two")
     one_book.wait_for()
-    look_around()
+    probe_replicas()
     one_book["pg2"].set_delay(3600)
     try:
         one_book["pg2"].restart("immediate")
         connections["pg2"].close()
-        with stranger(token):
-            current_scope()["pg"].replica = "pg1"
+        with unrelated_scope(token):
+            choose("pg1")
             assert server() == "pg1"
             one_book["pg1"].stop("immediate")
             assert READS["values_list"]() == ["one", "two"]
@@ -425,10 +445,10 @@ def test_under_a_pin_a_candidate_s_new_connection_is_asked(one_book: PostgreSQL)
         one_book["pg2"].set_delay(0)
 
 
-def test_a_connection_that_is_lost_while_it_is_asked(
+def test_connection_lost_during_a_probe(
     one_book: PostgreSQL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cursor that was opened before belongs to the lost one."""
+    """The cursor opened before belongs to the lost connection."""
     token = write("two")
     one_book.wait_for()
     identify, lost = Dialect.identify, []
@@ -439,7 +459,7 @@ def test_a_connection_that_is_lost_while_it_is_asked(
             one_book.terminate(first)
         return identify(self, *args)
 
-    with stranger(token):
+    with unrelated_scope(token):
         first = server()
         connections[first].close()
         monkeypatch.setattr(Dialect, "identify", lose)
@@ -448,8 +468,8 @@ def test_a_connection_that_is_lost_while_it_is_asked(
     assert lost == [first]
 
 
-def test_one_that_is_cut_off_at_its_first_question_is_made_again(
-    one_book: PostgreSQL, monkeypatch: pytest.MonkeyPatch, heard: Heard
+def test_connection_closed_at_the_first_probe_is_reopened(
+    one_book: PostgreSQL, monkeypatch: pytest.MonkeyPatch, sent_signals: SentSignals
 ) -> None:
     token = write("two")
     one_book.wait_for()
@@ -464,13 +484,13 @@ def test_one_that_is_cut_off_at_its_first_question_is_made_again(
         return identify(self, ask, where, way)
 
     monkeypatch.setattr(Dialect, "identify", lose)
-    with stranger(token):
+    with unrelated_scope(token):
         assert server() == lost[0]
-    assert heard.of("replica_removed") == []
+    assert sent_signals.of("replica_removed") == []
 
 
-def test_one_that_is_cut_off_while_it_is_made_is_made_again(
-    one_book: PostgreSQL, monkeypatch: pytest.MonkeyPatch, heard: Heard
+def test_connection_closed_while_connecting_is_retried(
+    one_book: PostgreSQL, monkeypatch: pytest.MonkeyPatch, sent_signals: SentSignals
 ) -> None:
     connect, lost = DatabaseWrapper.get_new_connection, []
 
@@ -486,15 +506,15 @@ def test_one_that_is_cut_off_while_it_is_made_is_made_again(
     for alias in REPLICAS:
         connections[alias].close()
         del connections[alias]
-    with stranger():
+    with unrelated_scope():
         assert server() == lost[0]
-    assert heard.of("replica_removed") == []
+    assert sent_signals.of("replica_removed") == []
 
 
-def test_a_pool_s_connections_that_were_cut_off_take_no_replica_out(
-    one_book: PostgreSQL, heard: Heard
+def test_closed_pool_connections_leave_their_replica_in_rotation(
+    one_book: PostgreSQL, sent_signals: SentSignals
 ) -> None:
-    """A pool hands out what was ended long ago, as often as it has such."""
+    """The pool returns each of its closed connections in turn."""
     replica = one_book["pg1"]
     with as_layout(one_book, r1=pooled(replica)):
         kept = connections["r1"].pool  # type: ignore[attr-defined]
@@ -507,23 +527,23 @@ def test_a_pool_s_connections_that_were_cut_off_take_no_replica_out(
         one_book.wait_for()
         one_book.terminate("pg1")
         assert port_for(token) == replica.port
-    assert heard.of("replica_removed") == []
+    assert sent_signals.of("replica_removed") == []
 
 
-def test_a_read_that_somebody_ends_is_not_run_again_and_again(one_book: PostgreSQL) -> None:
-    """It may be the very reason why: once more where it was, and once elsewhere."""
+def test_terminated_read_is_retried_a_limited_number_of_times(one_book: PostgreSQL) -> None:
+    """The read may be the cause: retried once on the same server, once on another."""
     ran: list[str] = []
 
-    def noted(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+    def recording(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
         ran.append(context["cursor"].db.alias)
         return execute(sql, params, many, context)
 
     for alias in ("pg", *REPLICAS):
         connections[alias].close()
-    with stranger():
+    with unrelated_scope():
         alias = Book.objects.db
         with (
-            connections[alias].execute_wrapper(noted),
+            connections[alias].execute_wrapper(recording),
             connections[alias].cursor() as cursor,
             pytest.raises(OperationalError),
         ):
@@ -531,38 +551,38 @@ def test_a_read_that_somebody_ends_is_not_run_again_and_again(one_book: PostgreS
     assert ran == [alias, alias, OTHER[alias], "pg"]
 
 
-# A replica that accepts connections and never answers
+# Unresponsive replicas
 
 
 class Attempts(NamedTuple):
-    """The aliases to which a connection was tried."""
+    """The aliases of attempted connections."""
 
     by_requests: list[str]
-    by_watchers: list[str]
+    by_monitors: list[str]
 
 
 @pytest.fixture
 def attempts(monkeypatch: pytest.MonkeyPatch) -> Attempts:
-    """Who tried to connect where, from here on."""
+    """Record attempts to connect."""
     made = Attempts([], [])
     connect = DatabaseWrapper.get_new_connection
 
-    def noted(self: Any, params: Any) -> Any:
-        is_watcher = threading.current_thread().name.startswith("pinning-watcher")
-        (made.by_watchers if is_watcher else made.by_requests).append(self.alias)
+    def recording(self: Any, params: Any) -> Any:
+        is_watcher = threading.current_thread().name.startswith("pinning-monitor")
+        (made.by_monitors if is_watcher else made.by_requests).append(self.alias)
         return connect(self, params)
 
-    monkeypatch.setattr(DatabaseWrapper, "get_new_connection", noted)
+    monkeypatch.setattr(DatabaseWrapper, "get_new_connection", recording)
     for alias in ("pg", *pool().replicas):
-        # One that was made before has its own way to connect at hand.
+        # Existing wrappers have a reference to the original method.
         connections[alias].close()
         del connections[alias]
     return made
 
 
 @pytest.fixture
-def mute(one_book: PostgreSQL) -> Iterator[PostgreSQL]:
-    """`pg1` is a socket that nobody accepts from."""
+def unresponsive(one_book: PostgreSQL) -> Iterator[PostgreSQL]:
+    """Make `pg1` a socket that accepts no connections."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(50)
@@ -571,76 +591,80 @@ def mute(one_book: PostgreSQL) -> Iterator[PostgreSQL]:
         yield one_book
 
 
-def test_a_mute_replica_is_left_out(mute: PostgreSQL, attempts: Attempts, heard: Heard) -> None:
+def test_unresponsive_replica_is_skipped(
+    unresponsive: PostgreSQL, attempts: Attempts, sent_signals: SentSignals
+) -> None:
     connections["pg2"].ensure_connection()
     attempts.by_requests.clear()
     assert [titles() for _ in range(6)] == [["one"]] * 6
     assert attempts.by_requests.count("pg1") == 1
-    assert heard.of("replica_removed") == [
-        {"sender": "pg", "replica": "pg1", "reason": "connect", "seconds": 10.0}
+    assert sent_signals.of("replica_removed") == [
+        {"sender": "pg", "replica": "pg1", "reason": "unreachable", "seconds": 10.0}
     ]
     # With the jitter, up to 12.5 s.
     assert 7.0 < endpoint("pg1").retry_at - time.monotonic() < 12.5
 
 
-def test_a_mute_replica_is_tried_again_by_nobody_s_request(
-    mute: PostgreSQL, attempts: Attempts, heard: Heard
+def test_unresponsive_replica_is_not_retried_by_requests(
+    unresponsive: PostgreSQL, attempts: Attempts, sent_signals: SentSignals
 ) -> None:
-    take_out("pg1")
-    attempts.by_watchers.clear()
-    look_again("pg1")
-    # By its watcher, which is given no answer either.
-    assert eventually(lambda: "pg1" in attempts.by_watchers)
+    mark_unreachable("pg1")
+    attempts.by_monitors.clear()
+    make_retry_due("pg1")
+    # By its monitor, which receives no reply either.
+    assert eventually(lambda: "pg1" in attempts.by_monitors)
     assert [titles() for _ in range(4)] == [["one"]] * 4
     assert eventually(lambda: endpoint("pg1").retry_at > time.monotonic() + 5)
     assert "pg1" not in attempts.by_requests
-    assert len(heard.of("replica_removed")) == 1
+    assert len(sent_signals.of("replica_removed")) == 1
 
 
-def test_a_scope_that_had_chosen_it_does_not_try(mute: PostgreSQL, attempts: Attempts) -> None:
-    """Another request found out in the meantime."""
-    with stranger():
+def test_scope_that_selected_an_unresponsive_replica_does_not_connect(
+    unresponsive: PostgreSQL, attempts: Attempts
+) -> None:
+    """Another request has detected it in the meantime."""
+    with unrelated_scope():
         while Book.objects.db != "pg1":
-            current_scope()["pg"].leave("pg2")
+            choose(None)
         chosen = Book.objects.all()
-        take_out("pg1")
+        mark_unreachable("pg1")
         assert [book.title for book in chosen.using("pg1")] == ["one"]
         assert READS["list"]() == ["one"]
     assert "pg1" not in attempts.by_requests
 
 
-def test_pinned_requests_do_not_wait_for_a_mute_replica(
-    mute: PostgreSQL, attempts: Attempts
+def test_pinned_requests_do_not_wait_for_an_unresponsive_replica(
+    unresponsive: PostgreSQL, attempts: Attempts
 ) -> None:
-    mute.pause("pg2")
+    unresponsive.pause("pg2")
     token = write("two")
     assert [titles(token) for _ in range(5)] == [["one", "two"]] * 5
     assert attempts.by_requests.count("pg1") == 1
 
 
-def test_connecting_is_bounded(pg: PostgreSQL) -> None:
+def test_connect_timeout_applies(pg: PostgreSQL) -> None:
     assert connections["pg1"].get_connection_params()["connect_timeout"] == 2
     assert "connect_timeout" not in connections["pg"].get_connection_params()
     connections.settings["pg2"]["OPTIONS"]["connect_timeout"] = 7
     assert connections["pg2"].get_connection_params()["connect_timeout"] == 7
 
 
-# What is no replica
+# Replica aliases of the primary
 
 
-def test_an_alias_that_is_the_primary_is_simply_the_primary(
-    one_book: PostgreSQL, heard: Heard
+def test_replica_alias_of_the_primary_is_treated_as_the_primary(
+    one_book: PostgreSQL, sent_signals: SentSignals
 ) -> None:
     connections["pg1"].close()
     connections.settings["pg1"].update(
         HOST="localhost", PORT=connections.settings["pg"]["PORT"], OPTIONS={"sslmode": "disable"}
     )
-    # By the port it can't be told from the primary's alias.
+    # Its port is that of the primary.
     assert {server_for(None) for _ in range(4)} == REPLICAS
     one_book.pause("pg2")
     token = write("two")
     assert [titles(token) for _ in range(4)] == [["one", "two"]] * 4
-    assert heard.of("replica_removed") == []
+    assert sent_signals.of("replica_removed") == []
 
 
 # The primary is down
@@ -652,27 +676,32 @@ def stale() -> Iterator[None]:
         yield
 
 
-def test_a_pinned_read_gets_the_primary_s_error(one_book: PostgreSQL, heard: Heard) -> None:
+def test_error_of_the_primary_propagates_to_a_pinned_read(
+    one_book: PostgreSQL, sent_signals: SentSignals
+) -> None:
     one_book.pause()
     token = write("two")
     one_book["pg"].stop("immediate")
     for _ in range(2):
-        with stranger(token), pytest.raises(OperationalError):
+        with unrelated_scope(token), pytest.raises(OperationalError):
             READS["list"]()
     connections["pg"].close()
-    with stranger(token), pytest.raises(OperationalError):
+    with unrelated_scope(token), pytest.raises(OperationalError):
         READS["list"]()
     assert {server_for(None) for _ in range(4)} == REPLICAS
-    assert "primary_down" not in [one["reason"] for one in heard.of("fell_back_to_primary")]
+    assert "primary_down" not in [one["reason"] for one in sent_signals.of("fell_back_to_primary")]
 
 
 @pytest.mark.usefixtures("stale")
 @pytest.mark.parametrize("connected", [True, False])
-def test_the_freshest_replica_serves_for_the_primary(
-    one_book: PostgreSQL, heard: Heard, caplog: pytest.LogCaptureFixture, connected: bool
+def test_freshest_replica_substitutes_the_primary(
+    one_book: PostgreSQL,
+    sent_signals: SentSignals,
+    caplog: pytest.LogCaptureFixture,
+    connected: bool,
 ) -> None:
     one_book.pause("pg1")
-    with stranger():
+    with unrelated_scope():
         Book.objects.create(title="two")
     one_book.wait_for("pg2")
     one_book.pause("pg2")
@@ -680,20 +709,20 @@ def test_the_freshest_replica_serves_for_the_primary(
     one_book["pg"].stop("immediate")
     if not connected:
         connections["pg"].close()
-    with stranger(token):
+    with unrelated_scope(token):
         assert READS["values_list"]() == ["one", "two"]
         assert server() == "pg2"
         assert READS["list"]() == ["one", "two"]
-    said = heard.of("fell_back_to_primary")
+    said = sent_signals.of("fell_back_to_replica")
     assert {"sender": "pg", "served": "pg2", "reason": "primary_down"} in said
     assert "pg2" in caplog.text
-    assert [one["replica"] for one in heard.of("replica_removed")] == []
+    assert [one["replica"] for one in sent_signals.of("replica_removed")] == []
 
 
 @pytest.mark.usefixtures("stale")
 @pytest.mark.parametrize("connected", [True, False])
 @pytest.mark.parametrize("pin", ["method", "by hand", "token"])
-def test_every_pinned_read_of_a_scope_is_served(
+def test_every_pinned_read_of_a_scope_fails_over(
     one_book: PostgreSQL, connected: bool, pin: str, act_in: Any
 ) -> None:
     one_book.pause()
@@ -707,7 +736,7 @@ def test_every_pinned_read_of_a_scope_is_served(
 
 @pytest.fixture
 def act_in(do: Callable[..., str]) -> Callable[..., Any]:
-    """Return a function that runs an action in a scope that is pinned in this way."""
+    """Return a function that runs an action in a scope with this kind of pin."""
     from django.test import Client
 
     def run(pin: str, token: str, action: Callable[[], Any]) -> Any:
@@ -715,7 +744,7 @@ def act_in(do: Callable[..., str]) -> Callable[..., Any]:
             results: list[Any] = []
             Client().post(f"/sync/{do(lambda request: results.append(action()))}/")
             return results[0]
-        with stranger(token if pin == "token" else None):
+        with unrelated_scope(token if pin == "token" else None):
             if pin == "by hand":
                 pin_this_request()
             return action()
@@ -724,26 +753,28 @@ def act_in(do: Callable[..., str]) -> Callable[..., Any]:
 
 
 @pytest.mark.usefixtures("stale")
-def test_a_lost_connection_is_not_a_lost_primary(one_book: PostgreSQL, heard: Heard) -> None:
+def test_lost_connection_does_not_mark_the_primary_down(
+    one_book: PostgreSQL, sent_signals: SentSignals
+) -> None:
     one_book.pause()
-    with stranger():
+    with unrelated_scope():
         Book.objects.create(title="two")
         one_book.terminate("pg")
         assert READS["values_list"]() == ["one", "two"]
         assert server() == "pg"
-    assert heard.of("fell_back_to_primary") == []
+    assert sent_signals.of("fell_back_to_primary") == []
 
 
 @pytest.mark.usefixtures("stale")
-def test_connecting_to_a_primary_that_has_a_stand_in_is_bounded(pg: PostgreSQL) -> None:
+def test_connect_timeout_applies_to_a_primary_with_a_substitute(pg: PostgreSQL) -> None:
     assert connections["pg"].get_connection_params()["connect_timeout"] == 2
 
 
 @pytest.mark.usefixtures("stale")
-def test_writes_get_the_primary_s_error(one_book: PostgreSQL) -> None:
+def test_error_of_the_primary_propagates_to_writes(one_book: PostgreSQL) -> None:
     one_book["pg"].stop("immediate")
     connections["pg"].close()
-    with stranger() as scope:
+    with unrelated_scope() as scope:
         with pytest.raises(OperationalError):
             Author.objects.create(name="lost")
         assert READS["list"]() == ["one"]
@@ -752,14 +783,14 @@ def test_writes_get_the_primary_s_error(one_book: PostgreSQL) -> None:
 
 
 @pytest.mark.parametrize("primary_down", ["error", "stale"])
-def test_replicas_that_are_restarted_meanwhile_serve(
+def test_replicas_restarted_while_the_primary_is_down_are_used(
     one_book: PostgreSQL, primary_down: str
 ) -> None:
-    """Without a primary nobody can tell their timeline: enough for who has no pin."""
+    """Without a primary their timeline is unknown, which is enough for unpinned reads."""
     with override_settings(PINNING_PRIMARY_DOWN=primary_down):
         wanted = position_in(write("two"))
         one_book.wait_for()
-        look_around()
+        probe_replicas()
         one_book["pg"].stop("immediate")
         for alias in REPLICAS:
             one_book[alias].restart("fast")
@@ -771,11 +802,11 @@ def test_replicas_that_are_restarted_meanwhile_serve(
                 return "nobody"
 
         assert eventually(lambda: {served() for _ in range(4)} == REPLICAS)
-        assert pool().holder(wanted, ask=True) is None
+        assert pool().replica_set.find_caught_up(Position(wanted), probe=True) is None
 
 
 @pytest.mark.usefixtures("stale")
-def test_a_primary_that_is_back_is_used(one_book: PostgreSQL, attempts: Attempts) -> None:
+def test_recovered_primary_is_used(one_book: PostgreSQL, attempts: Attempts) -> None:
     one_book.pause()
     token = write("two")
     one_book["pg"].stop("immediate")
@@ -788,12 +819,12 @@ def test_a_primary_that_is_back_is_used(one_book: PostgreSQL, attempts: Attempts
 
 
 @pytest.mark.usefixtures("stale")
-def test_with_everything_down_the_error_is_the_primary_s(one_book: PostgreSQL) -> None:
+def test_error_of_the_primary_propagates_with_all_servers_down(one_book: PostgreSQL) -> None:
     token = write("two")
     for alias in ("pg", "pg1", "pg2"):
         one_book[alias].stop("immediate")
         connections[alias].close()
-    with stranger(token), pytest.raises(OperationalError) as caught:
+    with unrelated_scope(token), pytest.raises(OperationalError) as caught:
         READS["list"]()
     assert str(one_book["pg"].port) in str(caught.value)
 
@@ -801,8 +832,8 @@ def test_with_everything_down_the_error_is_the_primary_s(one_book: PostgreSQL) -
 # Locks
 
 
-def test_no_lock_is_held_while_a_database_is_asked(
-    one_book: PostgreSQL, monkeypatch: pytest.MonkeyPatch, heard: Heard
+def test_no_lock_is_held_during_database_calls(
+    one_book: PostgreSQL, monkeypatch: pytest.MonkeyPatch, sent_signals: SentSignals
 ) -> None:
     locked: list[str] = []
     connect, execute = DatabaseWrapper.get_new_connection, CursorWrapper._execute  # type: ignore[attr-defined]
@@ -846,11 +877,11 @@ def test_no_lock_is_held_while_a_database_is_asked(
                 titles(token)
                 titles()
             one_book["pg1"].start()
-            look_around()
+            probe_replicas()
     finally:
         for signal in told:
             signal.disconnect(receive)
     assert locked == []
     assert len(asked) > 10
-    told_of = {name for name, _ in heard}
+    told_of = {name for name, _ in sent_signals}
     assert {"fell_back_to_primary", "replica_removed", "replica_wait_finished"} <= told_of

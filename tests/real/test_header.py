@@ -1,4 +1,4 @@
-"""Clients without cookies, on real PostgreSQL replicas that are held back."""
+"""Clients without cookies, with paused PostgreSQL replicas."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from django.http import HttpRequest
 from django.test import override_settings
 
 from pinning_middleware import pinning_scope, tokens
+from pinning_middleware.pins import PinKey
 from tests.app.models import Book
 from tests.conftest import Browser
-from tests.real.conftest import PostgreSQL, look_around, server
+from tests.real.conftest import PostgreSQL, probe_replicas, server
 
 pytestmark = pytest.mark.real
 
@@ -32,7 +33,7 @@ def by_header() -> Iterator[None]:
 
 
 class Script:
-    """A client that sends back the header that it got last."""
+    """A client that sends the last received token header."""
 
     def __init__(self, browser: Browser, do: Callable[..., str]) -> None:
         self._browser, self._do = browser, do
@@ -56,7 +57,7 @@ def write() -> None:
     Book.objects.create(title="new")
 
 
-def test_a_script_reads_what_it_wrote(pg: PostgreSQL, new_script: Callable[[], Script]) -> None:
+def test_script_reads_its_writes(pg: PostgreSQL, new_script: Callable[[], Script]) -> None:
     pg.pause()
     script, other = new_script(), new_script()
     script(write)
@@ -64,7 +65,7 @@ def test_a_script_reads_what_it_wrote(pg: PostgreSQL, new_script: Callable[[], S
     assert other() in REPLICAS
 
 
-def test_a_replica_that_has_it_serves_the_script(
+def test_script_reads_a_replica_that_has_caught_up(
     pg: PostgreSQL, new_script: Callable[[], Script]
 ) -> None:
     pg.pause("pg1")
@@ -74,24 +75,28 @@ def test_a_replica_that_has_it_serves_the_script(
     assert [script() for _ in range(3)] == ["pg2"] * 3
 
 
-def test_the_token_stays_when_all_have_it(pg: PostgreSQL, new_script: Callable[[], Script]) -> None:
+def test_token_is_kept_when_all_replicas_have_caught_up(
+    pg: PostgreSQL, new_script: Callable[[], Script]
+) -> None:
     pg.pause()
     script = new_script()
     script(write)
     assert script.token
     pg.resume()
-    look_around()
+    probe_replicas()
     kept = script.token
     assert script() in REPLICAS
     assert script.token == kept
 
 
-def test_a_service_passes_on_what_it_did(pg: PostgreSQL, new_script: Callable[[], Script]) -> None:
-    """A job writes, and calls the site in the name of nobody."""
+def test_token_propagates_to_another_service(
+    pg: PostgreSQL, new_script: Callable[[], Script]
+) -> None:
+    """A job writes, and calls the site without a user."""
     pg.pause()
     with pinning_scope() as job:
         write()
     script = new_script()
     script.token = job.token or ""
     assert script() == "pg"
-    assert set(tokens.loads(script.token)) == {"pg"}
+    assert set(tokens.loads(script.token)) == {PinKey("pg")}

@@ -1,4 +1,4 @@
-"""Which replicas are in the rotation, and how much they may lag, on PostgreSQL."""
+"""Rotation status and replication lag of replicas, on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from pinning_middleware.servers.registry import Server, registry
 from tests.app.models import Book
 
 from .conftest import (
-    Heard,
     PostgreSQL,
+    SentSignals,
     as_layout,
     endpoint,
     eventually,
     in_thread,
-    look_again,
-    look_around,
+    make_retry_due,
+    mark_unreachable,
     pool,
     port,
     port_for,
+    probe_replicas,
     queries,
     server,
     server_for,
-    stranger,
-    take_out,
     titles,
+    unrelated_scope,
     write,
 )
 from .layouts import Forwarder, database, frozen
@@ -46,29 +46,31 @@ REPLICAS = {"pg1", "pg2"}
 
 @pytest.fixture
 def max_lag() -> Iterator[None]:
-    # Longer than the second between two samples: a busy machine may make anybody miss one.
+    # Longer than the sample interval (one second): a busy machine may miss a sample.
     with override_settings(PINNING_MAX_LAG=1.5):
         yield
 
 
 def fall_behind(*aliases: str) -> None:
-    """Go on writing and reading until these replicas, and no others, are out for their lag."""
-    assert eventually(lambda: (write(), server_for(None), pool().out == set(aliases))[-1])
+    """Write and read until exactly these replicas are out of rotation because of lag."""
+    assert eventually(
+        lambda: (write(), server_for(None), pool().replica_set.out_of_rotation == set(aliases))[-1]
+    )
     assert {endpoint(alias).out_of_rotation for alias in aliases} == {"lag"}
 
 
 def measured() -> bool:
-    """Let reads go on, and return whether the lag of both replicas is known by now."""
+    """Read, and return whether the lag of both replicas is known."""
     server_for(None)
-    return all(pool().lag(alias) is not None for alias in REPLICAS)
+    return all(pool().replica_set.lag(alias) is not None for alias in REPLICAS)
 
 
 # PINNING_MAX_LAG
 
 
 @pytest.mark.usefixtures("max_lag")
-def test_a_replica_that_lags_leaves_the_rotation_and_comes_back(
-    pg: PostgreSQL, heard: Heard, caplog: pytest.LogCaptureFixture
+def test_lagging_replica_leaves_and_rejoins_the_rotation(
+    pg: PostgreSQL, sent_signals: SentSignals, caplog: pytest.LogCaptureFixture
 ) -> None:
     pg.pause("pg1")
     with caplog.at_level(logging.INFO, "pinning_middleware"):
@@ -77,17 +79,17 @@ def test_a_replica_that_lags_leaves_the_rotation_and_comes_back(
         pg.resume("pg1")
         assert eventually(lambda: server_for(None) == "pg1")
     assert {server_for(None) for _ in range(4)} == REPLICAS
-    # On a busy machine the other one may really be half a second late, once in a while.
-    (left,) = [said for said in heard.of("replica_removed") if said["replica"] == "pg1"]
+    # On a busy machine the other replica may occasionally lag by half a second.
+    (left,) = [said for said in sent_signals.of("replica_removed") if said["replica"] == "pg1"]
     assert (left["sender"], left["reason"]) == ("pg", "lag")
-    assert {"sender": "pg", "replica": "pg1"} in heard.of("replica_restored")
-    assert "pg1 serves nobody (lag)" in caplog.text
-    assert "pg1 serves again." in caplog.text
+    assert {"sender": "pg", "replica": "pg1"} in sent_signals.of("replica_restored")
+    assert "pg1 is out of rotation (lag)" in caplog.text
+    assert "pg1 is back in rotation." in caplog.text
 
 
 @pytest.mark.usefixtures("max_lag")
-def test_a_read_is_not_what_measures(pg: PostgreSQL) -> None:
-    """Watchers do, by connections of their own."""
+def test_reads_do_not_measure_lag(pg: PostgreSQL) -> None:
+    """Monitors measure it, on their own connections."""
     assert eventually(measured)
     with queries() as asked:
         for _ in range(8):
@@ -96,53 +98,58 @@ def test_a_read_is_not_what_measures(pg: PostgreSQL) -> None:
 
 
 @pytest.mark.usefixtures("max_lag")
-def test_an_idle_primary_is_no_lag(pg: PostgreSQL) -> None:
-    """Nothing is written, so nothing is missing, however long ago the last transaction was."""
+def test_idle_primary_causes_no_lag(pg: PostgreSQL) -> None:
+    """Without writes there is no lag, regardless of the age of the last transaction."""
     write()
     pg.wait_for()
     assert eventually(measured)
     pg.pause()
-    looks = {alias: endpoint(alias).recent_servers[0].told for alias in REPLICAS}
+    looks = {alias: endpoint(alias).recent_servers[0].last_probed for alias in REPLICAS}
     assert eventually(
         lambda: (
             server_for(None),
-            all(endpoint(alias).recent_servers[0].told > looks[alias] + 0.9 for alias in REPLICAS),
+            all(
+                endpoint(alias).recent_servers[0].last_probed > looks[alias] + 0.9
+                for alias in REPLICAS
+            ),
         )[-1]
     )
-    # The primary's own work may come in between, once in a while.
-    assert all((pool().lag(alias) or 0.0) < 3 for alias in REPLICAS)
+    # Background work of the primary may occasionally write in between.
+    assert all((pool().replica_set.lag(alias) or 0.0) < 3 for alias in REPLICAS)
 
 
 @override_settings(PINNING_MAX_LAG=0.5)
-def test_one_that_is_a_moment_late_does_not_lag(
-    pg: PostgreSQL, heard: Heard, monkeypatch: pytest.MonkeyPatch
+def test_replica_behind_the_newest_sample_only_does_not_lag(
+    pg: PostgreSQL, sent_signals: SentSignals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has missed the newest sample by milliseconds, and not by the second before it."""
+    """It is milliseconds behind the newest sample, not the full sample interval."""
     assert eventually(measured)
     pg.pause("pg1")
     write()
-    ask, late = Monitor._ask, []
+    ask, late = Monitor._probe, []
 
     def slow(watcher: Monitor, alias: str, is_trial: bool = False) -> Server | None:
         answer = ask(watcher, alias, is_trial)
         if alias == "pg1" and answer is not None and not late:
-            newest = registry.samples(answer.system)[0][1]
+            newest = registry.samples(answer.system)[0][1].points
             if any(answer.position[log] < point for log, point in newest.items()):
                 late.append(alias)
                 pg.resume("pg1")
                 pg.wait_for()
         return answer
 
-    monkeypatch.setattr(Monitor, "_ask", slow)
+    monkeypatch.setattr(Monitor, "_probe", slow)
     assert eventually(lambda: (server_for(None), late)[-1])
-    told = endpoint("pg1").recent_servers[0].told
-    assert eventually(lambda: (server_for(None), endpoint("pg1").recent_servers[0].told > told)[-1])
-    assert [said for said in heard.of("replica_removed") if said["replica"] == "pg1"] == []
+    told = endpoint("pg1").recent_servers[0].last_probed
+    assert eventually(
+        lambda: (server_for(None), endpoint("pg1").recent_servers[0].last_probed > told)[-1]
+    )
+    assert [said for said in sent_signals.of("replica_removed") if said["replica"] == "pg1"] == []
 
 
 @pytest.mark.usefixtures("max_lag")
-def test_a_receiver_that_stopped_shows(pg: PostgreSQL) -> None:
-    """All that was received is replayed then: only the primary knows better."""
+def test_stopped_receiver_is_detected_as_lag(pg: PostgreSQL) -> None:
+    """Everything received is replayed; only the primary's position shows the lag."""
     pg["pg1"].execute("ALTER SYSTEM SET primary_conninfo = ''")
     pg["pg1"].execute("SELECT pg_reload_conf()")
     try:
@@ -156,51 +163,53 @@ def test_a_receiver_that_stopped_shows(pg: PostgreSQL) -> None:
 
 
 @pytest.mark.usefixtures("max_lag")
-def test_when_all_lag_the_freshest_serves_who_has_no_pin(pg: PostgreSQL, heard: Heard) -> None:
-    """The primary would not stand the reads of all replicas."""
+def test_unpinned_reads_use_the_freshest_replica_if_all_lag(
+    pg: PostgreSQL, sent_signals: SentSignals
+) -> None:
+    """The primary could not handle the reads of all replicas."""
     pg.pause("pg1")
     fall_behind("pg1")
     pg.pause("pg2")
     fall_behind("pg1", "pg2")
     token = write()
-    heard.clear()
+    sent_signals.clear()
     assert {server_for(None) for _ in range(4)} == {"pg2"}
-    assert heard.of("fell_back_to_primary") == []
+    assert sent_signals.of("fell_back_to_primary") == []
     assert server_for(token) == "pg"
 
 
 @pytest.mark.usefixtures("max_lag")
-def test_nobody_measures_the_mirrors_of_a_test(
+def test_lag_of_test_mirrors_is_not_measured(
     pg: PostgreSQL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A connection to it would keep the runner from dropping the test's database."""
+    """A connection to it would prevent the runner from dropping the test database."""
     for alias in REPLICAS:
         monkeypatch.setitem(connections.settings[alias]["TEST"], "MIRROR", "pg")
     assert server_for(None) == "pg"
     assert server_within(1.5) == "pg"
-    assert monitor._watchers == {}
+    assert monitor._monitors == {}
 
 
 # use_replica(max_lag=…)
 
 
 def server_within(seconds: float, token: str | None = None) -> str:
-    with stranger(token), use_replica(max_lag=seconds):
+    with unrelated_scope(token), use_replica(max_lag=seconds):
         return server()
 
 
-def test_use_replica_takes_one_that_lags_less(pg: PostgreSQL) -> None:
+def test_use_replica_max_lag_uses_a_replica_within_it(pg: PostgreSQL) -> None:
     pg.pause("pg1")
     token = write()
     assert eventually(lambda: (write(), {server_within(1.5) for _ in range(4)} == {"pg2"})[-1])
-    # In a scope whose own replica lags, too.
+    # In a scope whose replica lags, too.
     assert {server_within(1.5, token) for _ in range(6)} == {"pg2"}
-    # How far one lags that was behind from the start shows with the second sample.
+    # The lag of a replica that was behind from the start needs a second sample.
     assert eventually(lambda: {server_within(3600) for _ in range(6)} == REPLICAS)
     assert {server_for(None) for _ in range(6)} == REPLICAS
 
 
-def test_use_replica_takes_the_primary_where_all_lag(pg: PostgreSQL) -> None:
+def test_use_replica_max_lag_uses_the_primary_if_all_lag(pg: PostgreSQL) -> None:
     pg.pause()
     assert eventually(lambda: (write(), server_within(1.5) == "pg")[-1])
     assert eventually(lambda: server_within(3600) in REPLICAS)
@@ -208,40 +217,40 @@ def test_use_replica_takes_the_primary_where_all_lag(pg: PostgreSQL) -> None:
     assert eventually(lambda: {server_within(1.5) for _ in range(4)} == REPLICAS)
 
 
-def test_use_replica_takes_no_replica_that_was_behind_before_it_was_asked(pg: PostgreSQL) -> None:
-    """One sample of the primary says nothing of a replica that has not reached it."""
+def test_use_replica_max_lag_rejects_a_replica_behind_the_first_sample(pg: PostgreSQL) -> None:
+    """One sample is not enough to estimate the lag of a replica behind it."""
     pg.pause()
     write()
-    with override_settings(PINNING_WAIT=0), stranger(), use_replica(max_lag=0.2):
+    with override_settings(PINNING_WAIT=0), unrelated_scope(), use_replica(max_lag=0.2):
         assert server() == "pg"
 
 
-def test_use_replica_knows_enough_at_once(pg: PostgreSQL) -> None:
-    """A script that asks once does not go to the primary for want of an earlier look."""
+def test_use_replica_max_lag_works_on_first_use(pg: PostgreSQL) -> None:
+    """A script with one read uses a replica although there was no earlier probe."""
     write()
     pg.wait_for()
     assert server_within(60) in REPLICAS
 
 
-def test_a_block_that_limits_lag_fails_over_within_the_limit(pg: PostgreSQL) -> None:
+def test_use_replica_max_lag_fails_over_within_the_limit(pg: PostgreSQL) -> None:
     pg.pause("pg1")
     assert eventually(lambda: (write(), {server_within(1.5) for _ in range(4)} == {"pg2"})[-1])
-    with stranger(), use_replica(max_lag=1.5):
+    with unrelated_scope(), use_replica(max_lag=1.5):
         assert server() == "pg2"
         pg["pg2"].stop("immediate")
         assert "new" in Book.objects.values_list("title", flat=True)
         assert server() == "pg"
 
 
-# Several servers under one alias
+# Several servers behind one alias
 
 
 @pytest.fixture(params=["setting", "block"])
 def limit(request: pytest.FixtureRequest) -> Iterator[Callable[[], int]]:
-    """A function that reads where a lag is limited; the port of who answered."""
+    """Return a function that reads with a limited lag, and returns the server's port."""
 
     def within() -> int:
-        with stranger(), use_replica(max_lag=1.5):
+        with unrelated_scope(), use_replica(max_lag=1.5):
             return port()
 
     if request.param == "block":
@@ -252,10 +261,10 @@ def limit(request: pytest.FixtureRequest) -> Iterator[Callable[[], int]]:
 
 
 @pytest.mark.parametrize("is_known", [False, True])
-def test_one_that_lags_does_not_serve_beside_another_that_does_not(
+def test_lagging_server_behind_a_shared_alias_is_not_used(
     pg: PostgreSQL, limit: Callable[[], int], is_known: bool
 ) -> None:
-    """The watcher of their alias meets the other one only."""
+    """The monitor of their alias connects to the other server only."""
     first, second = pg["pg1"], pg["pg2"]
     in_order = {"load_balance_hosts": "disable"}
     with (
@@ -263,7 +272,7 @@ def test_one_that_lags_does_not_serve_beside_another_that_does_not(
         as_layout(pg, many=database(address, second, conn_max_age=None, options=in_order)),
     ):
         if is_known:
-            look_around()
+            probe_replicas()
         connections["many"].ensure_connection()
         address.point_to(second, cut=False)
         pg.pause("pg1")
@@ -279,114 +288,116 @@ def test_one_that_lags_does_not_serve_beside_another_that_does_not(
         assert eventually(lambda: limit() == first.port)
 
 
-# Out and back
+# Leaving and rejoining the rotation
 
 
-def test_one_that_answers_again_serves_when_nobody_else_does(pg: PostgreSQL, heard: Heard) -> None:
-    """Before its time, for which it waits as long as another one serves."""
-    take_out("pg1")
-    assert eventually(lambda: endpoint("pg1").answers)
+def test_reachable_replica_returns_early_if_no_other_is_left(
+    pg: PostgreSQL, sent_signals: SentSignals
+) -> None:
+    """It returns before its retry is due, because no other replica is left."""
+    mark_unreachable("pg1")
+    assert eventually(lambda: endpoint("pg1").is_reachable_again)
     assert {server_for(None) for _ in range(4)} == {"pg2"}
     pg["pg2"].stop("immediate")
     assert {server_for(None) for _ in range(6)} == {"pg1"}
-    assert heard.of("fell_back_to_primary") == []
+    assert sent_signals.of("fell_back_to_primary") == []
 
 
 @override_settings(PINNING_RETRY_AFTER=10)
-def test_a_replica_that_is_out_is_tried_when_its_time_has_come(
+def test_replica_out_of_rotation_is_retried_when_due(
     pg: PostgreSQL, clock: FrozenDateTimeFactory
 ) -> None:
-    take_out("pg1", 10)
+    mark_unreachable("pg1", 10)
     connections["pg1"].close()
     clock.tick(9.9)
     assert {server_for(None) for _ in range(4)} == {"pg2"}
     clock.tick(2.7)
-    look_again("pg1")
+    make_retry_due("pg1")
     assert eventually(lambda: server_for(None) == "pg1")
-    assert pool().out == frozenset()
+    assert pool().replica_set.out_of_rotation == frozenset()
 
 
 @override_settings(PINNING_POSITIONS=False)
 @pytest.mark.parametrize("down", [("pg1",), ("pg1", "pg2")])
-def test_where_positions_are_off_a_replica_comes_back(
-    pg: PostgreSQL, down: tuple[str, ...]
-) -> None:
-    """Its watcher has nothing to ask it, and finds out that it is there again."""
+def test_replica_returns_with_positions_disabled(pg: PostgreSQL, down: tuple[str, ...]) -> None:
+    """Its monitor has no position to read, and detects that it is reachable again."""
     for alias in down:
         pg[alias].stop("immediate")
-    assert eventually(lambda: (server_for(None), pool().out == set(down))[-1])
-    look_again("pg1")
+    assert eventually(
+        lambda: (server_for(None), pool().replica_set.out_of_rotation == set(down))[-1]
+    )
+    make_retry_due("pg1")
     assert eventually(lambda: endpoint("pg1").retry_at > time.monotonic())
-    assert pool().out == set(down)
+    assert pool().replica_set.out_of_rotation == set(down)
     pg["pg1"].start()
-    look_again("pg1")
+    make_retry_due("pg1")
     assert eventually(lambda: server_for(None) == "pg1")
 
 
 @override_settings(PINNING_POSITIONS=False)
-def test_where_positions_are_off_one_that_is_silent_stays_out(pg: PostgreSQL) -> None:
-    assert pool().out == frozenset()
-    take_out("pg1")
-    assert eventually(lambda: endpoint("pg1").answers)
+def test_unresponsive_replica_stays_out_with_positions_disabled(pg: PostgreSQL) -> None:
+    assert pool().replica_set.out_of_rotation == frozenset()
+    mark_unreachable("pg1")
+    assert eventually(lambda: endpoint("pg1").is_reachable_again)
     with frozen(pg["pg1"]):
-        look_again("pg1")
+        make_retry_due("pg1")
         assert eventually(lambda: endpoint("pg1").retry_at > time.monotonic())
-        assert pool().out == {"pg1"}
+        assert pool().replica_set.out_of_rotation == {"pg1"}
 
 
-def test_a_retry_that_nobody_makes_is_made_by_a_read(
-    pg: PostgreSQL, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where threads do not run."""
-    monkeypatch.setattr("pinning_middleware.servers.monitor.tend", lambda *args: None)
-    take_out("pg1")
+def test_overdue_retry_is_made_by_a_read(pg: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On platforms without threads."""
+    monkeypatch.setattr("pinning_middleware.servers.monitor.retry_until_up", lambda *args: None)
+    mark_unreachable("pg1")
     assert {server_for(None) for _ in range(4)} == {"pg2"}
     endpoint("pg1").retry_at = -1000.0
     assert "pg1" in {server_for(None) for _ in range(2)}
-    assert pool().out == frozenset()
+    assert pool().replica_set.out_of_rotation == frozenset()
 
 
-def test_a_replica_comes_back_where_every_visitor_is_pinned(pg: PostgreSQL) -> None:
-    """Nobody's read of it is needed for that."""
+def test_replica_returns_while_every_client_is_pinned(pg: PostgreSQL) -> None:
+    """No read of the replica is needed."""
     pg.pause("pg2")
-    take_out("pg1")
+    mark_unreachable("pg1")
     token = write()
     pg.wait_for("pg1")
     assert server_for(token) == "pg"
-    look_again("pg1")
+    make_retry_due("pg1")
     assert eventually(lambda: server_for(token) == "pg1")
 
 
 @pytest.fixture
 def unreachable() -> Iterator[None]:
-    """No replica can be connected to, by nobody: one that answers its watcher would serve."""
+    """Make all replicas unreachable, also for monitors, which would return them."""
     connect.unreachable_in_tests.update(REPLICAS)
     yield
     connect.unreachable_in_tests.difference_update(REPLICAS)
 
 
 @pytest.mark.usefixtures("unreachable")
-def test_with_all_out_the_primary_serves(pg: PostgreSQL, heard: Heard) -> None:
+def test_all_replicas_out_of_rotation_uses_the_primary(
+    pg: PostgreSQL, sent_signals: SentSignals
+) -> None:
     for alias in REPLICAS:
-        take_out(alias)
+        mark_unreachable(alias)
     assert server_for(None) == "pg"
-    assert {one["reason"] for one in heard.of("fell_back_to_primary")} == {"no_replica"}
+    assert {one["reason"] for one in sent_signals.of("fell_back_to_primary")} == {"no_replica"}
 
 
 @pytest.mark.usefixtures("unreachable")
-def test_no_replica_known_is_not_caught_up(pg: PostgreSQL) -> None:
-    """An empty list has not answered "all of them have it"."""
+def test_unidentified_replicas_have_not_caught_up(pg: PostgreSQL) -> None:
+    """An empty set of servers must not count as "all have caught up"."""
     pg.pause()
     token = write()
     for alias in REPLICAS:
-        take_out(alias)
-    with stranger(token) as scope:
+        mark_unreachable(alias)
+    with unrelated_scope(token) as scope:
         assert server() == "pg"
     assert scope.token == token
 
 
-def test_weight_0_is_known_and_not_used(pg: PostgreSQL) -> None:
-    """To drain a replica, or to warm a new one."""
+def test_replica_with_weight_0_is_monitored_and_not_used(pg: PostgreSQL) -> None:
+    """For draining a replica, or warming up a new one."""
     with override_settings(PINNING_REPLICAS={"pg": {"pg1": 1, "pg2": 0}}):
         token = write()
         pg.wait_for()

@@ -1,4 +1,4 @@
-"""The leaves for monitoring and debugging, on a cluster whose nodes fail."""
+"""Integrations for monitoring and debugging, on a cluster whose servers fail."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ from pinning_middleware.contrib.opentelemetry.instruments import Instruments
 from tests.app.models import Book
 from tests.conftest import Browser
 from tests.contrib.test_debug_toolbar import installed, last
-from tests.real.conftest import PostgreSQL, eventually, look_again, look_around, stranger, write
+from tests.real.conftest import (
+    PostgreSQL,
+    eventually,
+    make_retry_due,
+    probe_replicas,
+    unrelated_scope,
+    write,
+)
 
 pytestmark = pytest.mark.real
 
@@ -45,7 +52,7 @@ def titles(request: Any) -> HttpResponse:
 def two_reads(
     browser: Browser, do: Callable[..., str], toolbar: None
 ) -> Callable[[Callable[[str], None]], str]:
-    """Return a function that breaks the replica of a request between its two reads."""
+    """Return a function that takes down the replica of a request between two reads."""
 
     def visit(break_down: Callable[[str], None]) -> str:
         chosen: list[str] = []
@@ -64,8 +71,8 @@ def two_reads(
     return visit
 
 
-def test_both_panels_after_a_replica_died(pg: PostgreSQL, two_reads: Any) -> None:
-    """The SQL panel names the alias that failed; ours says who answered."""
+def test_both_panels_after_a_replica_failed(pg: PostgreSQL, two_reads: Any) -> None:
+    """The SQL panel shows the failed alias, the package's panel the server of the read."""
     write()
     pg.wait_for()
     failed = two_reads(lambda alias: pg[alias].stop("immediate"))
@@ -81,7 +88,7 @@ def test_both_panels_after_a_replica_died(pg: PostgreSQL, two_reads: Any) -> Non
     assert (state[failed]["state"], state[failed]["reason"]) == ("out", "unreachable")
 
 
-def test_both_panels_after_a_connection_was_lost(pg: PostgreSQL, two_reads: Any) -> None:
+def test_both_panels_after_a_lost_connection(pg: PostgreSQL, two_reads: Any) -> None:
     write()
     pg.wait_for()
     lost = two_reads(pg.terminate)
@@ -89,10 +96,10 @@ def test_both_panels_after_a_connection_was_lost(pg: PostgreSQL, two_reads: Any)
     assert [query["alias"] for query in last("SQLPanel")["queries"]] == [lost, lost]
 
 
-def test_both_panels_with_replicas_that_were_down_before(
+def test_both_panels_with_replicas_down_from_the_start(
     pg: PostgreSQL, browser: Browser, do: Callable[..., str], toolbar: None
 ) -> None:
-    """There is no connection of the alias that its SQL panel could ask anything."""
+    """The alias has no connection that the SQL panel could query."""
     write()
     pg.wait_for()
     for alias in ("pg1", "pg2"):
@@ -107,7 +114,7 @@ def test_both_panels_with_replicas_that_were_down_before(
     assert query["alias"] == "pg"
 
 
-def test_the_position_that_a_request_leaves(
+def test_panel_shows_the_outgoing_position(
     pg: PostgreSQL, browser: Browser, do: Callable[..., str], toolbar: None
 ) -> None:
     def act(request: Any) -> HttpResponse:
@@ -119,14 +126,14 @@ def test_the_position_that_a_request_leaves(
 
     before = end_of_log()
     browser.get(f"/sync/{do(act)}/")
-    (pin,) = last()["pins"]["left"]
+    (pin,) = last()["pins"]["outgoing"]
     high, _, low = pin["position"].partition("/")
     assert before < (int(high, 16) << 32) + int(low, 16) <= end_of_log()
     pg.wait_for()
     browser.get(f"/sync/{do(titles)}/")
     (read,) = last()["reads"]
     assert read["reason"] == "caught_up"
-    (carried,) = last()["pins"]["carried"]
+    (carried,) = last()["pins"]["inherited"]
     assert carried["position"] == pin["position"]
 
 
@@ -137,7 +144,7 @@ def health(**options: Any) -> Any:
     return asyncio.run(Replicas(pool="pg", **options).get_result()).error
 
 
-def test_health(pg: PostgreSQL) -> None:
+def test_health_check(pg: PostgreSQL) -> None:
     assert health(min_replicas=2, max_lag=10) is None
     pg["pg1"].stop("immediate")
     assert type(health(min_replicas=2)) is ServiceWarning
@@ -148,19 +155,19 @@ def test_health(pg: PostgreSQL) -> None:
     assert eventually(lambda: health() is None)
 
 
-def test_health_of_a_frozen_replica(pg: PostgreSQL) -> None:
-    """Within the time that the package gives a check."""
-    look_around()
+def test_health_check_of_a_frozen_replica(pg: PostgreSQL) -> None:
+    """Within the timeout of a check."""
+    probe_replicas()
     pg["pg1"].freeze()
     try:
         error = health(min_replicas=2)
     finally:
         pg["pg1"].thaw()
     assert type(error) is ServiceWarning
-    assert "pg1: silent" in error.message or "pg1: connect" in error.message
+    assert "pg1: unresponsive" in error.message or "pg1: unreachable" in error.message
 
 
-def test_health_of_a_replica_that_lags(pg: PostgreSQL) -> None:
+def test_health_check_of_a_lagging_replica(pg: PostgreSQL) -> None:
     assert health(min_replicas=2, max_lag=1) is None
     pg.pause("pg1")
     write()
@@ -175,7 +182,7 @@ def test_health_of_a_replica_that_lags(pg: PostgreSQL) -> None:
     assert health(min_replicas=2, max_lag=1) is None
 
 
-def test_it_leaves_no_connection_open(pg: PostgreSQL) -> None:
+def test_health_check_closes_its_connections(pg: PostgreSQL) -> None:
     count = "SELECT count(*) FROM pg_stat_activity WHERE datname = 'site'"
     before = pg["pg1"].execute(count)[0][0]
     for _ in range(3):
@@ -186,7 +193,7 @@ def test_it_leaves_no_connection_open(pg: PostgreSQL) -> None:
 # OpenTelemetry
 
 
-def test_opentelemetry(pg: PostgreSQL) -> None:
+def test_opentelemetry_on_real_servers(pg: PostgreSQL) -> None:
     reader, exporter = InMemoryMetricReader(), InMemorySpanExporter()
     tracers = TracerProvider()
     tracers.add_span_processor(SimpleSpanProcessor(exporter))
@@ -197,7 +204,7 @@ def test_opentelemetry(pg: PostgreSQL) -> None:
         write()
         pg.wait_for()
         span = tracers.get_tracer("the site").start_span("work")
-        with trace.use_span(span, end_on_exit=True), stranger():
+        with trace.use_span(span, end_on_exit=True), unrelated_scope():
             list(Book.objects.all())
         data = reader.get_metrics_data()
     finally:
@@ -220,15 +227,15 @@ def test_opentelemetry(pg: PostgreSQL) -> None:
     assert {str(dict(p.attributes)["alias"]): p.value for p in rotation} == {"pg1": 1, "pg2": 1}
 
 
-def test_gauges_of_a_paused_and_a_stopped_replica(pg: PostgreSQL) -> None:
+def test_opentelemetry_gauges_of_a_paused_and_a_stopped_replica(pg: PostgreSQL) -> None:
     reader = InMemoryMetricReader()
     metrics = MeterProvider(metric_readers=[reader])
     Instruments(metrics)
-    look_around()
+    probe_replicas()
     pg.pause("pg1")
     pg["pg2"].stop("immediate")
     write()
-    with stranger(write()):
+    with unrelated_scope(write()):
         list(Book.objects.all())
     data = reader.get_metrics_data()
     metrics.shutdown()
@@ -247,4 +254,4 @@ def test_gauges_of_a_paused_and_a_stopped_replica(pg: PostgreSQL) -> None:
     assert points["behind"]["pg1"] > 0
     assert 0 <= points["knowledge.age"]["pg1"] < 30
     pg["pg2"].start()
-    look_again("pg2")
+    make_retry_due("pg2")

@@ -1,4 +1,4 @@
-"""The rigs themselves: what other tests take for granted of them."""
+"""The test layouts: frozen servers, forwarders, proxies and poolers."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from .layouts import (
     Forwarder,
     Place,
     black_hole,
-    come_back_behind,
+    copy_data,
     database,
     eventually,
     follows,
     frozen,
     haproxy,
     installation,
-    keep_copy,
     make_role,
     missing,
     pgbouncer,
     promote,
     rejoin,
     repoint,
+    restart_behind,
     wait_replayed,
 )
 
@@ -51,7 +51,7 @@ WHICH = "SELECT inet_server_port()"
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster that tests leave as they found it."""
+    """A cluster that tests must not change permanently."""
     with new_cluster(tmp_path_factory.mktemp("shared")) as cluster:
         yield cluster
 
@@ -112,10 +112,10 @@ def states(node: Node) -> set[str]:
     return {processes[pid][1] for pid in (node.pid, *_descendants(node.pid))}
 
 
-# Silence
+# Unresponsive servers
 
 
-def test_a_frozen_server_takes_connections_and_says_nothing(shared: Cluster) -> None:
+def test_frozen_server_accepts_connections_and_is_unresponsive(shared: Cluster) -> None:
     node = shared.replicas[0]
     with connect(node) as before, ThreadPoolExecutor() as threads:
         with frozen(node):
@@ -133,7 +133,7 @@ def test_a_frozen_server_takes_connections_and_says_nothing(shared: Cluster) -> 
     assert "T" not in states(node)
 
 
-def test_several_are_thawed_when_the_block_fails(shared: Cluster) -> None:
+def test_servers_are_thawed_after_an_error_in_the_block(shared: Cluster) -> None:
     with pytest.raises(ZeroDivisionError), frozen(*shared.nodes.values()):
         1 / 0  # noqa: B018
     for node in shared.nodes.values():
@@ -141,7 +141,7 @@ def test_several_are_thawed_when_the_block_fails(shared: Cluster) -> None:
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
-def test_a_frozen_server_is_stopped_like_others(own: Cluster, mode: str) -> None:
+def test_frozen_server_can_be_stopped(own: Cluster, mode: str) -> None:
     node = own.replicas[0]
     with connect(node), frozen(node):
         pids = [node.pid, *_descendants(node.pid or 0)]
@@ -153,13 +153,13 @@ def test_a_frozen_server_is_stopped_like_others(own: Cluster, mode: str) -> None
     assert node.execute("SELECT 1") == [(1,)]
 
 
-def test_what_does_not_run_cannot_be_frozen(own: Cluster) -> None:
+def test_freezing_a_stopped_server_raises(own: Cluster) -> None:
     own.replicas[0].stop()
     with pytest.raises(ClusterError), frozen(own.replicas[0]):
         pass
 
 
-# A worker of a parallel run ignores Ctrl-C, and what it starts would too.
+# A worker of a parallel run ignores Ctrl-C, and its child processes would, too.
 LISTENING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 FREEZING = """
 import os, sys
@@ -174,9 +174,7 @@ with Cluster(Path(sys.argv[1]), replicas=1) as cluster:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_nothing_is_left_of_a_frozen_cluster_whose_process_ends(
-    tmp_path: Path, number: int
-) -> None:
+def test_frozen_cluster_ends_with_its_process(tmp_path: Path, number: int) -> None:
     command = [sys.executable, "-c", LISTENING + FREEZING, str(tmp_path / "cluster")]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -195,7 +193,7 @@ def test_nothing_is_left_of_a_frozen_cluster_whose_process_ends(
             subprocess.run(["rm", "-rf", folder], check=True)
 
 
-def test_a_black_hole_takes_connections_and_says_nothing() -> None:
+def test_black_hole_accepts_connections_and_is_unresponsive() -> None:
     with black_hole() as place:
         host, port = place
         with socket.create_connection((host, port), timeout=1) as one:
@@ -214,7 +212,7 @@ def test_a_black_hole_takes_connections_and_says_nothing() -> None:
 # Addresses
 
 
-def test_a_forwarder_moves_and_cuts(shared: Cluster) -> None:
+def test_forwarder_point_to_closes_connections(shared: Cluster) -> None:
     first, second = shared.replicas
     with Forwarder(first) as address:
         with connect(address) as old:
@@ -225,7 +223,7 @@ def test_a_forwarder_moves_and_cuts(shared: Cluster) -> None:
         assert port_behind(address) == second.port
 
 
-def test_a_forwarder_moves_and_keeps_what_is_open(shared: Cluster) -> None:
+def test_forwarder_point_to_keeps_open_connections(shared: Cluster) -> None:
     first, second = shared.replicas
     with Forwarder(first) as address:
         with connect(address) as old:
@@ -239,7 +237,7 @@ def test_a_forwarder_moves_and_keeps_what_is_open(shared: Cluster) -> None:
         connect(address)
 
 
-def test_a_forwarder_carries_much(shared: Cluster) -> None:
+def test_forwarder_transfers_large_results(shared: Cluster) -> None:
     with Forwarder(shared.primary) as address, connect(address) as connection:
         row = connection.execute("SELECT length(%s)", ("x" * 3_000_000,)).fetchone()
         assert row == (3_000_000,)
@@ -248,7 +246,7 @@ def test_a_forwarder_carries_much(shared: Cluster) -> None:
         assert len(row[0]) == 3_000_000
 
 
-def test_a_forwarder_to_nobody_hangs_up(own: Cluster) -> None:
+def test_forwarder_without_a_target_closes_the_connection(own: Cluster) -> None:
     node = own.replicas[0]
     with Forwarder(node) as address:
         node.stop()
@@ -258,7 +256,7 @@ def test_a_forwarder_to_nobody_hangs_up(own: Cluster) -> None:
         assert port_behind(address) == node.port
 
 
-def test_a_list_of_hosts_leads_to_all_of_them(shared: Cluster) -> None:
+def test_list_of_hosts_resolves_to_all_of_them(shared: Cluster) -> None:
     entry = database(*shared.replicas, conn_max_age=None, options={"application_name": "many"})
     assert entry["CONN_MAX_AGE"] is None
     expected = {node.port for node in shared.replicas}
@@ -278,7 +276,7 @@ def test_a_list_of_hosts_leads_to_all_of_them(shared: Cluster) -> None:
     assert eventually(look)
 
 
-def test_an_entry_with_a_pool(shared: Cluster) -> None:
+def test_database_entry_with_a_pool(shared: Cluster) -> None:
     entry = database(shared.primary, pool={"max_size": 4}, user="someone", ATOMIC_REQUESTS=True)
     assert entry["OPTIONS"] == {"pool": {"max_size": 4}}
     assert (entry["HOST"], entry["PORT"]) == (shared.primary.host, str(shared.primary.port))
@@ -288,14 +286,14 @@ def test_an_entry_with_a_pool(shared: Cluster) -> None:
 # HAProxy
 
 
-def test_haproxy_goes_round(shared: Cluster) -> None:
+def test_haproxy_round_robin(shared: Cluster) -> None:
     first, second = shared.replicas
     with haproxy(first, second) as proxy:
         found = [port_behind(proxy) for _ in range(4)]
         assert found in ([first.port, second.port] * 2, [second.port, first.port] * 2)
 
 
-def test_haproxy_goes_where_the_fewest_connections_are(shared: Cluster) -> None:
+def test_haproxy_leastconn(shared: Cluster) -> None:
     with haproxy(*shared.replicas, balance="leastconn") as proxy, ExitStack() as stack:
         held = [stack.enter_context(connect(proxy)) for _ in range(6)]
         ports = sorted(ask_port(one) for one in held)
@@ -303,7 +301,7 @@ def test_haproxy_goes_where_the_fewest_connections_are(shared: Cluster) -> None:
         assert proxy.connections == 6
 
 
-def test_haproxy_is_pointed_elsewhere(shared: Cluster) -> None:
+def test_haproxy_point_to(shared: Cluster) -> None:
     first, second = shared.replicas
     with haproxy(first) as proxy:
         with connect(proxy) as old:
@@ -325,14 +323,14 @@ def test_haproxy_is_pointed_elsewhere(shared: Cluster) -> None:
         connect(proxy)
 
 
-def test_haproxy_passes_by_a_server_that_is_down(own: Cluster) -> None:
+def test_haproxy_skips_a_server_that_is_down(own: Cluster) -> None:
     first, second = own.replicas
     with haproxy(first, second) as proxy:
         first.stop("immediate")
         assert {port_behind(proxy) for _ in range(3)} == {second.port}
 
 
-def test_haproxy_notices_a_frozen_server(own: Cluster) -> None:
+def test_haproxy_detects_a_frozen_server(own: Cluster) -> None:
     first, second = own.replicas
     with haproxy(first, second, check=True) as proxy:
         assert eventually(lambda: proxy.up == 2)
@@ -350,7 +348,7 @@ def test_haproxy_notices_a_frozen_server(own: Cluster) -> None:
 # PgBouncer
 
 
-def test_pgbouncer_shares_a_server_s_connections(shared: Cluster) -> None:
+def test_pgbouncer_shares_server_connections(shared: Cluster) -> None:
     which = "SELECT pg_backend_pid()"
     with pgbouncer(shared.primary, default_pool_size="1") as bouncer:
         with connect(bouncer) as one, connect(bouncer) as other:
@@ -362,7 +360,7 @@ def test_pgbouncer_shares_a_server_s_connections(shared: Cluster) -> None:
         connect(bouncer)
 
 
-def test_pgbouncer_by_session(shared: Cluster) -> None:
+def test_pgbouncer_session_pooling(shared: Cluster) -> None:
     with (
         pgbouncer(shared.primary, pool_mode="session") as bouncer,
         connect(bouncer) as one,
@@ -372,7 +370,7 @@ def test_pgbouncer_by_session(shared: Cluster) -> None:
         assert one.execute(which).fetchone() != other.execute(which).fetchone()
 
 
-def test_pgbouncer_leads_transactions_of_a_connection_to_several_servers(shared: Cluster) -> None:
+def test_pgbouncer_transactions_of_a_connection_use_several_servers(shared: Cluster) -> None:
     ports = {node.port for node in shared.replicas}
     with (
         pgbouncer(*shared.replicas, server_round_robin="1") as bouncer,
@@ -400,7 +398,7 @@ def comes_back(place: Place, port: int) -> bool:
 
 
 @pytest.mark.parametrize("rig", [haproxy, pgbouncer])
-def test_a_port_that_is_taken_is_not_insisted_on(
+def test_port_in_use_is_replaced_by_another(
     shared: Cluster, rig: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server((shared.primary.host, 0)) as other:
@@ -412,7 +410,7 @@ def test_a_port_that_is_taken_is_not_insisted_on(
             assert port_behind(place) == shared.primary.port
 
 
-def test_what_does_not_start_says_why(shared: Cluster) -> None:
+def test_failed_start_reports_the_cause(shared: Cluster) -> None:
     with pytest.raises(ClusterError, match="balance"), haproxy(shared.primary, balance="nonsense"):
         pass
     with (
@@ -440,7 +438,7 @@ with haproxy(Address("127.0.0.1", 1)), pgbouncer(*[Address("127.0.0.1", 1)] * 2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_no_program_outlives_the_process_that_started_it(number: int, reachable: Path) -> None:
+def test_programs_end_with_the_process_that_started_them(number: int, reachable: Path) -> None:
     command = [sys.executable, "-c", LISTENING + PROXYING]
     with subprocess.Popen(
         command,
@@ -452,7 +450,7 @@ def test_no_program_outlives_the_process_that_started_it(number: int, reachable:
         assert process.stdout is not None
         process.stdout.readline()
         dialect = set(_descendants(process.pid))
-        assert len(dialect) == 4  # with their watchers
+        assert len(dialect) == 4  # with the processes that watch them
         process.send_signal(number)
         process.wait(30)
         assert eventually(lambda: not dialect & set(_processes()))
@@ -463,7 +461,7 @@ def test_no_program_outlives_the_process_that_started_it(number: int, reachable:
 
 
 @pytest.mark.parametrize("monitor", [False, True])
-def test_a_role_may_use_all_tables(shared: Cluster, monitor: bool) -> None:
+def test_role_has_privileges_on_all_tables(shared: Cluster, monitor: bool) -> None:
     user = make_role(shared, monitor)
     assert make_role(shared, monitor) == user
     table = f"later_{user}"
@@ -484,7 +482,7 @@ def test_a_role_may_use_all_tables(shared: Cluster, monitor: bool) -> None:
 # Replication
 
 
-def test_another_primary(own: Cluster) -> None:
+def test_promote_and_repoint(own: Cluster) -> None:
     old, (new, other) = own.primary, own.replicas
     add(old, 1)
     wait_replayed(old, new, other)
@@ -499,16 +497,16 @@ def test_another_primary(own: Cluster) -> None:
     assert eventually(lambda: rows(other) == [1, 2, 3])
 
 
-def test_a_replica_comes_back_behind(own: Cluster) -> None:
+def test_replica_restarts_behind(own: Cluster) -> None:
     replica = own.replicas[0]
     add(own.primary, 1)
     wait_replayed(own.primary, replica)
-    copy = keep_copy(replica)
+    copy = copy_data(replica)
     port = replica.port
     add(own.primary, 2)
     wait_replayed(own.primary, replica)
     assert rows(replica) == [1, 2]
-    come_back_behind(replica, copy)
+    restart_behind(replica, copy)
     assert replica.port == port
     assert rows(replica) == [1]
     assert not follows(replica, own.primary)
@@ -524,7 +522,7 @@ def test_a_replica_comes_back_behind(own: Cluster) -> None:
 
 
 @pytest.mark.parametrize("major", MAJORS)
-def test_a_primary_and_a_replica_of_each_version(tmp_path: Path, major: int) -> None:
+def test_primary_and_replica_of_each_version(tmp_path: Path, major: int) -> None:
     place = installation(major)
     with Cluster(tmp_path, replicas=1, keep=False, installation=place) as cluster:
         primary, (replica,) = cluster.primary, cluster.replicas

@@ -18,23 +18,23 @@ from tests.app.models import Book
 from tests.conftest import Visit
 
 from .conftest import (
-    Heard,
+    SentSignals,
     as_databases,
     empty_tables,
     endpoint,
     eventually,
     in_thread,
-    look_again,
-    look_around,
+    make_retry_due,
     make_tables,
     pin_in,
     pool,
     position_in,
+    probe_replicas,
     queries,
     server,
     server_for,
-    stranger,
     titles,
+    unrelated_scope,
     write,
 )
 from .mariadb import Servers, running_servers
@@ -53,7 +53,7 @@ def shared() -> Iterator[Servers]:
 
 @pytest.fixture
 def my(shared: Servers, django_db_setup: None, django_db_blocker: Any) -> Iterator[Servers]:
-    """Servers that tests may break but have to mend, with all models on them."""
+    """Servers that tests may break and must repair, with all models on them."""
     with django_db_blocker.unblock(), as_databases(shared.entries()):
         make_tables("my")
         empty_tables("my")
@@ -62,12 +62,12 @@ def my(shared: Servers, django_db_setup: None, django_db_blocker: Any) -> Iterat
         try:
             yield shared
         finally:
-            shared.mend()
+            shared.repair()
 
 
 @pytest.fixture
 def own(django_db_setup: None, django_db_blocker: Any) -> Iterator[Servers]:
-    """Servers that the test may turn upside down."""
+    """Servers that the test may change permanently."""
     with (
         django_db_blocker.unblock(),
         running_servers() as servers,
@@ -81,7 +81,7 @@ def own(django_db_setup: None, django_db_blocker: Any) -> Iterator[Servers]:
 
 @pytest.fixture
 def one_book(my: Servers) -> Servers:
-    with stranger():
+    with unrelated_scope():
         Book.objects.create(title="one")
     my.wait_for()
     return my
@@ -98,41 +98,39 @@ def read(request: Any = None) -> tuple[str, list[str]]:
 # Positions
 
 
-def test_a_pin_carries_a_position(my: Servers) -> None:
+def test_pin_contains_a_position(my: Servers) -> None:
     position = position_in(write())
     assert set(position) == {"0-1"}
     assert f"0-1-{position['0-1']}" == my["my"].position
 
 
-def test_the_position_is_read_after_the_commit(my: Servers) -> None:
-    with stranger() as scope:
+def test_position_is_read_after_the_commit(my: Servers) -> None:
+    with unrelated_scope() as scope:
         with transaction.atomic(using="my"):
             create()
             assert pin_in(scope.token).position is None
         assert f"0-1-{position_in(scope.token)['0-1']}" == my["my"].position
 
 
-def test_the_primary_until_one_replica_has_the_write_and_then_that_one(
-    my: Servers, visit: Visit
-) -> None:
+def test_reads_use_the_primary_until_one_replica_has_caught_up(my: Servers, visit: Visit) -> None:
     my.pause()
     visit(create)
     assert [visit(read) for _ in range(3)] == [("my", ["new"])] * 3
     my.resume("my2")
     assert [visit(read) for _ in range(4)] == [("my2", ["new"])] * 4
     my.resume("my1")
-    look_around()
+    probe_replicas()
     assert {visit(read)[0] for _ in range(4)} == REPLICAS
 
 
-def test_no_write_is_ever_missed(my: Servers) -> None:
+def test_writes_are_always_visible(my: Servers) -> None:
     for number in range(100):
         token = write(f"book {number}")
-        with stranger(token):
+        with unrelated_scope(token):
             assert Book.objects.filter(title=f"book {number}").exists()
 
 
-def test_queries_added(my: Servers, browser: Any, do: Callable[..., str]) -> None:
+def test_number_of_added_queries(my: Servers, browser: Any, do: Callable[..., str]) -> None:
     r, w = (f"/sync/{do(act)}/" for act in (lambda request: Book.objects.count(), create))
 
     def added(address: str) -> int:
@@ -141,24 +139,26 @@ def test_queries_added(my: Servers, browser: Any, do: Callable[..., str]) -> Non
         return len(asked.added)
 
     write()
-    look_around()
+    probe_replicas()
     assert [added(r) for _ in range(2)] == [0, 0]
     assert added(w) == 1
     my.wait_for()
     assert [added(r) for _ in range(3)] == [1, 0, 0]
 
 
-def test_the_window_stays_the_upper_bound(my: Servers, clock: FrozenDateTimeFactory) -> None:
+def test_position_in_a_token_is_honoured_for_a_day(
+    my: Servers, clock: FrozenDateTimeFactory
+) -> None:
     my.pause()
     token = write()
-    clock.tick(14.9)
+    clock.tick(86_399)
     assert server_for(token) == "my"
-    clock.tick(0.2)
+    clock.tick(2)
     assert server_for(token) in REPLICAS
 
 
-def test_a_thread_without_a_scope(my: Servers) -> None:
-    """What it wrote holds it on the primary for the window."""
+def test_thread_without_a_scope(my: Servers) -> None:
+    """Its write pins it to the primary for the window."""
     my.pause()
     assert in_thread(lambda: (create(), server())[1]) == "my"
 
@@ -181,17 +181,17 @@ def test_atomic_requests(my: Servers, do: Callable[..., str]) -> None:
 
 
 @override_settings(PINNING_WAIT=0.05)
-def test_waiting_in_vain(my: Servers, heard: Heard) -> None:
+def test_wait_times_out(my: Servers, sent_signals: SentSignals) -> None:
     my.pause()
     token = write()
-    with stranger(token):
+    with unrelated_scope(token):
         assert [read(), read()] == [("my", ["new"])] * 2
-    (waited,) = heard.of("replica_wait_finished")
+    (waited,) = sent_signals.of("replica_wait_finished")
     assert not waited["reached"]
 
 
-def test_a_transaction_on_a_replica_is_not_asked_how_far_it_is(my: Servers) -> None:
-    """A wait inside it returns "reached", and its rows stay as they were."""
+def test_replica_is_not_probed_inside_a_transaction(my: Servers) -> None:
+    """A wait inside it returns "reached", and its snapshot does not change."""
     with (
         override_settings(PINNING_WAIT=0.05),
         transaction.atomic(using="my1"),
@@ -215,10 +215,10 @@ def set_domain(number: int) -> None:
         cursor.execute(f"SET SESSION gtid_domain_id = {number}")
 
 
-def test_every_shared_domain_counts(own: Servers) -> None:
-    """Reads of what was written in two domains are causal in both."""
+def test_every_shared_domain_is_required(own: Servers) -> None:
+    """Reads after writes in two domains are causal in both."""
     own.pause()
-    with stranger() as scope:
+    with unrelated_scope() as scope:
         create()
         set_domain(5)
         create()
@@ -228,27 +228,27 @@ def test_every_shared_domain_counts(own: Servers) -> None:
     assert server_for(scope.token) == "my"
     own.resume("my2")
     assert server_for(scope.token) == "my2"
-    # A later write in one domain still waits for the other's.
+    # A later write in one domain still requires the position in the other.
     own.pause()
-    with stranger() as five:
+    with unrelated_scope() as five:
         set_domain(5)
         create()
         set_domain(0)
-    with stranger(five.token) as both:
+    with unrelated_scope(five.token) as both:
         create()
     assert server_for(both.token) == "my"
     own.resume("my1")
     assert server_for(both.token) == "my1"
 
 
-def test_a_domain_that_no_replica_follows_holds_nobody(own: Servers) -> None:
-    """Others write in it; a pin in another domain ends all the same."""
+def test_domain_without_a_replica_is_not_required(own: Servers) -> None:
+    """Other clients write in it; a pin in another domain is still reached."""
     for alias in REPLICAS:
         own[alias].follow(own["my"], IGNORE_DOMAIN_IDS="(9)")
     try:
         own["my"].execute("SET SESSION gtid_domain_id = 9; CREATE DATABASE IF NOT EXISTS local")
         token = write()
-        assert any(log.startswith("?9-") for log in position_in(token))
+        assert any(log.startswith("9-") for log in pin_in(token).position.optional)
         assert eventually(lambda: server_for(token) in REPLICAS)
     finally:
         for alias in REPLICAS:
@@ -256,16 +256,16 @@ def test_a_domain_that_no_replica_follows_holds_nobody(own: Servers) -> None:
 
 
 @pytest.mark.parametrize("kind", ["no-op", "rollback", "read"])
-def test_the_last_gtid_of_a_persistent_connection(my: Servers, kind: str) -> None:
+def test_last_gtid_of_a_persistent_connection(my: Servers, kind: str) -> None:
     """
-    It is an earlier request's where this one moved nothing. What this scope has seen on the
-    primary, others' writes included, is in its position all the same.
+    It is that of an earlier request if this one wrote nothing. Data this scope has read from the
+    primary, including writes of others, is included in its position.
     """
     write("mine")
     in_thread(lambda: write("theirs"))
     my.wait_for()
     my.pause()
-    with stranger() as scope:
+    with unrelated_scope() as scope:
         if kind == "no-op":
             Book.objects.filter(title="mine").update(title="mine")
         elif kind == "rollback":
@@ -278,26 +278,26 @@ def test_the_last_gtid_of_a_persistent_connection(my: Servers, kind: str) -> Non
         assert scope.token is None
         return
     assert f"0-1-{position_in(scope.token)['0-1']}" == my["my"].position
-    # Nothing is awaited that is not there.
+    # The domain is not required if no replica has it.
     assert server_for(scope.token) in REPLICAS
 
 
-def test_a_position_of_another_server_is_never_reached(my: Servers) -> None:
+def test_position_of_another_server_is_never_reached(my: Servers) -> None:
     from pinning_middleware import tokens
-    from pinning_middleware.pins import Pin
+    from pinning_middleware.pins import Pin, PinKey, Position
 
     token = write()
     my.wait_for()
     for log in ("0-7", "7-1", "0-12"):
-        other = tokens.dumps({"my": Pin(pin_in(token).until, 0.0, {log: 1})})
+        other = tokens.dumps({PinKey("my"): Pin(pin_in(token).until, 0.0, Position({log: 1}))})
         assert server_for(other) == "my"
     assert server_for(token) in REPLICAS
 
 
-def test_a_promotion_that_lost_a_commit(own: Servers) -> None:
+def test_promotion_that_lost_a_commit(own: Servers) -> None:
     write("kept")
     own.wait_for()
-    look_around()
+    probe_replicas()
     for alias in REPLICAS:
         own[alias].execute("STOP SLAVE")
     lost = write("lost")
@@ -308,18 +308,18 @@ def test_a_promotion_that_lost_a_commit(own: Servers) -> None:
         own["my1"].execute(f"INSERT INTO app_book (title) VALUES ('{number}')", "site")
     position = own["my1"].position
     assert own["my2"].execute(f"SELECT MASTER_GTID_WAIT('{position}', 30)") == [(0,)]
-    # MariaDB itself takes the lost one for replayed.
+    # MariaDB itself considers the lost transaction as replayed.
     gtid = f"0-1-{position_in(lost)['0-1']}"
     assert own["my2"].execute(f"SELECT MASTER_GTID_WAIT('{gtid}', 0)") == [(0,)]
 
-    # The site has not heard of it: nobody has the commit, and the primary is down.
+    # Before the switch of the site: no server has the commit, and the primary is down.
     for _ in range(2):
-        with stranger(lost), pytest.raises(OperationalError):
+        with unrelated_scope(lost), pytest.raises(OperationalError):
             server()
-    assert pool().out == {"my1"}
+    assert pool().replica_set.out_of_rotation == {"my1"}
     assert endpoint("my1").out_of_rotation == "promoted"
 
-    # It has: `my` is the promoted server now.
+    # After the switch: `my` is the promoted server now.
     connections["my"].close()
     connections.settings["my"]["PORT"] = connections.settings["my1"]["PORT"]
     connections["my1"].close()
@@ -328,7 +328,7 @@ def test_a_promotion_that_lost_a_commit(own: Servers) -> None:
         token = write("new")
         assert set(position_in(token)) == {"0-2"}
         assert eventually(lambda: server_for(token) == "my2")
-        with stranger(lost) as scope:
+        with unrelated_scope(lost) as scope:
             create()
         assert server_for(scope.token) == "my"
 
@@ -336,37 +336,39 @@ def test_a_promotion_that_lost_a_commit(own: Servers) -> None:
 # Failover
 
 
-def test_a_killed_connection(one_book: Servers, heard: Heard) -> None:
-    with stranger():
+def test_killed_connection_is_retried(one_book: Servers, sent_signals: SentSignals) -> None:
+    with unrelated_scope():
         first = server()
         one_book.terminate(first)
         assert read() == (first, ["one"])
-    assert [(one["failed"], one["served"]) for one in heard.of("read_retried")] == [(first, first)]
-    assert heard.of("replica_removed") == []
+    assert sent_signals.of("read_retried") == []
+    assert sent_signals.of("replica_removed") == []
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_server_that_dies(one_book: Servers, heard: Heard, chunked: bool) -> None:
-    with stranger():
+def test_failed_server_fails_over(
+    one_book: Servers, sent_signals: SentSignals, chunked: bool
+) -> None:
+    with unrelated_scope():
         first = server()
         one_book[first].stop()
         books = Book.objects.values_list("title", flat=True)
         assert list(books.iterator(chunk_size=1) if chunked else books) == ["one"]
         assert server() == OTHER[first]
-    assert heard.of("read_retried")[0]["served"] == OTHER[first]
-    assert heard.of("replica_removed")[0]["reason"] == "unreachable"
+    assert sent_signals.of("read_retried")[0]["served"] == OTHER[first]
+    assert sent_signals.of("replica_removed")[0]["reason"] == "unreachable"
     one_book[first].start()
-    look_again(first)
+    make_retry_due(first)
     assert eventually(lambda: server_for(None) == first)
-    assert heard.of("replica_restored") == [{"sender": "my", "replica": first}]
+    assert sent_signals.of("replica_restored") == [{"sender": "my", "replica": first}]
 
 
-def test_a_server_that_dies_during_a_query(one_book: Servers) -> None:
+def test_server_that_fails_during_a_query_fails_over(one_book: Servers) -> None:
     running = (
         "SELECT count(*) FROM information_schema.processlist "
         "WHERE info LIKE '%SLEEP(30)%' AND id != connection_id()"
     )
-    with stranger():
+    with unrelated_scope():
         first = server()
         port = one_book[first].port
 
@@ -381,8 +383,8 @@ def test_a_server_that_dies_during_a_query(one_book: Servers) -> None:
         thread.join()
 
 
-def test_both_down(one_book: Servers) -> None:
-    with stranger():
+def test_both_replicas_down_fails_over_to_the_primary(one_book: Servers) -> None:
+    with unrelated_scope():
         server()
         for alias in REPLICAS:
             one_book[alias].stop()
@@ -390,18 +392,20 @@ def test_both_down(one_book: Servers) -> None:
     assert titles() == ["one"]
 
 
-def test_under_a_pin_nothing_is_run_on_a_replica_that_is_behind(one_book: Servers) -> None:
+def test_pinned_read_is_not_retried_on_a_replica_behind(one_book: Servers) -> None:
     one_book.pause("my2")
     token = write("two")
     one_book.wait_for("my1")
-    with stranger(token):
+    with unrelated_scope(token):
         assert server() == "my1"
         one_book["my1"].stop()
         assert read() == ("my", ["one", "two"])
 
 
 @pytest.mark.parametrize("kind", ["timeout", "killed"])
-def test_a_cancelled_query_is_not_run_again(one_book: Servers, heard: Heard, kind: str) -> None:
+def test_cancelled_query_is_not_retried(
+    one_book: Servers, sent_signals: SentSignals, kind: str
+) -> None:
     running = (
         "SELECT id FROM information_schema.processlist "
         "WHERE info LIKE '%BENCHMARK(%' AND id != connection_id()"
@@ -412,9 +416,9 @@ def test_a_cancelled_query_is_not_run_again(one_book: Servers, heard: Heard, kin
         assert eventually(lambda: found.extend(one_book[first].execute(running)) or found)
         one_book[first].execute(f"KILL QUERY {found[0][0]}")
 
-    with stranger():
+    with unrelated_scope():
         first = server()
-        heard.clear()
+        sent_signals.clear()
         thread = threading.Thread(target=kill)
         if kind == "timeout":
             with connections[first].cursor() as cursor:
@@ -426,25 +430,25 @@ def test_a_cancelled_query_is_not_run_again(one_book: Servers, heard: Heard, kin
             list(Book.objects.raw(sql))
         if kind == "killed":
             thread.join()
-    assert heard == []
+    assert sent_signals == []
 
 
-def test_nothing_is_run_again_inside_a_transaction_on_the_replica(
-    one_book: Servers, heard: Heard
+def test_statement_in_a_transaction_on_the_replica_is_not_retried(
+    one_book: Servers, sent_signals: SentSignals
 ) -> None:
     with (  # noqa: PT012
-        stranger(),
+        unrelated_scope(),
         pytest.raises(OperationalError),
         transaction.atomic(using="my1"),
     ):
         assert Book.objects.using("my1").count() == 1
         one_book.terminate("my1")
         Book.objects.using("my1").count()
-    assert heard.of("read_retried") == []
+    assert sent_signals.of("read_retried") == []
 
 
-def test_a_write_is_never_run_again(one_book: Servers) -> None:
-    with stranger():
+def test_write_is_never_retried(one_book: Servers) -> None:
+    with unrelated_scope():
         create()
         one_book.terminate("my")
         with pytest.raises(OperationalError):
@@ -452,13 +456,15 @@ def test_a_write_is_never_run_again(one_book: Servers) -> None:
         connections["my"].close()
     one_book["my1"].stop()
     connections["my1"].close()
-    with stranger(), pytest.raises(ReplicaWriteError):
+    with unrelated_scope(), pytest.raises(ReplicaWriteError):
         Book.objects.using("my1").update(title="lost")
     count = "SELECT count(*) FROM app_book WHERE title != 'lost'"
     assert one_book["my"].execute(count, "site") == [(2,)]
 
 
-def test_the_freshest_replica_serves_for_the_primary(one_book: Servers, heard: Heard) -> None:
+def test_freshest_replica_substitutes_the_primary(
+    one_book: Servers, sent_signals: SentSignals
+) -> None:
     one_book.pause("my1")
     write("two")
     one_book.wait_for("my2")
@@ -467,24 +473,26 @@ def test_the_freshest_replica_serves_for_the_primary(one_book: Servers, heard: H
     one_book["my"].stop()
     with override_settings(PINNING_PRIMARY_DOWN="stale"):
         assert [titles(token) for _ in range(2)] == [["one", "two"]] * 2
-    assert heard.of("fell_back_to_primary")[-1]["served"] == "my2"
+    assert sent_signals.of("fell_back_to_replica")[-1]["served"] == "my2"
 
 
 # Lag
 
 
 @override_settings(PINNING_MAX_LAG=1.5)
-def test_a_replica_that_lags(my: Servers) -> None:
-    """Any role can tell: what counts is how old the newest position is that it has reached."""
+def test_lagging_replica_is_out_of_rotation(my: Servers) -> None:
+    """For any role: the lag is the age of the newest position that it has reached."""
     my.pause("my1")
-    assert eventually(lambda: (write(), server_for(None), pool().out == {"my1"})[-1])
+    assert eventually(
+        lambda: (write(), server_for(None), pool().replica_set.out_of_rotation == {"my1"})[-1]
+    )
     assert {server_for(None) for _ in range(4)} == {"my2"}
     my.resume("my1")
     assert eventually(lambda: server_for(None) == "my1")
 
 
-def test_an_idle_primary_is_no_lag(my: Servers) -> None:
-    """Seconds_Behind_Master is NULL where replication is stopped."""
+def test_idle_primary_causes_no_lag(my: Servers) -> None:
+    """Seconds_Behind_Master is NULL if replication is stopped."""
     write()
     my.wait_for()
     my.pause()
@@ -492,6 +500,6 @@ def test_an_idle_primary_is_no_lag(my: Servers) -> None:
         assert eventually(lambda: server() in REPLICAS)
 
 
-def test_connecting_is_bounded(my: Servers) -> None:
+def test_connect_timeout_applies(my: Servers) -> None:
     assert connections["my1"].get_connection_params()["connect_timeout"] == 2
     assert "connect_timeout" not in connections["my"].get_connection_params()

@@ -1,7 +1,7 @@
 """
-The debug toolbar's panel in a real browser, on a real cluster, and the picture of docs.
+The debug toolbar's panel in a real browser, on a real cluster, and the picture of the docs.
 
-To have it made anew: PICTURES=1 pytest tests/real/test_panel.py
+To create the picture again: PICTURES=1 pytest tests/real/test_panel.py
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .test_sample_browser import FLAGS
 
 pytestmark = pytest.mark.real
 
-# One process, since the toolbar's store is its memory.
+# One process, because the toolbar stores requests in memory.
 COMMAND = ("gunicorn", "--worker-class", "gthread", "--workers", "1", "--threads", "4")
 PICTURE = ROOT / "docs" / "panel.png"
 LARGEST = 150_000
@@ -70,7 +70,7 @@ def url(pg: PostgreSQL, tmp_path: Path) -> Iterator[str]:
 
 
 class Window:
-    """A browser with the toolbar's panel open."""
+    """A browser that opens the toolbar's panel."""
 
     def __init__(self, chromium: str, driver: str, profile: Path, url: str) -> None:
         options = webdriver.ChromeOptions()
@@ -85,7 +85,7 @@ class Window:
 
     @property
     def root(self) -> Any:
-        """The toolbar's own tree; its older versions are part of the page's."""
+        """Return the toolbar's shadow root; older versions are part of the page."""
         hosts = self.driver.find_elements(By.ID, "djDebugRoot")
         return hosts[0].shadow_root if hosts else self.driver
 
@@ -96,7 +96,7 @@ class Window:
         self.root.find_element(By.CSS_SELECTOR, selector).click()
 
     def open(self) -> str:
-        """Load the page and open the panel; return what it says."""
+        """Load the page, open the panel, and return its text."""
         self.driver.get(self.url)
         return self.panel()
 
@@ -123,7 +123,7 @@ class Window:
         return text
 
     def rows(self) -> list[list[str]]:
-        """The table of reads: who answered, why, which statement."""
+        """Return the table of reads: server, reason, statement."""
         table = self.root.find_element(By.CSS_SELECTOR, "#PinningPanel table")
         return [
             [cell.text for cell in row.find_elements(By.TAG_NAME, "td")]
@@ -168,7 +168,7 @@ def window(url: str, tmp_path: Path) -> Iterator[Window]:
         found.driver.quit()
 
 
-def test_the_panel(pg: PostgreSQL, window: Window, tmp_path: Path) -> None:
+def test_panel_in_a_browser(pg: PostgreSQL, window: Window, tmp_path: Path) -> None:
     window.open()
     (first, why), (counted, asked_for) = window.reads()
     assert (first, counted) in {("replica1", "replica1"), ("replica2", "replica2")}
@@ -177,7 +177,7 @@ def test_the_panel(pg: PostgreSQL, window: Window, tmp_path: Path) -> None:
     pg.pause()
     text = window.add("A book that only the primary has")
     assert window.reads()[0] == ("default", "wrote")
-    assert "leaves" in text
+    assert "outgoing" in text
 
     window.open()
     assert window.reads()[0] == ("default", "not_caught_up")
@@ -202,8 +202,8 @@ def test_the_panel(pg: PostgreSQL, window: Window, tmp_path: Path) -> None:
     assert window.complaints() == []
 
 
-def test_the_history_has_it_too(window: Window) -> None:
-    """What is shown of an earlier request comes from the toolbar's store."""
+def test_panel_of_an_earlier_request_in_the_history(window: Window) -> None:
+    """An earlier request is loaded from the toolbar's store."""
     window.open()
     before = window.rows()
     window.driver.get(f"{window.url}/?later")
@@ -213,7 +213,7 @@ def test_the_history_has_it_too(window: Window) -> None:
     window.click("a.HistoryPanel")
 
     def switched() -> bool:
-        # The list of requests is made anew while it is looked at.
+        # The list of requests may be re-created during the check.
         try:
             window.click("#djdtHistoryRequests > tr:last-child .switchHistory")
             return "djdt-highlighted" in window.html("#djdtHistoryRequests > tr:last-child")

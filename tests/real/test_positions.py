@@ -1,4 +1,4 @@
-"""Pins that end when a replica has the write, on PostgreSQL."""
+"""Pins that end when a replica has caught up, on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from pinning_middleware import (
     use_primary,
     use_replica,
 )
-from pinning_middleware.pins import Pin
+from pinning_middleware.pins import Pin, PinKey, Position
+from pinning_middleware.routing.policy import route
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.scope import enter
 from pinning_middleware.servers import monitor
@@ -30,24 +31,24 @@ from tests.app.models import Book
 from tests.conftest import Visit
 
 from .conftest import (
-    Heard,
     PostgreSQL,
+    SentSignals,
     as_databases,
     entries_of,
     eventually,
     in_thread,
-    look_around,
     make_tables,
+    mark_unreachable,
     pin_in,
     pool,
     position_in,
+    probe_replicas,
     queries,
     server,
     server_for,
     server_of,
-    stranger,
-    take_out,
     titles,
+    unrelated_scope,
     write,
 )
 
@@ -61,14 +62,14 @@ def create(request: Any = None) -> None:
 
 
 def read(request: Any = None) -> tuple[str, list[str]]:
-    """Who answered, and what: two reads of one scope."""
+    """Return the server and the titles of two reads of one scope."""
     return server(), sorted(Book.objects.values_list("title", flat=True))
 
 
-# What a pin holds
+# Contents of a pin
 
 
-def test_a_pin_carries_a_position(pg: PostgreSQL) -> None:
+def test_pin_contains_a_position(pg: PostgreSQL) -> None:
     ((log, point),) = position_in(write()).items()
     (system,) = pg["pg"].execute("SELECT system_identifier FROM pg_control_system()")[0]
     assert log == f"{system:x}-1"
@@ -76,8 +77,8 @@ def test_a_pin_carries_a_position(pg: PostgreSQL) -> None:
     assert 0 < point <= pg["pg"].execute(inserted)[0][0]
 
 
-def test_the_position_is_read_after_the_commit(pg: PostgreSQL) -> None:
-    with stranger() as scope:
+def test_position_is_read_after_the_commit(pg: PostgreSQL) -> None:
+    with unrelated_scope() as scope:
         with transaction.atomic(using="pg"):
             create()
             assert pin_in(scope.token).position is None
@@ -87,7 +88,7 @@ def test_the_position_is_read_after_the_commit(pg: PostgreSQL) -> None:
     assert point > inside
 
 
-def test_an_asynchronous_commit_is_in_the_position(pg: PostgreSQL) -> None:
+def test_position_includes_an_asynchronous_commit(pg: PostgreSQL) -> None:
     with connections["pg"].cursor() as cursor:
         cursor.execute("SET synchronous_commit = off")
     pg["pg"].execute("ALTER SYSTEM SET wal_writer_delay = '10s'")
@@ -105,19 +106,19 @@ def test_an_asynchronous_commit_is_in_the_position(pg: PostgreSQL) -> None:
 
 
 @pytest.mark.parametrize("commit", ["on", "off"])
-def test_no_write_is_ever_missed(pg: PostgreSQL, commit: str) -> None:
+def test_writes_are_always_visible(pg: PostgreSQL, commit: str) -> None:
     with connections["pg"].cursor() as cursor:
         cursor.execute("SET synchronous_commit = %s" % commit)  # noqa: UP031
     for number in range(150):
         token = write(f"book {number}")
-        with stranger(token):
+        with unrelated_scope(token):
             assert Book.objects.filter(title=f"book {number}").exists()
 
 
-# Who serves a pinned scope
+# Servers of a pinned scope
 
 
-def test_the_primary_until_one_replica_has_the_write_and_then_that_one(
+def test_reads_use_the_primary_until_one_replica_has_caught_up(
     pg: PostgreSQL, visit: Visit
 ) -> None:
     visit(create)
@@ -127,65 +128,65 @@ def test_the_primary_until_one_replica_has_the_write_and_then_that_one(
     visit(create)
     assert [visit(read) for _ in range(4)] == [("pg", ["new", "new"])] * 4
     pg.resume("pg2")
-    # Both replicas are asked at most; the one that is behind is never taken for the other.
+    # At most both replicas are probed; the one behind is never selected.
     assert [visit(read) for _ in range(6)] == [("pg2", ["new", "new"])] * 6
     assert "pinning" in visit.browser.cookies
     pg.resume("pg1")
-    look_around()
+    probe_replicas()
     assert {visit(read)[0] for _ in range(6)} == REPLICAS
 
 
-def test_one_replica_serves_the_whole_scope(pg: PostgreSQL) -> None:
+def test_scope_uses_one_replica(pg: PostgreSQL) -> None:
     token = write()
     pg.wait_for()
     for _ in range(4):
-        with stranger(token):
+        with unrelated_scope(token):
             assert len({server() for _ in range(5)}) == 1
 
 
 @override_settings(PINNING_BALANCE_BY="query")
-def test_spread_over_queries_never_reaches_the_one_behind(pg: PostgreSQL) -> None:
+def test_spread_by_query_never_uses_the_replica_behind(pg: PostgreSQL) -> None:
     pg.pause("pg1")
     token = write()
     pg.wait_for("pg2")
-    with stranger(token):
+    with unrelated_scope(token):
         assert {server() for _ in range(6)} == {"pg2"}
     pg.resume("pg1")
-    look_around()
-    with stranger(token):
+    probe_replicas()
+    with unrelated_scope(token):
         assert {server() for _ in range(8)} == REPLICAS
 
 
-def test_a_later_write_moves_the_position(pg: PostgreSQL) -> None:
+def test_later_write_advances_the_position(pg: PostgreSQL) -> None:
     first = write("first")
     pg.wait_for()
     pg.pause()
     assert server_for(first) in REPLICAS
-    with stranger(first) as scope:
+    with unrelated_scope(first) as scope:
         Book.objects.create(title="second")
     assert server_for(scope.token) == "pg"
     assert server_for(first) in REPLICAS
 
 
-def test_a_replica_behind_is_named_as_the_reason(pg: PostgreSQL, heard: Heard) -> None:
+def test_reason_names_a_replica_behind(pg: PostgreSQL, sent_signals: SentSignals) -> None:
     pg.pause()
     token = write()
-    heard.clear()
+    sent_signals.clear()
     assert server_for(token) == "pg"
-    assert heard == [
+    assert sent_signals == [
         ("fell_back_to_primary", {"sender": "pg", "served": "pg", "reason": "not_caught_up"}),
     ]
 
 
-def test_scopes_without_a_pin_read_from_replicas_meanwhile(pg: PostgreSQL) -> None:
+def test_unpinned_scopes_read_replicas_meanwhile(pg: PostgreSQL) -> None:
     pg.pause()
     write()
     assert {server_for(None) for _ in range(4)} == REPLICAS
     assert titles() == []
 
 
-def test_a_pin_by_hand_takes_a_position_too(pg: PostgreSQL) -> None:
-    with stranger() as scope:
+def test_manual_pin_has_a_position(pg: PostgreSQL) -> None:
+    with unrelated_scope() as scope:
         pin_this_request()
         assert server() == "pg"
     token = scope.token
@@ -194,15 +195,15 @@ def test_a_pin_by_hand_takes_a_position_too(pg: PostgreSQL) -> None:
     assert server_for(token) in REPLICAS
 
 
-def test_no_replica_ends_a_pin_by_hand_of_so_many_seconds(pg: PostgreSQL) -> None:
-    with stranger() as scope:
+def test_manual_pin_with_seconds_is_primary_only(pg: PostgreSQL) -> None:
+    with unrelated_scope() as scope:
         pin_this_request(seconds=30)
         create()
     pg.wait_for()
     assert server_for(scope.token) == "pg"
 
 
-# What it costs
+# Number of queries
 
 
 def reads_twice(request: Any = None) -> None:
@@ -210,13 +211,13 @@ def reads_twice(request: Any = None) -> None:
     Book.objects.count()
 
 
-def known_already() -> None:
-    """Let a process have met its servers, as one has that has served for a while."""
+def identify_servers() -> None:
+    """Register all servers, as in a process that has run for a while."""
     write()
-    look_around()
+    probe_replicas()
 
 
-def test_queries_added(pg: PostgreSQL, browser: Any, do: Callable[..., str]) -> None:
+def test_number_of_added_queries(pg: PostgreSQL, browser: Any, do: Callable[..., str]) -> None:
     addresses = {name: f"/sync/{do(act)}/" for name, act in [("read", reads_twice), ("w", create)]}
 
     def added(name: str) -> int:
@@ -224,28 +225,28 @@ def test_queries_added(pg: PostgreSQL, browser: Any, do: Callable[..., str]) -> 
             browser.get(addresses[name])
         return len(asked.added)
 
-    known_already()
+    identify_servers()
     assert [added("read") for _ in range(3)] == [0, 0, 0]
     pg.pause()
     assert added("w") == 1
-    # Each replica is asked while none is known to have it, and none is asked twice.
+    # Each replica is probed while none is known to have caught up, and none twice.
     with queries() as asked:
         browser.get(addresses["read"])
     assert (len(asked.questions["pg1"]), len(asked.questions["pg2"])) == (1, 1)
     assert len(asked["pg"]) == 2
     assert "pg" not in asked.questions
     pg.resume("pg2")
-    # `one` takes the turn, the other is asked next: at most one question to each.
+    # The next replica is probed first, then the other one: at most one probe of each.
     assert added("read") <= 2
     assert [added("read") for _ in range(3)] == [0, 0, 0]
     pg.resume("pg1")
 
 
-def test_a_pinned_request_asks_once_where_replicas_are_healthy(
+def test_pinned_request_probes_once_with_healthy_replicas(
     pg: PostgreSQL, browser: Any, do: Callable[..., str]
 ) -> None:
     w, r = (f"/sync/{do(act)}/" for act in (create, reads_twice))
-    known_already()
+    identify_servers()
     browser.get(w)
     pg.wait_for()
     counts = []
@@ -256,15 +257,15 @@ def test_a_pinned_request_asks_once_where_replicas_are_healthy(
     assert counts == [1, 0, 0]
 
 
-def test_a_known_position_is_shared_by_threads(pg: PostgreSQL) -> None:
+def test_known_position_is_shared_by_threads(pg: PostgreSQL) -> None:
     token = write()
     pg.wait_for()
     served = server_for(token)
     with queries() as asked:
-        with stranger(token):
+        with unrelated_scope(token):
             Book.objects.count()
         assert asked.added == []
-    # A new connection may lead to another server: there it is asked again.
+    # A new connection may resolve to another server, so it is probed again.
     with queries():
         assert in_thread(lambda: titles(token)) == ["new"]
     assert server_of(served).position
@@ -273,12 +274,12 @@ def test_a_known_position_is_shared_by_threads(pg: PostgreSQL) -> None:
 # The end of a pin
 
 
-def test_the_cookie_stays_until_its_own_end(pg: PostgreSQL, visit: Visit) -> None:
-    """A pin that is passed costs no query, and a read never takes it away."""
+def test_cookie_is_kept_until_it_expires(pg: PostgreSQL, visit: Visit) -> None:
+    """A reached pin needs no query, and a read never removes it."""
     visit(create)
     pg.wait_for()
     value = visit.browser.cookies["pinning"].value
-    look_around()
+    probe_replicas()
     for _ in range(4):
         with queries() as asked:
             assert visit(read)[0] in REPLICAS
@@ -287,37 +288,37 @@ def test_the_cookie_stays_until_its_own_end(pg: PostgreSQL, visit: Visit) -> Non
     assert visit.browser.cookies["pinning"].value == value
 
 
-def test_a_replica_that_is_out_serves_no_pin(pg: PostgreSQL) -> None:
+def test_replica_out_of_rotation_serves_no_pinned_read(pg: PostgreSQL) -> None:
     token = write()
     pg.wait_for()
-    take_out("pg1")
-    with stranger(token) as scope:
+    mark_unreachable("pg1")
+    with unrelated_scope(token) as scope:
         assert server() == "pg2"
     assert scope.token == token
 
 
-def test_the_window_stays_the_upper_bound(pg: PostgreSQL, clock: FrozenDateTimeFactory) -> None:
+def test_position_in_a_token_is_honoured_for_a_day(
+    pg: PostgreSQL, clock: FrozenDateTimeFactory
+) -> None:
     pg.pause()
     token = write()
-    clock.tick(14.9)
+    clock.tick(86_399)
     assert server_for(token) == "pg"
-    clock.tick(0.2)
+    clock.tick(2)
     assert server_for(token) in REPLICAS
 
 
-def test_a_copy_that_takes_longer_than_the_window_leaves_its_pin(
-    pg: PostgreSQL, clock: FrozenDateTimeFactory
-) -> None:
-    """It ends when it is left, or when all of its rows were fetched, and not when it is called."""
+def test_copy_longer_than_the_window_pins(pg: PostgreSQL, clock: FrozenDateTimeFactory) -> None:
+    """The write ends when the copy is exited or all rows are fetched, not when it is called."""
     pg.pause()
-    with stranger() as copied, connections["pg"].cursor() as cursor:
+    with unrelated_scope() as copied, connections["pg"].cursor() as cursor:
         with cursor.copy("COPY app_book (title) FROM STDIN") as copy:
             copy.write_row(["copied"])
             clock.tick(60)
         clock.tick(5)
     assert position_in(copied.token)
     assert titles(copied.token) == ["copied"]
-    with stranger() as streamed, connections["pg"].cursor() as cursor:
+    with unrelated_scope() as streamed, connections["pg"].cursor() as cursor:
         for _ in cursor.stream("INSERT INTO app_book (title) VALUES ('one') RETURNING id"):
             clock.tick(60)
         clock.tick(5)
@@ -329,7 +330,7 @@ def test_a_copy_that_takes_longer_than_the_window_leaves_its_pin(
 
 
 @override_settings(PINNING_WAIT=30)
-def test_waiting_until_a_replica_has_it(pg: PostgreSQL, heard: Heard) -> None:
+def test_wait_until_a_replica_has_caught_up(pg: PostgreSQL, sent_signals: SentSignals) -> None:
     pg.pause()
     token = write()
     waiting = threading.Event()
@@ -347,43 +348,45 @@ def test_waiting_until_a_replica_has_it(pg: PostgreSQL, heard: Heard) -> None:
         waiting.set()
         return begin(*args)
 
-    with pytest.MonkeyPatch.context() as patch, stranger(token):
+    with pytest.MonkeyPatch.context() as patch, unrelated_scope(token):
         patch.setattr(monitor, "wait_for", begun)
         assert read() == ("pg1", ["new"])
     thread.join()
-    (waited,) = heard.of("replica_wait_finished")
+    (waited,) = sent_signals.of("replica_wait_finished")
     assert waited == {
         "sender": "pg",
         "replica": "pg1",
         "seconds": waited["seconds"],
         "reached": True,
     }
-    assert heard.of("fell_back_to_primary") == []
+    assert sent_signals.of("fell_back_to_primary") == []
 
 
 @override_settings(PINNING_WAIT=0.05)
-def test_waiting_in_vain(pg: PostgreSQL, heard: Heard) -> None:
+def test_wait_times_out(pg: PostgreSQL, sent_signals: SentSignals) -> None:
     pg.pause()
     token = write()
-    with stranger(token):
-        # Once for a scope, not at every read.
+    with unrelated_scope(token):
+        # Once for each scope, not for each read.
         assert [read(), read()] == [("pg", ["new"])] * 2
-    (waited,) = heard.of("replica_wait_finished")
+    (waited,) = sent_signals.of("replica_wait_finished")
     assert not waited["reached"]
     assert waited["seconds"] >= 0.05
-    assert [one["reason"] for one in heard.of("fell_back_to_primary")] == ["not_caught_up"]
+    assert [one["reason"] for one in sent_signals.of("fell_back_to_primary")] == ["not_caught_up"]
 
 
-def test_nobody_waits_where_nothing_is_to_be_waited_for(pg: PostgreSQL, heard: Heard) -> None:
+def test_read_does_not_wait_if_nothing_can_catch_up(
+    pg: PostgreSQL, sent_signals: SentSignals
+) -> None:
     token = write()
     pg.wait_for()
     with override_settings(PINNING_WAIT=30):
         assert server_for(token) in REPLICAS
         assert server_for(None) in REPLICAS
-    assert heard.of("replica_wait_finished") == []
+    assert sent_signals.of("replica_wait_finished") == []
 
 
-# Traps of positions
+# Edge cases of positions
 
 
 EMIT = "SELECT pg_logical_emit_message(false, '', repeat('x', %s), true)"
@@ -391,7 +394,7 @@ INSERT = "SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint"
 
 
 def fill_page(pg: PostgreSQL) -> bool:
-    """Write a record that ends with its page; whether no other came between."""
+    """Write a record that ends a page; return whether no other record interfered."""
     node = pg["pg"]
     while (start := node.execute(INSERT)[0][0]) % 8192 > 6000:
         node.execute(EMIT, (1000,))
@@ -401,11 +404,11 @@ def fill_page(pg: PostgreSQL) -> bool:
     return bool(node.execute(INSERT)[0][0] % 8192 in (24, 40))
 
 
-def test_no_replica_is_waited_for_at_the_end_of_a_page(pg: PostgreSQL) -> None:
-    """Where the insert position is past the header of a page that nobody has written to."""
+def test_position_at_the_end_of_a_page_is_reached(pg: PostgreSQL) -> None:
+    """The insert position is past the header of a page without records."""
 
     def end_of_page() -> tuple[int, Any] | None:
-        with stranger() as scope:
+        with unrelated_scope() as scope:
             create()
             if not fill_page(pg):
                 return None
@@ -423,7 +426,7 @@ def test_no_replica_is_waited_for_at_the_end_of_a_page(pg: PostgreSQL) -> None:
     assert eventually(lambda: server_for(token) in REPLICAS)
 
 
-def test_the_end_of_a_page_is_not_before_its_record(pg: PostgreSQL) -> None:
+def test_position_at_the_end_of_a_page_includes_its_record(pg: PostgreSQL) -> None:
     assert eventually(lambda: fill_page(pg))
     pg.wait_for()
     pg.pause()
@@ -434,25 +437,27 @@ def test_the_end_of_a_page_is_not_before_its_record(pg: PostgreSQL) -> None:
     assert all(int(rows[0][0]) < point for rows in reported.values())
 
 
-def test_a_position_of_another_cluster_is_never_reached(pg: PostgreSQL) -> None:
+def test_position_of_another_cluster_is_never_reached(pg: PostgreSQL) -> None:
     ((log, _),) = position_in(write()).items()
     system, _, timeline = log.rpartition("-")
     other = f"{int(system, 16) + 1:x}-{timeline}"
     until = time.time() + 10
-    assert server_for(tokens.dumps({"pg": Pin(until, 0.0, {log: 1})})) in REPLICAS
-    assert server_for(tokens.dumps({"pg": Pin(until, 0.0, {other: 1})})) == "pg"
+    assert server_for(tokens.dumps({PinKey("pg"): Pin(until, 0.0, Position({log: 1}))})) in REPLICAS
+    assert server_for(tokens.dumps({PinKey("pg"): Pin(until, 0.0, Position({other: 1}))})) == "pg"
 
 
-def test_a_position_of_another_timeline_is_never_reached(pg: PostgreSQL) -> None:
+def test_position_of_another_timeline_is_never_reached(pg: PostgreSQL) -> None:
     ((log, _),) = position_in(write()).items()
     until = time.time() + 10
     for timeline in ("2", "", "11"):
-        token = tokens.dumps({"pg": Pin(until, 0.0, {f"{log.rpartition('-')[0]}-{timeline}": 1})})
+        token = tokens.dumps(
+            {PinKey("pg"): Pin(until, None, Position({f"{log.rpartition('-')[0]}-{timeline}": 1}))}
+        )
         assert server_for(token) == "pg"
 
 
-def test_a_restarted_replica_is_asked_again(pg: PostgreSQL) -> None:
-    """After a crash it replays from its last checkpoint, and is not as far as it was."""
+def test_restarted_replica_is_probed_again(pg: PostgreSQL) -> None:
+    """After a crash it replays from its last checkpoint, with an older position."""
     pg["pg1"].execute("CHECKPOINT")
     pg.pause("pg2")
     token = write()
@@ -469,10 +474,12 @@ def test_a_restarted_replica_is_asked_again(pg: PostgreSQL) -> None:
 
 
 @override_settings(PINNING_POSITIONS=False)
-def test_without_positions_the_window_serves(pg: PostgreSQL, clock: FrozenDateTimeFactory) -> None:
+def test_pin_without_positions_lasts_for_the_window(
+    pg: PostgreSQL, clock: FrozenDateTimeFactory
+) -> None:
     with queries() as asked:
         token = write()
-        assert pin_in(token) == Pin(time.time() + 15, time.time() + 15)
+        assert pin_in(token) == Pin(time.time() + 15)
         pg.wait_for()
         assert server_for(token) == "pg"
     assert asked.added == []
@@ -480,12 +487,12 @@ def test_without_positions_the_window_serves(pg: PostgreSQL, clock: FrozenDateTi
     assert server_for(token) in REPLICAS
 
 
-# Rights
+# Privileges
 
 
 @pytest.fixture
 def role(pg: PostgreSQL) -> Iterator[Callable[..., None]]:
-    """Return a function that connects as a role with no rights but to the tables."""
+    """Return a function that connects as a role with privileges on the tables only."""
     pg["pg"].execute("CREATE ROLE plain LOGIN")
     grant = "GRANT ALL ON ALL {} IN SCHEMA public TO plain"
     pg["pg"].execute(grant.format("TABLES"), database="site")
@@ -506,21 +513,21 @@ def role(pg: PostgreSQL) -> Iterator[Callable[..., None]]:
 
 
 @pytest.mark.usefixtures("role")
-def test_a_plain_role_is_enough(pg: PostgreSQL) -> None:
+def test_unprivileged_role_is_sufficient(pg: PostgreSQL) -> None:
     pg.pause()
     token = write()
     ((log, _),) = position_in(token).items()
     assert log.endswith("-1")
     assert server_for(token) == "pg"
     pg.resume("pg2")
-    # Its watcher finds out, by what the primary says before and after.
+    # Its monitor resolves the timeline from reports of the primary before and after.
     assert eventually(lambda: write() and server_for(token) == "pg2")
     assert [server_for(token) for _ in range(4)] == ["pg2"] * 4
     assert "new" in titles(token)
 
 
 @override_settings(PINNING_POSITIONS="lsn")
-def test_a_position_that_may_not_be_read_leaves_the_window(
+def test_pin_without_permission_for_the_position_lasts_for_the_window(
     pg: PostgreSQL,
     role: Any,
     visit: Visit,
@@ -536,7 +543,7 @@ def test_a_position_that_may_not_be_read_leaves_the_window(
         pg["pg"].execute(f"GRANT {function} TO PUBLIC", database="site")
     assert visit.response.status_code == 200
     assert pin_in(visit.browser.cookies["pinning"].value).position is None
-    assert "pg does not tell how far it is, the window serves: permission denied" in caplog.text
+    assert "pins on it last the full window: permission denied" in caplog.text
     pg.wait_for()
     assert visit(read)[0] == "pg"
     clock.tick(16)
@@ -544,7 +551,7 @@ def test_a_position_that_may_not_be_read_leaves_the_window(
 
 
 @override_settings(PINNING_POSITIONS="lsn")
-def test_a_replica_that_may_not_be_asked_is_not_taken_as_caught_up(
+def test_replica_without_permission_for_the_position_has_not_caught_up(
     pg: PostgreSQL, role: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "pinning_middleware")
@@ -557,11 +564,11 @@ def test_a_replica_that_may_not_be_asked_is_not_taken_as_caught_up(
         assert server_for(None) in REPLICAS
     finally:
         pg["pg"].execute(f"GRANT {function} TO PUBLIC", database="site")
-    assert "does not tell how far it is" in caplog.text
+    assert "cannot report a replication position" in caplog.text
 
 
-def test_a_connection_that_is_lost_before_the_position_is_read(pg: PostgreSQL) -> None:
-    with stranger() as scope:
+def test_connection_lost_before_the_position_is_read(pg: PostgreSQL) -> None:
+    with unrelated_scope() as scope:
         create()
         pg.terminate("pg")
     assert position_in(scope.token)
@@ -569,7 +576,7 @@ def test_a_connection_that_is_lost_before_the_position_is_read(pg: PostgreSQL) -
     assert server_for(scope.token) in REPLICAS
 
 
-def test_a_primary_that_dies_before_the_position_is_read(
+def test_primary_fails_before_the_position_is_read(
     pg: PostgreSQL, visit: Visit, caplog: pytest.LogCaptureFixture
 ) -> None:
     def write_and_crash(request: Any) -> None:
@@ -579,7 +586,7 @@ def test_a_primary_that_dies_before_the_position_is_read(
     visit(write_and_crash)
     assert visit.response.status_code == 200
     assert pin_in(visit.browser.cookies["pinning"].value).position is None
-    assert "The position of pg can't be read" in caplog.text
+    assert "Could not read the position of pg" in caplog.text
 
 
 # Transactions and locks
@@ -593,7 +600,7 @@ def atomic_requests(pg: PostgreSQL) -> None:
 
 @pytest.fixture
 def act(do: Callable[..., str]) -> Callable[..., Any]:
-    """Return a function that runs an action in a sync view, with the cookies of this test."""
+    """Return a function that runs an action in a sync view, with the test's cookies."""
     client = Client()
 
     def run(action: Callable[[Any], Any], method: str = "get") -> Any:
@@ -607,9 +614,7 @@ def act(do: Callable[..., str]) -> Callable[..., Any]:
 
 
 @pytest.mark.usefixtures("atomic_requests")
-def test_atomic_requests_leave_reads_to_replicas_and_positions_right(
-    pg: PostgreSQL, act: Any
-) -> None:
+def test_atomic_requests_read_replicas_with_correct_positions(pg: PostgreSQL, act: Any) -> None:
     before, _, after = act(lambda request: (server(), create(), server()))
     assert before in REPLICAS
     assert after == "pg"
@@ -626,7 +631,7 @@ def test_atomic_requests_leave_reads_to_replicas_and_positions_right(
 
 
 @pytest.mark.usefixtures("atomic_requests")
-def test_atomic_requests_roll_back_and_pin_all_the_same(pg: PostgreSQL, act: Any) -> None:
+def test_atomic_requests_pin_after_a_rollback(pg: PostgreSQL, act: Any) -> None:
     def fail(request: Any) -> None:
         create()
         transaction.set_rollback(True, using="pg")
@@ -644,7 +649,9 @@ def lock(request: Any = None) -> tuple[str, str, str]:
     return before, server(), server()
 
 
-def test_a_lock_holds_the_scope_and_leaves_no_pin(pg: PostgreSQL, act: Any) -> None:
+def test_locking_read_keeps_the_scope_on_the_primary_without_a_pin(
+    pg: PostgreSQL, act: Any
+) -> None:
     before, *after = act(lock)
     assert before in REPLICAS
     assert after == ["pg", "pg"]
@@ -653,7 +660,9 @@ def test_a_lock_holds_the_scope_and_leaves_no_pin(pg: PostgreSQL, act: Any) -> N
 
 
 @pytest.mark.usefixtures("atomic_requests")
-def test_a_lock_under_atomic_requests_holds_the_scope(pg: PostgreSQL, act: Any) -> None:
+def test_locking_read_under_atomic_requests_keeps_the_scope_on_the_primary(
+    pg: PostgreSQL, act: Any
+) -> None:
     def lock_at_once(request: Any) -> tuple[str, int, str]:
         return server(), len(Book.objects.select_for_update()), server()
 
@@ -663,16 +672,16 @@ def test_a_lock_under_atomic_requests_holds_the_scope(pg: PostgreSQL, act: Any) 
     assert "pinning" not in act.client.cookies
 
 
-def test_an_open_transaction_asks_no_primary_and_no_replica_twice(pg: PostgreSQL) -> None:
+def test_open_transaction_does_not_probe_twice(pg: PostgreSQL) -> None:
     token = write()
     pg.wait_for()
-    with stranger(token), transaction.atomic(using="pg"):
+    with unrelated_scope(token), transaction.atomic(using="pg"):
         assert server() == "pg"
     assert server_for(token) in REPLICAS
 
 
-def test_a_transaction_on_a_replica_is_not_asked_how_far_it_is(pg: PostgreSQL) -> None:
-    """Its rows stay as they were when it began."""
+def test_replica_is_not_probed_inside_a_transaction(pg: PostgreSQL) -> None:
+    """Its snapshot does not change."""
     with transaction.atomic(using="pg1"), transaction.atomic(using="pg2"):
         for alias in REPLICAS:
             with connections[alias].cursor() as cursor:
@@ -684,11 +693,11 @@ def test_a_transaction_on_a_replica_is_not_asked_how_far_it_is(pg: PostgreSQL) -
         assert server_for(token) == "pg"
 
 
-# Outside a request
+# Outside requests
 
 
-def test_a_thread_without_a_scope(pg: PostgreSQL) -> None:
-    """What it wrote holds it on the primary for the window."""
+def test_thread_without_a_scope(pg: PostgreSQL) -> None:
+    """Its write pins it to the primary for the window."""
 
     def work() -> str:
         create()
@@ -697,7 +706,7 @@ def test_a_thread_without_a_scope(pg: PostgreSQL) -> None:
     assert in_thread(work) == "pg"
 
 
-def test_a_thread_without_a_scope_pins_no_other(pg: PostgreSQL) -> None:
+def test_thread_without_a_scope_pins_no_other_thread(pg: PostgreSQL) -> None:
     pg.pause()
     in_thread(create)
     assert in_thread(server) in REPLICAS
@@ -711,7 +720,7 @@ class Work(BaseCommand):
         return f"{before} {server()}"
 
 
-def test_a_command(pg: PostgreSQL, capsys: pytest.CaptureFixture[str]) -> None:
+def test_management_command(pg: PostgreSQL, capsys: pytest.CaptureFixture[str]) -> None:
     pg.pause()
     call_command(Work())
     before, after = capsys.readouterr().out.split()
@@ -720,17 +729,17 @@ def test_a_command(pg: PostgreSQL, capsys: pytest.CaptureFixture[str]) -> None:
     assert server() == "pg", "for the window"
 
 
-def test_an_ambient_scope_does_not_ask_at_every_read(pg: PostgreSQL) -> None:
+def test_ambient_scope_does_not_probe_on_every_read(pg: PostgreSQL) -> None:
     pg.pause()
     create()
     with queries() as asked:
         for _ in range(20):
             assert server() == "pg"
-    # The primary once for its position, each replica once (and again after a second).
+    # One probe of the primary's position, one of each replica (again after a second).
     assert len(asked.added) <= 6
 
 
-def test_a_token_takes_the_position_along(pg: PostgreSQL) -> None:
+def test_token_contains_the_position(pg: PostgreSQL) -> None:
     pg.pause()
     token = write()
     assert in_thread(lambda: (server_for(token), server_for(token))) == ("pg", "pg")
@@ -738,13 +747,13 @@ def test_a_token_takes_the_position_along(pg: PostgreSQL) -> None:
     assert in_thread(lambda: server_for(token)) == "pg1"
 
 
-def test_a_scope_hands_on_what_it_was_given(pg: PostgreSQL) -> None:
+def test_scope_propagates_inherited_pins(pg: PostgreSQL) -> None:
     pg.pause()
     token = write()
-    with stranger(token) as scope:
+    with unrelated_scope(token) as scope:
         assert server() == "pg"
         assert scope.token == token
-    with stranger(scope.token) as scope:
+    with unrelated_scope(scope.token) as scope:
         create()
     assert next(iter(position_in(scope.token).values())) > next(iter(position_in(token).values()))
 
@@ -753,7 +762,7 @@ def test_a_scope_hands_on_what_it_was_given(pg: PostgreSQL) -> None:
 async def read_asynchronously(token: str | None) -> tuple[str, list[str], int, str | None]:
     from asgiref.sync import sync_to_async
 
-    with stranger(token) as scope:
+    with unrelated_scope(token) as scope:
         found = [book.title async for book in Book.objects.order_by("title")]
         counted = await Book.objects.acount()
         async for _ in Book.objects.aiterator(chunk_size=1):
@@ -771,7 +780,9 @@ def test_async_code(pg: PostgreSQL) -> None:
     assert read_asynchronously(token)[0] in REPLICAS
 
 
-def test_an_async_view_iterates(pg: PostgreSQL, browser: Any, do: Callable[..., str]) -> None:
+def test_async_view_with_async_iteration(
+    pg: PostgreSQL, browser: Any, do: Callable[..., str]
+) -> None:
     results: list[Any] = []
 
     async def action(request: Any) -> None:
@@ -809,26 +820,26 @@ def test_each_pool_has_its_own_position(pg: PostgreSQL) -> None:
                 enter(None)
                 pg.wait_for()
                 pg.pause()
-                with stranger() as scope:
+                with unrelated_scope() as scope:
                     Book.objects.using("shop").create(title="new")
                 pins = tokens.loads(scope.token or "")
-                assert set(pins) == {"shop"}
-                with stranger(scope.token) as both:
+                assert set(pins) == {PinKey("shop")}
+                with unrelated_scope(scope.token) as both:
                     assert is_pinned("shop")
                     assert not is_pinned("pg")
                     Book.objects.using("pg").create(title="new")
                 pins = tokens.loads(both.token or "")
-                assert set(pins) == {"pg", "shop"}
+                assert set(pins) == {PinKey("pg"), PinKey("shop")}
                 assert all(pin.position for pin in pins.values()), pins
                 by_primary = pools().by_primary
-                with stranger(both.token):
-                    assert by_primary["pg"].db_for_read() == "pg"
-                    assert by_primary["shop"].db_for_read() == "shop"
+                with unrelated_scope(both.token):
+                    assert route(by_primary["pg"]) == "pg"
+                    assert route(by_primary["shop"]) == "shop"
                 pg.resume()
-                with stranger(both.token) as after:
-                    assert by_primary["shop"].db_for_read() in ("shop1", "shop2")
-                with stranger(after.token):
-                    assert by_primary["pg"].db_for_read() in ("pg1", "pg2")
+                with unrelated_scope(both.token) as after:
+                    assert route(by_primary["shop"]) in ("shop1", "shop2")
+                with unrelated_scope(after.token):
+                    assert route(by_primary["pg"]) in ("pg1", "pg2")
     finally:
         pg.resume()
         pg["pg"].execute("DROP DATABASE shop WITH (FORCE)")
@@ -844,7 +855,7 @@ def monotonic(pg: PostgreSQL) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("monotonic")
-def test_what_was_seen_stays_seen(pg: PostgreSQL, act: Any) -> None:
+def test_monotonic_reads_across_requests(pg: PostgreSQL, act: Any) -> None:
     pg.pause("pg1")
     in_thread(create)
     pg.wait_for("pg2")
@@ -858,10 +869,10 @@ def test_what_was_seen_stays_seen(pg: PostgreSQL, act: Any) -> None:
 
 
 @pytest.mark.usefixtures("monotonic")
-def test_what_was_seen_on_the_primary_stays_seen(pg: PostgreSQL) -> None:
+def test_monotonic_reads_after_the_primary(pg: PostgreSQL) -> None:
     pg.pause()
     in_thread(create)
-    with stranger() as scope, use_primary():
+    with unrelated_scope() as scope, use_primary():
         assert len(Book.objects.all()) == 1
     assert [titles(scope.token) for _ in range(4)] == [["new"]] * 4
     assert server_for(scope.token) == "pg"
@@ -869,10 +880,8 @@ def test_what_was_seen_on_the_primary_stays_seen(pg: PostgreSQL) -> None:
 
 @pytest.mark.usefixtures("monotonic")
 @pytest.mark.parametrize("read_on", [True, False])
-def test_what_was_seen_on_a_replica_that_died_stays_seen(
-    pg: PostgreSQL, act: Any, read_on: bool
-) -> None:
-    """Nobody can tell any more how far it was: the window serves."""
+def test_monotonic_reads_after_a_replica_failed(pg: PostgreSQL, act: Any, read_on: bool) -> None:
+    """Its position is unavailable, so the pin lasts for the window."""
     pg.pause("pg1")
     in_thread(create)
     pg.wait_for("pg2")
@@ -895,7 +904,7 @@ def test_what_was_seen_on_a_replica_that_died_stays_seen(
 
 
 @pytest.mark.usefixtures("monotonic")
-def test_what_was_seen_costs_one_query(pg: PostgreSQL, act: Any) -> None:
+def test_monotonic_reads_add_one_query(pg: PostgreSQL, act: Any) -> None:
     act(read)
     for _ in range(3):
         with queries() as asked:
@@ -903,15 +912,15 @@ def test_what_was_seen_costs_one_query(pg: PostgreSQL, act: Any) -> None:
         assert len(asked.added) == 1
 
 
-def test_without_the_guarantee_reads_leave_nothing(pg: PostgreSQL, act: Any) -> None:
+def test_reads_without_monotonic_reads_set_no_pin(pg: PostgreSQL, act: Any) -> None:
     act(read)
     assert "pinning" not in act.client.cookies
 
 
-def test_use_replica_wins_over_a_pin(pg: PostgreSQL) -> None:
+def test_use_replica_takes_precedence_over_a_pin(pg: PostgreSQL) -> None:
     pg.pause()
     token = write()
-    with stranger(token):
+    with unrelated_scope(token):
         with use_replica():
             assert server() in REPLICAS
         assert server() == "pg"

@@ -1,4 +1,4 @@
-"""RQ, dramatiq and huey over Valkey; the replicas are SQLite files that lag for ever."""
+"""RQ, dramatiq and huey over Valkey; the replicas are SQLite files that lag forever."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ __all__ = ["valkey"]
 pytestmark = [
     pytest.mark.real,
     pytest.mark.django_db(transaction=True, databases="__all__"),
-    # Of dramatiq before 2.2, where memcached's client is not installed.
+    # Raised by dramatiq before 2.2 if memcached's client is not installed.
     pytest.mark.filterwarnings("ignore:MemcachedBackend is not available:ImportWarning"),
 ]
 
-# What the jobs found, by the name that they were given, in this process.
+# The results of the jobs of this process, by name.
 found: dict[str, list[str]] = {}
 
 
@@ -43,7 +43,7 @@ def add(name: str) -> None:
 
 
 def add_and_fail(name: str) -> None:
-    """The second attempt, where there is one, only looks."""
+    """Write and raise; the second attempt, if any, only reads."""
     look(name)
     if len(found[name]) == 1:
         add(name)
@@ -51,7 +51,7 @@ def add_and_fail(name: str) -> None:
 
 
 def pass_on(name: str) -> None:
-    """Write, and send what looks."""
+    """Write, and send a job that reads."""
     add(name)
     Queue.current.send(look, name)
 
@@ -60,7 +60,7 @@ FUNCTIONS = (look, add, add_and_fail, pass_on)
 
 
 class Queue:
-    """What the queues have in common: here they are empty, and work when they are told to."""
+    """Common interface of the queues, which are empty and run jobs on demand."""
 
     package: ClassVar[str]
     current: ClassVar[Queue]
@@ -81,11 +81,11 @@ class Queue:
         raise NotImplementedError
 
     def send_group(self, part: Callable[[str], None], last: Callable[[str], None]) -> None:
-        """Send two, and one that waits for both."""
+        """Send two jobs, and one that waits for both."""
         raise NotImplementedError
 
     def work(self) -> None:
-        """Let one worker do all that waits."""
+        """Run all waiting jobs in one worker."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -121,7 +121,7 @@ class RQ(Queue):
         from rq import SimpleWorker
 
         worker = SimpleWorker([self.jobs], connection=self._redis, job_class=self.jobs.job_class)
-        # It takes over signals, and does not give them back.
+        # The worker replaces signal handlers, and does not restore them.
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             worker.work(burst=True, logging_level=logging.CRITICAL)
@@ -228,7 +228,7 @@ class Huey(Queue):
                 self.huey.execute(task)
             connections.close_all()
 
-        # As its consumer does it, which looks again every now and then.
+        # Same as the consumer of huey, which polls.
         thread = threading.Thread(target=run)
         thread.start()
         thread.join(60)
@@ -240,7 +240,7 @@ class Huey(Queue):
 
 @pytest.fixture(autouse=True)
 def pins(valkey: str) -> Iterator[None]:
-    """Time ends no pin here, however busy the machine is."""
+    """Use a window that does not end during a test on a busy machine."""
     with override_settings(PINNING_SECONDS=600), pins_in(redis_cache(valkey)):
         caches["pins"].clear()
         found.clear()
@@ -254,7 +254,7 @@ def queue(request: pytest.FixtureRequest, valkey: str) -> Iterator[Any]:
     opened.close()
 
 
-def test_a_job_reads_what_was_written_before_it_was_sent(queue: Queue) -> None:
+def test_job_reads_writes_before_it_was_sent(queue: Queue) -> None:
     with pinning_scope(isolated=True):
         add("x")
         queue.send(look, "look")
@@ -262,7 +262,7 @@ def test_a_job_reads_what_was_written_before_it_was_sent(queue: Queue) -> None:
     assert found["look"] == ["default"]
 
 
-def test_a_pin_by_hand_travels_too(queue: Queue) -> None:
+def test_manual_pin_propagates(queue: Queue) -> None:
     with pinning_scope(isolated=True):
         pin_this_request()
         queue.send(look, "look")
@@ -270,7 +270,7 @@ def test_a_pin_by_hand_travels_too(queue: Queue) -> None:
     assert found["look"] == ["default"]
 
 
-def test_who_wrote_nothing_sends_nothing(queue: Queue) -> None:
+def test_message_without_a_write_has_no_pins(queue: Queue) -> None:
     with pinning_scope(isolated=True):
         where()
         queue.send(look, "inside")
@@ -281,31 +281,31 @@ def test_who_wrote_nothing_sends_nothing(queue: Queue) -> None:
     assert is_replica(*found["outside"])
 
 
-def test_a_scope_ends_with_its_job(queue: Queue) -> None:
-    """One worker serves strangers by turns, and one of them fails."""
+def test_scope_ends_with_its_job(queue: Queue) -> None:
+    """One worker runs unrelated jobs one after another, and one of them fails."""
     with pinning_scope(isolated=True):
         add("x")
         queue.send(look, "writer")
         queue.send(add_and_fail, "failing")
     queue.send(add, "another")
     queue.send(add_and_fail, "failing too")
-    queue.send(look, "stranger")
+    queue.send(look, "unrelated_scope")
     queue.work()
     assert found["writer"] == ["default"]
     assert found["failing"] == ["default"]
     assert is_replica(*found["failing too"])
-    assert is_replica(*found["stranger"])
+    assert is_replica(*found["unrelated_scope"])
     scope = entered_scope()
-    assert scope is None or scope.is_lasting
+    assert scope is None or scope.is_ambient
 
 
-def test_jobs_that_one_job_sends(queue: Queue) -> None:
+def test_pins_propagate_to_jobs_of_a_job(queue: Queue) -> None:
     queue.send(pass_on, "passed on")
     queue.work()
     assert found["passed on"] == ["default"]
 
 
-def test_another_attempt_reads_what_the_one_before_it_wrote(queue: Queue) -> None:
+def test_retry_reads_writes_of_the_previous_attempt(queue: Queue) -> None:
     queue.send(add_and_fail, "again", retry=True)
     queue.work()
     first, second = found["again"]
@@ -314,25 +314,27 @@ def test_another_attempt_reads_what_the_one_before_it_wrote(queue: Queue) -> Non
 
 
 @pytest.mark.parametrize("first", [add, look], ids=["wrote", "read"])
-def test_the_next_one_of_a_chain(queue: Queue, first: Callable[[str], None]) -> None:
+def test_next_job_of_a_chain_reads_writes_of_the_previous(
+    queue: Queue, first: Callable[[str], None]
+) -> None:
     queue.send_chain(first, look)
     queue.work()
     (alias,) = found["chain"]
     assert (alias == "default") is (first is add)
 
 
-def test_who_waits_for_a_group(queue: Queue) -> None:
-    """The part that wrote is not the last one."""
+def test_job_after_a_group_reads_writes_of_the_group(queue: Queue) -> None:
+    """The job that wrote is not the last one of the group."""
     queue.send_group(add, look)
     queue.work()
     assert is_replica(*found["part"])
     assert found["group"] == ["default"]
 
 
-# What runs in place is part of who called it
+# Jobs that run synchronously use the scope of the caller
 
 
-def test_a_job_of_rq_in_place(valkey: str) -> None:
+def test_rq_job_run_synchronously(valkey: str) -> None:
     queue = RQ(valkey)
     queue.jobs._is_async = False
     with pinning_scope(isolated=True):
@@ -341,12 +343,12 @@ def test_a_job_of_rq_in_place(valkey: str) -> None:
         queue.send(look, "look")
     assert found["look"] == ["default"]
     enter(None)
-    queue.send(look, "stranger")
-    assert is_replica(*found["stranger"])
+    queue.send(look, "unrelated_scope")
+    assert is_replica(*found["unrelated_scope"])
     queue.close()
 
 
-def test_a_task_of_huey_in_place(valkey: str) -> None:
+def test_huey_task_run_synchronously(valkey: str) -> None:
     queue = Huey(valkey)
     queue.huey.immediate = True
     with pinning_scope(isolated=True):
@@ -355,14 +357,14 @@ def test_a_task_of_huey_in_place(valkey: str) -> None:
         queue.send(look, "look")
     assert found["look"] == ["default"]
     enter(None)
-    queue.send(look, "stranger")
-    assert is_replica(*found["stranger"])
+    queue.send(look, "unrelated_scope")
+    assert is_replica(*found["unrelated_scope"])
 
 
-# The packages' own ways
+# Features of the packages
 
 
-def test_a_caller_keeps_its_meta(valkey: str) -> None:
+def test_meta_of_the_caller_is_unchanged(valkey: str) -> None:
     from pinning_middleware.contrib.rq import META
 
     queue, meta = RQ(valkey), {"mine": 1}
@@ -376,8 +378,8 @@ def test_a_caller_keeps_its_meta(valkey: str) -> None:
     queue.close()
 
 
-def test_a_message_that_is_delayed(valkey: str) -> None:
-    """dramatiq's worker sends it once more, when its time has come."""
+def test_delayed_message(valkey: str) -> None:
+    """dramatiq's worker enqueues it again when the delay has passed."""
     queue = Dramatiq(valkey)
     with pinning_scope(isolated=True):
         add("x")
@@ -387,7 +389,7 @@ def test_a_message_that_is_delayed(valkey: str) -> None:
     queue.close()
 
 
-def test_a_message_that_is_skipped_leaves_no_scope(valkey: str) -> None:
+def test_skipped_message_closes_its_scope(valkey: str) -> None:
     import dramatiq
 
     class Skip(dramatiq.Middleware):
@@ -412,7 +414,7 @@ def test_a_message_that_is_skipped_leaves_no_scope(valkey: str) -> None:
     queue.close()
 
 
-def test_the_consumer_of_huey(valkey: str) -> None:
+def test_huey_consumer(valkey: str) -> None:
     queue = Huey(valkey)
     done = threading.Event()
     queue.huey.post_execute("tell")(lambda task, value, error: done.set())

@@ -1,4 +1,4 @@
-"""The sample site's story in a real browser: its script, its switch and its controls."""
+"""The sample site in a real browser: its script, its switch and its controls."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ NewWindow = Callable[[], "Window"]
 
 
 class Window:
-    """A person's browser: a profile of its own, and the few things the story needs."""
+    """A browser with its own profile, and the actions of the tests."""
 
     def __init__(self, chromium: str, driver: str, profile: Path, url: str) -> None:
         options = webdriver.ChromeOptions()
         options.binary_location = chromium
         for flag in (*FLAGS, f"--user-data-dir={profile}"):
             options.add_argument(flag)
-        # What the console says is looked at in the end.
+        # The console messages are checked at the end.
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         service = webdriver.ChromeService(executable_path=driver)
         self.driver = webdriver.Chrome(options=options, service=service)
@@ -66,7 +66,7 @@ class Window:
         element.click()
 
     def click_and_leave(self, selector: str) -> None:
-        """Click what loads another page, and wait for that page."""
+        """Click an element that loads another page, and wait for that page."""
         self.driver.execute_script("window.left = false")
         self.click(selector)
         loaded = "return window.left === undefined && document.readyState === 'complete'"
@@ -88,11 +88,11 @@ class Window:
         return {badge.text for badge in badges}
 
     def shows_lag(self, alias: str, words: str) -> bool:
-        """Whether the panel comes to say so of the replica."""
+        """Return whether the panel shows this lag of the replica in time."""
         return eventually(lambda: words in self.text(f"[data-alias={alias}] .lag"))
 
     def toggle(self, alias: str, label: str) -> None:
-        """Press the replica's button, once it says so, and wait until it says something else."""
+        """Click the replica's button once it has this label, and wait until it changes."""
         button = f"[data-alias={alias}] .toggle"
         assert eventually(lambda: self.text(button) == label and self.find(button).is_enabled())
         self.click(button)
@@ -141,7 +141,7 @@ def replicas_in_order(site: Site) -> Iterator[None]:
     site.resume()
 
 
-def test_the_story(new_window: NewWindow) -> None:
+def test_demo_walkthrough(new_window: NewWindow) -> None:
     ada = new_window()
     assert ada.answered_by() <= set(REPLICAS)
     assert ada.text("#pin-badge") == "not pinned"
@@ -150,8 +150,8 @@ def test_the_story(new_window: NewWindow) -> None:
         assert ada.shows_lag(alias, "caught up")
         ada.toggle(alias, "Pause")
 
-    ada.post("ProbeResult by me alone")
-    assert ada.sees("ProbeResult by me alone")
+    ada.post("Visible to me only")
+    assert ada.sees("Visible to me only")
     assert ada.answered_by() == {"primary"}
     assert ada.text("#pin-badge") == "pinned"
     assert "s more" in ada.text("#pin-left")
@@ -159,24 +159,24 @@ def test_the_story(new_window: NewWindow) -> None:
     assert ada.shows_lag("replica1", "behind")
 
     visitor = new_window()
-    assert not visitor.sees("ProbeResult by me alone")
+    assert not visitor.sees("Visible to me only")
 
     ada.click_and_leave("#pinning")
-    assert not ada.sees("ProbeResult by me alone")
+    assert not ada.sees("Visible to me only")
     assert ada.text("#pin-badge") == "pinning off"
     assert ada.find("#missing").is_displayed()
     ada.click_and_leave("#pinning")
-    assert ada.sees("ProbeResult by me alone")
+    assert ada.sees("Visible to me only")
 
     for alias in REPLICAS:
         ada.toggle(alias, "Resume")
         assert ada.shows_lag(alias, "caught up")
     visitor.open("/")
-    assert visitor.sees("ProbeResult by me alone")
+    assert visitor.sees("Visible to me only")
     assert [*ada.complaints(), *visitor.complaints()] == []
 
 
-def test_the_same_user_in_two_windows_and_a_task(new_window: NewWindow) -> None:
+def test_user_in_two_windows_and_a_task(new_window: NewWindow) -> None:
     one, other = new_window(), new_window()
     for window in (one, other):
         window.sign_in("ada")
@@ -185,7 +185,7 @@ def test_the_same_user_in_two_windows_and_a_task(new_window: NewWindow) -> None:
         one.toggle(alias, "Pause")
     one.find("#id_text").send_keys("Count this one too")
     one.click_and_leave("main button[name=count]")
-    # A slow task is waited for by loading the page again.
+    # Reload the page until the task has finished.
     assert eventually(lambda: "counted" in one.driver.page_source)
     mine = len(
         [by for by in one.driver.find_elements(By.CSS_SELECTOR, ".by b") if by.text == "ada"]
@@ -199,7 +199,7 @@ def test_the_same_user_in_two_windows_and_a_task(new_window: NewWindow) -> None:
     assert [*one.complaints(), *other.complaints()] == []
 
 
-def test_the_slider_delays_a_replica(site: Site, new_window: NewWindow) -> None:
+def test_slider_delays_a_replica(site: Site, new_window: NewWindow) -> None:
     window = new_window()
     slider = "[data-alias=replica1] .delay"
     assert eventually(lambda: window.find(slider).is_enabled())
@@ -213,8 +213,8 @@ def test_the_slider_delays_a_replica(site: Site, new_window: NewWindow) -> None:
     assert eventually(lambda: site.status()["replica1"]["delay"] == 4)
 
 
-def test_looking_on_changes_nothing(new_window: NewWindow) -> None:
-    """The panel's own questions bring no cookie and end no pin."""
+def test_polling_changes_nothing(new_window: NewWindow) -> None:
+    """The requests of the panel set no cookie and end no pin."""
     ada = new_window()
     ada.sign_in("ada")
     ada.post("And then I only look")
@@ -225,7 +225,7 @@ def test_looking_on_changes_nothing(new_window: NewWindow) -> None:
     assert ada.cookies() == before
 
 
-def test_a_narrow_screen_needs_no_sideways_scrolling(new_window: NewWindow) -> None:
+def test_narrow_screen_needs_no_horizontal_scrolling(new_window: NewWindow) -> None:
     window = new_window()
     window.driver.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",

@@ -1,4 +1,4 @@
-"""The sample site, started as a person would start it, and its story by plain HTTP."""
+"""The sample site, started from the command line and used over HTTP."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def paused(site: Site) -> Iterator[Site]:
-    """The site with replicas that have everything up to now, and get nothing new."""
+    """The site with replicas that have caught up and are paused."""
     site.pause()
     yield site
     site.resume()
 
 
 def answered_by(page: str) -> set[str]:
-    """The databases that the page's panel names as those that answered its reads."""
+    """Return the databases that the page's panel lists for its reads."""
     here = page[page.index("<h2>This page") : page.index("What this page asked")]
     return set(re.findall(r'class="db db-(\w+)"', here))
 
 
 def post(client: Client, text: str) -> str:
-    """Post in the browser; the page that the redirect leads to."""
+    """Post in the browser, and return the page after the redirect."""
     answer = client.post_form("/", text=text)
     assert re.search(r"/(#message-\d+)?$", answer.url)
     return answer.text
 
 
-def test_visitors_read_from_replicas_by_turns(site: Site) -> None:
+def test_anonymous_users_read_replicas_round_robin(site: Site) -> None:
     visitor = site.browser()
     pages = [visitor.get("/").text for _ in range(4)]
     assert all("Is the new board up?" in page for page in pages)
@@ -68,7 +68,7 @@ def test_visitors_read_from_replicas_by_turns(site: Site) -> None:
     assert "pinning" not in visitor.cookies
 
 
-def test_a_post_is_seen_at_once_by_its_author_only(paused: Site) -> None:
+def test_message_is_visible_at_once_to_its_author_only(paused: Site) -> None:
     ada, visitor = paused.browser(), paused.browser()
     ada.sign_in("ada")
     page = post(ada, "Only I can see this")
@@ -94,7 +94,7 @@ def test_a_post_is_seen_at_once_by_its_author_only(paused: Site) -> None:
     assert "Only I can see this" in visitor.get("/").text
 
 
-def test_the_page_after_a_redirect_shows_what_was_written(site: Site) -> None:
+def test_page_after_a_redirect_shows_the_write(site: Site) -> None:
     ada = site.browser()
     ada.sign_in("ada")
     page = post(ada, "Look below")
@@ -103,7 +103,7 @@ def test_the_page_after_a_redirect_shows_what_was_written(site: Site) -> None:
     assert "Before it" not in ada.get("/").text
 
 
-def test_without_pinning_a_post_is_saved_and_not_seen(paused: Site) -> None:
+def test_message_without_pinning_is_saved_and_not_visible(paused: Site) -> None:
     ada = paused.browser()
     ada.sign_in("ada")
     ada.switch_pinning(on=False)
@@ -112,8 +112,8 @@ def test_without_pinning_a_post_is_saved_and_not_seen(paused: Site) -> None:
     assert "Out of sight" in ada.get("/").text
 
 
-def test_the_same_user_in_two_browsers(paused: Site) -> None:
-    """Pins of a user are in the cache; nobody else has them."""
+def test_user_in_two_browsers(paused: Site) -> None:
+    """Pins of a user are stored in the cache under that user only."""
     desk, phone, other = paused.browser(), paused.browser(), paused.browser()
     desk.sign_in("ada")
     phone.sign_in("ada")
@@ -129,7 +129,7 @@ def test_the_same_user_in_two_browsers(paused: Site) -> None:
 
 
 def counted(client: Client, **data: str) -> tuple[int, str]:
-    """Post and count; how many the background task found, and on which database."""
+    """Post and count; return the count of the background task, and its database."""
     answer = client.post_form("/", text="One more", count="", **data)
     found = re.compile(r'counted <b>(\d+)</b> messages? of yours,\s+on <span class="db db-(\w+)"')
     address = answer.url.removeprefix(client.url)
@@ -139,7 +139,7 @@ def counted(client: Client, **data: str) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-def test_a_background_task_counts_what_the_request_wrote(paused: Site) -> None:
+def test_background_task_counts_writes_of_the_request(paused: Site) -> None:
     ada = paused.browser()
     ada.sign_in("ada")
     before, alias = counted(ada)
@@ -152,12 +152,12 @@ def test_a_background_task_counts_what_the_request_wrote(paused: Site) -> None:
     assert counted(ada) == (before + 3, "default")
 
 
-def test_a_count_that_nobody_asked_for(site: Site) -> None:
+def test_unknown_count_is_not_shown(site: Site) -> None:
     assert "counted" not in site.browser().get("/?count=nonsense").text
 
 
-def test_a_script_needs_no_cookies(paused: Site) -> None:
-    """It sends back the header that it got; without it, it is a visitor."""
+def test_script_without_cookies(paused: Site) -> None:
+    """It sends the token header; without it, it is an anonymous user."""
     added = paused.browser().post("/api/messages/", {"text": "By header"}, SCRIPT)
     token = added.headers["Pinning-Token"]
     assert "Pinning-Token" in added.headers["Vary"]
@@ -167,14 +167,14 @@ def test_a_script_needs_no_cookies(paused: Site) -> None:
     assert not paused.browser().get("/api/messages/", {"Pinning-Token": "forged"}).json()["pinned"]
 
 
-def test_what_a_script_writes_its_user_sees_in_a_browser(paused: Site) -> None:
+def test_writes_of_a_script_are_visible_in_the_browser_of_its_user(paused: Site) -> None:
     grace = paused.browser()
     grace.sign_in("grace")
     paused.browser().post("/api/messages/", {"text": "From my script"}, SCRIPT)
     assert "From my script" in grace.get("/").text
 
 
-def test_the_api_follows_the_same_rules(paused: Site) -> None:
+def test_api_follows_the_same_rules(paused: Site) -> None:
     script, visitor = paused.browser(), paused.browser()
     added = script.post("/api/messages/", {"text": "From a script"}, SCRIPT)
     assert (added.status, added.json()["author"]) == (201, "grace")
@@ -194,16 +194,16 @@ def test_the_api_follows_the_same_rules(paused: Site) -> None:
 
 
 @pytest.mark.parametrize("header", ["", "Basic nonsense", "Basic YWRhOndyb25n", "Bearer x"])
-def test_the_api_takes_messages_of_users_only(site: Site, header: str) -> None:
+def test_api_requires_a_user(site: Site, header: str) -> None:
     answer = site.browser().post("/api/messages/", {"text": "x"}, {"Authorization": header})
     assert answer.status == 401
 
 
-def test_the_api_refuses_an_empty_message(site: Site) -> None:
+def test_api_rejects_an_empty_message(site: Site) -> None:
     assert site.browser().post("/api/messages/", {"text": ""}, SCRIPT).status == 400
 
 
-def test_visitors_are_sent_to_sign_in(site: Site) -> None:
+def test_anonymous_users_are_redirected_to_sign_in(site: Site) -> None:
     visitor = site.browser()
     token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', visitor.get("/sign-in/").text)
     assert token
@@ -211,7 +211,7 @@ def test_visitors_are_sent_to_sign_in(site: Site) -> None:
     assert "/sign-in/?next=/" in answer.url
 
 
-def test_the_admin_has_the_panel_too(paused: Site) -> None:
+def test_admin_has_the_panel(paused: Site) -> None:
     admin = paused.browser()
     admin.sign_in("admin")
     page = admin.post_form("/admin/board/message/add/", author="1", text="By the admin").text
@@ -219,7 +219,7 @@ def test_the_admin_has_the_panel_too(paused: Site) -> None:
     assert answered_by(page) == {"default"}
 
 
-def test_looking_at_the_replicas_changes_nothing(site: Site) -> None:
+def test_replica_status_changes_nothing(site: Site) -> None:
     visitor = site.browser()
     answer = visitor.get("/panel/status/")
     assert "Set-Cookie" not in answer.headers
@@ -228,14 +228,14 @@ def test_looking_at_the_replicas_changes_nothing(site: Site) -> None:
     assert [row["alias"] for row in answer.json()["replicas"]] == list(REPLICAS)
 
 
-def test_a_paused_replica_falls_behind(paused: Site) -> None:
+def test_paused_replica_falls_behind(paused: Site) -> None:
     grace = paused.browser()
     grace.post("/api/messages/", {"text": "Behind"}, SCRIPT)
     assert eventually(lambda: paused.status()["replica1"]["seconds_behind"] > 0)
     assert paused.status()["replica1"]["bytes_behind"] > 0
 
 
-def test_a_delayed_replica_gets_it_later(site: Site) -> None:
+def test_delayed_replica_replays_later(site: Site) -> None:
     for alias in REPLICAS:
         assert site.control(alias, "delay", seconds="2").status == 200
     try:
@@ -249,15 +249,15 @@ def test_a_delayed_replica_gets_it_later(site: Site) -> None:
             site.control(alias, "delay", seconds="0")
 
 
-def test_controls_refuse_what_they_do_not_know(site: Site) -> None:
+def test_controls_reject_unknown_values(site: Site) -> None:
     assert site.control("default", "pause").status == 404
     assert site.control("replica1", "delay", seconds="soon").status == 400
     assert site.browser().post("/panel/replica1/pause/", {}).status == 403
     assert not site.status()["replica1"]["paused"]
 
 
-def test_it_runs_on_existing_databases_without_their_superuser(site: Site, folder: Path) -> None:
-    """One URL each; the controls say what is missing instead of failing."""
+def test_site_runs_on_existing_databases_without_superuser(site: Site, folder: Path) -> None:
+    """One URL each; the controls report what is missing instead of failing."""
     server = "127.0.0.1:{}".format
     primary, replica = (server(site.database_ports[name]) for name in ("primary", "replica1"))
     with psycopg.connect(f"postgresql://postgres@{primary}/postgres") as connection:
@@ -281,7 +281,7 @@ def test_it_runs_on_existing_databases_without_their_superuser(site: Site, folde
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_leaves_nothing_running_and_a_second_run_is_fast(
+def test_signal_ends_all_processes_and_restart_is_fast(
     folder: Path, number: signal.Signals
 ) -> None:
     with Site(folder) as first:
@@ -300,7 +300,7 @@ def test_a_signal_leaves_nothing_running_and_a_second_run_is_fast(
 
 
 @pytest.mark.parametrize("moment", ["Starting PostgreSQL", "The primary listens", "Creating the"])
-def test_a_signal_during_the_start_leaves_nothing_running(folder: Path, moment: str) -> None:
+def test_signal_during_the_start_ends_all_processes(folder: Path, moment: str) -> None:
     with Site(folder) as site:
         assert eventually(lambda: moment in site.output)
         assert site.end(signal.SIGINT) == 0
@@ -309,7 +309,7 @@ def test_a_signal_during_the_start_leaves_nothing_running(folder: Path, moment: 
     assert not any(map(is_listening, (site.port, *site.database_ports.values())))
 
 
-def test_a_taken_port_is_said_so_before_anything_starts(folder: Path) -> None:
+def test_port_in_use_is_reported_before_the_start(folder: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -321,7 +321,7 @@ def test_a_taken_port_is_said_so_before_anything_starts(folder: Path) -> None:
         assert not site.folder.exists()
 
 
-def test_a_port_that_is_no_number_is_said_so(folder: Path) -> None:
+def test_invalid_port_is_reported(folder: Path) -> None:
     with Site(folder, PORT="http") as site:
         assert site.process.wait(30) == 1
     assert "PORT must be a number up to 65535, not 'http'" in site.output

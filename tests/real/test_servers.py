@@ -1,4 +1,4 @@
-"""The promise under real servers: threads of gunicorn, and uvicorn."""
+"""Read-your-writes under real servers: threads of gunicorn, and uvicorn."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMMANDS = {
         "tests.real.served_site:asgi",
     ),
 }
-# A thread of gunicorn keeps its connections; under ASGI every request has threads of its own.
+# A thread of gunicorn keeps its connections; under ASGI each request has its own threads.
 CONN_MAX_AGE = {"gunicorn": None, "uvicorn": 0}
 
 
@@ -71,7 +71,7 @@ class Served:
         return Client(f"http://127.0.0.1:{self.port}")
 
     def ask(self, client: Client, path: str) -> tuple[bool, str]:
-        """Whether the title was found, and who answered."""
+        """Return whether the title was found, and the alias of the server."""
         answer = client.get(path)
         assert answer.status == 200, answer.text
         found = answer.json()
@@ -101,7 +101,7 @@ def views(served: Served) -> tuple[str, ...]:
 
 
 def work(served: Served, number: int, rounds: int, seen: list[tuple[str, bool, str]]) -> None:
-    """Write and read six times, over and over, as one user; note who answered what."""
+    """Write and read six times per round as one user; record the servers and results."""
     client = served.client()
     for turn in range(rounds):
         view = views(served)[(number + turn) % 2]
@@ -116,7 +116,7 @@ def work(served: Served, number: int, rounds: int, seen: list[tuple[str, bool, s
 def run_clients(
     served: Served, disturb: Callable[[threading.Event], None], rounds: int
 ) -> list[tuple[str, bool, str]]:
-    """Let six clients work while something happens to the databases."""
+    """Run six clients while the databases are disturbed."""
     seen: list[tuple[str, bool, str]] = []
     errors: list[BaseException] = []
     done = threading.Event()
@@ -145,13 +145,13 @@ def run_clients(
     return seen
 
 
-def judge(seen: list[tuple[str, bool, str]], rounds: int) -> None:
+def check_results(seen: list[tuple[str, bool, str]], rounds: int) -> None:
     assert len(seen) == 6 * rounds * 7
     assert [one for one in seen if not one[1]] == []
     assert {by for kind, _, by in seen if kind == "write"} == {"primary"}
 
 
-def test_nobody_misses_a_write_while_replicas_lag(served: Served) -> None:
+def test_writes_are_visible_while_one_replica_lags(served: Served) -> None:
     pg = served.pg
 
     def lag(done: threading.Event) -> None:
@@ -164,21 +164,21 @@ def test_nobody_misses_a_write_while_replicas_lag(served: Served) -> None:
                     return
 
     seen = run_clients(served, lag, rounds=15)
-    judge(seen, rounds=15)
+    check_results(seen, rounds=15)
     assert {by for kind, _, by in seen if kind == "read"} >= REPLICAS
 
 
-def test_nobody_misses_a_write_while_both_lag(served: Served) -> None:
+def test_writes_are_visible_while_both_replicas_lag(served: Served) -> None:
     served.pg.pause()
     try:
         seen = run_clients(served, lambda done: None, rounds=3)
     finally:
         served.pg.resume()
-    judge(seen, rounds=3)
+    check_results(seen, rounds=3)
     assert {by for _, _, by in seen} == {"primary"}
 
 
-def test_nobody_notices_what_happens_to_replicas(served: Served) -> None:
+def test_requests_succeed_while_replicas_fail(served: Served) -> None:
     pg = served.pg
 
     def break_things(done: threading.Event) -> None:
@@ -194,11 +194,11 @@ def test_nobody_notices_what_happens_to_replicas(served: Served) -> None:
                     return
 
     seen = run_clients(served, break_things, rounds=12)
-    judge(seen, rounds=12)
+    check_results(seen, rounds=12)
     assert {by for kind, _, by in seen if kind == "read"} & REPLICAS
 
 
-def test_replicas_serve_once_they_have_it(served: Served) -> None:
+def test_replicas_are_used_once_caught_up(served: Served) -> None:
     client = served.client()
     for view in views(served):
         assert served.ask(client, f"/{view}/write/{view}/") == (True, "primary")
@@ -211,7 +211,7 @@ def test_replicas_serve_once_they_have_it(served: Served) -> None:
     assert visitor.cookies == {}
 
 
-def test_it_ends_in_order(served: Served) -> None:
+def test_server_shuts_down_cleanly(served: Served) -> None:
     client = served.client()
     for view in views(served):
         served.ask(client, f"/{view}/write/{view}/")

@@ -1,4 +1,4 @@
-"""Reads that move to another node where that changes nothing else, and only there."""
+"""Reads fail over to another server only if that changes nothing else."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from django.test import override_settings
 from psycopg import sql
 
 from pinning_middleware import ignore_writes, no_failover, use_replica
+from pinning_middleware.pins import PoolKey
 from pinning_middleware.scopes.scope import current_scope
 from tests.app.models import Book
 
 from .conftest import (
-    Heard,
     PostgreSQL,
+    SentSignals,
     as_layout,
+    mark_unreachable,
     pool,
     pooled,
     port,
     server,
-    stranger,
-    take_out,
     titles,
+    unrelated_scope,
     write,
 )
 from .layouts import database, make_role
@@ -61,30 +62,30 @@ MILD = {
 
 
 @pytest.mark.parametrize("statement", ALTERATIONS.values(), ids=list(ALTERATIONS))
-def test_a_read_of_an_altered_session_is_not_run_elsewhere(
-    pg: PostgreSQL, heard: Heard, statement: str
+def test_read_in_a_modified_session_is_not_retried_elsewhere(
+    pg: PostgreSQL, sent_signals: SentSignals, statement: str
 ) -> None:
-    """It would have other rights, other settings or no lock there: the node's error stands."""
-    with stranger(), no_failover():
+    """Privileges, settings or locks would differ there, so the error propagates."""
+    with unrelated_scope(), no_failover():
         run("pg1", statement)
     pg.terminate("pg1")
-    with stranger(), pytest.raises(OperationalError):
+    with unrelated_scope(), pytest.raises(OperationalError):
         run("pg1", WHICH)
-    assert heard.of("read_retried") == []
+    assert sent_signals.of("read_retried") == []
     connections["pg1"].close()
-    # A new session is nobody's yet.
-    with stranger():
+    # A new session is not modified yet.
+    with unrelated_scope():
         assert run("pg1", WHICH) == [(pg["pg1"].port,)]
         pg.terminate("pg1")
         assert run("pg1", WHICH) == [(pg["pg1"].port,)]
-    assert len(heard.of("read_retried")) == 1
+    assert sent_signals.of("read_retried") == []
 
 
 @pytest.mark.parametrize("statement", ["LISTEN news", "PREPARE one AS SELECT 1"])
-def test_nobody_stands_in_for_the_primary_in_an_altered_session(
-    pg: PostgreSQL, heard: Heard, statement: str
+def test_primary_with_a_modified_session_has_no_substitute(
+    pg: PostgreSQL, sent_signals: SentSignals, statement: str
 ) -> None:
-    with override_settings(PINNING_PRIMARY_DOWN="stale"), stranger():
+    with override_settings(PINNING_PRIMARY_DOWN="stale"), unrelated_scope():
         with ignore_writes():
             run("pg", statement)
         pg.terminate("pg")
@@ -94,23 +95,23 @@ def test_nobody_stands_in_for_the_primary_in_an_altered_session(
         assert run("pg", WHICH) == [(pg["pg"].port,)]
         pg["pg"].stop("immediate")
         assert run("pg", WHICH) != [(pg["pg"].port,)]
-    assert len(heard.of("read_retried")) == 1
+    assert len(sent_signals.of("read_retried")) == 1
 
 
 @pytest.mark.parametrize("statement", MILD.values(), ids=list(MILD))
-def test_a_read_of_a_session_as_it_was_is_run_elsewhere(
-    pg: PostgreSQL, heard: Heard, statement: str
+def test_read_in_an_unmodified_session_is_retried_elsewhere(
+    pg: PostgreSQL, sent_signals: SentSignals, statement: str
 ) -> None:
-    with stranger():
+    with unrelated_scope():
         run("pg1", statement)
         pg["pg1"].stop("immediate")
         assert run("pg1", WHICH) == [(pg["pg2"].port,)]
-    assert len(heard.of("read_retried")) == 1
+    assert len(sent_signals.of("read_retried")) == 1
 
 
 @pytest.fixture
 def receiver() -> Iterator[None]:
-    """What sites do for every connection."""
+    """Configure every connection in a receiver, as sites do."""
 
     def set_up(connection: Any, **kwargs: Any) -> None:
         if connection.vendor == "postgresql":
@@ -123,45 +124,49 @@ def receiver() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("receiver")
-def test_what_every_connection_is_given_does_not_count(pg: PostgreSQL, heard: Heard) -> None:
+def test_settings_of_every_connection_do_not_modify_the_session(
+    pg: PostgreSQL, sent_signals: SentSignals
+) -> None:
     for alias in REPLICAS:
         connections[alias].close()
-    with stranger():
+    with unrelated_scope():
         assert run("pg1", "SHOW statement_timeout") == [("30s",)]
         pg["pg1"].stop("immediate")
         assert run("pg1", WHICH) == [(pg["pg2"].port,)]
         assert run("pg1", "SHOW statement_timeout") == [("30s",)]
-    assert heard.of("read_retried")[0]["served"] == "pg2"
+    assert sent_signals.of("read_retried")[0]["served"] == "pg2"
 
 
 @pytest.mark.usefixtures("receiver")
-def test_what_every_connection_is_given_does_not_count_in_a_pool(
-    pg: PostgreSQL, heard: Heard
+def test_settings_of_every_pooled_connection_do_not_modify_the_session(
+    pg: PostgreSQL, sent_signals: SentSignals
 ) -> None:
-    """It is given once more, each time that a connection is taken."""
+    """The settings are applied again at each checkout."""
     with as_layout(pg, r1=pooled(pg["pg1"]), r2=pooled(pg["pg2"])):
         for _ in range(3):
-            with stranger():
+            with unrelated_scope():
                 assert run("r1", WHICH) == [(pg["pg1"].port,)]
             connections["r1"].close()
-        with stranger():
+        with unrelated_scope():
             run("r1", WHICH)
             pg["pg1"].stop("immediate")
             assert run("r1", WHICH) == [(pg["pg2"].port,)]
-    assert heard.of("read_retried")[0]["served"] == "r2"
+    assert sent_signals.of("read_retried")[0]["served"] == "r2"
 
 
 @pytest.mark.usefixtures("receiver")
-def test_what_a_site_has_altered_stays_so_in_a_pool(pg: PostgreSQL, heard: Heard) -> None:
+def test_modified_session_stays_modified_in_a_pool(
+    pg: PostgreSQL, sent_signals: SentSignals
+) -> None:
     with as_layout(pg, r1=pooled(pg["pg1"]), r2=pooled(pg["pg2"])):
-        with stranger(), no_failover():
+        with unrelated_scope(), no_failover():
             run("r1", "SET search_path = public")
             connections["r1"].close()
             connections["r1"].ensure_connection()
         pg["pg1"].stop("immediate")
-        with stranger(), pytest.raises(OperationalError):
+        with unrelated_scope(), pytest.raises(OperationalError):
             run("r1", WHICH)
-    assert heard.of("read_retried") == []
+    assert sent_signals.of("read_retried") == []
 
 
 # The settings of the aliases
@@ -177,10 +182,10 @@ OTHER_SESSIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("more", OTHER_SESSIONS.values(), ids=list(OTHER_SESSIONS))
 @pytest.mark.parametrize("connected", [True, False])
-def test_where_sessions_differ_the_node_s_error_is_the_answer(
-    pg: PostgreSQL, heard: Heard, more: dict[str, Any], connected: bool
+def test_error_propagates_if_aliases_are_not_interchangeable(
+    pg: PostgreSQL, sent_signals: SentSignals, more: dict[str, Any], connected: bool
 ) -> None:
-    """Neither the other replica nor the primary would run it with the same rights."""
+    """Neither the other replica nor the primary would run it with the same privileges."""
     make_role(pg.cluster)
     with as_layout(
         pg,
@@ -191,15 +196,15 @@ def test_where_sessions_differ_the_node_s_error_is_the_answer(
             with no_failover():
                 run("r1", WHICH)
         pg["pg1"].stop("immediate")
-        with stranger(), pytest.raises(OperationalError):
+        with unrelated_scope(), pytest.raises(OperationalError):
             run("r1", WHICH)
-        assert heard.of("read_retried") == []
+        assert sent_signals.of("read_retried") == []
 
 
-def test_where_sessions_differ_a_read_that_may_not_be_there_is_not_elsewhere(
+def test_rejected_read_is_not_moved_if_aliases_are_not_interchangeable(
     pg: PostgreSQL,
 ) -> None:
-    """A pinned read by way of the router goes to the primary all the same, at once."""
+    """A pinned read routed by the router uses the primary at once."""
     user = make_role(pg.cluster)
     entries = {
         f"r{number}": database(pg[f"pg{number}"], conn_max_age=None, user=user) for number in (1, 2)
@@ -224,55 +229,55 @@ ALIKE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", ALIKE.values(), ids=list(ALIKE))
-def test_where_only_the_way_there_differs_reads_move(
-    pg: PostgreSQL, heard: Heard, options: dict[str, Any]
+def test_reads_fail_over_between_aliases_with_other_connection_options(
+    pg: PostgreSQL, sent_signals: SentSignals, options: dict[str, Any]
 ) -> None:
     with as_layout(
         pg,
         r1=database(pg["pg1"], conn_max_age=None, options=options),
         r2=database(pg["pg2"], conn_max_age=None),
     ):
-        with stranger():
+        with unrelated_scope():
             assert run("r1", WHICH) == [(pg["pg1"].port,)]
             pg["pg1"].stop("immediate")
             assert run("r1", WHICH) == [(pg["pg2"].port,)]
             pg["pg2"].stop("immediate")
             assert run("r1", WHICH) == [(pg["pg"].port,)]
-        assert heard.of("read_retried")[0]["failed"] == "r1"
+        assert sent_signals.of("read_retried")[0]["failed"] == "r1"
 
 
 # no_failover()
 
 
-def test_inside_direct_nobody_stands_in(pg: PostgreSQL, heard: Heard) -> None:
+def test_direct_has_no_substitute(pg: PostgreSQL, sent_signals: SentSignals) -> None:
     @no_failover()
     def decorated() -> Any:
         return run("pg1", WHICH)
 
     for act in (decorated, lambda: run("pg1", WHICH)):
         pg["pg1"].start()
-        with stranger(), no_failover():
+        with unrelated_scope(), no_failover():
             connections["pg1"].close()
             assert act() == [(pg["pg1"].port,)]
             pg["pg1"].stop("immediate")
             for _ in range(2):
                 with pytest.raises(OperationalError):
                     act()
-    assert heard.of("read_retried") == []
+    assert sent_signals.of("read_retried") == []
 
 
-def test_inside_direct_an_alias_is_its_node(pg: PostgreSQL) -> None:
-    """Also under a pin, after a write, and for a node that is known to be out."""
+def test_direct_uses_the_server_of_the_alias(pg: PostgreSQL) -> None:
+    """Also under a pin, after a write, and for a server out of rotation."""
     pg.pause("pg1")
-    with stranger():
+    with unrelated_scope():
         Book.objects.create(title="one")
         with no_failover():
             assert run("pg1", WHICH) == [(pg["pg1"].port,)]
             assert Book.objects.using("pg1").count() == 0
         assert Book.objects.using("pg1").count() == 1
     token = write("two")
-    take_out("pg1")
-    with stranger(token), no_failover():
+    mark_unreachable("pg1")
+    with unrelated_scope(token), no_failover():
         connections["pg1"].close()
         assert run("pg1", WHICH) == [(pg["pg1"].port,)]
         assert Book.objects.using("pg1").count() == 0
@@ -281,8 +286,10 @@ def test_inside_direct_an_alias_is_its_node(pg: PostgreSQL) -> None:
 # Errors
 
 
-def test_a_replica_without_room_for_a_connection_is_passed_by(pg: PostgreSQL, heard: Heard) -> None:
-    """53300, for one that is no superuser."""
+def test_replica_with_too_many_connections_is_skipped(
+    pg: PostgreSQL, sent_signals: SentSignals
+) -> None:
+    """53300, for a role that is not a superuser."""
     user = make_role(pg.cluster)
     pg["pg"].execute(f"ALTER ROLE {user} CONNECTION LIMIT 2")
     pg.wait_for()
@@ -301,50 +308,50 @@ def test_a_replica_without_room_for_a_connection_is_passed_by(pg: PostgreSQL, he
                         host=pg["pg1"].host, port=pg["pg1"].port, user=user, dbname="site"
                     )
                 )
-            with stranger():
+            with unrelated_scope():
                 assert run("r1", WHICH) == [(pg["pg2"].port,)]
-            assert {use_and_tell() for _ in range(4)} == {pg["pg2"].port}
-            assert {one["served"] for one in heard.of("read_retried")} == {"r2"}
-            assert "too many connections" in str(heard.of("read_retried")[0]["error"])
+            assert {read_port() for _ in range(4)} == {pg["pg2"].port}
+            assert {one["served"] for one in sent_signals.of("read_retried")} == {"r2"}
+            assert "too many connections" in str(sent_signals.of("read_retried")[0]["error"])
     finally:
         pg["pg"].execute(f"ALTER ROLE {user} CONNECTION LIMIT -1")
 
 
-def use_and_tell() -> int:
-    with stranger():
+def read_port() -> int:
+    with unrelated_scope():
         return port()
 
 
-def test_a_query_that_is_too_much_for_one_replica_runs_on_another(
-    pg: PostgreSQL, heard: Heard
+def test_query_that_exceeds_resources_is_retried_on_another_replica(
+    pg: PostgreSQL, sent_signals: SentSignals
 ) -> None:
-    """53400, a class of its own reasons; no replica is out for it."""
+    """53400 (configuration limit) takes no replica out of rotation."""
     sort = "SELECT md5(n::text) FROM generate_series(1, 300000) AS n ORDER BY 1"
     limited = f"SELECT count(*) FROM ({sort}) AS sorted"
     pg["pg1"].execute("ALTER SYSTEM SET temp_file_limit = '1MB'")
     pg["pg1"].execute("ALTER SYSTEM SET work_mem = '64kB'")
     pg["pg1"].execute("SELECT pg_reload_conf()")
     try:
-        with stranger():
+        with unrelated_scope():
             connections["pg1"].close()
             assert run("pg1", limited) == [(300000,)]
     finally:
         for name in ("temp_file_limit", "work_mem"):
             pg["pg1"].execute(f"ALTER SYSTEM RESET {name}")
         pg["pg1"].execute("SELECT pg_reload_conf()")
-    (rerun,) = heard.of("read_retried")
+    (rerun,) = sent_signals.of("read_retried")
     assert rerun["failed"] == "pg1"
     assert "temp_file_limit" in str(rerun["error"])
-    assert pool().out == frozenset()
+    assert pool().replica_set.out_of_rotation == frozenset()
 
 
-def test_a_timeout_is_the_query_s_own(pg: PostgreSQL, heard: Heard) -> None:
+def test_statement_timeout_propagates(pg: PostgreSQL, sent_signals: SentSignals) -> None:
     for alias in ("pg", *REPLICAS):
         connections[alias].close()
         connections.settings[alias]["OPTIONS"]["options"] = "-c statement_timeout=50"
-    with stranger(), pytest.raises(OperationalError, match="statement timeout"):
+    with unrelated_scope(), pytest.raises(OperationalError, match="statement timeout"):
         run("pg1", "SELECT pg_sleep(10)")
-    assert heard.of("read_retried") == heard.of("replica_removed") == []
+    assert sent_signals.of("read_retried") == sent_signals.of("replica_removed") == []
 
 
 FORMS: dict[str, Callable[[], Any]] = {
@@ -357,8 +364,8 @@ FORMS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("how", ["stopped", "terminated"])
-def test_every_form_of_a_statement_runs_again(pg: PostgreSQL, form: str, how: str) -> None:
-    with stranger():
+def test_every_form_of_a_statement_is_retried(pg: PostgreSQL, form: str, how: str) -> None:
+    with unrelated_scope():
         assert run("pg1", FORMS[form]()) == [(pg["pg1"].port,)]
         if how == "stopped":
             pg["pg1"].stop("immediate")
@@ -390,9 +397,9 @@ def raw_made_before() -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize("way", LATER)
-def test_a_scope_that_has_written_reads_no_replica_by_any_way(pg: PostgreSQL, way: str) -> None:
+def test_scope_that_has_written_reads_no_replica(pg: PostgreSQL, way: str) -> None:
     pg.pause()
-    with stranger():
+    with unrelated_scope():
         connections["pg1"].ensure_connection()
         count = LATER[way]()
         Book.objects.create(title="one")
@@ -402,33 +409,33 @@ def test_a_scope_that_has_written_reads_no_replica_by_any_way(pg: PostgreSQL, wa
         with no_failover():
             assert LATER[way]()() == 0
         assert LATER[way]()() == 1
-    with stranger():
+    with unrelated_scope():
         assert LATER[way]()() == 0
 
 
-def test_a_lock_that_a_query_takes_is_taken_on_the_primary(pg: PostgreSQL) -> None:
-    """And the scope stays where it is held."""
+def test_locking_query_runs_on_the_primary(pg: PostgreSQL) -> None:
+    """The scope then stays on the primary."""
     held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
     try:
-        with stranger():
+        with unrelated_scope():
             assert server() in REPLICAS
             list(Book.objects.raw("SELECT 1 AS id, pg_advisory_lock(42)::text AS title"))
             assert [pg[alias].execute(held)[0][0] for alias in ("pg", "pg1", "pg2")] == [1, 0, 0]
-            assert current_scope()["pg"].is_locked
+            assert current_scope().state(PoolKey("pg")).holds_lock
             assert server() == "pg"
-        with stranger():
+        with unrelated_scope():
             assert server() in REPLICAS
     finally:
         connections["pg"].close()
 
 
-def test_a_transaction_on_a_replica_is_none_of_this(pg: PostgreSQL, heard: Heard) -> None:
+def test_transaction_on_a_replica_is_unaffected(pg: PostgreSQL, sent_signals: SentSignals) -> None:
     with (  # noqa: PT012
-        stranger(),
+        unrelated_scope(),
         pytest.raises(OperationalError),
         transaction.atomic(using="pg1"),
     ):
         run("pg1", WHICH)
         pg.terminate("pg1")
         run("pg1", WHICH)
-    assert heard.of("read_retried") == []
+    assert sent_signals.of("read_retried") == []

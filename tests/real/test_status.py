@@ -1,4 +1,4 @@
-"""`pinning_status` and `pinning_check` against servers that are well and servers that are not."""
+"""`pinning_status` and `pinning_check` with healthy and failing servers."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from django.test import override_settings
 from pinning_middleware import stats
 from pinning_middleware.management import live_check, poll
 from pinning_middleware.management.commands import pinning_check
-from pinning_middleware.routing.policy import Pool
+from pinning_middleware.routing.replica_set import ReplicaSet
 from pinning_middleware.utils import counters
-from tests.sight.test_commands import run
+from tests.monitoring.test_commands import run
 
-from .conftest import PostgreSQL, as_layout, look_around, stranger, titles, write
+from .conftest import PostgreSQL, as_layout, probe_replicas, titles, unrelated_scope, write
 from .layouts import black_hole, database, eventually, frozen, make_role, promote
 
 pytestmark = pytest.mark.real
 
-# Seconds that the commands promise to take at most.
-PROMISED = 3.0
+# Maximum duration of the commands (seconds).
+MAX_DURATION = 3.0
 
 
 @pytest.fixture(autouse=True)
-def nothing_read_yet() -> None:
+def reset_counters() -> None:
     counters.reads.clear()
 
 
 def status() -> tuple[int, dict[str, dict[str, Any]]]:
-    """The exit status of `pinning_status --json`, and its rows by alias."""
+    """Return the exit status of `pinning_status --json`, and its rows by alias."""
     started = time.monotonic()
     code, text = run("pinning_status", "--json")
-    assert time.monotonic() - started < PROMISED
+    assert time.monotonic() - started < MAX_DURATION
     answer = json.loads(text)
     assert answer["status"] == code
     return code, {row["alias"]: row for row in answer["servers"]}
 
 
-def test_all_is_well(pg: PostgreSQL) -> None:
+def test_status_of_healthy_servers_is_ok(pg: PostgreSQL) -> None:
     write()
     pg.wait_for()
     for _ in range(2):
@@ -60,17 +60,17 @@ def test_all_is_well(pg: PostgreSQL) -> None:
     }
     for alias, row in rows.items():
         assert row["address"] == f"127.0.0.1:{pg[alias].port}"
-        assert row["age"] < PROMISED
+        assert row["age"] < MAX_DURATION
     assert rows["pg1"]["behind_bytes"] == 0
     assert rows["pg1"]["lag"] == 0.0
     assert rows["pg1"]["position"] == rows["pg"]["position"]
     assert rows["pg1"]["reads"] >= 1
     said = run("pinning_status")[1]
-    assert "2 of 2 replicas serve" in said
+    assert "2 of 2 replicas in rotation" in said
     assert max(map(len, said.splitlines())) <= 100
 
 
-def test_a_paused_replica(pg: PostgreSQL) -> None:
+def test_status_of_a_paused_replica(pg: PostgreSQL) -> None:
     pg.pause("pg1")
     write()
     code, rows = status()
@@ -83,18 +83,18 @@ def test_a_paused_replica(pg: PostgreSQL) -> None:
     assert "its replay is paused" in run("pinning_status")[1]
 
 
-def test_a_stopped_replica(pg: PostgreSQL) -> None:
+def test_status_of_a_stopped_replica(pg: PostgreSQL) -> None:
     pg["pg1"].stop()
     code, rows = status()
     assert code == stats.DEGRADED
     assert (rows["pg1"]["state"], rows["pg1"]["reason"]) == ("out", "unreachable")
     assert rows["pg1"]["error"]
     assert rows["pg1"]["retry_in"] >= 0
-    assert time.time() - rows["pg1"]["since"] < PROMISED
+    assert time.time() - rows["pg1"]["since"] < MAX_DURATION
     assert rows["pg2"]["state"] == "in"
 
 
-def test_frozen_servers(pg: PostgreSQL) -> None:
+def test_status_of_frozen_servers(pg: PostgreSQL) -> None:
     with frozen(pg["pg1"]):
         code, rows = status()
         assert code == stats.DEGRADED
@@ -106,17 +106,17 @@ def test_frozen_servers(pg: PostgreSQL) -> None:
         assert {row["state"] for row in rows.values()} == {"out"}
 
 
-def test_one_that_freezes_while_it_is_watched(pg: PostgreSQL) -> None:
-    with poll.Asker() as asker:
-        assert stats.verdict(asker.ask()) == stats.WELL
+def test_status_watch_of_a_server_that_freezes(pg: PostgreSQL) -> None:
+    with poll.ServerPoll() as server_poll:
+        assert stats.health(server_poll.poll()) == stats.OK
         with frozen(pg["pg1"]):
-            rows = {row.alias: row for row in asker.ask()}
+            rows = {row.alias: row for row in server_poll.poll()}
             assert (rows["pg1"].state, rows["pg1"].reason) == ("out", "unresponsive")
             assert rows["pg2"].state == "in"
-        assert eventually(lambda: stats.verdict(asker.ask()) == stats.WELL)
+        assert eventually(lambda: stats.health(server_poll.poll()) == stats.OK)
 
 
-def test_no_replica_and_no_primary(pg: PostgreSQL) -> None:
+def test_status_without_a_replica_or_primary(pg: PostgreSQL) -> None:
     for alias in ("pg1", "pg2"):
         pg[alias].stop()
     assert status()[0] == stats.DOWN
@@ -127,7 +127,7 @@ def test_no_replica_and_no_primary(pg: PostgreSQL) -> None:
     assert (rows["pg"]["state"], rows["pg"]["reason"]) == ("out", "unreachable")
 
 
-def test_a_promoted_replica(own_pg: PostgreSQL) -> None:
+def test_status_of_a_promoted_replica(own_pg: PostgreSQL) -> None:
     promote(own_pg["pg1"])
     code, rows = status()
     assert code == stats.DEGRADED
@@ -136,12 +136,12 @@ def test_a_promoted_replica(own_pg: PostgreSQL) -> None:
     assert "primary!" in run("pinning_status")[1]
 
 
-def test_an_address_that_never_answers(pg: PostgreSQL) -> None:
+def test_status_of_an_unresponsive_address(pg: PostgreSQL) -> None:
     with (
         black_hole() as hole,
         as_layout(
             pg,
-            # The site's own patience has its way, and is no reason to wait here.
+            # The timeouts of the site are unchanged, and do not delay the command.
             hole=database(hole, options={"connect_timeout": 30}),
             replica=database(pg["pg2"]),
         ),
@@ -153,32 +153,66 @@ def test_an_address_that_never_answers(pg: PostgreSQL) -> None:
         assert rows["replica"]["state"] == "in"
 
 
-def test_without_positions_it_is_at_least_connected_to(pg: PostgreSQL) -> None:
+def test_status_without_positions_connects(pg: PostgreSQL) -> None:
     with override_settings(PINNING_POSITIONS=False):
-        assert status()[0] == stats.WELL
+        assert status()[0] == stats.OK
         pg["pg1"].stop()
         code, rows = status()
         assert code == stats.DEGRADED
         assert (rows["pg1"]["state"], rows["pg1"]["reason"]) == ("out", "unreachable")
 
 
-def test_drained_is_no_fault(pg: PostgreSQL) -> None:
+def test_replica_alias_of_another_database_is_degraded(pg: PostgreSQL) -> None:
+    with as_layout(pg, replica=database(pg["pg1"])):
+        connections.settings["replica"]["NAME"] = "postgres"
+        code, rows = status()
+        checked, found = check("--timeout", "1")
+        _, text = run("pinning_check", "--live", "--timeout", "1")
+    error = "it is connected to the database 'postgres', but site is connected to 'site'"
+    assert (code, rows["replica"]["error"]) == (stats.DEGRADED, error)
+    assert (rows["replica"]["role"], rows["site"]["error"]) == ("replica", "")
+    assert checked == stats.DOWN
+    assert found["replica"]["error"] == error
+    assert f"error: {error}" in text
+
+
+def test_replica_alias_of_the_primary_is_degraded(pg: PostgreSQL) -> None:
+    with as_layout(pg, replica=database(pg["pg"])):
+        code, rows = status()
+        checked, found = check("--timeout", "1")
+    error = "it is connected to the primary (site), not to a replica"
+    assert (code, rows["replica"]["error"]) == (stats.DEGRADED, error)
+    assert (checked, found["replica"]["error"]) == (stats.DEGRADED, error)
+
+
+def test_live_check_of_a_primary_alias_of_a_replica_says_read_only(pg: PostgreSQL) -> None:
+    with as_layout(pg, replica=database(pg["pg2"])):
+        connections.settings["site"].update(database(pg["pg1"]))
+        connections["site"].close()
+        code, found = check("--timeout", "1")
+    assert code == stats.DOWN
+    assert found["pool"]["error"].startswith(
+        "site is read-only, because it is connected to a replica"
+    )
+
+
+def test_drained_replica_is_not_degraded(pg: PostgreSQL) -> None:
     with override_settings(PINNING_REPLICAS={"pg": {"pg1": 1, "pg2": 0}}):
         code, rows = status()
-    assert code == stats.WELL
+    assert code == stats.OK
     assert (rows["pg2"]["state"], rows["pg2"]["reason"]) == ("out", "drained")
 
 
-def test_the_rows_ask_nobody(pg: PostgreSQL, asked: Any) -> None:
+def test_server_rows_run_no_query(pg: PostgreSQL, asked: Any) -> None:
     stats.servers()
     stats.get_stats()
     assert asked.all == []
-    look_around()
+    probe_replicas()
     assert {row.alias for row in stats.servers() if row.state == "in"} >= {"pg1", "pg2"}
 
 
-def test_what_the_command_asks_is_no_read_of_the_site(pg: PostgreSQL) -> None:
-    with stranger():
+def test_status_queries_are_not_counted_as_reads(pg: PostgreSQL) -> None:
+    with unrelated_scope():
         before = stats.get_stats()["reads"]
         status()
         assert stats.get_stats()["reads"] == before
@@ -188,7 +222,7 @@ def test_what_the_command_asks_is_no_read_of_the_site(pg: PostgreSQL) -> None:
 
 
 def check(*arguments: str) -> tuple[int, dict[str, Any]]:
-    """The exit status of `pinning_check --live --json`, and what it says of each replica."""
+    """Return the exit status of `pinning_check --live --json`, and its results by replica."""
     code, text = run("pinning_check", "--live", "--json", *arguments)
     answer = json.loads(text)
     assert answer["status"] == code
@@ -197,7 +231,7 @@ def check(*arguments: str) -> tuple[int, dict[str, Any]]:
 
 
 def outgoing_pins(pg: PostgreSQL) -> list[str]:
-    """The marker tables that any server still has."""
+    """Return the marker tables that still exist on any server."""
     pg.wait_for()
     sql = "SELECT relname FROM pg_class WHERE relname LIKE 'pinning_check%'"
     return [
@@ -206,88 +240,88 @@ def outgoing_pins(pg: PostgreSQL) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def settings_that_are_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests' own settings are none that a site would have."""
+def skip_system_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silence the system checks, because the tests' settings differ from those of a site."""
     monkeypatch.setattr(pinning_check, "run_checks", lambda tags: [])
 
 
-def test_how_long_each_replica_takes(pg: PostgreSQL) -> None:
+def test_live_check_measures_each_replica(pg: PostgreSQL) -> None:
     code, found = check()
     assert code == 0
     for alias in ("pg1", "pg2"):
         assert found[alias]["address"] == f"127.0.0.1:{pg[alias].port}"
-        assert 0 < found[alias]["shown_after"] <= found[alias]["known_after"] < 5
-        last = found[alias]["moments"][-1]
-        assert (last["served"], last["reason"], last["is_there"]) == ("replica", "caught_up", True)
+        assert 0 < found[alias]["visible_after"] <= found[alias]["detected_after"] < 5
+        last = found[alias]["samples"][-1]
+        assert (last["served"], last["reason"], last["visible"]) == ("replica", "caught_up", True)
     assert outgoing_pins(pg) == []
-    assert "there after" in run("pinning_check", "--live")[1]
+    assert "row visible after" in run("pinning_check", "--live")[1]
 
 
-def test_a_replica_that_is_paused_until_later(pg: PostgreSQL) -> None:
+def test_live_check_of_a_replica_paused_for_a_while(pg: PostgreSQL) -> None:
     pg.pause("pg1")
     resume = threading.Timer(1, pg["pg1"].resume)
     resume.start()
     code, found = check()
     resume.join()
     assert code == 0
-    first, *_, last = found["pg1"]["moments"]
-    assert (first["served"], first["reason"], first["is_there"]) == (
+    first, *_, last = found["pg1"]["samples"]
+    assert (first["served"], first["reason"], first["visible"]) == (
         "primary",
         "not_caught_up",
         False,
     )
-    assert (last["served"], last["is_there"]) == ("replica", True)
-    assert found["pg1"]["shown_after"] > 0.5 > found["pg2"]["shown_after"]
+    assert (last["served"], last["visible"]) == ("replica", True)
+    assert found["pg1"]["visible_after"] > 0.5 > found["pg2"]["visible_after"]
 
 
-def test_a_replica_that_stays_paused(pg: PostgreSQL) -> None:
+def test_live_check_of_a_paused_replica(pg: PostgreSQL) -> None:
     pg.pause("pg1")
     code, found = check("--timeout", "1")
     assert code == stats.DEGRADED
-    assert found["pg1"]["shown_after"] is None
-    assert {moment["served"] for moment in found["pg1"]["moments"]} == {"primary"}
-    assert found["pg2"]["shown_after"] is not None
+    assert found["pg1"]["visible_after"] is None
+    assert {sample["served"] for sample in found["pg1"]["samples"]} == {"primary"}
+    assert found["pg2"]["visible_after"] is not None
     pg.resume("pg1")
     assert outgoing_pins(pg) == []
 
 
-def test_a_window_that_is_too_short(pg: PostgreSQL) -> None:
+def test_live_check_detects_a_short_window(pg: PostgreSQL) -> None:
     pg.pause("pg1")
     with override_settings(PINNING_SECONDS=0.5, PINNING_POSITIONS=False):
         code, found = check("--timeout", "1")
     assert code == stats.DOWN
-    assert [moment["is_true"] for moment in found["pg1"]["moments"]] == [True, False]
+    assert [sample["correct"] for sample in found["pg1"]["samples"]] == [True, False]
     with override_settings(PINNING_SECONDS=0.5):
         assert "WRONG" in run("pinning_check", "--live", "--timeout", "1")[1]
 
 
-def test_somebody_who_says_that_a_replica_has_it(
+def test_live_check_detects_a_wrong_caught_up_report(
     pg: PostgreSQL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pg.pause("pg1")
-    monkeypatch.setattr(Pool, "asked_has", lambda self, alias, wanted: True)
+    monkeypatch.setattr(ReplicaSet, "probe_caught_up", lambda self, alias, wanted: True)
     code, found = check("--timeout", "1")
     assert code == stats.DOWN
-    assert not found["pg1"]["moments"][0]["is_true"]
+    assert not found["pg1"]["samples"][0]["correct"]
 
 
-def test_silent_servers_hold_nothing_up(pg: PostgreSQL) -> None:
+def test_live_check_does_not_wait_for_unresponsive_servers(pg: PostgreSQL) -> None:
     with frozen(pg["pg1"]):
         started = time.monotonic()
         code, found = check("--timeout", "1")
-        assert time.monotonic() - started < PROMISED + 1 + live_check.GRACE
+        assert time.monotonic() - started < MAX_DURATION + 1 + live_check.GRACE
     assert code == stats.DEGRADED
     assert found["pg1"]["error"]
-    assert found["pg2"]["known_after"] is not None
+    assert found["pg2"]["detected_after"] is not None
     with frozen(*pg.cluster.nodes.values()):
         started = time.monotonic()
         code, found = check("--timeout", "1")
-        assert time.monotonic() - started < PROMISED
+        assert time.monotonic() - started < MAX_DURATION
     assert code == stats.DOWN
     assert found["pool"]["error"]
 
 
-def test_who_may_not_create_a_table(pg: PostgreSQL) -> None:
+def test_live_check_without_permission_to_create_a_table(pg: PostgreSQL) -> None:
     role = make_role(pg.cluster)
     pg["pg"].execute(f"REVOKE ALL ON SCHEMA public FROM {role}", database="site")
     pg.wait_for()
@@ -303,17 +337,19 @@ def test_who_may_not_create_a_table(pg: PostgreSQL) -> None:
 
 
 @pytest.mark.parametrize("monitor", [False, True])
-def test_which_rights_are_missing(pg: PostgreSQL, monitor: bool) -> None:
+def test_live_check_reports_missing_privileges(pg: PostgreSQL, monitor: bool) -> None:
     role = make_role(pg.cluster, monitor=monitor)
     with as_layout(pg, replica=database(pg["pg1"], user=role)):
         code, found = check()
         assert code == 0
-        rights = [(right["alias"], right["right"]) for right in found["pool"]["missing_rights"]]
+        rights = [
+            (right["alias"], right["privilege"]) for right in found["pool"]["missing_privileges"]
+        ]
     assert rights == ([] if monitor else [("replica", "pg_read_all_stats")])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_what_is_interrupted_leaves_nothing_behind(pg: PostgreSQL, number: int) -> None:
+def test_interrupted_live_check_drops_its_table(pg: PostgreSQL, number: int) -> None:
     pg.pause("pg1", "pg2")
     sql = "SELECT count(*) FROM pg_class WHERE relname LIKE 'pinning_check%'"
 
@@ -332,6 +368,6 @@ def test_what_is_interrupted_leaves_nothing_behind(pg: PostgreSQL, number: int) 
     assert outgoing_pins(pg) == []
 
 
-def test_an_unknown_pool(pg: PostgreSQL) -> None:
+def test_unknown_pool_is_an_error(pg: PostgreSQL) -> None:
     with pytest.raises(CommandError, match="is not a primary"):
         call_command("pinning_check", "--live", "--pool", "pg1")

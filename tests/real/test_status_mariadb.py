@@ -11,16 +11,16 @@ from pinning_middleware import stats
 
 from .mariadb import Servers
 from .test_mariadb import my, shared
-from .test_status import check, settings_that_are_well, status
+from .test_status import check, skip_system_checks, status
 
-__all__ = ["my", "settings_that_are_well", "shared"]
+__all__ = ["my", "shared", "skip_system_checks"]
 
 pytestmark = pytest.mark.real
 
 
 @pytest.fixture
 def plain(my: Servers) -> Iterator[str]:
-    """A role that may read and nothing else."""
+    """Create a role with SELECT only."""
     my["my"].execute("CREATE USER plain IDENTIFIED BY 'plain'")
     my["my"].execute("GRANT SELECT ON *.* TO plain")
     my.wait_for()
@@ -29,11 +29,11 @@ def plain(my: Servers) -> Iterator[str]:
     my.wait_for()
 
 
-def test_servers_that_are_well(my: Servers) -> None:
+def test_status_of_healthy_servers(my: Servers) -> None:
     code, rows = status()
     assert code == 0, rows
     assert {alias: row["role"] for alias, row in rows.items()} == {
-        # It has replayed nothing yet, so it may be either.
+        # It has replayed nothing yet, so both are possible.
         "my": None,
         "my1": "replica",
         "my2": "replica",
@@ -42,21 +42,37 @@ def test_servers_that_are_well(my: Servers) -> None:
     assert rows["my1"]["position"].startswith("0-1-")
 
 
-def test_how_long_each_replica_takes(my: Servers, plain: str) -> None:
+def test_live_check_measures_each_replica(my: Servers, plain: str) -> None:
     code, found = check()
     assert code == 0
-    assert found["my1"]["known_after"] is not None
-    assert found["pool"]["missing_rights"] == []
+    assert found["my1"]["detected_after"] is not None
+    assert found["pool"]["missing_privileges"] == []
     connections.settings["my1"].update(USER=plain, PASSWORD=plain)
     connections["my1"].close()
     del connections["my1"]
     code, found = check()
-    assert [(right["alias"], right["right"]) for right in found["pool"]["missing_rights"]] == [
-        ("my1", "SLAVE MONITOR")
-    ]
+    assert [
+        (right["alias"], right["privilege"]) for right in found["pool"]["missing_privileges"]
+    ] == [("my1", "SLAVE MONITOR")]
 
 
-def test_a_stopped_replica(my: Servers) -> None:
+def test_replica_alias_of_another_database_is_degraded(my: Servers) -> None:
+    my["my"].execute("CREATE DATABASE elsewhere")
+    my["my"].execute("GRANT ALL ON elsewhere.* TO site")
+    my.wait_for()
+    name = connections.settings["my1"]["NAME"]
+    connections.settings["my1"]["NAME"] = "elsewhere"
+    try:
+        code, rows = status()
+    finally:
+        connections.settings["my1"]["NAME"] = name
+        my["my"].execute("DROP DATABASE elsewhere")
+        my.wait_for()
+    assert code == stats.DEGRADED
+    assert rows["my1"]["error"].startswith("it is connected to the database 'elsewhere', but my is")
+
+
+def test_status_of_a_stopped_replica(my: Servers) -> None:
     my["my1"].stop()
     code, rows = status()
     assert code == stats.DEGRADED

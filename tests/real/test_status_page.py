@@ -1,6 +1,6 @@
-"""The status page in Chromium, on the sample site's cluster; it makes the picture of the docs.
+"""The status page in Chromium, on the sample site's cluster; makes the docs' picture.
 
-To have it made anew: PICTURES=1 pytest tests/real/test_status_page.py
+To create the picture again: PICTURES=1 pytest tests/real/test_status_page.py
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.real
 PICTURE = ROOT / "docs" / "status.png"
 MOST_BYTES = 150_000
 STATUS = "/pinning/"
-# What runs over into its neighbour.
+# Finds elements that overflow.
 TOO_WIDE = (
     "return [...document.querySelectorAll('tbody th, tbody td')]"
     ".filter((cell) => cell.scrollWidth > cell.clientWidth + 1).map((cell) => cell.innerText)"
@@ -45,7 +45,7 @@ def replicas_in_order(site: Site) -> Iterator[None]:
 
 @pytest.fixture
 def admin(site: Site, new_window: NewWindow) -> Window:
-    """A member of staff who looks at the page, on a site that others read."""
+    """A staff user on the status page, while other users read the site."""
     window = new_window()
     window.sign_in("admin")
     for _ in range(4):
@@ -66,7 +66,7 @@ def emulate(window: Window, width: int, scheme: str = "light", height: int = 900
 
 
 def picture(window: Window, scale: float = 1.0) -> bytes:
-    """The whole page, however long it is."""
+    """Return a screenshot of the whole page."""
     size = "const page = document.documentElement; return [page.scrollWidth, page.scrollHeight]"
     width, height = window.driver.execute_script(size)
     clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": scale}
@@ -87,10 +87,10 @@ def cells(window: Window, table: str) -> list[str]:
     return rows
 
 
-def test_it_shows_what_happens(site: Site, admin: Window, tmp_path: Path) -> None:
+def test_page_shows_events(site: Site, admin: Window, tmp_path: Path) -> None:
     assert eventually(lambda: polls(admin) >= 2)
-    assert admin.text("#summary") == "default: 2 of 2 replicas serve."
-    assert any("by turns" in row for row in cells(admin, "by-reason"))
+    assert admin.text("#summary") == "default: 2 of 2 replicas are in rotation."
+    assert any("round robin" in row for row in cells(admin, "by-reason"))
     assert site.control("replica1", "pause").status == 200
     ada = site.browser()
     ada.sign_in("ada")
@@ -117,7 +117,7 @@ def test_it_shows_what_happens(site: Site, admin: Window, tmp_path: Path) -> Non
     assert admin.complaints() == []
 
 
-def test_looking_on_changes_nothing(admin: Window, site: Site) -> None:
+def test_polling_changes_nothing(admin: Window, site: Site) -> None:
     before = admin.cookies()
     reads = "return [...document.querySelectorAll('#by-server-table td')].map((e) => e.innerText)"
     assert eventually(lambda: polls(admin) >= 1)
@@ -128,7 +128,7 @@ def test_looking_on_changes_nothing(admin: Window, site: Site) -> None:
     assert admin.driver.execute_script(reads) == first
 
 
-def test_by_keyboard(admin: Window) -> None:
+def test_keyboard_navigation(admin: Window) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
 
@@ -144,7 +144,7 @@ def test_by_keyboard(admin: Window) -> None:
     assert not eventually(lambda: polls(admin) > before + 1, 5)
 
 
-def test_it_is_for_staff(site: Site) -> None:
+def test_page_requires_staff(site: Site) -> None:
     visitor = site.browser()
     assert "/admin/login/" in visitor.get(STATUS).url
     visitor.sign_in("ada")

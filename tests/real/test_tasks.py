@@ -1,4 +1,4 @@
-"""Django's Tasks (Django 6) and django-tasks, on PostgreSQL replicas that are held back."""
+"""Django's Tasks (Django 6) and django-tasks, with paused PostgreSQL replicas."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from django.test import override_settings
 
 from pinning_middleware import pinning_scope, use_primary
 from pinning_middleware import tasks as carrying
+from pinning_middleware.pins import PinKey
 from pinning_middleware.scopes.scope import enter, entered_scope
 from pinning_middleware.stores import cache as keyed
 from tests.app.models import Book
@@ -36,7 +37,7 @@ REPLICAS = {"pg1", "pg2"}
 
 
 def module(name: str = "") -> Any:
-    """Django's own module, else that of django-tasks."""
+    """Return Django's module, or that of django-tasks."""
     for package in ("django.tasks", "django_tasks"):
         if importlib.util.find_spec(package) is not None:
             return importlib.import_module(package + name)
@@ -93,7 +94,7 @@ def write(title: str = "new") -> None:
 
 
 class Queue:
-    """A worker in a thread: it takes up what was enqueued when it is told to, as others would."""
+    """A queue with a worker thread that runs enqueued tasks on demand."""
 
     def __init__(self) -> None:
         self.signals = module(".signals")
@@ -102,7 +103,7 @@ class Queue:
         self._waiting: list[Any] = []
 
     def enqueue(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Do what a backend does when a task is enqueued: keep it, and say so."""
+        """Store the task and send the signal, as a backend does."""
         result = self._result(function, args)
         self._waiting.append(result)
         self.signals.task_enqueued.send(type(self._backend), task_result=result)
@@ -123,7 +124,7 @@ class Queue:
         )
 
     def work(self) -> list[Any]:
-        """Let a worker do all that waits; what its scope is afterwards, each time."""
+        """Run all waiting tasks; return the worker's scope after each of them."""
         left: list[Any] = []
 
         def run() -> None:
@@ -138,7 +139,7 @@ class Queue:
         return left
 
 
-def test_a_task_that_runs_in_place_sees_what_was_written(
+def test_immediate_task_reads_writes_of_the_request(
     pg: PostgreSQL, do: Callable[..., str], new_browser: Callable[..., Browser]
 ) -> None:
     pg.pause()
@@ -152,13 +153,13 @@ def test_a_task_that_runs_in_place_sees_what_was_written(
     assert found == [[True, "pg"]]
 
 
-def test_without_a_write_it_reads_from_a_replica(pg: PostgreSQL) -> None:
+def test_task_without_a_write_reads_a_replica(pg: PostgreSQL) -> None:
     with pinning_scope():
         seen, alias = task(look).enqueue().return_value
     assert (seen, alias in REPLICAS) == (True, True)
 
 
-def test_an_async_task_too(pg: PostgreSQL) -> None:
+def test_async_task_reads_writes_of_the_request(pg: PostgreSQL) -> None:
     pg.pause()
 
     async def work() -> Any:
@@ -170,14 +171,14 @@ def test_an_async_task_too(pg: PostgreSQL) -> None:
     assert async_to_sync(work)() == [True, "pg"]
 
 
-def test_who_enqueued_it_sees_what_it_wrote_in_place(pg: PostgreSQL) -> None:
+def test_caller_reads_writes_of_an_immediate_task(pg: PostgreSQL) -> None:
     pg.pause()
     with pinning_scope():
         task(add).enqueue("in place")
         assert look("in place") == [True, "pg"]
 
 
-def test_the_scope_ends_with_the_task(pg: PostgreSQL) -> None:
+def test_scope_ends_with_the_task(pg: PostgreSQL) -> None:
     with pinning_scope():
         before = entered_scope()
         task(add).enqueue("x")
@@ -195,8 +196,8 @@ def interrupt_inside_another() -> None:
 
 
 @pytest.mark.parametrize("function", [interrupt, interrupt_inside_another])
-def test_ctrl_c_leaves_no_scope_behind(pg: PostgreSQL, function: Callable[[], None]) -> None:
-    """Nobody says that such a task has finished."""
+def test_keyboard_interrupt_closes_the_scope(pg: PostgreSQL, function: Callable[[], None]) -> None:
+    """No signal is sent at the end of such a task."""
     before = entered_scope()
     with pytest.raises(KeyboardInterrupt):
         task(function).enqueue()
@@ -204,7 +205,7 @@ def test_ctrl_c_leaves_no_scope_behind(pg: PostgreSQL, function: Callable[[], No
     assert carrying._open == {}
 
 
-def test_another_process_finds_the_pin_in_the_cache(pg: PostgreSQL) -> None:
+def test_worker_process_loads_the_pin_from_the_cache(pg: PostgreSQL) -> None:
     pg.pause()
     queue = Queue()
     with pinning_scope():
@@ -214,7 +215,7 @@ def test_another_process_finds_the_pin_in_the_cache(pg: PostgreSQL) -> None:
     assert result.return_value == [True, "pg"]
 
 
-def test_without_lag_it_reads_from_a_replica(pg: PostgreSQL) -> None:
+def test_task_without_lag_reads_a_replica(pg: PostgreSQL) -> None:
     queue = Queue()
     with pinning_scope():
         write()
@@ -226,8 +227,8 @@ def test_without_lag_it_reads_from_a_replica(pg: PostgreSQL) -> None:
 
 
 @pytest.mark.parametrize("lost", ["no write", "emptied cache"])
-def test_without_the_pin_it_does_not(pg: PostgreSQL, lost: str) -> None:
-    """The second one is what a cache costs that all processes do not share."""
+def test_task_without_the_pin_reads_stale_data(pg: PostgreSQL, lost: str) -> None:
+    """The second case has a cache that the processes do not share."""
     pg.pause()
     queue = Queue()
     with pinning_scope(isolated=True):
@@ -243,7 +244,7 @@ def test_without_the_pin_it_does_not(pg: PostgreSQL, lost: str) -> None:
     assert (seen, alias in REPLICAS) == (False, True)
 
 
-def test_the_worker_is_unpinned_for_its_next_task(pg: PostgreSQL) -> None:
+def test_next_task_of_the_worker_is_unpinned(pg: PostgreSQL) -> None:
     pg.pause()
     queue = Queue()
     with pinning_scope(isolated=True):
@@ -258,7 +259,7 @@ def test_the_worker_is_unpinned_for_its_next_task(pg: PostgreSQL) -> None:
     assert (seen, alias in REPLICAS) == (False, True)
 
 
-def test_a_task_that_is_enqueued_when_the_transaction_commits(pg: PostgreSQL) -> None:
+def test_task_enqueued_on_commit(pg: PostgreSQL) -> None:
     pg.pause()
     queue = Queue()
     results: list[Any] = []
@@ -266,40 +267,40 @@ def test_a_task_that_is_enqueued_when_the_transaction_commits(pg: PostgreSQL) ->
         with transaction.atomic(using="pg"):
             write()
             transaction.on_commit(lambda: results.append(queue.enqueue(look, "new")), using="pg")
-        assert keyed.fetch("task", [results[0].id])["pg"].position
+        assert keyed.load_pins("task", [results[0].id])[PinKey("pg")].position
     queue.work()
     assert results[0].return_value == [True, "pg"]
 
 
-def test_a_task_may_be_decorated(pg: PostgreSQL) -> None:
+def test_decorated_task(pg: PostgreSQL) -> None:
     queue = Queue()
     result = queue.enqueue(look_at_primary)
     queue.work()
     assert result.return_value[1] == "pg"
 
 
-def test_with_neither_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_task_packages_report_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(name: str) -> None:
         raise ImportError(name)
 
     monkeypatch.setattr(carrying, "import_module", nothing)
-    with pytest.raises(ImproperlyConfigured, match="install django-tasks"):
+    with pytest.raises(ImproperlyConfigured, match="package django-tasks"):
         carrying.propagate_pins()
 
 
-def test_outside_a_scope_nothing_is_sent(pg: PostgreSQL) -> None:
+def test_task_enqueued_outside_a_scope_has_no_pins(pg: PostgreSQL) -> None:
     enter(None)
     queue = Queue()
     result = queue.enqueue(look)
-    assert keyed.fetch("task", [result.id]) == {}
+    assert keyed.load_pins("task", [result.id]) == {}
     queue.work()
 
 
-# A real worker: django-tasks-db, a process that takes its tasks from the primary
+# A real worker: django-tasks-db, a process that reads its tasks from the primary
 
 
 class Processes:
-    """One that enqueues and one that works, with a cache between them."""
+    """A process that enqueues and a worker, with a shared cache."""
 
     def __init__(self, databases: dict[str, Any], cache: str, carries: bool) -> None:
         self._environ = {
@@ -314,7 +315,7 @@ class Processes:
         return self._run("-m", "tests.real.queued").strip()
 
     def work(self) -> None:
-        """Let a worker do all that waits."""
+        """Run all waiting tasks in a worker."""
         self._run("-m", "django", "db_worker", "--batch", "--no-startup-delay")
 
     def _run(self, *arguments: str) -> str:
@@ -332,7 +333,7 @@ class Processes:
 
 
 @pytest.mark.parametrize("carries", [True, False], ids=["carrying", "bare"])
-def test_a_worker_of_the_database_backend(
+def test_worker_of_the_database_backend(
     pg: PostgreSQL, cluster: Any, valkey: str, carries: bool
 ) -> None:
     """Enqueued inside a transaction; without the pin, the worker's task is stale."""

@@ -1,4 +1,4 @@
-"""Every major version of PostgreSQL that Django supports: a pin ends when a replica has it."""
+"""Pins and positions on every major version of PostgreSQL that Django supports."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ pytestmark = pytest.mark.real
 
 
 @pytest.mark.parametrize("major", MAJORS)
-def test_a_pinned_read(
+def test_pinned_read_on_each_version(
     major: int, tmp_path: Path, django_db_setup: None, django_db_blocker: Any
 ) -> None:
-    """On the primary while the replica stands still, and then on the replica."""
+    """It uses the primary while the replica is paused, and then the replica."""
     with (
         django_db_blocker.unblock(),
         Cluster(tmp_path, keep=False, installation=installation(major)) as cluster,

@@ -1,4 +1,4 @@
-"""A Celery app: `celery -A tests.real.worker worker`, and what the tests send to it."""
+"""A Celery app, `celery -A tests.real.worker worker`, and its tasks."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class OnPostgreSQL:
 
 
 class QueueOnPrimary:
-    """Stands before the package's router."""
+    """A router before the package's router."""
 
     def db_for_read(self, model: Any, **hints: Any) -> str | None:
         return "pg" if model._meta.app_label == "django_tasks_database" else None
 
 
 def look(*titles: str) -> dict[str, Any]:
-    """Whether these are there, and the port of the server that was asked."""
+    """Return whether these titles exist, and the port of the server."""
     from tests.app.models import Book
 
     seen = Book.objects.filter(title__in=titles).count() == len(titles)
@@ -77,9 +77,14 @@ def see_all(results: list[str], *titles: str) -> dict[str, Any]:
     return look(*results, *titles)
 
 
+@app.task
+def same(value: Any) -> Any:
+    return value
+
+
 @app.task(bind=True, max_retries=1)
 def try_twice(self: Any, title: str) -> dict[str, Any]:
-    """The first attempt writes, and sees what it was sent after; so has the second one to."""
+    """Read on each of two attempts; the first one also writes."""
     if self.request.retries == 0:
         assert look(title)["seen"]
         add(f"{title} again")
@@ -95,5 +100,5 @@ def add_and_fail(title: str) -> None:
 
 @app.task
 def pass_on(title: str) -> str:
-    """Send a task from a task; its id."""
+    """Send a task from a task, and return its ID."""
     return str(see.delay(title).id)

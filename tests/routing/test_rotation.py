@@ -21,67 +21,67 @@ from pinning_middleware.routing.rotation import Rotation, spread
         ({"a": 5, "b": 1, "c": 1}, ("a", "a", "b", "a", "c", "a", "a")),
     ],
 )
-def test_a_round_is_as_even_as_the_weights_allow(
+def test_round_is_as_even_as_the_weights_allow(
     weights: dict[str, int], turns: tuple[str, ...]
 ) -> None:
     assert spread(weights) == turns
 
 
-def test_turns_go_round() -> None:
+def test_next_is_round_robin() -> None:
     rotation = Rotation({"a": 1, "b": 1, "c": 1})
-    turns = [rotation.turn() for _ in range(6)]
+    turns = [rotation.next() for _ in range(6)]
     assert set(turns[:3]) == {"a", "b", "c"}
     assert turns[:3] == turns[3:]
 
 
-def test_weights_are_kept_over_many_turns() -> None:
+def test_weights_apply_over_many_rounds() -> None:
     rotation = Rotation({"a": 3, "b": 1})
-    assert Counter(rotation.turn() for _ in range(400)) == {"a": 300, "b": 100}
+    assert Counter(rotation.next() for _ in range(400)) == {"a": 300, "b": 100}
 
 
-def test_first_turn_is_drawn() -> None:
-    """Many processes that start together do not all begin with the same replica."""
-    assert {Rotation({"a": 1, "b": 1, "c": 1}).turn() for _ in range(200)} == {"a", "b", "c"}
+def test_first_position_is_randomised() -> None:
+    """Processes that start at the same time begin with different replicas."""
+    assert {Rotation({"a": 1, "b": 1, "c": 1}).next() for _ in range(200)} == {"a", "b", "c"}
 
 
-def test_nobody_left() -> None:
+def test_next_returns_none_if_all_are_excluded() -> None:
     rotation = Rotation({})
     assert not rotation
-    assert rotation.turn() is None
+    assert rotation.next() is None
     assert rotation.order() == ()
 
 
-def test_leaving_out_and_taking_back() -> None:
+def test_excluded_replica_is_skipped_until_it_is_included_again() -> None:
     rotation = Rotation({"a": 1, "b": 2, "c": 1})
     rotation.leave_out({"b"})
-    assert {rotation.turn() for _ in range(4)} == {"a", "c"}
+    assert {rotation.next() for _ in range(4)} == {"a", "c"}
     rotation.leave_out({"a", "b", "c"})
     assert not rotation
-    assert rotation.turn() is None
+    assert rotation.next() is None
     rotation.leave_out(())
-    assert Counter(rotation.turn() for _ in range(8)) == {"a": 2, "b": 4, "c": 2}
+    assert Counter(rotation.next() for _ in range(8)) == {"a": 2, "b": 4, "c": 2}
 
 
-def test_order_has_everybody_once() -> None:
-    """Whoever tries one replica after the other asks none of them twice."""
+def test_order_contains_each_replica_once() -> None:
+    """A caller that tries the replicas in order tries each of them once."""
     rotation = Rotation({"a": 5, "b": 1, "c": 1})
     for _ in range(20):
         assert sorted(rotation.order()) == ["a", "b", "c"]
 
 
-def test_order_begins_with_the_next_turn() -> None:
+def test_order_begins_with_the_next_replica() -> None:
     rotation = Rotation({"a": 1, "b": 1})
     first, second = rotation.order(), rotation.order()
     assert first == second[::-1]
 
 
-def test_threads_share_the_turns() -> None:
-    """No turn is given twice or lost, although there is no lock."""
+def test_threads_share_one_rotation() -> None:
+    """No position is returned twice or skipped, although there is no lock."""
     rotation = Rotation({"a": 1, "b": 1})
     turns: list[str | None] = []
 
     def take() -> None:
-        turns.extend([rotation.turn() for _ in range(500)])
+        turns.extend([rotation.next() for _ in range(500)])
 
     threads = [threading.Thread(target=take) for _ in range(8)]
     for thread in threads:

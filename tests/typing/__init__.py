@@ -1,1 +1,1 @@
-"""Read by mypy, not run: what the types of the public names promise."""
+"""Checked by mypy, not run: the types of the public names."""

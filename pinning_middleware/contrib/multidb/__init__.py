@@ -1,15 +1,15 @@
 """
-The names of django-multidb-router 0.11 over this package, for a site that moves over.
+The names of django-multidb-router 0.11, for sites that migrate to this package.
 
-In its settings the site writes ``pinning_middleware.contrib.multidb`` where it wrote ``multidb``,
-and ``pinning_middleware`` into ``INSTALLED_APPS``::
+Replace ``multidb`` by ``pinning_middleware.contrib.multidb`` in the settings, and add
+``pinning_middleware`` to ``INSTALLED_APPS``::
 
     DATABASE_ROUTERS = ["pinning_middleware.contrib.multidb.PinningReplicaRouter"]
     MIDDLEWARE = ["pinning_middleware.contrib.multidb.middleware.PinningRouterMiddleware", ...]
 
-With one of the two in the settings ``REPLICA_DATABASES`` and ``MULTIDB_PINNING_…`` are read where
-``PINNING_…`` are not set. The cookie keeps its name, so that processes of before and after the
-deployment understand each other; the site may go back as it came.
+If one of the two is in the settings, ``REPLICA_DATABASES`` and ``MULTIDB_PINNING_…`` are used for
+each ``PINNING_…`` that is not set. The cookie keeps its name, so old and new processes can run at
+the same time, and the migration can be undone.
 """
 
 from __future__ import annotations
@@ -37,53 +37,55 @@ __all__ = [
 
 
 def get_replica() -> str:
-    """Return the replica of ``default`` whose turn it is; ``default`` where none is usable."""
+    """Return the next replica of ``default``, or ``default`` if none is usable."""
     pool = pools().default
-    return (pool and pool.turn()) or DEFAULT_DB_ALIAS
+    return (pool and pool.replica_set.next()) or DEFAULT_DB_ALIAS
 
 
 class ReplicaRouter(PinningRouter):
     """
-    ``PinningRouter``, with that package's word on relations and migrations. It keeps what a scope
-    has written on the primary, which there only ``PinningReplicaRouter`` did.
+    ``PinningRouter`` with the rules of django-multidb-router for relations and migrations.
+
+    Unlike there, a scope that has written also reads from the primary with this class, not only
+    with ``PinningReplicaRouter``.
     """
 
     def allow_relation(self, obj1: Any, obj2: Any, **hints: Any) -> bool | None:
-        """Allow every relation, as it was."""
+        """Allow every relation."""
         return True
 
     def allow_migrate(self, db: str, app_label: str, **hints: Any) -> bool | None:
-        """Return whether this is a primary, as it was."""
+        """Return whether ``db`` is a primary."""
         return db == DEFAULT_DB_ALIAS or db in pools().by_primary
 
     def allow_syncdb(self, db: str, model: Any) -> bool | None:
-        """Return what ``allow_migrate`` does; nobody asks any more."""
+        """Call ``allow_migrate``. Django no longer calls this method."""
         return self.allow_migrate(db, "")
 
 
 class PinningReplicaRouter(ReplicaRouter):
-    """The same, by the name of the one that asked for the pin."""
+    """An alias of ``ReplicaRouter``."""
 
 
-# What it had deprecated itself
+# Names that were already deprecated in django-multidb-router
 
 
-def _deprecated(says: str) -> None:
-    warnings.warn(says, DeprecationWarning, stacklevel=3)
+def _deprecated(message: str) -> None:
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
 def get_slave() -> str:
-    _deprecated("get_slave() is get_replica() now.")
+    _deprecated("Use get_replica() instead of get_slave().")
     return get_replica()
 
 
 class MasterSlaveRouter(ReplicaRouter):
     def __init__(self) -> None:
-        _deprecated("MasterSlaveRouter is ReplicaRouter now.")
+        _deprecated("Use ReplicaRouter instead of MasterSlaveRouter.")
         super().__init__()
 
 
 class PinningMasterSlaveRouter(PinningReplicaRouter):
     def __init__(self) -> None:
-        _deprecated("PinningMasterSlaveRouter is PinningReplicaRouter now.")
+        _deprecated("Use PinningReplicaRouter instead of PinningMasterSlaveRouter.")
         super().__init__()

@@ -1,4 +1,4 @@
-"""What was a flag of the thread, as pins of the scope and blocks."""
+"""The thread-local pinning functions of django-multidb-router, for scopes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from django.db import DEFAULT_DB_ALIAS
 
 from pinning_middleware.api import is_pinned, pin_this_request, unpin_this_request
 from pinning_middleware.decorators import Block
-from pinning_middleware.scopes.overrides import Kind, open_blocks, override
+from pinning_middleware.scopes.overrides import Kind, current_overrides, innermost_override
 from pinning_middleware.scopes.scope import current_scope, entered_scope
 
 __all__ = [
@@ -29,31 +29,30 @@ T = TypeVar("T")
 
 
 def this_thread_is_pinned() -> bool:
-    """Return whether a pin, or the innermost block, sends this scope's reads to the primary."""
-    block = override(open_blocks(), DEFAULT_DB_ALIAS)
+    """Return whether reads go to the primary, by a pin or the innermost context manager."""
+    block = innermost_override(current_overrides(), DEFAULT_DB_ALIAS)
     if block is not None:
         return block.kind is Kind.PRIMARY
     scope = entered_scope()
-    return scope is not None and (scope.from_primary or is_pinned())
+    return scope is not None and (scope.prefers_primary or is_pinned())
 
 
 def pin_this_thread() -> None:
     """
-    Read from the primary for the rest of this scope, which no later one inherits; outside any,
-    until ``unpin_this_thread()``.
+    Read from the primary for the rest of this scope; later scopes do not inherit this.
+
+    Outside a scope, read from the primary until ``unpin_this_thread()``.
     """
-    scope = current_scope()
-    scope.read_primary()
-    scope.forget_answers()
+    current_scope().prefers_primary = True
 
 
 def unpin_this_thread() -> None:
-    """Do what ``unpin_this_request()`` does: blocks that are open still count."""
+    """Call ``unpin_this_request()``. Open context managers stay in effect."""
     unpin_this_request()
 
 
 class UsePrimaryDB(Block):
-    """``use_primary()`` as one object, which may be entered again and by many at once."""
+    """``use_primary()`` as a single object that is reusable and reentrant."""
 
     def __init__(self) -> None:
         super().__init__(Kind.PRIMARY)
@@ -61,7 +60,7 @@ class UsePrimaryDB(Block):
 
 class DeprecatedUseMaster(UsePrimaryDB):
     def __enter__(self) -> None:
-        warnings.warn("use_master is use_primary_db now.", DeprecationWarning, stacklevel=2)
+        warnings.warn("Use use_primary_db instead of use_master.", DeprecationWarning, stacklevel=2)
         super().__enter__()
 
 
@@ -70,16 +69,16 @@ use_master = DeprecatedUseMaster()
 
 
 def mark_as_write(response: T) -> T:
-    """Pin what follows this request; outside any, whoever is handed this response may."""
+    """Mark a response as following a write, and pin the client of this request."""
     response._db_write = True  # type: ignore[attr-defined]
     scope = entered_scope()
-    if scope is not None and not scope.is_lasting:
+    if scope is not None and not scope.is_ambient:
         pin_this_request()
     return response
 
 
 def db_write(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a view read from the primary, and pin what follows it. Writes do so by themselves."""
+    """Make a view read from the primary and pin its client. Writes do this anyway."""
     inside = use_primary_db(function)
 
     if iscoroutinefunction(function):

@@ -1,10 +1,10 @@
 """
-OpenTelemetry: metrics of what this process did and knows, and on spans who answered.
+OpenTelemetry: metrics of this process, and span attributes that name the server of each read.
 
-One line in the settings, wherever the SDK is configured, before or after it::
+Add the app to the settings. The SDK may be configured before or after it::
 
     INSTALLED_APPS = [..., "pinning_middleware.contrib.opentelemetry"]
 
-It needs the package ``opentelemetry-api``, and does nothing where that is not installed. Without an
-SDK nothing is counted or kept.
+It requires ``opentelemetry-api`` and does nothing if that is not installed. Without an SDK, nothing
+is recorded.
 """

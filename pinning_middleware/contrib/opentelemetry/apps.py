@@ -13,7 +13,7 @@ class OpenTelemetryConfig(AppConfig):
             import opentelemetry.metrics
             import opentelemetry.trace  # noqa: F401
         except ModuleNotFoundError:
-            # One list of apps for every machine, also for those without it.
+            # Optional, so that machines without it can share INSTALLED_APPS.
             return
         from pinning_middleware.contrib.opentelemetry.instruments import instrument
 

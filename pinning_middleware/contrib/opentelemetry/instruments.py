@@ -1,6 +1,6 @@
 """
-The metrics. What is counted anyway is read when it is collected, so that counting costs a read
-nothing; names and units follow the conventions of OpenTelemetry.
+The metrics. Existing counters are read on collection, so metrics add no cost to a read. Names and
+units follow OpenTelemetry's conventions.
 https://opentelemetry.io/docs/specs/semconv/general/metrics/
 """
 
@@ -15,19 +15,19 @@ from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observa
 from opentelemetry.trace import TracerProvider, get_tracer
 
 from pinning_middleware import stats
-from pinning_middleware.contrib.opentelemetry.spans import annotate, waits
+from pinning_middleware.contrib.opentelemetry.spans import annotate, wait_receiver
 from pinning_middleware.signals import replica_wait_finished
 from pinning_middleware.utils import counters
 
 __all__ = ["Instruments", "instrument"]
 
 NAME: Final = "pinning_middleware"
-# Seconds: PINNING_WAIT is a small part of a request. The SDK's own are for milliseconds.
+# Histogram boundaries (seconds). The SDK's defaults are for milliseconds.
 BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
 
 class Instruments:
-    """Everything that is measured, for one pair of providers; ``None``: the site's own."""
+    """The instruments of one pair of providers; None means the global ones."""
 
     def __init__(
         self,
@@ -37,26 +37,26 @@ class Instruments:
         try:
             release = version("pinning-middleware")
         except PackageNotFoundError:
-            # A copy of the source that nobody installed.
+            # A source checkout that is not installed.
             release = ""
         meter = get_meter(NAME, release, meter_provider)
         self._observe(meter)
         self._waits = meter.create_histogram(
             f"{NAME}.wait.duration",
             unit="s",
-            description="For how long a scope waited for a replica that has what it wrote.",
+            description="Time that a scope waited for a replica to catch up.",
             explicit_bucket_boundaries_advisory=BUCKETS,
         )
-        self._span = waits(get_tracer(NAME, release, tracer_provider))
+        self._span = wait_receiver(get_tracer(NAME, release, tracer_provider))
 
     def start(self) -> None:
-        """Watch reads and waits from now on. Again changes nothing."""
+        """Start recording. Idempotent."""
         if annotate not in counters.observers:
             counters.observers.append(annotate)
         replica_wait_finished.connect(self._waited, weak=False, dispatch_uid=NAME)
 
     def stop(self) -> None:
-        """Leave reads and waits alone."""
+        """Stop recording."""
         if annotate in counters.observers:
             counters.observers.remove(annotate)
         replica_wait_finished.disconnect(self._waited, dispatch_uid=NAME)
@@ -69,39 +69,49 @@ class Instruments:
 
     def _observe(self, meter: Meter) -> None:
         for name, unit, description, count in (
-            ("reads", "{read}", "Reads that have run.", _reads),
-            ("pins", "{pin}", "Pins that were set, carried or rejected.", _pins),
+            ("reads", "{read}", "Completed reads.", _reads),
+            ("pins", "{pin}", "Pins that were set, inherited or rejected.", _pins),
             (
                 "fallbacks",
                 "{fallback}",
-                "Scopes that read elsewhere than their rule says.",
+                "Scopes that read from another role than intended.",
                 _fallbacks,
             ),
-            ("reruns", "{rerun}", "Reads that ran again on another server.", _reruns),
+            ("retries", "{retry}", "Reads that were retried on another server.", _retries),
         ):
             meter.create_observable_counter(
-                f"{NAME}.{name}", [_once(count)], unit=unit, description=description
+                f"{NAME}.{name}", [_counter_callback(count)], unit=unit, description=description
             )
         for name, unit, description, value in (
-            ("lag", "s", "The age of what a replica has replayed.", lambda s: s.lag),
-            ("behind", "By", "The log that a replica has yet to replay.", lambda s: s.behind_bytes),
+            ("lag", "s", "Replication lag of a replica.", lambda s: s.lag),
+            (
+                "behind",
+                "By",
+                "Size of the log that a replica has yet to replay.",
+                lambda s: s.behind_bytes,
+            ),
             (
                 "in_rotation",
                 "{replica}",
-                "Whether a replica gets reads.",
+                "Whether a replica is in rotation (1) or out of rotation (0).",
                 lambda s: int(s.state != "out"),
             ),
-            ("knowledge.age", "s", "How long ago a replica was last heard of.", lambda s: s.age),
+            ("knowledge.age", "s", "Time since a replica was last probed.", lambda s: s.age),
         ):
             meter.create_observable_gauge(
-                f"{NAME}.replica.{name}", [_of_replicas(value)], unit=unit, description=description
+                f"{NAME}.replica.{name}",
+                [_gauge_callback(value)],
+                unit=unit,
+                description=description,
             )
 
 
-Found = Iterator[tuple[int, dict[str, str]]]
+Measurements = Iterator[tuple[int, dict[str, str]]]
 
 
-def _once(count: Callable[[], Found]) -> Callable[[CallbackOptions], Iterator[Observation]]:
+def _counter_callback(
+    count: Callable[[], Measurements],
+) -> Callable[[CallbackOptions], Iterator[Observation]]:
     def observe(options: CallbackOptions) -> Iterator[Observation]:
         for number, attributes in count():
             yield Observation(number, attributes)
@@ -109,7 +119,7 @@ def _once(count: Callable[[], Found]) -> Callable[[CallbackOptions], Iterator[Ob
     return observe
 
 
-def _of_replicas(
+def _gauge_callback(
     value: Callable[[stats.ServerState], float | None],
 ) -> Callable[[CallbackOptions], Iterator[Observation]]:
     def observe(options: CallbackOptions) -> Iterator[Observation]:
@@ -123,7 +133,7 @@ def _of_replicas(
     return observe
 
 
-def _reads() -> Found:
+def _reads() -> Measurements:
     counted: Counter[tuple[str, str, str, str]] = Counter()
     for pool, aliases in stats.get_stats()["reads"].items():
         for alias, addresses in aliases.items():
@@ -145,24 +155,24 @@ def _reads() -> Found:
 
 
 def _only_address(pool: str, alias: str) -> str:
-    """Return where an alias leads, for reads of a server that nobody has asked its name."""
+    """Return the address behind an alias, for reads of an unidentified server."""
     found = [s.address for s in stats.servers() if (s.pool, s.alias) == (pool, alias)]
     return (found[0] if len(found) == 1 else "") or alias
 
 
-def _pins() -> Found:
+def _pins() -> Measurements:
     for event, number in stats.get_stats()["pins"].items():
         yield number, {"event": event}
 
 
-def _fallbacks() -> Found:
+def _fallbacks() -> Measurements:
     for pool, reasons in stats.get_stats()["fallbacks"].items():
         for reason, number in reasons.items():
             yield number, {"pool": pool, "reason": reason}
 
 
-def _reruns() -> Found:
-    for pool, failed in stats.get_stats()["reruns"].items():
+def _retries() -> Measurements:
+    for pool, failed in stats.get_stats()["retries"].items():
         for alias, served in failed.items():
             for other, number in served.items():
                 yield number, {"pool": pool, "failed": alias, "served": other}
@@ -172,7 +182,7 @@ _running: Instruments | None = None
 
 
 def instrument() -> Instruments:
-    """Measure for the site's own providers, once for a process, set up by now or later."""
+    """Start recording for the global providers, which may be set later. Idempotent."""
     global _running
     if _running is None:
         _running = Instruments()

@@ -1,5 +1,5 @@
 """
-What spans are told: who answered a read, and how long a scope waited for a replica.
+Span attributes of reads, and spans of waits for a replica.
 
 ``server.address`` and ``server.port`` are those of OpenTelemetry's semantic conventions.
 https://opentelemetry.io/docs/specs/semconv/registry/attributes/server/
@@ -16,34 +16,34 @@ from opentelemetry.util.types import AttributeValue
 
 from pinning_middleware.utils.counters import Read
 
-__all__ = ["annotate", "waits"]
+__all__ = ["annotate", "wait_receiver"]
 
-# Spans of what was asked of this site: there the address of the server is the site's own.
-_OF_THE_SITE: Final = (SpanKind.SERVER, SpanKind.CONSUMER)
+# On spans of incoming requests and messages, server.address is the site's own address.
+_INCOMING: Final = (SpanKind.SERVER, SpanKind.CONSUMER)
 
 
 def annotate(read: Read) -> None:
-    """Tell the current span who answered, if it records. The last read of a span stays there."""
+    """Add the server of a read to the current span; later reads of a span overwrite it."""
     span = get_current_span()
     if not span.is_recording():
         return
-    found: dict[str, AttributeValue] = {
+    attributes: dict[str, AttributeValue] = {
         "pinning_middleware.pool": read.pool,
         "pinning_middleware.alias": read.served,
         "pinning_middleware.role": read.role,
         "pinning_middleware.reason": read.reason,
     }
-    address, port = _place(read)
+    address, port = _address(read)
     if address:
-        found["pinning_middleware.server.address"] = address
-        found["pinning_middleware.server.port"] = port
-        if getattr(span, "kind", None) not in _OF_THE_SITE:
-            found["server.address"], found["server.port"] = address, port
-    span.set_attributes(found)
+        attributes["pinning_middleware.server.address"] = address
+        attributes["pinning_middleware.server.port"] = port
+        if getattr(span, "kind", None) not in _INCOMING:
+            attributes["server.address"], attributes["server.port"] = address, port
+    span.set_attributes(attributes)
 
 
-def _place(read: Read) -> tuple[str, int]:
-    """Return the host and port of the server, as far as the driver knows while nobody asked it."""
+def _address(read: Read) -> tuple[str, int]:
+    """Return the host and port of the server, from the driver if it is unidentified."""
     if read.server is not None:
         address, port = read.server.identity.place
         return address, port
@@ -55,8 +55,8 @@ def _place(read: Read) -> tuple[str, int]:
     return str(getattr(info, "host", None) or settings["HOST"] or ""), int(found)
 
 
-def waits(tracer: Tracer) -> Callable[..., None]:
-    """Return a receiver of ``replica_wait_finished`` that makes a span of each wait in a trace."""
+def wait_receiver(tracer: Tracer) -> Callable[..., None]:
+    """Return a receiver of ``replica_wait_finished`` that creates a span for each wait."""
 
     def receive(sender: str, replica: str, seconds: float, reached: bool, **kwargs: Any) -> None:
         if not get_current_span().is_recording():

@@ -1,4 +1,4 @@
-"""``manage.py pinning_check``: the settings and, with ``--live``, what replicas really do."""
+"""``manage.py pinning_check``: check the settings and, with ``--live``, the replicas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from django.core.checks import ERROR, WARNING, CheckMessage, run_checks
@@ -18,64 +18,72 @@ from django.db import Error
 
 from pinning_middleware.checks.settings import TAG
 from pinning_middleware.conf import conf
-from pinning_middleware.management.live_check import Finding, Right, missing_rights, try_pool
-from pinning_middleware.management.poll import Asker, quiet
-from pinning_middleware.routing.policy import Pool
+from pinning_middleware.management.live_check import (
+    MissingPrivilege,
+    ReplicaResult,
+    check_pool,
+    missing_privileges,
+)
+from pinning_middleware.management.poll import ServerPoll, silence_server_logs
+from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.stats import DEGRADED, DOWN
+from pinning_middleware.stats import DEGRADED, DOWN, OK, ServerState
 
 
 class Command(BaseCommand):
     help = (
-        "Check this package's settings; with --live also write a row to each pool's primary, "
-        "measure how long each replica takes to show it, and say whether what would have been "
-        "decided meanwhile was true. The row and its table are removed again. Exit status: 0 all "
-        "is well, 1 a warning or a replica that did not show the row in time, 2 an error, or a "
-        "decision that would have hidden the row from its writer."
+        "Check the settings of pinning_middleware. With --live, also write a row to the primary of "
+        "each pool, measure how long each replica takes to show it, and verify the routing "
+        "decisions in the meantime. The row and its table are removed afterwards. Exit status: 0 "
+        "no issues; 1 a warning, or a replica that is misconfigured or did not show the row in "
+        "time; 2 an error, or a decision that would have hidden the row from its writer."
     )
     requires_system_checks = ()
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument("--live", action="store_true", help="Write, and watch the replicas.")
-        parser.add_argument("--pool", metavar="ALIAS", help="The primary of the only pool to try.")
+        parser.add_argument("--live", action="store_true", help="Write a row and watch replicas.")
+        parser.add_argument("--pool", metavar="ALIAS", help="Check only the pool of this primary.")
         parser.add_argument(
             "--timeout",
             type=float,
             default=10.0,
             metavar="SECONDS",
-            help="How long to wait for the replicas (10).",
+            help="Maximum time to wait for the replicas (default: 10).",
         )
-        parser.add_argument("--json", action="store_true", help="One JSON object instead of text.")
+        parser.add_argument("--json", action="store_true", help="Print a JSON object.")
 
     def handle(self, *args: Any, **options: Any) -> None:
-        """Check, print, and say by the exit status how bad it is."""
+        """Run the checks, print the results, and set the exit status."""
         chosen = self._pools(options["pool"])
         messages = [each for each in run_checks(tags=[TAG]) if not each.is_silenced()]
-        tried: dict[str, dict[str, Any]] = {}
+        results: dict[str, dict[str, Any]] = {}
         if options["live"]:
-            with _ended_cleanly(), quiet(), Asker() as asker:
-                # A primary that says nothing is not waited for.
-                out = {
-                    row.alias: row.error or row.reason for row in asker.ask() if row.state == "out"
-                }
-                tried = {
-                    pool.primary: _try(pool, options["timeout"], out.get(pool.primary, ""))
+            with _sigterm_as_exit(), silence_server_logs(), ServerPoll() as server_poll:
+                # Do not wait for a primary that the poll has found unresponsive.
+                states = {row.alias: row for row in server_poll.poll()}
+                results = {
+                    pool.primary: _check_live(
+                        pool,
+                        options["timeout"],
+                        _primary_problem(states.get(pool.primary)),
+                        server_poll.misconfigured,
+                    )
                     for pool in chosen
                 }
-        status = max([_badness(messages), *(pool["status"] for pool in tried.values())])
+        status = max([_status(messages), *(pool["status"] for pool in results.values())])
         if options["json"]:
-            answer = {
+            report = {
                 "time": time.time(),
                 "status": status,
                 "checks": [
                     {"id": m.id, "level": m.level, "message": m.msg, "hint": m.hint}
                     for m in messages
                 ],
-                "pools": {name: _as_json(pool) for name, pool in tried.items()},
+                "pools": {name: _as_json(pool) for name, pool in results.items()},
             }
-            self.stdout.write(json.dumps(answer, indent=2))
+            self.stdout.write(json.dumps(report, indent=2))
         else:
-            self._print(messages, tried)
+            self._print(messages, results)
         if status:
             sys.exit(status)
 
@@ -85,78 +93,100 @@ class Command(BaseCommand):
         except ValueError as error:
             raise CommandError(str(error)) from None
 
-    def _print(self, messages: list[CheckMessage], tried: dict[str, dict[str, Any]]) -> None:
+    def _print(self, messages: list[CheckMessage], results: dict[str, dict[str, Any]]) -> None:
         for message in messages:
             style = self.style.ERROR if message.level >= ERROR else self.style.WARNING
             self.stdout.write(style(str(message)))
         if not messages:
-            self.stdout.write(self.style.SUCCESS("The settings are well."))
-        for name, pool in tried.items():
-            self.stdout.write(f"\nPool {name}: a pin lasts {conf.seconds:g} s at most.")
+            self.stdout.write(
+                self.style.SUCCESS("System check identified no issues (pinning_middleware).")
+            )
+        for name, pool in results.items():
+            self.stdout.write(f"\nPool {name}: a pin lasts at most {conf.seconds:g} s.")
             if pool["error"]:
-                self.stdout.write(self.style.ERROR(f"  No row could be written: {pool['error']}"))
-            for finding in pool["replicas"]:
-                self._print_finding(finding)
-            for right in pool["missing_rights"]:
-                self.stdout.write(
-                    self.style.NOTICE(f"  {right.alias} lacks {right.right}: {right.why}.")
-                )
+                self.stdout.write(self.style.ERROR(f"  No row was written: {pool['error']}"))
+            for result in pool["replicas"]:
+                self._print_result(result)
+            for missing in pool["missing_privileges"]:
+                text = f"  {missing.alias} lacks {missing.privilege}: {missing.purpose}."
+                self.stdout.write(self.style.NOTICE(text))
 
-    def _print_finding(self, found: Finding) -> None:
-        self.stdout.write(f"  {found.alias} {found.address}: {_summary(found)}")
-        for moment in found.moments:
-            row = "the row is there" if moment.is_there else "the row is missing"
-            said = "" if moment.is_true else "  WRONG"
-            line = f"    {moment.at:7.3f} s  {moment.served:<8}{moment.reason:<10}{row}{said}"
-            self.stdout.write(line if moment.is_true else self.style.ERROR(line))
-
-
-def _summary(found: Finding) -> str:
-    if found.shown_after is None:
-        said = "the row was not there in time"
-    elif found.known_after is None:
-        said = f"there after {found.shown_after:.3f} s, not known to be"
-    else:
-        said = f"there after {found.shown_after:.3f} s, known after {found.known_after:.3f} s"
-    return f"{said} ({' '.join(found.error.split())})" if found.error else said
+    def _print_result(self, result: ReplicaResult) -> None:
+        self.stdout.write(f"  {result.alias} {result.address}: {_summary(result)}")
+        if result.error:
+            self.stdout.write(self.style.ERROR(f"    error: {' '.join(result.error.split())}"))
+        for sample in result.samples:
+            row = "row visible" if sample.visible else "row missing"
+            wrong = "" if sample.correct else "  WRONG"
+            line = f"    {sample.at:7.3f} s  {sample.served:<8}{sample.reason:<15}{row}{wrong}"
+            self.stdout.write(line if sample.correct else self.style.ERROR(line))
 
 
-def _try(pool: Pool, seconds: float, problem: str) -> dict[str, Any]:
-    found: list[Finding] = []
-    rights: list[Right] = []
+def _summary(result: ReplicaResult) -> str:
+    if result.visible_after is None:
+        return "the row was not visible in time"
+    if result.detected_after is None:
+        return f"row visible after {result.visible_after:.3f} s, not detected"
+    return (
+        f"row visible after {result.visible_after:.3f} s, "
+        f"detected after {result.detected_after:.3f} s"
+    )
+
+
+def _check_live(
+    pool: Pool, seconds: float, problem: str, misconfigured: Mapping[str, str]
+) -> dict[str, Any]:
+    results: list[ReplicaResult] = []
+    missing: list[MissingPrivilege] = []
     try:
         if not problem:
-            found = try_pool(pool, seconds)
-            rights = missing_rights(pool)
+            results = [
+                each._replace(error=each.error or misconfigured.get(each.alias, ""))
+                for each in check_pool(pool, seconds)
+            ]
+            missing = missing_privileges(pool)
     except Error as error:
         problem = " ".join([str(error).strip(), *getattr(error, "__notes__", ())])
-    if problem or not all(each.is_true for each in found):
+    if problem or not all(each.correct for each in results):
         status = DOWN
+    elif any(each.visible_after is None or each.error for each in results):
+        status = DEGRADED
     else:
-        status = DEGRADED if any(each.shown_after is None for each in found) else 0
-    return {"status": status, "error": problem, "replicas": found, "missing_rights": rights}
+        status = OK
+    return {"status": status, "error": problem, "replicas": results, "missing_privileges": missing}
+
+
+def _primary_problem(row: ServerState | None) -> str:
+    """Return why no row can be written to a primary, or "" if it can."""
+    if row is None:
+        return ""
+    if row.state == "out":
+        return row.error or row.reason
+    if row.role == "replica":
+        return f"{row.alias} is read-only, because it is connected to a replica ({row.address})"
+    return ""
 
 
 def _as_json(pool: dict[str, Any]) -> dict[str, Any]:
     replicas = [
         {
-            **found._asdict(),
-            "moments": [{**m._asdict(), "is_true": m.is_true} for m in found.moments],
+            **result._asdict(),
+            "samples": [{**each._asdict(), "correct": each.correct} for each in result.samples],
         }
-        for found in pool["replicas"]
+        for result in pool["replicas"]
     ]
-    rights = [right._asdict() for right in pool["missing_rights"]]
-    return {**pool, "replicas": replicas, "missing_rights": rights}
+    missing = [each._asdict() for each in pool["missing_privileges"]]
+    return {**pool, "replicas": replicas, "missing_privileges": missing}
 
 
-def _badness(messages: list[CheckMessage]) -> int:
+def _status(messages: list[CheckMessage]) -> int:
     worst = max((message.level for message in messages), default=0)
-    return DOWN if worst >= ERROR else DEGRADED if worst >= WARNING else 0
+    return DOWN if worst >= ERROR else DEGRADED if worst >= WARNING else OK
 
 
 @contextlib.contextmanager
-def _ended_cleanly() -> Iterator[None]:
-    """Let a request to end take the row away too, as Ctrl-C does."""
+def _sigterm_as_exit() -> Iterator[None]:
+    """Raise SystemExit on SIGTERM, so that the table is dropped as on Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""``manage.py pinning_status``: every server, what it is and whether reads go there."""
+"""``manage.py pinning_status``: the state of every server of every pool."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import sys
+import textwrap
 import time
 from argparse import ArgumentParser
 from typing import Any, Final
@@ -13,53 +14,59 @@ from typing import Any, Final
 from django.core.management.base import BaseCommand
 
 from pinning_middleware.conf import conf
-from pinning_middleware.management.poll import Asker, quiet
+from pinning_middleware.management.poll import ServerPoll, silence_server_logs
 from pinning_middleware.stats import (
     DEGRADED,
     DOWN,
+    HEALTH_NAMES,
+    OK,
     ServerState,
+    format_duration,
+    format_size,
     get_stats,
-    in_bytes,
-    in_seconds,
-    limit,
-    verdict,
+    health,
+    lag_threshold,
 )
 
-HEADINGS: Final = ("server", "role", "state", "weight", "reads", "position", "behind", "asked")
-# Columns, by their place: flush right; the one that may be cut short, and to what.
+HEADINGS: Final = ("server", "role", "state", "weight", "reads", "position", "behind", "probed")
+# Indices of columns: right-aligned ones, the state, and the position, which may be truncated.
 NUMBERS: Final = (3, 4)
-POSITION, STATE, SHORTEST = 5, 2, 11
+STATE, POSITION = 2, 5
+MIN_POSITION_WIDTH: Final = 11
 GAP: Final = "  "
-WORDS: Final = {0: "well", DEGRADED: "degraded", DOWN: "down"}
 
 
 class Command(BaseCommand):
     help = (
-        "Query every database of every pool, and say what it is, whether reads go there and how far "
-        "it is. Exit status: 0 all is well, 1 degraded, 2 a pool has no usable replica or its "
-        "primary is out."
+        "Probe every server of every pool, and print its role, whether it is in rotation, and its "
+        "replication position. Exit status: 0 healthy; 1 degraded; 2 the primary of a pool is out "
+        "of rotation, or none of its replicas is usable."
     )
-    # It is asked when something is wrong.
+    # The command must also run on a site that has problems.
     requires_system_checks = ()
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument("--json", action="store_true", help="One JSON object instead of text.")
+        parser.add_argument("--json", action="store_true", help="Print a JSON object.")
         parser.add_argument(
             "--watch",
             nargs="?",
             type=float,
             const=2.0,
             metavar="SECONDS",
-            help="Again every so many seconds (2), until Ctrl-C.",
+            help="Repeat every SECONDS (default: 2) until Ctrl-C.",
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
-        """Query, print, and again with ``--watch``; the exit status is that of the last answer."""
+        """Probe and print, repeatedly with ``--watch``; the last health is the exit status."""
         status, watch = 0, options["watch"]
-        with quiet(), Asker() as asker, contextlib.suppress(KeyboardInterrupt):
+        with (
+            silence_server_logs(),
+            ServerPoll() as server_poll,
+            contextlib.suppress(KeyboardInterrupt),
+        ):
             while True:
-                rows = asker.ask()
-                status = verdict(rows)
+                rows = server_poll.poll()
+                status = health(rows)
                 if options["json"]:
                     self._print_json(rows, status, None if watch is not None else 2)
                 else:
@@ -71,7 +78,7 @@ class Command(BaseCommand):
             sys.exit(status)
 
     def _print_json(self, rows: list[ServerState], status: int, indent: int | None) -> None:
-        answer = {
+        report = {
             "time": time.time(),
             "status": status,
             "enabled": conf.enabled,
@@ -79,58 +86,62 @@ class Command(BaseCommand):
             "servers": [row._asdict() for row in rows],
             "stats": get_stats(),
         }
-        self.stdout.write(json.dumps(answer, indent=indent))
+        self.stdout.write(json.dumps(report, indent=indent))
         self.stdout.flush()
 
     def _print(self, rows: list[ServerState], status: int, clear: bool) -> None:
         if clear and self.stdout.isatty():
             self.stdout.write("\033[H\033[2J", ending="")
         if not rows:
-            self.stdout.write("PINNING_REPLICAS names no replica: every read goes to its primary.")
+            self.stdout.write("PINNING_REPLICAS is empty: every read goes to the primary.")
         if not conf.enabled:
-            self.stdout.write(self.style.WARNING("PINNING_ENABLED is off: no read goes to one."))
-        width = shutil.get_terminal_size((100, 24)).columns
+            self.stdout.write(
+                self.style.WARNING("PINNING_ENABLED is False: every read goes to the primary.")
+            )
+        width = shutil.get_terminal_size((100, 24)).columns if self.stdout.isatty() else None
         for pool in dict.fromkeys(row.pool for row in rows):
             of_pool = [row for row in rows if row.pool == pool]
-            facts = _pool(pool, rows)
+            summary = _pool(pool, rows)
             self.stdout.write(
-                f"Pool {pool}: {facts['usable']} of {facts['replicas']} replicas serve; "
-                f"more than {in_seconds(limit())} behind is too far.\n"
+                f"Pool {pool}: {summary['usable']} of {summary['replicas']} replicas in rotation; "
+                f"lag threshold {format_duration(lag_threshold())}.\n"
             )
             table = [HEADINGS, *map(_cells, of_pool)]
-            if not (self._print_table(table, of_pool, width)):
-                self._print_blocks(of_pool)
+            if not self._print_table(table, of_pool, width):
+                self._print_records(of_pool, width)
             self.stdout.write("")
         if rows:
-            style = {0: self.style.SUCCESS, DEGRADED: self.style.WARNING, DOWN: self.style.ERROR}
+            style = {OK: self.style.SUCCESS, DEGRADED: self.style.WARNING, DOWN: self.style.ERROR}
             at = time.strftime("%Y-%m-%d %H:%M:%S %z")
-            self.stdout.write(f"{style[status](WORDS[status])} at {at}")
+            self.stdout.write(f"{style[status](HEALTH_NAMES[status])} at {at}")
         self.stdout.flush()
 
     def _print_table(
-        self, table: list[tuple[str, ...]], rows: list[ServerState], width: int
+        self, table: list[tuple[str, ...]], rows: list[ServerState], width: int | None
     ) -> bool:
-        """Print two lines for each server, unless that is wider than the terminal."""
+        """Print the table; return False without printing if it is wider than the terminal."""
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        spare = width - sum(widths) - len(GAP) * (len(widths) - 1)
-        if spare < 0:
-            widths[POSITION] = max(SHORTEST, widths[POSITION] + spare)
-            if sum(widths) + len(GAP) * (len(widths) - 1) > width:
+        gaps = len(GAP) * (len(widths) - 1)
+        if width is not None and sum(widths) + gaps > width:
+            excess = sum(widths) + gaps - width
+            widths[POSITION] = max(MIN_POSITION_WIDTH, widths[POSITION] - excess)
+            if sum(widths) + gaps > width:
                 return False
         for cells, row in zip(table, [None, *rows], strict=True):
-            line = [
-                _cut(cell, room).rjust(room) if place in NUMBERS else _cut(cell, room).ljust(room)
-                for place, (cell, room) in enumerate(zip(cells, widths, strict=True))
-            ]
+            line = []
+            for column, (cell, size) in enumerate(zip(cells, widths, strict=True)):
+                text = _truncate(cell, size)
+                line.append(text.rjust(size) if column in NUMBERS else text.ljust(size))
             if row is not None:
                 line[STATE] = self._style(row)(line[STATE])
             self.stdout.write(GAP.join(line).rstrip())
             if row is not None:
-                for more in _below(row, width):
-                    self.stdout.write(more)
+                for detail in _detail_lines(row, width):
+                    self.stdout.write(detail)
         return True
 
-    def _print_blocks(self, rows: list[ServerState]) -> None:
+    def _print_records(self, rows: list[ServerState], width: int | None) -> None:
+        indent = " " * 11
         for row in rows:
             self.stdout.write(row.alias)
             for name, text in zip(HEADINGS[1:], _cells(row)[1:], strict=True):
@@ -138,7 +149,8 @@ class Command(BaseCommand):
                     text = self._style(row)(text)
                 self.stdout.write(f"  {name:<9}{text}")
             for name, text in _details(row).items():
-                self.stdout.write(f"  {name:<9}{text}")
+                lines = _wrap(f"  {name:<9}{text}", width, indent)
+                self.stdout.write("\n".join(lines))
 
     def _style(self, row: ServerState) -> Any:
         if row.state == "in":
@@ -161,9 +173,9 @@ def _cells(row: ServerState) -> tuple[str, ...]:
     role = row.role or "?"
     state = f"{row.state}: {row.reason}" if row.reason else row.state
     if row.since is not None:
-        state += f", {in_seconds(time.time() - row.since)}"
-    behind = [] if row.behind_bytes is None else [in_bytes(row.behind_bytes)]
-    behind += [] if row.lag is None else [in_seconds(row.lag)]
+        state += f", {format_duration(time.time() - row.since)}"
+    behind = [] if row.behind_bytes is None else [format_size(row.behind_bytes)]
+    behind += [] if row.lag is None else [format_duration(row.lag)]
     return (
         row.alias,
         role if role in (row.configured, "?") else f"{role}!",
@@ -172,30 +184,37 @@ def _cells(row: ServerState) -> tuple[str, ...]:
         str(row.reads),
         row.position or "-",
         ", ".join(behind) or "-",
-        "-" if row.age is None else f"{in_seconds(row.age)} ago",
+        "-" if row.age is None else f"{format_duration(row.age)} ago",
     )
 
 
 def _details(row: ServerState) -> dict[str, str]:
-    found = {"address": row.address or "?"}
+    details = {"address": row.address or "?"}
     if row.retry_in is not None:
-        found["retry in"] = in_seconds(row.retry_in)
+        details["retry in"] = format_duration(row.retry_in)
     if row.error:
-        found["error"] = " ".join(row.error.split())
-    return found
+        details["error"] = " ".join(row.error.split())
+    return details
 
 
-def _below(row: ServerState, width: int) -> list[str]:
+def _detail_lines(row: ServerState, width: int | None) -> list[str]:
     details = _details(row)
     address = f"  {details.pop('address')}"
     text = "; ".join(
         value if name == "error" else f"{name} {value}" for name, value in details.items()
     )
     line = f"{address}{GAP}{text}".rstrip()
-    if len(line) <= width:
+    if width is None or len(line) <= width:
         return [line]
-    return [address, f"  {_cut(text, width - 2)}"]
+    return [address, *_wrap(f"  {text}", width, "  ")]
 
 
-def _cut(text: str, room: int) -> str:
-    return text if len(text) <= room else f"{text[: room - 1]}…"
+def _wrap(line: str, width: int | None, indent: str) -> list[str]:
+    """Wrap a line at the width of the terminal; None means that there is no terminal."""
+    if width is None or len(line) <= width:
+        return [line]
+    return textwrap.wrap(line, max(width, 20), subsequent_indent=indent)
+
+
+def _truncate(text: str, size: int) -> str:
+    return text if len(text) <= size else f"{text[: size - 1]}…"

@@ -1,8 +1,8 @@
 """
-What a database can tell of its own log: which server answers, how far it is.
+What a database reports about a server: its identity, its role and its replication position.
 
-One file for each dialect of databases. To add one, derive from ``Dialect``, and name its dotted
-path in ``DIALECTS`` under the backend's ``connection.vendor``, in an app's ``ready()``.
+One file for each database. To add one, subclass ``Dialect``, and add its dotted path to
+``DIALECTS`` under the backend's ``connection.vendor``, in an app's ``ready()``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
     "dialect_for",
 ]
 
-# Vendors that are not here (SQLite, Oracle) have no position that a session may read.
+# By vendor. SQLite and Oracle have no position that a session may read.
 DIALECTS = {
     "postgresql": "pinning_middleware.servers.dialects.postgresql.PostgreSQL",
     "mysql": "pinning_middleware.servers.dialects.mysql.MySQL",
@@ -38,10 +38,7 @@ DIALECTS = {
 
 
 def dialect_for(connection: BaseDatabaseWrapper) -> Dialect | None:
-    """
-    Return who reads the positions of this connection's database, ``None`` where nobody can. It
-    asks the database nothing: there may not be a connection yet.
-    """
+    """Return the dialect of a connection's database, or None if it has none. Does no I/O."""
     path = DIALECTS.get(connection.vendor)
     return None if path is None else _load_dialect(path)
 

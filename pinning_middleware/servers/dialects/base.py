@@ -3,24 +3,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
-from pinning_middleware.pins import Position
+from pinning_middleware.pins import Points, Position
 from pinning_middleware.servers.registry import Identity, Report, Server
 
 __all__ = ["Dialect", "Identification", "PositionUnavailable", "Query", "Row"]
 
 Row: TypeAlias = tuple[Any, ...]
-# Runs one statement on one connection and returns its first row, `()` for none.
+# Runs one statement on one connection and returns its first row, or `()` if there is none.
 Query: TypeAlias = Callable[[str], Row]
 
 
 class PositionUnavailable(Exception):
-    """This server does not say how far it is: a fact of it, and no failure."""
+    """The server reports no position, although it answers. Not a failure of the server."""
 
 
 class Identification(NamedTuple):
     """
-    Which server a connection leads to, the id of the session there (``None``: there is none to
-    compare), and whether it hides from this role on which timeline it is.
+    The identity of the server behind a connection.
+
+    ``session``: the session's ID as the server reports it, or None if it has none to compare.
+    ``lacks_timeline_privilege``: the role may not see the server's timeline.
     """
 
     identity: Identity
@@ -30,64 +32,68 @@ class Identification(NamedTuple):
 
 class Dialect:
     """
-    The questions to a dialect of databases, as statements and what their rows mean. They run in
-    autocommit, one at a time.
+    The statements that probe a database, and the meaning of their rows.
+
+    A dialect may have several strategies to report a position, which are numbered. Statements run
+    in autocommit, one at a time; errors of the database propagate.
     """
 
-    # The driver's parameters that bound a connection attempt, in seconds.
+    # The driver's connection parameter for a timeout (seconds).
     connect_timeout: ClassVar[str] = "connect_timeout"
-    # What a replica raises by design, and another node would not: SQLSTATEs or error numbers.
+    # Codes (SQLSTATE or number) of errors that another server would not raise.
     retryable_errors: ClassVar[frozenset[Any]] = frozenset()
-    # Of those, what says that the connection is gone.
+    # Those of them after which the connection is lost.
     connection_lost_errors: ClassVar[frozenset[Any]] = frozenset()
-    # Codes by which a server refuses a question for good.
+    # Codes of errors for a statement that is not permitted, or not supported.
     permission_errors: ClassVar[frozenset[Any]] = frozenset()
 
-    def strategies(self, choice: bool | str) -> tuple[int, ...]:
-        """Return the ways to tell positions that a setting allows, the best first."""
+    def strategies(self, setting: bool | str) -> tuple[int, ...]:
+        """Return the strategies that a value of PINNING_POSITIONS allows, the best first."""
         return (0,)
 
     def identify(
-        self, ask: Query, driver: tuple[str, int], way: int | None
+        self, query: Query, driver: tuple[str, int], strategy: int | None
     ) -> tuple[Identification, Row]:
         """
-        Return which server a connection leads to and, where one statement tells both, the row
-        that ``read`` takes. ``driver``: the host and port that the driver knows. ``way``: how to
-        tell how far it is, ``None``: not at all.
-        """
-        raise NotImplementedError
+        Return the identity of a server, and the row for ``read``, fetched by one statement.
 
-    def system(self, ask: Query, identity: Identity) -> str:
-        """Return the name that all servers of one cluster share, empty for none."""
+        ``driver``: host and port as reported by the driver. With ``strategy`` None the row is
+        empty.
+        """
+        raise NotImplementedError("subclasses of Dialect must provide an identify() method")
+
+    def system(self, query: Query, identity: Identity) -> str:
+        """Return the name that all servers of a cluster share, or an empty string."""
         return ""
 
-    def checkpoint_timeline(self, ask: Query) -> str:
-        """
-        Return the timeline that a server is on or has passed, of one that hides from this role
-        which it is on now; empty: it can't be told.
-        """
-        return ""
+    def checkpoint_timeline(self, query: Query) -> str | None:
+        """Return a timeline that the server has reached, or None if unknown."""
+        return None
 
-    def report(self, ask: Query, server: Server, way: int) -> Row:
-        """Query a server what ``read`` takes."""
-        raise NotImplementedError
+    def report(self, query: Query, server: Server, strategy: int) -> Row:
+        """Return the row for ``read``."""
+        raise NotImplementedError("subclasses of Dialect must provide a report() method")
 
-    def read(self, row: Row, server: Server, way: int) -> Report:
-        """Return what a server says of itself. Raises ``PositionUnavailable`` for one that does not."""
-        raise NotImplementedError
+    def read(self, row: Row, server: Server, strategy: int) -> Report:
+        """Return a row as a report. Raise ``PositionUnavailable`` if it contains no position."""
+        raise NotImplementedError("subclasses of Dialect must provide a read() method")
 
-    def reached(self, wanted: Position, known: Position) -> bool:
-        """Return whether a node that is known to have replayed ``known`` has ``wanted``."""
-        return all(known.get(log, -1) >= point for log, point in wanted.items())
+    def reached(self, wanted: Position, replayed: Points) -> bool:
+        """Return whether a server that has replayed ``replayed`` has caught up with ``wanted``."""
+        return all(replayed.get(log, -1) >= point for log, point in wanted.points.items())
+
+    def supersedes(self, points: Points, other: Points) -> bool:
+        """Return whether a server with these points has replaced the one with the other points."""
+        return False
 
     def error_code(self, error: BaseException) -> Any:
-        """Return the driver's code of an error that Django wrapped, ``None`` for no code."""
-        raise NotImplementedError
+        """Return the driver's code of an error that Django has wrapped, or None."""
+        raise NotImplementedError("subclasses of Dialect must provide an error_code() method")
 
     def is_lost(self, error: BaseException) -> bool:
-        """Return whether an error says that the connection is gone."""
+        """Return whether the connection is lost after an error."""
         return self.error_code(error) in self.connection_lost_errors
 
     def is_retryable(self, error: BaseException) -> bool:
-        """Return whether another node would not share an error."""
+        """Return whether another server may succeed where this one raised an error."""
         return self.error_code(error) in self.retryable_errors

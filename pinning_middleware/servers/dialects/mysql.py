@@ -1,13 +1,12 @@
 """
-MariaDB 10.11 and later, MySQL 8: a position is a set of global transaction ids.
+MariaDB 10.11 and later, MySQL 8: a position is a set of global transaction IDs (GTIDs).
 
-MariaDB: https://mariadb.com/kb/en/gtid/. A log is a domain as one server wrote it, since a
-sequence number says nothing about another server's transactions: after a promotion the same
-number is another transaction.
+MariaDB: https://mariadb.com/kb/en/gtid/. A log is a domain as written by one server, because after
+a promotion the new primary reuses sequence numbers for other transactions.
 
 MySQL: https://dev.mysql.com/doc/refman/8.0/en/replication-gtids.html. A log is a server's UUID.
-Under group replication all members write under one UUID of the group: positions are not told
-there, and the window serves.
+Under group replication all members write under the UUID of the group. A primary then reports no
+position, and pins last the full window.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any, ClassVar
 
 from django.db import DatabaseError
 
-from pinning_middleware.pins import OPTIONAL, Position
+from pinning_middleware.pins import Points, Position
 from pinning_middleware.servers.dialects.base import (
     Dialect,
     Identification,
@@ -29,17 +28,18 @@ from pinning_middleware.servers.registry import Identity, Report, Server
 
 __all__ = ["MySQL", "parse_gtids", "parse_last", "parse_mariadb"]
 
-# Connection lost, killed, shutting down; the server went away while it was asked.
-LOST = {1053, 1077, 1079, 1152, 1184, 1927, 2002, 2003, 2006, 2013, 2055}
-# No room for another connection, out of memory.
-CROWDED = {1037, 1038, 1040, 1041, 1203, 1226}
-# No privilege; no such variable; not supported.
+# https://mariadb.com/kb/en/mariadb-error-codes/
+# Connection lost or killed, server shutting down, server has gone away.
+CONNECTION_LOST = {1053, 1077, 1079, 1152, 1184, 1927, 2002, 2003, 2006, 2013, 2055}
+# Too many connections, out of memory.
+OVERLOADED = {1037, 1038, 1040, 1041, 1203, 1226}
+# Not permitted, no such variable, not supported.
 REFUSED = {1142, 1193, 1227, 1235}
 
 
 def parse_mariadb(text: str) -> dict[str, int]:
     """
-    Return MariaDB's list of GTIDs as domain and server → sequence number.
+    Return MariaDB's list of GTIDs as a mapping of "domain-server" to sequence number.
 
     >>> parse_mariadb("0-1-8,5-2-30")
     {'0-1': 8, '5-2': 30}
@@ -50,8 +50,9 @@ def parse_mariadb(text: str) -> dict[str, int]:
 
 def parse_gtids(text: str) -> dict[str, int]:
     """
-    Return MySQL's set of GTIDs as log → the end of what it holds without a gap: what is beyond
-    one is not known to be complete. A log is a server's UUID, with its tag, if any (8.3).
+    Return MySQL's set of GTIDs as a mapping of log to the end of its first interval.
+
+    Beyond a gap the set is incomplete. A log is a server's UUID, with its tag, if any (MySQL 8.3).
 
     >>> parse_gtids("3e11fa47:1-5:9,\\n4f22fb58:7:backup:1-3")
     {'3e11fa47': 5, '4f22fb58:backup': 3}
@@ -78,9 +79,9 @@ def _domain(log: str) -> str:
     return log.partition("-")[0]
 
 
-def parse_last(executed: str, uuid: str) -> Position | None:
+def parse_last(executed: str, uuid: str) -> Points | None:
     """
-    Return the last transaction of one server in MySQL's set of GTIDs, ``None`` for none.
+    Return the last transaction of one server in MySQL's set of GTIDs, or None if it has none.
 
     >>> parse_last("3e11fa47:1-5:9:backup:1-3,4f22fb58:7", "3E11FA47")
     {'3e11fa47': 9, '3e11fa47:backup': 3}
@@ -92,15 +93,17 @@ def parse_last(executed: str, uuid: str) -> Position | None:
 
 class MySQL(Dialect):
     """
-    MariaDB's or MySQL's questions: both have one vendor in Django, and which of them it is takes
-    a connection to tell. To compare takes none: a UUID has no domain, and is never optional.
+    MariaDB and MySQL.
+
+    Django has one vendor for both, so only a connection can distinguish them. Positions can be
+    compared without: MySQL's UUIDs have no domain, and are never optional.
     """
 
-    connection_lost_errors: ClassVar[frozenset[Any]] = frozenset(LOST)
-    retryable_errors: ClassVar[frozenset[Any]] = frozenset(LOST | CROWDED)
+    connection_lost_errors: ClassVar[frozenset[Any]] = frozenset(CONNECTION_LOST)
+    retryable_errors: ClassVar[frozenset[Any]] = frozenset(CONNECTION_LOST | OVERLOADED)
     permission_errors: ClassVar[frozenset[Any]] = frozenset(REFUSED)
 
-    # A start's second is exact: both clocks are those of the statement.
+    # The start time in seconds is exact, because both values are those of the same statement.
     IDENTITY: ClassVar[dict[str, str]] = {
         "mariadb": (
             "@@hostname, @@port, connection_id(), @@server_id, UNIX_TIMESTAMP() -"
@@ -120,36 +123,37 @@ class MySQL(Dialect):
         ),
     }
 
-    def strategies(self, choice: bool | str) -> tuple[int, ...]:
-        return (0,) if choice in (True, "gtid") else ()
+    def strategies(self, setting: bool | str) -> tuple[int, ...]:
+        return (0,) if setting in (True, "gtid") else ()
 
     def identify(
-        self, ask: Query, driver: tuple[str, int], way: int | None
+        self, query: Query, driver: tuple[str, int], strategy: int | None
     ) -> tuple[Identification, Row]:
-        kind = "mariadb"
+        product = "mariadb"
         try:
-            host, port, session, server, started, *row = self._ask(ask, kind, way)
+            row = self._fetch_identity(query, product, strategy)
         except DatabaseError as error:
             if self.error_code(error) not in self.permission_errors:
                 raise
-            # A variable that this one does not have.
-            kind = "mysql"
-            host, port, session, server, started, *row = self._ask(ask, kind, way)
-        identity = Identity(f"{kind} {server} {float(started):.0f}", host, int(port))
-        return Identification(identity, int(session)), tuple(row)
+            # MySQL lacks a variable or a table of MariaDB.
+            product = "mysql"
+            row = self._fetch_identity(query, product, strategy)
+        host, port, session, server, started, *report = row
+        identity = Identity(f"{product} {server} {float(started):.0f}", host, int(port))
+        return Identification(identity, int(session)), tuple(report)
 
-    def _ask(self, ask: Query, kind: str, way: int | None) -> Row:
-        report = "" if way is None else f", {self.REPORT[kind]}"
-        return ask(f"SELECT {self.IDENTITY[kind]}{report}")
+    def _fetch_identity(self, query: Query, product: str, strategy: int | None) -> Row:
+        report = "" if strategy is None else f", {self.REPORT[product]}"
+        return query(f"SELECT {self.IDENTITY[product]}{report}")
 
-    def system(self, ask: Query, identity: Identity) -> str:
-        # GTIDs name the servers that wrote them, so no cluster needs a name.
+    def system(self, query: Query, identity: Identity) -> str:
+        # The product. GTIDs contain the server that wrote them, so no name of a cluster is needed.
         return identity.started.partition(" ")[0]
 
-    def report(self, ask: Query, server: Server, way: int) -> Row:
-        return ask(f"SELECT {self.REPORT[server.system]}")
+    def report(self, query: Query, server: Server, strategy: int) -> Row:
+        return query(f"SELECT {self.REPORT[server.system]}")
 
-    def read(self, row: Row, server: Server, way: int) -> Report:
+    def read(self, row: Row, server: Server, strategy: int) -> Report:
         return self._mariadb(row) if server.system == "mariadb" else self._mysql(row)
 
     def _mariadb(self, row: Row) -> Report:
@@ -159,36 +163,30 @@ class MySQL(Dialect):
             raise PositionUnavailable("it has no GTIDs")
         has_written = any(log.endswith(f"-{server}") for log in written)
         domains = {_domain(log) for log in parse_mariadb(last or "")}
-        # What others wrote in a domain that replicas may not follow is no reason to wait.
-        own = {
-            log if not domains or _domain(log) in domains else OPTIONAL + log: sequence
-            for log, sequence in written.items()
-        }
+        # The connection has not written to the other domains, and a replica may not follow them:
+        # a replica without such a domain does not have to wait for it.
+        optional = frozenset(log for log in written if domains and _domain(log) not in domains)
+        position = Position(written, optional) if written else None
         is_replica = bool(read_only) or not has_written if replayed else None
-        return Report(is_replica, replayed, own or None)
+        return Report(is_replica, replayed, position)
 
     def _mysql(self, row: Row) -> Report:
         executed, uuid, read_only, mode = row
         if not str(mode).upper().startswith("ON"):
-            raise PositionUnavailable("its GTIDs are off")
+            raise PositionUnavailable("gtid_mode is off")
         replayed = parse_gtids(executed)
         # The last number, not the end of the first interval: all that this server has committed.
         written = parse_last(executed, uuid)
         is_replica = bool(read_only) or uuid.lower() not in replayed if replayed else None
-        return Report(is_replica, replayed, written)
+        return Report(is_replica, replayed, Position(written) if written else None)
 
-    def reached(self, wanted: Position, known: Position) -> bool:
-        domains: set[str] | None = None
-        for log, point in wanted.items():
-            if log[0] == OPTIONAL:
-                if domains is None:
-                    domains = {_domain(each) for each in known}
-                if _domain(log[1:]) not in domains:
-                    continue
-                log = log[1:]
-            if known.get(log, -1) < point:
-                return False
-        return True
+    def reached(self, wanted: Position, replayed: Points) -> bool:
+        replicated = {_domain(log) for log in replayed}
+        return all(
+            replayed.get(log, -1) >= sequence
+            for log, sequence in wanted.points.items()
+            if log not in wanted.optional or _domain(log) in replicated
+        )
 
     def error_code(self, error: BaseException) -> Any:
         return error.args[0] if error.args and isinstance(error.args[0], int) else None

@@ -1,24 +1,23 @@
 """
-PostgreSQL 14 and later: a position is an LSN, or a transaction id, within one timeline of one
-cluster.
+PostgreSQL 14 and later: a position is an LSN, or a transaction ID, on one timeline of one cluster.
 
-The functions used here may be called by any role. Which timeline a replica replays is in
-``pg_stat_get_wal_receiver()``, which shows it to members of ``pg_read_all_stats`` (``pg_monitor``)
-only, and to nobody while no receiver runs: ``pg_control_checkpoint()`` and
-``pg_control_recovery()`` keep naming the old timeline on a replica that follows a promotion. To
-other roles it is hidden; what a primary says before and after then dates what the replica said.
-The timeline of its last checkpoint is one that it has reached, so it is on no older one.
+Every role may call the functions used here. The timeline that a replica follows is returned by
+``pg_stat_get_wal_receiver()``, to members of ``pg_read_all_stats`` (``pg_monitor``) only, and to
+no role while no WAL receiver runs. ``pg_control_checkpoint()`` and ``pg_control_recovery()`` may
+still name the old timeline on a replica that follows a promotion. See ``servers.timelines`` for
+roles without the privilege.
 
-A transaction id is the way where the functions for LSNs are refused (Aurora): what the primary
-has given out after a commit is on a replica once nothing older is running there. On a standby the
-list of running ids is empty, so only ``xmin`` is asked.
-https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-PG-SNAPSHOT
+Transaction IDs are used where the LSN functions are not supported (Aurora). A replica has caught
+up with the primary's ``xmax`` after a commit when its ``xmin`` is that number: no older transaction
+is still running there. The list of running IDs in a standby's snapshot is empty, so it is not used.
+https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-INFO-SNAPSHOT
 """
 
 from __future__ import annotations
 
 from typing import Any, ClassVar, Final
 
+from pinning_middleware.pins import Points, Position
 from pinning_middleware.servers.dialects.base import (
     Dialect,
     Identification,
@@ -27,27 +26,28 @@ from pinning_middleware.servers.dialects.base import (
     Row,
 )
 from pinning_middleware.servers.registry import Identity, Report, Server
+from pinning_middleware.servers.timelines import is_later, log_name
 
 __all__ = ["LSN", "STARTED", "XID", "XID_ALONE", "PostgreSQL", "end_of_record", "parse_lsn"]
 
-# The ways, in the order in which they are tried.
+# The strategies, in the order in which they are tried. The last one needs no timeline.
 LSN: Final = 0
 XID: Final = 1
-# Where not even the timeline may be asked.
 XID_ALONE: Final = 2
 
-# As a number, since a session's time zone is the site's.
+# Seconds since the epoch, since the text of a timestamp depends on the session's time zone.
 STARTED: Final = "extract(epoch FROM pg_postmaster_start_time())::text"
 IDENTITY = (
     f"{STARTED}, host(inet_server_addr()), inet_server_port(), "
     "pg_backend_pid(), pg_has_role('pg_read_all_stats', 'USAGE')"
 )
 SYSTEM = "SELECT system_identifier FROM pg_control_system()"
-FOLLOWED = "SELECT timeline_id FROM pg_control_checkpoint()"
+CHECKPOINT_TIMELINE = "SELECT timeline_id FROM pg_control_checkpoint()"
 
-# In one statement, since a promotion may come between two: the replay position stays after it.
-# Insert, not pg_current_wal_lsn(): that one is behind with synchronous_commit = off. The function
-# behind pg_stat_wal_receiver, and no subquery, takes a sixth of the view's time.
+# One statement for role, position and timeline: a promotion may happen between two statements, and
+# pg_last_wal_replay_lsn() is not NULL after it. pg_current_wal_lsn() does not include commits with
+# synchronous_commit = off; the insert position does. pg_stat_get_wal_receiver() without a subquery
+# takes a sixth of the time of the view pg_stat_wal_receiver.
 _TIMELINE = (
     "CASE WHEN pg_is_in_recovery() THEN (pg_stat_get_wal_receiver()).received_tli::text "
     "ELSE pg_walfile_name(pg_current_wal_insert_lsn()) END"
@@ -67,7 +67,7 @@ REPORTS: Final = {
 }
 
 PAGE = 8192
-# A page's header; the first page of a segment has the longer one.
+# Sizes of the header of a page, and of the first page of a segment.
 HEADER, SEGMENT_HEADER = 24, 40
 
 
@@ -84,75 +84,78 @@ def parse_lsn(text: str) -> int:
 
 def end_of_record(lsn: int) -> int:
     """
-    Return where the last record ends, given the insert position.
+    Return the end of the last record, given the insert position.
 
-    After a record that ends with its page the insert position is past the next page's header,
-    where no replica gets to before the next record. A record that reaches just as far into the
-    page began before it, so a replica that is at the page's start has replayed that one too.
+    If the last record ends with its page, the insert position is after the header of the next
+    page, which no replica reaches before the next record is written. If a record ends at that very
+    point, it began on the previous page, so a replica at the start of the page has replayed it too.
     """
     return lsn - lsn % PAGE if lsn % PAGE in (HEADER, SEGMENT_HEADER) else lsn
 
 
 def _is_true(value: Any) -> bool:
-    # What was asked without a cursor is text.
+    # A value that was fetched without a cursor is text.
     return value is True or value == "t"
 
 
 class PostgreSQL(Dialect):
-    # Conflict with recovery; shutdown, crash, starting up; a lost connection; no room for one.
+    # https://www.postgresql.org/docs/current/errcodes-appendix.html
+    # Shutdown, crash, starting up, idle session timeout.
     connection_lost_errors: ClassVar[frozenset[Any]] = frozenset(
         {"57P01", "57P02", "57P03", "57P05"}
     )
+    # Conflict with recovery, deadlock with recovery, database dropped.
     retryable_errors: ClassVar[frozenset[Any]] = connection_lost_errors | {
         "40001",
         "40P01",
         "57P04",
     }
+    # Not supported, not permitted, no such function.
     permission_errors: ClassVar[frozenset[Any]] = frozenset({"0A000", "42501", "42883"})
 
-    def strategies(self, choice: bool | str) -> tuple[int, ...]:
-        if choice == "lsn":
+    def strategies(self, setting: bool | str) -> tuple[int, ...]:
+        if setting == "lsn":
             return (LSN,)
-        if choice == "xid":
+        if setting == "xid":
             return XID, XID_ALONE
-        return () if choice == "gtid" or not choice else (LSN, XID, XID_ALONE)
+        return () if setting == "gtid" or not setting else (LSN, XID, XID_ALONE)
 
     def identify(
-        self, ask: Query, driver: tuple[str, int], way: int | None
+        self, query: Query, driver: tuple[str, int], strategy: int | None
     ) -> tuple[Identification, Row]:
-        wanted = IDENTITY if way is None else f"{IDENTITY}, {REPORTS[way]}"
-        started, address, port, pid, sees_all, *row = ask(f"SELECT {wanted}")
-        # Over a Unix socket a server has no address but the socket's.
+        columns = IDENTITY if strategy is None else f"{IDENTITY}, {REPORTS[strategy]}"
+        started, address, port, pid, sees_all, *row = query(f"SELECT {columns}")
+        # inet_server_addr() is NULL over a Unix socket.
         identity = Identity(started, address or driver[0], int(port or driver[1]))
         return Identification(identity, int(pid), not _is_true(sees_all)), tuple(row)
 
-    def system(self, ask: Query, identity: Identity) -> str:
-        return f"{int(ask(SYSTEM)[0]):x}"
+    def system(self, query: Query, identity: Identity) -> str:
+        return f"{int(query(SYSTEM)[0]):x}"
 
-    def checkpoint_timeline(self, ask: Query) -> str:
-        return str(int(ask(FOLLOWED)[0]))
+    def checkpoint_timeline(self, query: Query) -> str | None:
+        return str(int(query(CHECKPOINT_TIMELINE)[0]))
 
-    def report(self, ask: Query, server: Server, way: int) -> Row:
-        return ask(f"SELECT {REPORTS[way]}")
+    def report(self, query: Query, server: Server, strategy: int) -> Row:
+        return query(f"SELECT {REPORTS[strategy]}")
 
-    def read(self, row: Row, server: Server, way: int) -> Report:
+    def read(self, row: Row, server: Server, strategy: int) -> Report:
         in_recovery, point, timeline = _is_true(row[0]), row[1], row[2]
         if point is None:
-            raise PositionUnavailable("it replays no log")
-        system = server.system
-        if way == LSN:
-            value, log = parse_lsn(point), f"{system}-"
-        else:
-            value, log = int(point), f"{system}x-"
-        if way == XID_ALONE:
-            return Report(in_recovery, {f"{system}x": value}, {f"{system}x": value})
+            raise PositionUnavailable("it does not replay any WAL")
+        value = parse_lsn(point) if strategy == LSN else int(point)
+        prefix = server.system if strategy == LSN else f"{server.system}x"
+        if strategy == XID_ALONE:
+            return Report(in_recovery, {prefix: value}, Position({prefix: value}))
         if in_recovery:
-            name = log if timeline is None else log + timeline
-            return Report(
-                True, {name: value}, None, timeline is None and server.lacks_timeline_privilege
-            )
-        log += str(int(timeline[:8], 16))
-        return Report(False, {log: value}, {log: end_of_record(value) if way == LSN else value})
+            is_hidden = timeline is None and server.lacks_timeline_privilege
+            return Report(True, {log_name(prefix, timeline): value}, None, is_hidden)
+        # A primary reports a WAL file's name, which begins with the timeline in hexadecimal.
+        log = log_name(prefix, str(int(timeline[:8], 16)))
+        end = end_of_record(value) if strategy == LSN else value
+        return Report(False, {log: value}, Position({log: end}))
+
+    def supersedes(self, points: Points, other: Points) -> bool:
+        return any(is_later(log, earlier) for log in points for earlier in other)
 
     def error_code(self, error: BaseException) -> Any:
         cause = error.__cause__ if error.__cause__ is not None else error

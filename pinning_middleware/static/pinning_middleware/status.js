@@ -1,28 +1,28 @@
-// Asks the page's own address every two seconds for what this process knows, and draws it. The
-// user's cookies stay at home unless a proxy wants to see them: so looking on changes nothing.
+// Polls the page's data URL every two seconds and renders the response. Requests omit the user's
+// cookies, so that an open page keeps no session alive, unless a proxy requires them.
 "use strict";
 
-const EVERY = 2000;
+const POLL_INTERVAL = 2000;
 const MINUTE = 60000;
-const SHORTEST = 20000;
-const KEPT = 15 * MINUTE;
-// Older knowledge is no point of a line.
-const FRESH = 10;
+const MIN_CHART_SPAN = 20000;
+const CHART_SPAN = 15 * MINUTE;
+// Maximum age of a lag that is drawn (seconds).
+const MAX_LAG_AGE = 10;
 const WIDTH = 640;
 const HEIGHT = 200;
 const SERIES = 5;
-const PATIENCE = 30000;
+const PROCESS_TIMEOUT = 30000;
 
 const status = document.getElementById("status");
 const svgNamespace = "http://www.w3.org/2000/svg";
-// What earlier answers said: {at, lags: {key: seconds}, reads: {table: {key: number}}}.
+// Earlier responses: {at, lags: {key: seconds}, reads: {table: {key: number}}}.
 const samples = [];
 const keys = [];
 let credentials = "omit";
 let paused = false;
-// The process whose figures these are, and when it was last met.
+// The process whose state is shown, and the time of its last response.
 let pid = Number(document.getElementById("pid").textContent);
-let met = 0;
+let lastResponse = 0;
 
 function element(name, text, attributes = {}) {
   const made = document.createElement(name);
@@ -37,8 +37,8 @@ function drawn(name, attributes) {
   return made;
 }
 
-// Screen readers say what changes in a live region, so nothing is set that is there already.
-function say(id, text) {
+// Screen readers announce every change of a live region, so do not set an unchanged text.
+function setText(id, text) {
   const place = document.getElementById(id);
   if (place.textContent !== text) place.textContent = text;
 }
@@ -73,29 +73,29 @@ function fill(id, rows, width, none) {
 function showServers(servers) {
   fill("servers", servers.map((server) => row(
     [header(server.alias, server.address), ...server.cells.map(cell)],
-    `${server.is_drained ? "drained" : server.state}${server.error ? " trouble" : ""}`,
-  )), 9, "PINNING_REPLICAS names no replica.");
+    `${server.is_drained ? "drained" : server.state}${server.error ? " faulty" : ""}`,
+  )), 9, "PINNING_REPLICAS is empty.");
 }
 
 function keyOf({name, text}) {
   return `${name} ${text}`;
 }
 
-function lastMinute(table, now) {
-  const before = samples.find((sample) => now - sample.at <= MINUTE + EVERY);
+function readsInLastMinute(table, now) {
+  const before = samples.find((sample) => now - sample.at <= MINUTE + POLL_INTERVAL);
   return (share) => share.reads - ((before && before.reads[table][keyOf(share)]) || 0);
 }
 
 function showShares(table, shares, now) {
-  const lately = lastMinute(table, now);
-  const total = shares.reduce((sum, share) => sum + lately(share), 0);
+  const recentReads = readsInLastMinute(table, now);
+  const total = shares.reduce((sum, share) => sum + recentReads(share), 0);
   fill(table, shares.map((one) => {
     const {name, text, reads, percent} = one;
     const bar = drawn("svg", {class: "bar", viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true"});
     bar.append(drawn("rect", {width: percent, height: 10}));
     const share = element("td", undefined, {role: "cell"});
     share.append(bar, ` ${percent} %`);
-    const number = lately(one);
+    const number = recentReads(one);
     const percentLately = total ? ` (${Math.round((100 * number) / total)} %)` : "";
     return row([
       header(name, text),
@@ -103,24 +103,24 @@ function showShares(table, shares, now) {
       share,
       element("td", `${number}${percentLately}`, {role: "cell", class: "minute"}),
     ]);
-  }), 4, "No read yet.");
+  }), 4, "No reads yet.");
 }
 
-function note(answer, now) {
+function addSample(answer, now) {
   const lags = {};
   answer.servers.forEach((server) => {
-    const known = server.lag !== null && server.age !== null && server.age < FRESH;
+    const isFresh = server.lag !== null && server.age !== null && server.age < MAX_LAG_AGE;
     const key = keyOf({name: server.alias, text: server.address});
-    if (known) lags[key] = server.lag;
-    if (known && !keys.includes(key)) keys.push(key);
+    if (isFresh) lags[key] = server.lag;
+    if (isFresh && !keys.includes(key)) keys.push(key);
   });
   const numbers = (shares) => Object.fromEntries(shares.map((one) => [keyOf(one), one.reads]));
   const reads = {"by-server": numbers(answer.by_server), "by-reason": numbers(answer.by_reason)};
   samples.push({at: now, lags, reads});
-  while (now - samples[0].at > KEPT) samples.shift();
+  while (now - samples[0].at > CHART_SPAN) samples.shift();
 }
 
-function ceiling(lag) {
+function chartTop(lag) {
   const steps = [0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 86400];
   return steps.find((step) => lag <= step) || lag;
 }
@@ -147,8 +147,8 @@ function lines(key, now, from, top) {
 }
 
 function drawLag(now) {
-  const from = Math.max(SHORTEST, now - samples[0].at);
-  const top = ceiling(Math.max(0.1, ...samples.flatMap((sample) => Object.values(sample.lags))));
+  const from = Math.max(MIN_CHART_SPAN, now - samples[0].at);
+  const top = chartTop(Math.max(0.1, ...samples.flatMap((sample) => Object.values(sample.lags))));
   const chart = document.getElementById("lag-chart");
   const grid = [0.25, 0.5, 0.75].map((part) => drawn("line", {
     x1: 0, x2: WIDTH, y1: HEIGHT * part, y2: HEIGHT * part,
@@ -157,24 +157,24 @@ function drawLag(now) {
     drawn("polyline", {points: points.join(" "), class: `series-${number % SERIES}`})
   )));
   chart.replaceChildren(...grid, ...curves);
-  say("lag-top", seconds(top));
-  say("lag-from", `${seconds(Math.round(from / 1000))} ago`);
+  setText("lag-top", seconds(top));
+  setText("lag-from", `${seconds(Math.round(from / 1000))} ago`);
   const last = samples.at(-1).lags;
   document.getElementById("lag-legend").replaceChildren(...keys.map((key, number) => {
     const item = element("li");
     const sample = drawn("svg", {viewBox: "0 0 32 10", "aria-hidden": "true"});
     sample.append(drawn("polyline", {points: "0,5 32,5", class: `series-${number % SERIES}`}));
-    const now = last[key] === undefined ? "not measured now" : seconds(last[key]);
+    const now = last[key] === undefined ? "currently unknown" : seconds(last[key]);
     item.append(sample, `${key.split(" ")[0]}: ${now}`);
     return item;
   }));
-  say("lag-says", keys.length
-    ? "Seconds behind the primary since this page was opened. It is measured while PINNING_MAX_LAG is set and reads come in."
-    : "Not measured: it is while PINNING_MAX_LAG is set, or a block asks for it, and reads come in.");
+  setText("lag-description", keys.length
+    ? "Seconds behind the primary since this page was opened. Measured while PINNING_MAX_LAG is set and reads arrive."
+    : "Not measured. Lag is measured while PINNING_MAX_LAG is set, or use_replica(max_lag=…) is used, and reads arrive.");
 }
 
 function showSummary({state, text}) {
-  say("summary", text);
+  setText("summary", text);
   const name = `summary ${state}`;
   const summary = document.getElementById("summary");
   if (summary.className !== name) summary.className = name;
@@ -182,59 +182,59 @@ function showSummary({state, text}) {
 }
 
 function show(answer, now) {
-  note(answer, now);
-  say("pid", String(answer.pid));
+  addSample(answer, now);
+  setText("pid", String(answer.pid));
   showSummary(answer.summary);
   showServers(answer.servers);
   showShares("by-server", answer.by_server, now);
   showShares("by-reason", answer.by_reason, now);
-  fill("events", answer.events.map((event) => row(event.cells.map(cell))), 5, "Nothing.");
+  fill("events", answer.events.map((event) => row(event.cells.map(cell))), 5, "No events.");
   drawLag(now);
-  say("live", "");
+  setText("live", "");
 }
 
-async function ask() {
+async function poll() {
   const headers = {"Pinning-Status": status.dataset.token};
   const response = await fetch(status.dataset.url, {credentials, headers, redirect: "error"});
-  const isOurs = (response.headers.get("Content-Type") || "").startsWith("application/json");
-  if (response.status === 403 && isOurs) {
-    // An hour is over: whoever looks is asked for again.
+  const isJson = (response.headers.get("Content-Type") || "").startsWith("application/json");
+  if (response.status === 403 && isJson) {
+    // The token has expired; reloading the page checks the user again.
     location.reload();
     return;
   }
-  if (!response.ok || !isOurs) throw new Error(String(response.status));
+  if (!response.ok || !isJson) throw new Error(String(response.status));
   const answer = await response.json();
   const now = performance.now();
   if (answer.pid !== pid) {
-    // Each process has figures of its own: stay with one, as long as it is there.
-    if (now - met < PATIENCE) return;
+    // Each process has its own counters: stay with one as long as it responds.
+    if (now - lastResponse < PROCESS_TIMEOUT) return;
     samples.length = keys.length = 0;
     pid = answer.pid;
   }
-  met = now;
+  lastResponse = now;
   show(answer, now);
 }
 
-async function look() {
+async function pollRepeatedly() {
   if (!paused && !document.hidden) {
     try {
-      await ask();
+      await poll();
     } catch {
       credentials = credentials === "omit" ? "same-origin" : "omit";
-      say("live", "The site does not answer; trying again.");
+      setText("live", "The site does not respond; retrying.");
     }
   }
-  setTimeout(look, EVERY);
+  setTimeout(pollRepeatedly, POLL_INTERVAL);
 }
 
-function begin() {
+function start() {
   const button = document.getElementById("pause");
   button.addEventListener("click", () => {
     paused = !paused;
     button.setAttribute("aria-pressed", String(paused));
   });
   ["pause", "live", "lag-section"].forEach((id) => { document.getElementById(id).hidden = false; });
-  look();
+  pollRepeatedly();
 }
 
-begin();
+start();

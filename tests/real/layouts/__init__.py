@@ -1,9 +1,9 @@
-"""The layouts that sites have between Django and its servers, each started and stopped by a block.
+"""Layouts of sites between Django and its servers, each a context manager.
 
     with haproxy(*cluster.replicas) as proxy:
         entry = database(proxy, conn_max_age=None)
 
-Nothing in here needs Django or the package.
+These modules need neither Django nor the package.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from __future__ import annotations
 from .addresses import Address, Forwarder, Place, black_hole, database
 from .daemons import Bouncer, Proxy, haproxy, pgbouncer
 from .postgres import (
-    come_back_behind,
+    copy_data,
     follows,
     frozen,
     has_replayed,
-    keep_copy,
     make_role,
     promote,
     rejoin,
     repoint,
+    restart_behind,
     wait_replayed,
 )
 from .versions import MAJORS, installation
@@ -33,7 +33,7 @@ __all__ = [
     "Place",
     "Proxy",
     "black_hole",
-    "come_back_behind",
+    "copy_data",
     "database",
     "eventually",
     "follows",
@@ -41,12 +41,12 @@ __all__ = [
     "haproxy",
     "has_replayed",
     "installation",
-    "keep_copy",
     "make_role",
     "missing",
     "pgbouncer",
     "promote",
     "rejoin",
     "repoint",
+    "restart_behind",
     "wait_replayed",
 ]

@@ -1,4 +1,4 @@
-"""Addresses that lead to a server, to several, to another one than before, or to nobody."""
+"""Addresses that resolve to one or several servers, can be moved, or are unresponsive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHUNK: Final = 65536
 
 
 class Place(Protocol):
-    """What can be connected to: a node, a proxy, a plain address."""
+    """A host and port: a server, a proxy, or a plain address."""
 
     @property
     def host(self) -> str: ...
@@ -37,7 +37,7 @@ def database(
     options: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """An entry of Django's DATABASES; several places are libpq's list of hosts, in any order.
+    """Return an entry of DATABASES; several places become libpq's list of hosts, in random order.
 
     `pool` is that of Django's option (which needs `psycopg_pool` and a `conn_max_age` of 0),
     `more` are keys of the entry.
@@ -59,15 +59,15 @@ def database(
 
 @contextmanager
 def black_hole() -> Iterator[Address]:
-    """An address that takes connections (the system does, up to a hundred) and never answers."""
+    """An address that accepts up to a hundred connections and never responds."""
     with socket.create_server((HOST, 0), backlog=100) as listener:
         yield Address(*listener.getsockname())
 
 
 class Forwarder:
-    """An address that leads to a place, and may lead elsewhere later.
+    """An address that forwards connections to a place, which may be changed later.
 
-    Whoever connects while its place takes no connection is hung up on.
+    A connection is closed if the place accepts none.
     """
 
     def __init__(self, place: Place, host: str = HOST, port: int = 0) -> None:
@@ -91,22 +91,22 @@ class Forwarder:
         return f"<Forwarder {self.host}:{self.port} to {self._target}>"
 
     def point_to(self, place: Place, cut: bool = True) -> None:
-        """Lead to another place from now on; `cut` says what becomes of older connections."""
+        """Forward to another place from now on; close older connections if `cut`."""
         with self._lock:
             self._target = (place.host, place.port)
         if cut:
             self.cut()
 
     def cut(self) -> None:
-        """End all connections."""
+        """Close all connections."""
         with self._lock:
             for one in self._open:
-                # Wakes the thread that reads from it, which closes it.
+                # Wakes the reading thread, which closes the socket.
                 with suppress(OSError):
                     one.shutdown(socket.SHUT_RDWR)
 
     def stop(self) -> None:
-        """Take no more connections and end those that there are."""
+        """Accept no more connections and close the existing ones."""
         with self._lock:
             self._closed = True
         with suppress(OSError):
@@ -146,7 +146,7 @@ class Forwarder:
         with suppress(OSError):
             while data := source.recv(CHUNK):
                 sink.sendall(data)
-        # The protocol knows no half-closed connections.
+        # The protocol does not use half-closed connections.
         for one in (source, sink):
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)

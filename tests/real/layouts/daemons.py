@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 ATTEMPTS: Final = 20
 
-# Ends the program when we die in a way that runs no clean-up: our end of its standard input
+# Ends the program if this process is killed without clean-up: the pipe of its standard input
 # closes then.
 WATCH: Final = 'read -r _; kill -KILL "$1"; rm -rf "$2"'
 
@@ -37,7 +37,7 @@ WATCH: Final = 'read -r _; kill -KILL "$1"; rm -rf "$2"'
 
 
 class Proxy:
-    """A HAProxy that leads each connection to one of several servers."""
+    """A HAProxy that forwards each connection to one of several servers."""
 
     def __init__(self, address: Address, control: Path, slots: int) -> None:
         self.host, self.port = address
@@ -45,7 +45,7 @@ class Proxy:
         self._slots = [f"front/s{number}" for number in range(slots)]
 
     def point_to(self, *places: Place, cut: bool = True) -> None:
-        """Lead to these places only from now on; `cut` says what becomes of older connections."""
+        """Forward to these places only; close older connections if `cut`."""
         if len(places) > len(self._slots):
             raise ValueError(f"this proxy has {len(self._slots)} slots")
         for slot in self._slots[len(places) :]:
@@ -57,21 +57,21 @@ class Proxy:
             self.cut()
 
     def cut(self) -> None:
-        """End all connections."""
+        """Close all connections."""
         for slot in self._slots:
             self._command(f"shutdown sessions server {slot}")
         assert eventually(lambda: not self.connections)
 
     @property
     def connections(self) -> int:
-        """How many there are to servers."""
+        """Return the number of connections to servers."""
         rows = [row.split(",") for row in self._command("show stat -1 4 -1").splitlines()]
         place = rows[0].index("scur")
         return sum(int(row[place]) for row in rows[1:] if row and row[0] == "front")
 
     @property
     def up(self) -> int:
-        """How many servers it deems worth a connection."""
+        """Return the number of servers that it considers up."""
         rows = [row.split(",") for row in self._command("show stat -1 4 -1").splitlines()]
         place = rows[0].index("status")
         return sum(row[place].startswith(("UP", "no check")) for row in rows[1:] if len(row) > 1)
@@ -115,7 +115,7 @@ listen front
 def haproxy(
     *places: Place, balance: str = "roundrobin", check: bool = False, slots: int = 4
 ) -> Iterator[Proxy]:
-    """HAProxy in front of these places, by `roundrobin` or `leastconn`.
+    """Run HAProxy in front of these places, with `roundrobin` or `leastconn`.
 
     With `check` it asks them ten times a second whether they are there, and cuts the connections
     to one that isn't. At most `slots` places can be pointed to later.
@@ -136,7 +136,7 @@ def haproxy(
             else "",
         )
         for number in range(slots):
-            # A slot without a place has an address that is not used.
+            # A slot without a place has an unused address.
             place = places[number] if number < len(places) else Address(HOST, 1)
             disabled = "" if number < len(places) else " disabled"
             text += f"    server s{number} {place.host}:{place.port}{disabled}\n"
@@ -151,14 +151,14 @@ def haproxy(
 
 
 class Bouncer:
-    """A PgBouncer; `forwarders` are its ways to the servers if there are several."""
+    """A PgBouncer; `forwarders` forward to the servers if there are several."""
 
     def __init__(self, address: Address, forwarders: Sequence[Forwarder]) -> None:
         self.host, self.port = address
         self.forwarders = list(forwarders)
 
     def admin(self, command: str) -> list[dict[str, Any]]:
-        """A command of its console: SHOW SERVERS, RECONNECT, PAUSE, …"""
+        """Run a command of the admin console: SHOW SERVERS, RECONNECT, PAUSE, …"""
         with psycopg.connect(
             host=self.host,
             port=self.port,
@@ -185,7 +185,7 @@ def pgbouncer(
     users: Sequence[str] = (SUPERUSER, *ROLES.values()),
     **settings: str,
 ) -> Iterator[Bouncer]:
-    """PgBouncer in front of these places, by turns, for these users, without passwords.
+    """Run PgBouncer in front of these places, round robin, for these users, without passwords.
 
     Its list of hosts has one port for all of them: several places stand on loopback addresses
     of their own then, which only Linux has unasked.
@@ -205,7 +205,7 @@ def pgbouncer(
             "pool_mode": pool_mode,
             "ignore_startup_parameters": "extra_float_digits",
             "max_client_conn": "500",
-            # Else a server that comes back is left alone for 15 s.
+            # The default delay before a reconnect is 15 s.
             "server_login_retry": "0.1",
             **settings,
         }
@@ -228,7 +228,7 @@ def pgbouncer(
 
 @contextmanager
 def _on_one_port(places: Sequence[Place]) -> Iterator[list[Forwarder]]:
-    """Forwarders to these places on 127.0.0.2, .3, …, all on the same port."""
+    """Run forwarders to these places on 127.0.0.2, .3, …, all on the same port."""
     for attempt in range(ATTEMPTS):
         port = free_port()
         with ExitStack() as stack:
@@ -291,7 +291,7 @@ def _spawned(programs: Programs, command: list[str], folder: Path) -> Iterator[P
             stack.callback(process.send_signal, signal.SIGKILL)
             watch = ["/bin/sh", "-c", WATCH, "watch", str(process.pid), str(folder)]
             watcher = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
-            # Before the number of the program's process may be another's.
+            # Before the process ID may be reused.
             stack.callback(watcher.communicate)
             stack.callback(watcher.kill)
         yield process

@@ -1,4 +1,4 @@
-"""What happens to PostgreSQL servers, and who connects to them."""
+"""Faults of PostgreSQL servers, roles, and changes of replication."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from sample_site.wal import INSERTED, REPLAYED, end_of_log
 
 from .waiting import eventually
 
-# By whether they may see the statistics of others.
+# By whether the role may see the statistics of other roles.
 ROLES: Final = {False: "site_plain", True: "site_monitor"}
 
 
-# Silence
+# Unresponsive servers
 
 
 @contextmanager
 def frozen(*nodes: Node) -> Iterator[None]:
-    """Servers that take connections and say nothing; they go on at the end of the block."""
+    """Freeze servers: they accept connections and are unresponsive. Thaw them on exit."""
     try:
         for node in nodes:
             node.freeze()
@@ -40,7 +40,7 @@ def frozen(*nodes: Node) -> Iterator[None]:
 def make_role(cluster: Cluster, monitor: bool = False, database: str = "site") -> str:
     """A role with all rights on the tables of a database, those to come included; its name.
 
-    All nodes know it afterwards. A plain one isn't told how replication goes, a `monitor` is.
+    All servers have it afterwards. A `monitor` may see the replication status.
     """
     name, primary = ROLES[monitor], cluster.primary
     if not primary.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", (name,)):
@@ -67,39 +67,39 @@ def make_role(cluster: Cluster, monitor: bool = False, database: str = "site") -
 
 
 def has_replayed(replica: Node, position: int) -> bool:
-    """Whether a replica has what the log held up to this position."""
+    """Return whether a replica has replayed the log up to this position."""
     return bool(replica.execute(REPLAYED)[0][0] >= position)
 
 
 def wait_replayed(primary: Node, *replicas: Node, timeout: float = 20) -> None:
-    """Wait until replicas have what this primary has by now."""
+    """Wait until replicas have caught up with this primary."""
     target = end_of_log(primary.execute(INSERTED)[0][0])
     for replica in replicas:
         assert eventually(partial(has_replayed, replica, target), timeout), replica
 
 
 def follows(replica: Node, primary: Node) -> bool:
-    """Whether a replica receives another node's log right now."""
+    """Return whether a replica is receiving the log of another server."""
     return bool(primary.execute(STREAMING, (replica.name,))[0][0])
 
 
 def promote(replica: Node) -> None:
-    """Make a primary of a replica; the others follow it when they are told to (`repoint`)."""
+    """Promote a replica; the other replicas follow it after `repoint`."""
     replica.promote()
     assert not replica.in_recovery
 
 
 def repoint(replica: Node, primary: Node, timeout: float = 20) -> None:
-    """Let a replica that runs follow another node, without a restart, and wait until it does."""
+    """Let a running replica follow another server, and wait until it does."""
     replica.repoint(primary)
     assert eventually(lambda: follows(replica, primary), timeout), replica
 
 
-# A crash after which a server is older than before
+# A crash after which a server has an older state
 
 
-def keep_copy(node: Node) -> Path:
-    """Copy a server's data, for which it is stopped; for `come_back_behind`."""
+def copy_data(node: Node) -> Path:
+    """Stop a server and copy its data, for `restart_behind`."""
     copy = node.folder.with_suffix(".copy")
     was_running = node.running
     node.stop()
@@ -109,22 +109,22 @@ def keep_copy(node: Node) -> Path:
     return copy
 
 
-def come_back_behind(replica: Node, copy: Path) -> None:
-    """Let a replica crash and come back on the copy of its data, cut off from its primary."""
+def restart_behind(replica: Node, copy: Path) -> None:
+    """Crash a replica, and restart it from the copy, disconnected from its primary."""
     replica.stop("immediate")
     _copy(copy, replica.folder)
-    # Stronger than the configuration file, which the start writes.
+    # Takes precedence over the configuration file, which is written at the start.
     (replica.folder / "postgresql.auto.conf").write_text("primary_conninfo = ''\n")
     replica.start()
 
 
 def rejoin(replica: Node) -> None:
-    """Let a replica that was cut off follow its primary again."""
+    """Let a disconnected replica follow its primary again."""
     replica.execute("ALTER SYSTEM RESET primary_conninfo")
     replica.execute("SELECT pg_reload_conf()")
 
 
 def _copy(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
-    # Keeps the owners.
+    # Preserves the owners.
     subprocess.run(["cp", "-a", source, target], check=True)

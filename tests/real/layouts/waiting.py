@@ -1,4 +1,4 @@
-"""Waiting for what happens elsewhere, and going without what is not there."""
+"""Polling for a condition, and skipping tests without their server."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 
 
 def missing(what: str) -> NoReturn:
-    """A test without its server is skipped at home, and fails where all servers ought to be."""
+    """Skip the test, or fail it in CI, where all servers should be installed."""
     if os.environ.get("CI"):
         pytest.fail(what)
     pytest.skip(what)
 
 
 def eventually(condition: Callable[[], object], timeout: float = 20) -> bool:
-    """Poll until the condition holds; whether it did in time."""
+    """Poll until the condition holds; return whether it did in time."""
     deadline = time.perf_counter() + timeout
     while not condition():
         if time.perf_counter() > deadline:

@@ -1,0 +1,199 @@
+"""
+The mixin that every connection of Django gets, over the site's own ``DatabaseWrapper`` class.
+
+It bounds connecting, defers the error of a failed connection until a statement is run (which may be
+retried on another server), and reports the end of transactions.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from django.db import OperationalError, connections
+from django.db.backends.signals import connection_created
+
+from pinning_middleware.backend.execute import execute_wrapper
+from pinning_middleware.backend.failover import UnopenedCursor
+from pinning_middleware.backend.session_setup import set_up_session, undo_session_setup
+from pinning_middleware.backend.writes import record_transaction_end
+from pinning_middleware.conf import conf
+from pinning_middleware.reasons import Fault
+from pinning_middleware.routing.policy import Decision, is_former_primary, take_decision
+from pinning_middleware.routing.pool import Pool
+from pinning_middleware.routing.pools import pools
+from pinning_middleware.scopes.overrides import failover_suppressed
+from pinning_middleware.scopes.scope import Scope, current_scope
+from pinning_middleware.servers.connect import BoundedConnect
+from pinning_middleware.servers.dialects import dialect_for
+from pinning_middleware.servers.probe import CONNECTION_ERRORS, failover_disabled, state_of
+from pinning_middleware.utils import clock
+
+if TYPE_CHECKING:
+    from pinning_middleware.pins import Points
+
+__all__ = ["PinnedConnection", "install", "pin_created", "pinned_class"]
+
+
+class PinnedConnection(BoundedConnect):
+    """Mixed into the connection class of each ENGINE; see ``pinned_class()``."""
+
+    # The scopes with a write in the transaction that is open.
+    uncommitted_scopes: frozenset[Scope] = frozenset()
+    # BEGIN was sent as a statement of its own.
+    in_raw_transaction = False
+    # Django is setting up the session of a new connection.
+    is_connecting = False
+    # What the server was known to have replayed when the transaction began.
+    snapshot: Points | None = None
+    # The driver's cursor that was opened last, and the decision behind it.
+    last_opened: tuple[Any, Decision | None] = (None, None)
+    # What PINNING_SESSION_SETUP was last called for: the driver's connection and the scope.
+    session_set_up_for: tuple[Any, Any] = (None, None)
+
+    def connect(self) -> None:
+        """Open the connection."""
+        self.in_raw_transaction = False
+        self.is_connecting = True
+        try:
+            super().connect()
+        finally:
+            self.is_connecting = False
+        if dialect_for(self) is not None and self.alias in pools().by_connection:
+            state = state_of(self)
+            # What receivers of connection_created set applies to every connection.
+            state.session_modified = state.session_modified_at_checkout
+
+    def _cursor(self, name: str | None = None) -> Any:
+        decision = take_decision(self.alias)
+        pool = pools().by_connection.get(self.alias)
+        if pool is None or failover_suppressed():
+            return super()._cursor(name)
+        if self.alias != pool.primary and pool.is_mirror(self.alias):
+            # Only the primary's own connection sees the rows of a test's transaction.
+            primary: Any = connections[pool.primary]
+            cursor = primary._cursor(name)
+            cursor.pinning_alias = self.alias
+        else:
+            cursor = self._cursor_or_error(pool, name)
+        cursor.pinning_decision = decision
+        # A tool that wraps cursors makes another wrapper around the driver's cursor.
+        cursor.db.last_opened = cursor.cursor, decision
+        return cursor
+
+    def _cursor_or_error(self, pool: Pool, name: str | None) -> Any:
+        try:
+            if self.connection is None:
+                self._check_reachable(pool)
+            return super()._cursor(name)
+        except CONNECTION_ERRORS as error:
+            may_fail_over = self.alias != pool.primary or conf.primary_down == "stale"
+            if not may_fail_over or self.in_atomic_block or failover_disabled.get():
+                raise
+            return self._prepare_cursor(UnopenedCursor(error, name))
+
+    def _check_reachable(self, pool: Pool) -> None:
+        """Raise OperationalError if the alias is known to be unreachable and may be retried."""
+        endpoint = pool.endpoint if self.alias == pool.primary else pool.endpoints[self.alias]
+        is_down = endpoint.out_of_rotation in (Fault.UNREACHABLE, Fault.UNRESPONSIVE)
+        may_fail_over = self.alias != pool.primary or conf.primary_down == "stale"
+        if is_down and may_fail_over and not (self.in_atomic_block or failover_disabled.get()):
+            raise OperationalError(f"{self.alias} is out of rotation: {endpoint.error}")
+
+    # The end of transactions
+
+    def set_autocommit(self, autocommit: bool, *args: Any, **kwargs: Any) -> None:
+        """Begin or end a transaction as Django's ``atomic()`` does."""
+        if not autocommit:
+            self._leave_former_primary()
+            self._take_snapshot()
+            # What is set inside the transaction would be rolled back with it.
+            set_up_session(self)
+        super().set_autocommit(autocommit, *args, **kwargs)
+        # Some backends begin the transaction by a statement.
+        self.in_raw_transaction = False
+        if autocommit:
+            record_transaction_end(self)
+
+    def _leave_former_primary(self) -> None:
+        """Connect anew if the primary's alias resolves to another server by now."""
+        pool = pools().by_connection.get(self.alias)
+        if pool is None or self.connection is None or failover_disabled.get():
+            return
+        if is_former_primary(pool, self, current_scope()):
+            self.close()
+
+    def _take_snapshot(self) -> None:
+        """Note what a replica has replayed, if the scope's pins depend on it."""
+        pool = pools().by_connection.get(self.alias)
+        if pool is None or self.alias == pool.primary or not pool.supports_positions:
+            return
+        wanted = current_scope().state(pool.key).required(clock.now()).position
+        if wanted is not None and not failover_disabled.get():
+            pool.replica_set.probe_caught_up(self.alias, wanted)
+        server = state_of(self).server if self.connection is not None else None
+        self.snapshot = None if server is None else server.position
+
+    def _commit(self) -> None:
+        try:
+            super()._commit()
+        finally:
+            record_transaction_end(self)
+
+    def _rollback(self) -> None:
+        try:
+            super()._rollback()
+        finally:
+            undo_session_setup(self)
+            record_transaction_end(self)
+
+    def _savepoint_rollback(self, sid: str) -> None:
+        super()._savepoint_rollback(sid)
+        undo_session_setup(self)
+
+    def _close(self) -> None:
+        try:
+            super()._close()
+        finally:
+            self.in_raw_transaction = False
+            record_transaction_end(self)
+
+
+@lru_cache
+def pinned_class(base: Any) -> Any:
+    """Return the connection class of an ENGINE with the mixin."""
+    if issubclass(base, PinnedConnection):
+        return base
+    return type(base.__name__, (PinnedConnection, base), {"__module__": base.__module__})
+
+
+def pin_created(original: Any) -> Any:
+    """Wrap ``ConnectionHandler.create_connection``."""
+
+    def create_connection(self: Any, alias: str) -> Any:
+        return pin_connection(original(self, alias))
+
+    return create_connection
+
+
+def pin_connection(connection: Any) -> Any:
+    """Give a connection the mixin and the execute wrapper, and return it. Idempotent."""
+    if not getattr(connection, "is_dedicated", False):
+        kind: Any = type(connection)
+        connection.__class__ = pinned_class(kind)
+        if execute_wrapper not in connection.execute_wrappers:
+            # connection.execute_wrapper() appends and pops; this one stays, outermost.
+            connection.execute_wrappers.insert(0, execute_wrapper)
+    return connection
+
+
+def _on_connection_created(*, connection: Any, **kwargs: Any) -> None:
+    # A connection that was made without the handler, by connection.copy() for example.
+    pin_connection(connection)
+
+
+def install() -> None:
+    """Pin the connections that exist, and those that are made without the handler. Idempotent."""
+    connection_created.connect(_on_connection_created, dispatch_uid="pinning_middleware.connection")
+    for connection in connections.all(initialized_only=True):
+        pin_connection(connection)

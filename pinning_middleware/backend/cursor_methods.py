@@ -1,0 +1,128 @@
+"""Methods of cursors that do not pass Django's execute wrappers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Final
+
+from django.db.backends.utils import CursorWrapper
+
+from pinning_middleware.backend.execute import intended_alias
+from pinning_middleware.backend.failover import UnopenedCursor, admit_cursor
+from pinning_middleware.backend.session_setup import set_up_session
+from pinning_middleware.backend.writes import classify, recording_write
+from pinning_middleware.conf import conf
+from pinning_middleware.routing.pools import pools
+from pinning_middleware.scopes.overrides import failover_suppressed
+from pinning_middleware.servers.probe import failover_disabled
+from pinning_middleware.sql import Kind
+
+__all__ = [
+    "STATEMENT_ARGUMENTS",
+    "open_before_recording",
+    "record_callproc",
+    "record_driver_method",
+]
+
+# The methods of psycopg's, psycopg2's and sqlite3's cursors, and what they call the statement.
+STATEMENT_ARGUMENTS: Final = {
+    "copy": "statement",
+    "copy_expert": "sql",
+    "copy_from": "",
+    "executescript": "sql_script",
+    "stream": "query",
+}
+_UNREADABLE: Final = "?"
+
+
+def record_callproc(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Make ``callproc()`` a write: what a procedure does is unknown."""
+
+    def callproc(
+        self: CursorWrapper, procname: str, params: Any = None, kparams: Any = None
+    ) -> Any:
+        set_up_session(self.db)
+        with recording_write(self.db, intended_alias(self), f"CALL {procname}"):
+            return original(self, procname, params, kparams)
+
+    return callproc
+
+
+class DriverMethod:
+    """A descriptor that returns the driver's method of this name, and records its writes."""
+
+    pinning_original: Any = None
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, cursor: Any, owner: Any = None) -> Any:
+        if cursor is None:
+            return self
+        if not isinstance(cursor.cursor, UnopenedCursor):
+            # Raise AttributeError for a method that the driver does not have.
+            getattr(cursor.cursor, self.name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            keyword = STATEMENT_ARGUMENTS[self.name]
+            sql = _UNREADABLE
+            if keyword:
+                sql = args[0] if args else kwargs.get(keyword, _UNREADABLE)
+            kind = classify(cursor.db, sql).kind
+            pool = pools().by_connection.get(cursor.db.alias)
+            if kind is not Kind.WRITE:
+                if pool is not None and not (failover_disabled.get() or failover_suppressed()):
+                    admit_cursor(pool, cursor)
+                elif pool is not None:
+                    set_up_session(cursor.db)
+                return getattr(cursor.cursor, self.name)(*args, **kwargs)
+            alias = intended_alias(cursor)
+            set_up_session(cursor.db)
+            recording = recording_write(cursor.db, alias, sql)
+            if self.name in _DEFERRED and alias not in conf.readonly_aliases:
+                return _DEFERRED[self.name](recording, cursor, *args, **kwargs)
+            with recording:
+                return getattr(cursor.cursor, self.name)(*args, **kwargs)
+
+        return call
+
+
+# What is replaced is not an attribute of Django's class: it passes these names on to the driver's.
+record_driver_method = DriverMethod
+
+
+@contextmanager
+def _copying(
+    recording: AbstractContextManager[None], cursor: CursorWrapper, *args: Any, **kwargs: Any
+) -> Iterator[Any]:
+    with recording, cursor.cursor.copy(*args, **kwargs) as copy:
+        yield copy
+
+
+def _streaming(
+    recording: AbstractContextManager[None], cursor: CursorWrapper, *args: Any, **kwargs: Any
+) -> Iterator[Any]:
+    with recording:
+        yield from cursor.cursor.stream(*args, **kwargs)
+
+
+# Methods that return a context manager or an iterator, and run only when it is used.
+_DEFERRED: Final[dict[str, Callable[..., Any]]] = {"copy": _copying, "stream": _streaming}
+
+
+def open_before_recording(original: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    Wrap the method by which django-debug-toolbar records a statement. It looks at the driver's
+    connection first, which is missing if the server of the cursor could not be reached.
+    """
+
+    def _record(self: Any, method: Any, sql: Any, params: Any) -> Any:
+        if isinstance(self.cursor, UnopenedCursor):
+            pool = pools().by_connection.get(self.db.alias)
+            if pool is None or classify(self.db, sql).kind is not Kind.READ:
+                return method(sql, params)
+            admit_cursor(pool, self)
+        return original(self, method, sql, params)
+
+    return _record

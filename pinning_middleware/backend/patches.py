@@ -1,0 +1,187 @@
+"""
+Every change that the package makes to Django and to the drivers, in one table. Classes that
+override `from_db()` or `close()` themselves are wrapped when they are met, in `instances` and
+`responses`; `connection` adds the mixin to the class of each connection.
+
+Each row names the attribute that is replaced, why, the ticket if Django has one, and the test that
+fails without it. The replacements themselves are defined in the modules they belong to.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from django.apps import apps
+from django.utils.module_loading import import_string
+
+from pinning_middleware.backend import (
+    connection,
+    cursor_methods,
+    generic_relations,
+    instances,
+    lookups,
+    responses,
+    view_transactions,
+)
+from pinning_middleware.servers import liveness, psycopg_pool
+
+__all__ = ["PATCHES", "Patch", "install", "replace"]
+
+# Takes the original function and returns its replacement.
+Wrap = Callable[[Any], Any]
+
+
+class Patch(NamedTuple):
+    """
+    A replaced attribute.
+
+    ``owner``: dotted path of its class or module; ``names``: the attributes; ``wrap``: makes the
+    replacement of the original; ``app``: the app without which there is nothing to replace;
+    ``is_optional``: whether the module may be missing.
+    """
+
+    owner: str
+    names: tuple[str, ...]
+    wrap: Wrap
+    why: str
+    ticket: str
+    test: str
+    app: str = "django"
+    is_optional: bool = False
+
+
+PATCHES = (
+    Patch(
+        "django.db.utils.ConnectionHandler",
+        ("create_connection",),
+        connection.pin_created,
+        "Gives each connection the mixin and the execute wrapper. connection_created is too late "
+        "for a connection that cannot be opened.",
+        "",
+        "tests/real/test_failover.py",
+    ),
+    Patch(
+        "django.db.backends.utils.CursorWrapper",
+        ("callproc",),
+        cursor_methods.record_callproc,
+        "callproc() does not pass the execute wrappers.",
+        "https://code.djangoproject.com/ticket/29190",
+        "tests/test_writes.py",
+    ),
+    Patch(
+        "django.db.backends.utils.CursorWrapper",
+        tuple(cursor_methods.STATEMENT_ARGUMENTS),
+        cursor_methods.record_driver_method,
+        "The driver's own methods do not pass the execute wrappers.",
+        "",
+        "tests/test_writes.py",
+    ),
+    Patch(
+        "debug_toolbar.panels.sql.tracking.NormalCursorMixin",
+        ("_record",),
+        cursor_methods.open_before_recording,
+        "django-debug-toolbar needs the driver's connection before the statement is run.",
+        "",
+        "tests/real/test_integrations.py",
+        "debug_toolbar",
+    ),
+    Patch(
+        "django.core.handlers.base.BaseHandler",
+        ("make_view_atomic",),
+        view_transactions.mark_view_transactions,
+        "Tells the transaction of ATOMIC_REQUESTS from those that the code opens.",
+        "",
+        "tests/test_scopes.py",
+    ),
+    Patch(
+        "django.contrib.contenttypes.fields",
+        ("create_generic_related_manager",),
+        generic_relations.route_writes,
+        "A write through a GenericRelation calls db_for_read().",
+        "https://code.djangoproject.com/ticket/36389",
+        "tests/test_routers.py",
+        "django.contrib.contenttypes",
+    ),
+    Patch(
+        "django.db.models.base.Model",
+        ("save_base",),
+        instances.read_primary_while_saving,
+        "What save() reads itself is part of the write.",
+        "",
+        "tests/backend/test_instances.py",
+    ),
+    Patch(
+        "django.db.models.lookups.In",
+        ("process_rhs",),
+        lookups.accept_pool_aliases,
+        "The aliases of a pool are one database, also to a subquery.",
+        "",
+        "tests/backend/test_lookups.py",
+    ),
+    Patch(
+        "django.template.response.SimpleTemplateResponse",
+        ("render",),
+        responses.render_in_context,
+        "A template response is rendered under the rule of the decorator around its view.",
+        "",
+        "tests/test_api.py",
+    ),
+    Patch(
+        "psycopg.Connection",
+        ("wait",),
+        liveness.watched_wait,
+        "A read that waits for a server which no longer answers must fail over.",
+        "",
+        "tests/real/test_unresponsive.py",
+        is_optional=True,
+    ),
+    Patch(
+        "psycopg_pool.pool.ConnectionPool",
+        ("getconn",),
+        psycopg_pool.bounded_getconn,
+        "A probe must not wait for a connection of the pool as long as the site's own code may.",
+        "",
+        "tests/real/test_unresponsive.py",
+        is_optional=True,
+    ),
+)
+
+
+def install() -> None:
+    """Apply every patch. Idempotent."""
+    for patch in PATCHES:
+        if patch.app == "django" or apps.is_installed(patch.app):
+            try:
+                owner = _import(patch.owner)
+            except ImportError:
+                if patch.is_optional:
+                    continue
+                raise
+            for name in patch.names:
+                replace(owner, name, patch.wrap)
+    # Classes that override these methods themselves.
+    instances.install()
+    connection.install()
+
+
+def _import(path: str) -> Any:
+    """Import a class or a module."""
+    try:
+        return import_string(path)
+    except ImportError:
+        return import_module(path)
+
+
+def replace(owner: Any, name: str, wrap: Wrap) -> None:
+    """Replace an attribute by what ``wrap`` makes of it, unless that has been done."""
+    original = vars(owner).get(name)
+    if hasattr(original, "pinning_original"):
+        return
+    replacement: Any = wrap(name if original is None else original)
+    if original is not None:
+        functools.update_wrapper(replacement, original)
+    replacement.pinning_original = original
+    setattr(owner, name, replacement)

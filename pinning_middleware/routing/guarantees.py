@@ -1,0 +1,102 @@
+"""The consistency that a pool guarantees: PINNING_CONSISTENCY."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from django.db import connections
+
+from pinning_middleware.conf import conf
+from pinning_middleware.pins import Pin, PoolKey, Position, merge_points
+from pinning_middleware.routing.health import Health
+from pinning_middleware.scopes.scope import PoolState, Scope
+from pinning_middleware.servers.probe import CONNECTION_ERRORS
+
+__all__ = ["Guarantee", "MonotonicReads", "ReadYourWrites"]
+
+
+class Guaranteed(Protocol):
+    """What a guarantee needs of a pool."""
+
+    key: PoolKey
+    primary: str
+    health: Health
+    supports_positions: bool
+
+    def current_position(self) -> Position | None:
+        """Return the primary's position."""
+
+
+class ReadYourWrites:
+    """A client sees its own writes. What other clients wrote may appear and disappear."""
+
+    # Whether it matters which server answered a read.
+    tracks_reads = False
+
+    def must_reach(self, pool: Guaranteed, state: PoolState, alias: str) -> Position | None:
+        """
+        Return the position that an alias must have reached beyond what the pins require, or None.
+
+        Raise LookupError if that is unknown, so that only the primary will do.
+        """
+        return None
+
+    def record_read(self, pool: Guaranteed, scope: Scope, alias: str) -> None:
+        """Record which alias answered a read."""
+
+    def observed_pin(self, pool: Guaranteed, state: PoolState, now: float) -> Pin | None:
+        """Return the pin for what the scope has read, or None. May probe the servers."""
+        return None
+
+
+class MonotonicReads(ReadYourWrites):
+    """A client also never sees an older state than it has seen, within a scope and after it."""
+
+    tracks_reads = True
+
+    def must_reach(self, pool: Guaranteed, state: PoolState, alias: str) -> Position | None:
+        last = state.read_from[-1] if state.read_from else None
+        if last is None or alias in (last, pool.primary):
+            return None
+        position = self._position_of(pool, last)
+        if position is None:
+            raise LookupError(f"the position of {last} is unknown")
+        return position
+
+    def record_read(self, pool: Guaranteed, scope: Scope, alias: str) -> None:
+        def change(state: PoolState) -> PoolState:
+            if state.read_from[-1:] == (alias,):
+                return state
+            read_from = (*(a for a in state.read_from if a != alias), alias)
+            # The first read changes the outgoing pins; later ones do not.
+            return state._replace(
+                read_from=read_from, revision=state.revision + (not state.read_from)
+            )
+
+        scope.update(pool.key, change)
+
+    def observed_pin(self, pool: Guaranteed, state: PoolState, now: float) -> Pin | None:
+        position: Position | None = None
+        for alias in state.read_from:
+            reached = self._position_of(pool, alias)
+            if reached is None:
+                # A server that failed after the read cannot report: only the window ends the pin.
+                return Pin(now + conf.seconds) if pool.supports_positions else None
+            points = merge_points(position.points if position else {}, reached.points)
+            position = Position(points)
+        return None if position is None else Pin(now + conf.seconds, None, position)
+
+    def _position_of(self, pool: Guaranteed, alias: str) -> Position | None:
+        """Return what an alias has replayed by now, None if unknown."""
+        if alias == pool.primary:
+            return pool.current_position()
+        try:
+            result = pool.health.probe(connections[alias])
+        except CONNECTION_ERRORS:
+            return None
+        if result is None or not result.server.position or result.server.timeline_hidden:
+            return None
+        return Position(result.server.position)
+
+
+Guarantee = ReadYourWrites

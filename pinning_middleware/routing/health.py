@@ -1,0 +1,252 @@
+"""
+Which servers of a pool are out of rotation, and why.
+
+What is known belongs to a server, never to an alias; the registry stores it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+
+from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from pinning_middleware.conf import conf
+from pinning_middleware.pins import Position
+from pinning_middleware.reasons import Fault
+from pinning_middleware.routing.compatibility import is_test_mirror
+from pinning_middleware.scopes.scope import Requirement
+from pinning_middleware.servers import monitor
+from pinning_middleware.servers.connection_state import ConnectionState
+from pinning_middleware.servers.dialects import Dialect
+from pinning_middleware.servers.probe import CONNECTION_ERRORS, ProbeResult, probe, state_of
+from pinning_middleware.servers.registry import Endpoint, Server, registry
+
+__all__ = ["Health"]
+
+
+class Health:
+    """
+    Judges the servers of one pool.
+
+    ``endpoint`` is what the primary's alias resolves to, ``endpoints`` the same for each replica.
+    ``dialect`` is None for a database without positions.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, endpoints: Mapping[str, Endpoint], dialect: Dialect | None
+    ) -> None:
+        self.primary = endpoint.alias
+        self.endpoint, self.endpoints, self.dialect = endpoint, endpoints, dialect
+        self.supports_positions = dialect is not None and bool(dialect.strategies(conf.positions))
+        self._max_lag = conf.max_lag
+        self._next_sample = 0.0
+        # Aliases that name several hosts.
+        self._host_lists = {a for a in endpoints if "," in str(connections.settings[a]["HOST"])}
+
+    def probe(self, connection: BaseDatabaseWrapper) -> ProbeResult | None:
+        """
+        Probe the server of a connection and update its status.
+
+        Return None if it cannot be probed here. Raise what ``servers.probe.probe()`` raises.
+        """
+        result = probe(connection)
+        if result is not None:
+            endpoint = registry.endpoint(connection.alias, self.primary)
+            self.update_status(endpoint, result.server)
+        return result
+
+    def update_status(self, endpoint: Endpoint, server: Server) -> None:
+        """Update the server's rotation status from its last report."""
+        fault = None if endpoint is self.endpoint else self.find_fault(server)
+        if fault != server.out_of_rotation:
+            registry.set_status(server, fault, _pause(fault))
+        elif fault is None:
+            registry.mark_up(endpoint)
+
+    def find_fault(self, server: Server) -> Fault | None:
+        """Return why a replica's server should be out of rotation, or None."""
+        if server.reports_position is False or self.dialect is None:
+            return None
+        if server.is_replica is False and self._is_promoted(server):
+            return Fault.PROMOTED
+        if server.minimum_position:
+            if self._has_recovered(server, self.dialect):
+                server.minimum_position = {}
+            else:
+                return Fault.STALE_RESTART
+        if conf.max_lag is not None and (server.lag or 0.0) > conf.max_lag:
+            return Fault.LAG
+        return None
+
+    def _has_recovered(self, server: Server, dialect: Dialect) -> bool:
+        """Return whether a restarted server has what the one before it at this address had."""
+        minimum = server.minimum_position
+        return (
+            dialect.reached(Position(minimum), server.position)
+            or server.reported_at_least(minimum)
+            or server.reached_without_timeline(minimum)
+            or bool(server.position.keys() - minimum.keys())
+        )
+
+    def _is_promoted(self, server: Server) -> bool:
+        """Return whether a server that replicates from none is not this pool's primary."""
+        primary = self.endpoint.server
+        if primary is None:
+            # The primary must be identified first; this server is judged again after that.
+            self._request_samples()
+            written = registry.primary_position(server.system)
+            return written is None or server.position.keys() != written.points.keys()
+        return primary is not server and primary.system == server.system
+
+    # Admission of a connection
+
+    def reject(
+        self, connection: BaseDatabaseWrapper, max_lag: float | None, is_last: bool
+    ) -> Fault | None:
+        """
+        Return why the server of a replica's open connection must not serve reads now, or None.
+
+        ``max_lag`` (seconds) limits the lag for this read. ``is_last``: no other replica is in the
+        rotation, so that one that lags serves. May probe the server if its status is unknown; raise
+        what ``servers.probe.probe()`` raises.
+        """
+        state = state_of(connection)
+        server = state.server
+        if server is not None and not self._serves(server, is_last):
+            if not self._is_back(connection, server):
+                return server.out_of_rotation
+            state = state_of(connection)
+            server = state.server
+        limits_lag = max_lag is not None or self._max_lag is not None
+        if limits_lag and not self.is_sole_server(state, certain=max_lag is not None):
+            if (fault := self._check_lag(connection, max_lag, is_last)) is not None:
+                return fault
+            state = state_of(connection)
+            server = state.server
+        was_promoted = state.was_promoted()
+        if was_promoted or (server is None and state.endpoint.must_reidentify):
+            result = self.probe(connection)
+            state.promotion_seen = was_promoted
+            if result is not None and result.server.out_of_rotation not in (None, Fault.LAG):
+                return result.server.out_of_rotation
+        return None
+
+    def reject_primary(
+        self, connection: BaseDatabaseWrapper, requirement: Requirement
+    ) -> Fault | None:
+        """
+        Return why a connection of the primary's alias must not be used any more, or None: it is
+        connected to a former primary if another server has replaced that one since.
+
+        ``requirement`` is that of the scope's pins. Probes the server if it is unknown and may be a
+        former primary; raise what ``servers.probe.probe()`` raises.
+        """
+        state, servers = state_of(connection), tuple(self.endpoint.servers.items())
+        if state.behind_pooler or self.dialect is None or not servers:
+            return None
+        newest, seen_at = max(servers, key=lambda item: item[1])
+        if state.server is newest and len(servers) == 1 and requirement.position is None:
+            return None
+        if state.server is None:
+            is_pinned = requirement.primary_only or requirement.position is not None
+            may_be_former = is_pinned and state.opened_at < seen_at
+            if not (may_be_former or self.endpoint.must_reidentify):
+                return None
+            self.probe(connection)
+            state = state_of(connection)
+        if (server := state.server) is None:
+            return None
+        others = [each.position for each, _ in servers if each is not server]
+        if requirement.position is not None:
+            others.append(requirement.position.points)
+        if any(self.dialect.supersedes(points, server.position) for points in others):
+            return Fault.DEMOTED
+        # Without timelines, positions cannot show a promotion: the last server seen is the primary.
+        was_replaced = len(servers) > 1 and server is not newest and state.opened_at < seen_at
+        return Fault.DEMOTED if was_replaced else None
+
+    def _serves(self, server: Server, is_last: bool) -> bool:
+        fault = server.out_of_rotation
+        return fault is None or (fault is Fault.LAG and is_last)
+
+    def _is_back(self, connection: BaseDatabaseWrapper, server: Server) -> bool:
+        """
+        Probe a server that is out of rotation while others behind the same alias are not, so that
+        no monitor retries it. One read does, when its time has come.
+        """
+        now = time.monotonic()
+        endpoint = registry.endpoint(connection.alias, self.primary)
+        if endpoint.out_of_rotation or now < server.retry_at:
+            return False
+        server.retry_at = now + _pause(server.out_of_rotation)
+        with suppress(*CONNECTION_ERRORS):
+            found = self._measure_lag(connection)
+            return found is not None and found.out_of_rotation is None
+        return False
+
+    # Lag
+
+    def is_sole_server(self, state: ConnectionState, *, certain: bool) -> bool:
+        """
+        Return whether a connection's server is the only one that its alias resolves to, for certain
+        or as far as is known without a probe. The monitor of an alias samples that one.
+        """
+        servers = state.endpoint.servers
+        if state.server is None:
+            return not certain and len(servers) < 2 and state.alias not in self._host_lists
+        return [*servers] == [state.server]
+
+    def _measure_lag(self, connection: BaseDatabaseWrapper) -> Server | None:
+        """Probe how far the server of a connection lags; None if it cannot be probed."""
+        result = self.probe(connection)
+        if result is None:
+            return None
+        if not self.is_sole_server(state_of(connection), certain=True):
+            monitor.measure_lag(result.server, self.primary)
+            self.update_status(registry.endpoint(connection.alias, self.primary), result.server)
+        return result.server
+
+    def _check_lag(
+        self, connection: BaseDatabaseWrapper, max_lag: float | None, is_last: bool
+    ) -> Fault | None:
+        """
+        Return why the server of a connection is too far behind, or None. A monitor samples one of
+        several servers behind an alias; any other is probed here, every other second.
+        """
+        if connection.in_atomic_block or not self.supports_positions:
+            return None
+        server, now = state_of(connection).server, time.monotonic()
+        if server is None or now - server.lag_measured > 2 * monitor.SAMPLE_EVERY:
+            if server is not None:
+                server.lag_measured = now
+            server = self._measure_lag(connection)
+        if server is None:
+            return None
+        if not self._serves(server, is_last):
+            return server.out_of_rotation
+        exceeds = max_lag is not None and (server.lag is None or server.lag > max_lag)
+        is_sole = self.is_sole_server(state_of(connection), certain=True)
+        return Fault.LAG if exceeds and not is_sole else None
+
+    def sample_lag(self) -> None:
+        """Have the monitors measure the lag for the next while."""
+        now = time.monotonic()
+        if now >= self._next_sample and self.supports_positions:
+            self._next_sample = now + monitor.SAMPLE_EVERY
+            self._request_samples()
+
+    def _request_samples(self) -> None:
+        # A test database to which a monitor is connected could not be dropped.
+        aliases = tuple(a for a in self.endpoints if not is_test_mirror(self.primary, a))
+        if aliases:
+            monitor.sample_lag(self.primary, aliases, self.update_status)
+
+
+def _pause(fault: Fault | None) -> float:
+    """Return the seconds until a server with this fault is probed again."""
+    if fault in (Fault.STALE_RESTART, Fault.LAG):
+        return monitor.SAMPLE_EVERY
+    return conf.retry_after

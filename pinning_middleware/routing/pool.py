@@ -1,0 +1,88 @@
+"""A pool: one primary, its replicas, and what is guaranteed for reads of them."""
+
+from __future__ import annotations
+
+import logging
+
+from django.db import connections
+
+from pinning_middleware.conf import PoolSpec, conf
+from pinning_middleware.pins import Position
+from pinning_middleware.reasons import Reason
+from pinning_middleware.routing.compatibility import is_test_mirror
+from pinning_middleware.routing.guarantees import Guarantee
+from pinning_middleware.routing.health import Health
+from pinning_middleware.routing.replica_set import ReplicaSet
+from pinning_middleware.servers.dialects import dialect_for
+from pinning_middleware.servers.registry import registry
+from pinning_middleware.utils.logging import log_rate_limited
+
+__all__ = ["Pool"]
+
+logger = logging.getLogger("pinning_middleware.pins")
+
+
+class Pool:
+    """
+    One primary and its replicas.
+
+    ``has_replicas`` is false if PINNING_ENABLED is, or if every weight is 0. ``is_legacy``: only
+    ``SLAVE_DATABASES`` names its replicas.
+    """
+
+    def __init__(self, spec: PoolSpec, guarantee: Guarantee) -> None:
+        self.key, self.primary, self.replicas = spec.key, spec.key.primary, tuple(spec.weights)
+        self.is_legacy = spec.key.legacy
+        self.has_replicas = conf.enabled and any(spec.weights.values())
+        self.dialect = dialect_for(connections[self.primary])
+        self.endpoint = registry.endpoint(self.primary)
+        self.endpoints = {a: registry.endpoint(a, self.primary) for a in self.replicas}
+        self.health = Health(self.endpoint, self.endpoints, self.dialect)
+        self.replica_set = ReplicaSet(spec.weights, self.health)
+        self.guarantee = guarantee
+        self.supports_positions = self.health.supports_positions
+
+    def __repr__(self) -> str:
+        return f"<Pool {self.primary}>"
+
+    def __contains__(self, alias: str | None) -> bool:
+        """Return whether an instance of this database belongs to the pool; a new one may."""
+        return alias is None or alias == self.primary or alias in self.endpoints
+
+    @property
+    def default_reason(self) -> Reason:
+        """The reason for reads of a pool without replicas."""
+        return Reason.NO_REPLICA if conf.enabled else Reason.DISABLED
+
+    def is_mirror(self, alias: str) -> bool:
+        """Return whether an alias is the very database of the primary."""
+        return is_test_mirror(self.primary, alias)
+
+    @property
+    def is_primary_down(self) -> bool:
+        """Whether the primary is unreachable and PINNING_PRIMARY_DOWN allows stale reads."""
+        return bool(self.endpoint.out_of_rotation) and conf.primary_down == "stale"
+
+    def current_position(self) -> Position | None:
+        """
+        Return a position that includes what this thread has committed. None if it is unknown; pins
+        then last the full window.
+        """
+        connection = connections[self.primary]
+        is_unreachable = connection.connection is None and self.endpoint.out_of_rotation
+        if not self.supports_positions or is_unreachable:
+            return None
+        try:
+            result = self.health.probe(connection)
+        except Exception as error:  # a site's own credentials provider may raise anything
+            log_rate_limited(
+                logger,
+                logging.WARNING,
+                ("position", self.primary),
+                "Could not read the position of %s; pins on it last the full window: %s",
+                self.primary,
+                error,
+                extra={"pool": self.primary, "alias": self.primary, "error": str(error)},
+            )
+            return None
+        return None if result is None or result.report is None else result.report.written

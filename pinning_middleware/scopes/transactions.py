@@ -1,0 +1,26 @@
+"""Whether the code has asked for the transaction that is open on a connection."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pinning_middleware.utils.transactions import count_open_transactions
+
+if TYPE_CHECKING:
+    from django.db.backends.base.base import BaseDatabaseWrapper
+
+    from pinning_middleware.scopes.scope import Scope
+
+__all__ = ["is_explicit_transaction_open"]
+
+
+def is_explicit_transaction_open(connection: BaseDatabaseWrapper, scope: Scope) -> bool:
+    """
+    Return whether the code has opened a transaction. The one that ATOMIC_REQUESTS opens around a
+    view does not count.
+    """
+    opened = count_open_transactions(connection)
+    if opened == 0:
+        return False
+    is_view_transaction = scope.view_transactions.get(connection.alias) is connection
+    return opened > is_view_transaction

@@ -1,1 +1,0 @@
-"""What statements do, and the wrappers that see each of them."""

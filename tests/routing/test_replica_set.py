@@ -1,0 +1,103 @@
+"""ReplicaSet: the status of the servers of a pool, without a database."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import pytest
+
+from pinning_middleware.reasons import Fault
+from pinning_middleware.routing.pool import Pool
+from pinning_middleware.routing.pools import pools
+from pinning_middleware.routing.rotation import Rotation
+from pinning_middleware.servers import monitor
+from pinning_middleware.servers.registry import Identity, Server, registry
+from tests.real.conftest import as_databases
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
+    """Return a pool whose servers are not connected to."""
+    for work in ("retry_until_up", "sample_lag"):
+        monkeypatch.setattr(monitor, work, lambda *args: None)
+    monkeypatch.setattr(monitor.Monitor, "_probe", lambda *args: None)
+    entry = {"ENGINE": "django.db.backends.postgresql", "NAME": "site", "HOST": "10.0.0.1"}
+    with as_databases({alias: {**entry, "PORT": PORTS[alias]} for alias in PORTS}):
+        yield pools().by_primary["pg"]
+
+
+PORTS = {"pg": "1", "pg1": "2", "pg2": "3"}
+
+
+def register_server(alias: str, started: str = "1") -> Server:
+    return registry.register(alias, Identity(started, "10.0.0.1", int(PORTS[alias])), "ff")
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return the list of waits (seconds), in order."""
+    found: list[float] = []
+    wait_for = monitor.wait_for
+
+    def recording(aliases: Any, primary: str, judge: Any, seconds: float, over: Any) -> Any:
+        found.append(seconds)
+        return wait_for(aliases, primary, judge, seconds, over)
+
+    monkeypatch.setattr(monitor, "wait_for", recording)
+    return found
+
+
+def test_unknown_lag_is_waited_for_once(pool: Pool, waits: list[float]) -> None:
+    for _ in range(3):
+        assert pool.replica_set.within_lag(60, None) is None
+    assert len(waits) == 1
+
+
+@pytest.mark.parametrize("who", [("pg",), ("pg1", "pg2")])
+def test_unavailable_lag_is_not_waited_for(
+    pool: Pool, waits: list[float], who: tuple[str, ...]
+) -> None:
+    for alias in who:
+        register_server(alias).reports_position = False
+    assert pool.replica_set.within_lag(60, None) is None
+    assert waits == []
+
+
+def test_slower_refresh_does_not_overwrite_a_newer_one(pool: Pool) -> None:
+    registry.mark_down(pool.endpoints["pg2"], Fault.UNREACHABLE, 1000, "by the test")
+    began, go_on = threading.Event(), threading.Event()
+    leave_out = pool.replica_set.rotation.leave_out
+
+    def slow(names: Collection[str]) -> None:
+        if names == {"pg1", "pg2"} and not began.is_set():
+            began.set()
+            # If the other thread has to wait for the lock, it has not finished here.
+            go_on.wait(0.5)
+        leave_out(names)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rotation, "leave_out", lambda self, names: slow(names))
+        fail = threading.Thread(
+            target=registry.mark_down, args=(pool.endpoints["pg1"], Fault.UNREACHABLE, 9, "")
+        )
+        fail.start()
+        assert began.wait(5)
+        succeed = threading.Thread(target=registry.mark_up, args=(pool.endpoints["pg2"],))
+        succeed.start()
+        succeed.join(0.2)
+        go_on.set()
+        fail.join()
+        succeed.join()
+    assert pool.replica_set.out_of_rotation == {"pg1"}
+    assert pool.replica_set.rotation.order() == ("pg2",)
+
+
+def test_fork_during_a_refresh_leaves_the_lock_free(pool: Pool) -> None:
+    with pool.replica_set._refreshing:
+        child = os.fork()
+        if not child:
+            os._exit(pool.replica_set._refreshing.locked())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

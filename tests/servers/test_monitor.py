@@ -1,0 +1,183 @@
+"""Monitor: the time of the next probe, work for a stopping monitor, and replication lag."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from django.test import override_settings
+
+from pinning_middleware.pins import Position
+from pinning_middleware.reasons import Fault
+from pinning_middleware.servers import monitor
+from pinning_middleware.servers.dialects.postgresql import PostgreSQL
+from pinning_middleware.servers.monitor import FIRST_PAUSE, SAMPLE_EVERY, Monitor
+from pinning_middleware.servers.registry import (
+    LAST_REPLICA_RETRY_INTERVAL,
+    Endpoint,
+    Identity,
+    Report,
+    Server,
+    registry,
+)
+
+
+@pytest.fixture(autouse=True)
+def empty_registry() -> Iterator[None]:
+    with override_settings(PINNING_SECONDS=15):
+        for alias in ("replica1", "replica2"):
+            registry.endpoint(alias, "default")
+        yield
+
+
+def mark_down(alias: str, fault: Fault = Fault.UNREACHABLE) -> Endpoint:
+    endpoint = registry.endpoint(alias)
+    registry.mark_down(endpoint, fault, 1000, "by the test")
+    return endpoint
+
+
+def ignore(endpoint: Endpoint, server: object) -> None:
+    """Leave the rotation status as it is."""
+
+
+def unstarted_monitor(alias: str) -> Monitor:
+    """Return a monitor whose thread does not run."""
+    return Monitor(alias, "default", ignore)
+
+
+def seconds_until_next_check(checker: Monitor) -> float:
+    """Return the seconds until the next check, if the last one had just ended."""
+    checker._last_check = time.monotonic()
+    due = checker._next_check(checker._last_check, FIRST_PAUSE)
+    assert due is not None
+    return max(due - checker._last_check, 0)
+
+
+def test_trial_does_not_postpone_a_retry_that_becomes_due_during_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    endpoint = mark_down("replica1", Fault.UNRESPONSIVE)
+    checker = unstarted_monitor("replica1")
+
+    def probe(self: Monitor, alias: str, is_trial: bool = False) -> None:
+        assert is_trial
+        endpoint.retry_at = time.monotonic()
+
+    monkeypatch.setattr(Monitor, "_probe", probe)
+    checker._check()
+    assert seconds_until_next_check(checker) == 0
+
+
+@override_settings(PINNING_RETRY_AFTER=0)
+def test_retry_after_zero_seconds_is_no_busy_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Monitor, "_probe", lambda *args: None)
+    monkeypatch.setattr(Monitor, "_can_connect", lambda *args: False)
+    endpoint = mark_down("replica1")
+    endpoint.retry_at = time.monotonic()
+    checker = unstarted_monitor("replica1")
+    checker._check()
+    assert endpoint.retry_at - checker._last_check >= LAST_REPLICA_RETRY_INTERVAL * 0.9
+
+
+@pytest.mark.parametrize(
+    ("weight", "interval"), [(1, SAMPLE_EVERY), (0, LAST_REPLICA_RETRY_INTERVAL)]
+)
+def test_last_replica_with_a_weight_is_retried_at_short_intervals(
+    weight: int, interval: float
+) -> None:
+    """A replica of weight 0 gets no reads, so the primary serves all of them meanwhile."""
+    with override_settings(PINNING_REPLICAS={"default": {"replica1": 1, "replica2": weight}}):
+        registry.endpoint("replica2", "default")
+        registry.endpoint("replica1", "default")
+        mark_down("replica1")
+        assert seconds_until_next_check(unstarted_monitor("replica1")) == pytest.approx(interval)
+
+
+class StoppingMonitor(Monitor):
+    """A monitor that shuts down after the lookup and before work is queued on it."""
+
+    def schedule(self, sampling: bool = False, resolving: bool = False) -> bool:
+        self.request_stop()
+        return super().schedule(sampling, resolving)
+
+    def add_waiter(self, number: int) -> bool:
+        self.request_stop()
+        return super().add_waiter(number)
+
+
+WORK: dict[str, Callable[[], object]] = {
+    "retry_until_up": lambda: monitor.retry_until_up("replica1", "default", ignore),
+    "sample_lag": lambda: monitor.sample_lag("default", ("replica1",), ignore),
+    "resolve_timeline": lambda: monitor.resolve_timeline("replica1", "default", ignore),
+    "wait_for": lambda: monitor.wait_for(("replica1",), "default", ignore, 1, lambda: True),
+}
+
+
+@pytest.mark.parametrize("work", WORK.values(), ids=WORK.keys())
+def test_work_for_a_stopping_monitor_goes_to_a_new_one(
+    monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]
+) -> None:
+    stopping = StoppingMonitor("replica1", "default", ignore)
+    monkeypatch.setattr(monitor, "_monitors", {"replica1": stopping})
+    work()
+    assert stopping.is_stopping
+    assert not monitor._monitors["replica1"].is_stopping
+    monitor.stop()
+
+
+# Replication lag
+
+
+class Lag:
+    """A primary that reported 10, 20 and 30 at one-second intervals, and its replica."""
+
+    def __init__(self, ends: tuple[int, ...] = (10, 20, 30)) -> None:
+        self.primary, self.replica = self.server("default", 1), self.server("replica1", 2)
+        for second, end in enumerate(ends):
+            report = Report(False, {"ff-1": end}, Position({"ff-1": end}))
+            registry.apply_report(self.primary, report, float(second))
+
+    def server(self, alias: str, port: int) -> Server:
+        registry.endpoint(alias, "default")
+        return registry.register(alias, Identity("1", "10.0.0.1", port), "ff")
+
+    def measure(self, report: Report) -> float | None:
+        registry.apply_report(self.replica, report, time.monotonic())
+        monitor.measure_lag(self.replica, "default")
+        return self.replica.lag
+
+
+@pytest.fixture
+def postgresql(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor, "dialect_for", lambda connection: PostgreSQL())
+
+
+@pytest.mark.usefixtures("postgresql")
+@pytest.mark.parametrize(("point", "lag"), [(30, 0.0), (35, 0.0), (29, 1.0), (10, 2.0)])
+def test_lag_is_the_age_of_the_newest_sample_that_is_reached(point: int, lag: float) -> None:
+    assert Lag().measure(Report(True, {"ff-1": point})) == lag
+
+
+@pytest.mark.usefixtures("postgresql")
+def test_lag_behind_every_sample_is_at_least_the_age_of_the_oldest() -> None:
+    assert Lag().measure(Report(True, {"ff-1": 5})) == 2.0
+
+
+@pytest.mark.usefixtures("postgresql")
+def test_lag_behind_the_only_sample_is_unknown() -> None:
+    assert Lag(ends=(10,)).measure(Report(True, {"ff-1": 5})) is None
+
+
+@pytest.mark.usefixtures("postgresql")
+def test_lag_without_a_sample_of_the_primary_is_unknown() -> None:
+    assert Lag(ends=()).measure(Report(True, {"ff-1": 5})) is None
+
+
+@pytest.mark.usefixtures("postgresql")
+def test_lag_of_a_server_that_is_no_replica_is_zero() -> None:
+    assert Lag().measure(Report(False, {"ff-1": 5})) == 0.0
+
+
+def test_lag_with_a_hidden_timeline_compares_the_reported_point() -> None:
+    assert Lag().measure(Report(True, {"ff-": 25}, timeline_hidden=True)) == 1.0
