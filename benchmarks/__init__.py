@@ -1,6 +1,5 @@
 """
-The figures that the README gives, each measured beside what it is compared with, in one run:
+Measurements, among them the figures of the README. Each is taken in one run with its comparison.
 
-    python -m benchmarks             all of them
-    python -m benchmarks decisions   one: decisions, memory, clients, faults, latency
+See ``python -m benchmarks`` (``__main__.py``) for their names.
 """

@@ -1,9 +1,9 @@
 """
-The figures that the README gives, each measured beside what it is compared with, in one run:
+Measurements, among them the figures of the README. Each is taken in one run with its comparison.
 
     python -m benchmarks                    all of them
-    python -m benchmarks decisions          one
-    python -m benchmarks clients --asgi     one, of a site that is run otherwise
+    python -m benchmarks decisions          one of them
+    python -m benchmarks clients --asgi     one of them, with options
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ NAMES = (
     "decisions",
     "memory",
     "overhead",
-    "questions",
+    "probes",
     "instances",
     "latency",
     "clients",
     "endpoints",
     "faults",
-    "silence",
+    "unresponsive",
+    "statements",
 )
 
 
@@ -33,7 +34,7 @@ def main() -> int:
     if unknown:
         print(f"There is no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}.")
         return 2
-    # A process each, so that none sees what another has set up.
+    # A process for each, since each sets up Django in its own way.
     for name in names:
         print(f"== {name}", flush=True)
         if code := subprocess.call([sys.executable, "-m", f"benchmarks.{name}", *options]):

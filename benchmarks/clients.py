@@ -15,7 +15,7 @@ READS = int(os.environ.get("READS", "100000"))
 
 def main() -> None:
     how = variant()
-    # The others know none of these differences.
+    # These options make no difference to the other strategies.
     strategies = [OURS] if how != Variant() else list(STRATEGIES)
     print(how)
     with site(how) as cluster:

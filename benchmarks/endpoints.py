@@ -1,6 +1,6 @@
 """
-One alias that leads to two replicas, of which one lags: replay is paused for 0.2 to 1.5 s, in
-turns. Behind libpq's list of hosts, in any order, and behind HAProxy.
+One alias that resolves to two replicas, one of which lags: the replay of one at a time is paused
+for 0.2 to 1.5 s. By libpq's list of hosts in random order, and through HAProxy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
         ports = ",".join(str(node.port) for node in cluster.replicas)
         return {
             "hosts": entry(hosts, ports, load_balance_hosts="random"),
-            # Its port is known when it runs.
+            # Its port is known once it runs.
             "proxy": entry("127.0.0.1", 0),
         }
 

@@ -45,7 +45,7 @@ def main() -> None:
                 try:
                     node.execute(TERMINATE)
                 except Error:
-                    continue  # it is the one that was killed
+                    continue  # the replica that was killed
 
         with meanwhile(kill, terminate):
             tally = run(OURS, READS, cluster, sight, how.asgi)

@@ -1,4 +1,4 @@
-"""Clients that write and read on a real cluster, and count what they miss."""
+"""Clients that write to and read from a real cluster, and count stale reads."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ CLIENTS = 12
 READS_A_WRITE = 6
 THINKS = 0.02
 
-# Settings of what is compared. The last is ours; to the others a replica is none of our concern,
-# else a read of one would be moved to the primary after a write.
+# The settings of each strategy. Without PINNING_REPLICAS this package does not move reads of a
+# replica to the primary after a write.
 STRATEGIES: Mapping[str, Mapping[str, Any]] = {
     "every read on the primary": {
         "DATABASE_ROUTERS": [],
@@ -58,13 +58,13 @@ STRATEGIES: Mapping[str, Mapping[str, Any]] = {
 }
 OURS: Final = "pinning_middleware"
 
-# The roles that a site may have at its servers.
+# The database roles that a site may use.
 SUPERUSER, MONITOR, PLAIN = "superuser", "monitor", "plain"
 ROLES: Final = {SUPERUSER: "postgres", MONITOR: "site_monitor", PLAIN: "site_plain"}
 
 
 class Variant(NamedTuple):
-    """How the site is run, by the command line."""
+    """How the site is run, from the command line."""
 
     asgi: bool = False
     pool: bool = False
@@ -77,7 +77,7 @@ class Variant(NamedTuple):
 
 
 def variant() -> Variant:
-    """Return what the command line asks for."""
+    """Return the variant that the command line selects."""
     parser = argparse.ArgumentParser(prog=sys.argv[0])
     parser.add_argument("--asgi", action="store_true", help="async views, under uvicorn")
     parser.add_argument("--pool", action="store_true", help="Django's pool of connections")
@@ -149,14 +149,15 @@ def _make_roles(primary: Node, owner: str) -> None:
     primary.execute(f"ALTER DATABASE site OWNER TO {owner}")
 
 
-# Who could serve
+# Which replicas could serve
 
 
 class Sight:
     """
-    What each replica has replayed, as a connection beside the site's sees it every few
-    milliseconds. That only grows while a server runs, so a read that begins later could have been
-    served there. It is a lower bound, so no read is counted that nobody could serve.
+    The replay position of each replica, polled every few milliseconds on a separate connection.
+
+    The position only grows while a server runs, so a read that begins later could be served there.
+    It is a lower bound: no read is counted as possible that no replica could serve.
     """
 
     EVERY: Final = 0.003
@@ -181,12 +182,12 @@ class Sight:
             thread.join()
 
     def have(self, position: int) -> set[int]:
-        """Return the ports of the replicas that are known to have replayed that."""
+        """Return the ports of the replicas that are known to have replayed a position."""
         return {port for port, replayed in self._replayed.items() if replayed >= position}
 
     @contextmanager
     def without(self, node: Node) -> Iterator[None]:
-        """Count on a replica no more that is to be down for a while."""
+        """Exclude a replica while it is down."""
         self._down[node.port] += 1
         self._replayed.pop(node.port, None)
         try:
@@ -207,7 +208,7 @@ class Sight:
             self._over.wait(self.EVERY)
 
 
-# Who asks
+# Clients
 
 
 class Answer(NamedTuple):
@@ -222,7 +223,7 @@ Send = Callable[[str, str, str, str], Answer]
 
 @contextmanager
 def served(asgi: bool = False) -> Iterator[Callable[[], Send]]:
-    """Run the site by its WSGI handler, or under uvicorn; yield what makes a client's sender."""
+    """Run the site by its WSGI handler, or under uvicorn; yield a factory of ``Send``."""
     if not asgi:
         from django.core.handlers.wsgi import WSGIHandler
 
@@ -278,7 +279,7 @@ class Browser:
         self._cookies: dict[str, tuple[str, float]] = {}
 
     def request(self, method: str, path: str, body: str = "") -> Answer | None:
-        """Return what was answered, ``None`` for an error of the site."""
+        """Return the answer, or None for an error of the site."""
         now = time.monotonic()
         self._cookies = {name: kept for name, kept in self._cookies.items() if kept[1] > now}
         cookie = "; ".join(f"{name}={value}" for name, (value, _) in self._cookies.items())
@@ -290,15 +291,15 @@ class Browser:
         return answer
 
 
-# What they see
+# Results
 
 
 class Tally:
-    """What all clients of a run have seen."""
+    """The results of the reads of a run."""
 
     def __init__(self) -> None:
         self.reads = self.stale = self.failed = 0
-        # Of the reads that a replica could serve: how many there were, and went to one.
+        # Reads that a replica could serve, and those of them that a replica served.
         self.possible = self.taken = 0
         self.served: Counter[int] = Counter()
         self.seconds: dict[str, list[float]] = {"write": [], "read": []}
@@ -327,7 +328,7 @@ class Tally:
 def run(
     strategy: str, reads: int, cluster: Cluster, sight: Sight | None = None, asgi: bool = False
 ) -> Tally:
-    """Let all clients work at once until they have read so often, and return what they saw."""
+    """Run all clients at the same time for this many reads, and return their tally."""
     from django.test import override_settings
 
     total, lock = Tally(), threading.Lock()
@@ -373,7 +374,7 @@ def _work(
     while tally.reads < reads:
         number += 1
         tally.failed += timed("write", "POST", f"/{name}/", str(number)) is None
-        # All that this client wrote is before this.
+        # Everything that this client wrote is before this position.
         ((inserted,),) = beside.execute(INSERTED).fetchall()
         position = end_of_log(inserted)
         for _ in range(READS_A_WRITE):
@@ -387,17 +388,17 @@ def _work(
             seen, port = map(int, answer.text.split())
             tally.stale += seen < number
             tally.served[port] += 1
-            # One that went away meanwhile could not.
+            # A replica that failed meanwhile could not.
             if before & sight.have(position):
                 tally.possible += 1
-                # No row was seen on a replica, too.
+                # Without a row the port is 0, which also means a replica.
                 tally.taken += port != sight.primary
     return tally
 
 
 @contextmanager
 def meanwhile(*troubles: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Run each of these in a thread while the block runs; they end when their event is set."""
+    """Run each function in a thread while the block runs; they end when their event is set."""
     over = threading.Event()
     threads = [threading.Thread(target=trouble, args=(over,)) for trouble in troubles]
     for thread in threads:
@@ -411,7 +412,7 @@ def meanwhile(*troubles: Callable[[threading.Event], None]) -> Iterator[None]:
 
 
 def lag(cluster: Cluster) -> Callable[[threading.Event], None]:
-    """Return the trouble that one replica at a time is paused for 0.2 to 1.5 s."""
+    """Return a function that pauses one replica at a time for 0.2 to 1.5 s."""
 
     def trouble(over: threading.Event) -> None:
         while not over.is_set():

@@ -1,4 +1,4 @@
-"""A thousand rows of a replica, with and without our say in whose they are."""
+"""Time to fetch a thousand rows of a replica, with and without the wrapper of ``from_db()``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .fleet import site
 from .measure import compare
 
 ROWS = 1000
-# As Django has it.
+# Django's own.
 PLAIN: Any = Model.__dict__["from_db"]
 
 

@@ -1,4 +1,4 @@
-"""What a position adds to a writing and to a pinned request; twelve clients, nothing lags."""
+"""Latency of writing and of pinned requests; twelve clients, and no replica lags."""
 
 from __future__ import annotations
 

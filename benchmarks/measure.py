@@ -1,4 +1,4 @@
-"""Interleaved rounds: on a noisy machine only ratios of neighbours say something."""
+"""Interleaved rounds: on a noisy machine only ratios within a round are meaningful."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ PARTS = 5
 def compare(
     ours: Callable[[], object], theirs: Callable[[], object], times: int, rounds: int = ROUNDS
 ) -> str:
-    """Return both times and the median of their ratios, over rounds that take turns."""
+    """Return both times and the median of their ratios, over alternating rounds."""
     return ratio([(fastest(ours, times), fastest(theirs, times)) for _ in range(rounds)])
 
 
 def fastest(run: Callable[[], object], times: int) -> float:
-    """Return the seconds of one run, where others on the machine disturbed it least."""
+    """Return the time of the fastest run (seconds)."""
     number = max(times // PARTS, 1)
     return min(timeit.repeat(run, number=number, repeat=PARTS)) / number
 
 
 def ratio(pairs: Sequence[tuple[float, float]]) -> str:
-    """Say what pairs of seconds have in common, each measured in one round."""
+    """Return the medians and the median ratio of pairs of times (seconds), one for each round."""
     mine, other = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
     middle = statistics.median(one / two for one, two in pairs)
-    return f"{_said(mine)}  beside {_said(other)}: {middle:.2f} times"
+    return f"{_format(mine)} compared with {_format(other)}: ratio {middle:.2f}"
 
 
-def _said(seconds: float) -> str:
+def _format(seconds: float) -> str:
     return f"{seconds * 1e6:8.1f} µs" if seconds > 1e-5 else f"{seconds * 1e9:8.0f} ns"

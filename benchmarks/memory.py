@@ -1,4 +1,4 @@
-"""What a million requests of ten thousand users leave behind in the process."""
+"""Memory of the process after a million requests of ten thousand users."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(times: int, cookies: dict[int, str]) -> None:
 
 
 def resident() -> float:
-    """Return the memory that the process holds, in MB."""
+    """Return the resident memory of the process (MB)."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 1e6

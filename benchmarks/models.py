@@ -6,7 +6,7 @@ from django.db import models
 
 
 class Entry(models.Model):
-    """The number that a client wrote last."""
+    """The last number that a client wrote."""
 
     client = models.CharField(max_length=50, unique=True)
     number = models.IntegerField()

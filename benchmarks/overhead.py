@@ -1,15 +1,18 @@
 """
-What a request costs with the package, beside the same request of a site without it, on a real
-cluster. Both are processes of their own, since the package is on the way of every connection, and
-take turns. Two more show what is not the package's doing. One reads the replicas by turns, without
-anything else. One does the least that any such package can: a middleware, a router and a wrapper
-of statements that keep one flag, one signed position and one question, with none of the rest.
+The time of a whole request with one query on a real cluster, compared with a site without the
+package and, optionally, with another checkout of the package:
+
+    python -m benchmarks.overhead
+    python -m benchmarks.overhead --against ../pinning_middleware-0.1
+
+Each site is a process of its own, because the package affects every connection; the processes
+alternate. With another checkout it is run twice, to show the difference between two equal sites.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import importlib
 import itertools
 import json
 import os
@@ -17,27 +20,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from pathlib import Path
 from typing import IO, Any, Final
 
 import psycopg
-from django.core import signing
-from django.db.backends.signals import connection_created
 
 from .measure import ratio
 
 ROUNDS = int(os.environ.get("ROUNDS", "150"))
-# Requests of one kind before the next process has its turn; the fastest of them counts.
+# Requests of one kind before the next process is measured; the fastest of them counts.
 BLOCK = 12
-KINDS = {
-    "unpinned read": 1.05,
-    "write": 1.25,
-    "first pinned read": 1.25,
-    "later pinned reads": 1.08,
-}
-PACKAGE, PLAIN, TURNS, LEAST = "package", "plain", "turns", "least"
+KINDS = ("unpinned read", "write", "first pinned read", "later pinned reads")
+HERE: Final = Path(__file__).resolve().parent.parent
+PACKAGE, PLAIN = "package", "plain"
 INSERTED: Final = "SELECT pg_current_wal_insert_lsn()::text"
-REPLAYED_NOW: Final = "SELECT pg_last_wal_replay_lsn()::text"
 REPLAYED: Final = "SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn"
 
 
@@ -51,87 +47,11 @@ class PlainRouter:
         return "default"
 
 
-class TurnsRouter(PlainRouter):
-    turns = itertools.cycle(["replica1", "replica2"])
-
-    def db_for_read(self, model: Any, **hints: Any) -> str:
-        return next(self.turns)
-
-
-class Least:
-    """What the least middleware knows of a request."""
-
-    has_written = False
-    replica = ""
-    wanted = ""
-
-
-least: ContextVar[Least] = ContextVar("least")
-
-
-class LeastMiddleware:
-    def __init__(self, get_response: Callable[[Any], Any]) -> None:
-        self.get_response = get_response
-
-    def __call__(self, request: Any) -> Any:
-        known = Least()
-        if token := request.COOKIES.get("pinning"):
-            known.wanted = signing.loads(token)
-        least.set(known)
-        response = self.get_response(request)
-        if known.has_written:
-            position = _ask("default", INSERTED)
-            response.set_cookie("pinning", signing.dumps(position), 15)
-            response.headers["Vary"], response.headers["Cache-Control"] = "Cookie", "private"
-        return response
-
-    def process_view(self, request: Any, view: Any, args: Any, kwargs: Any) -> None:
-        """Be there, as whoever wants to know the user has to."""
-
-
-class LeastRouter(TurnsRouter):
-    def db_for_read(self, model: Any, **hints: Any) -> str:
-        known = least.get()
-        if known.has_written:
-            return "default"
-        if not known.replica:
-            known.replica = next(self.turns)
-            if known.wanted and not _reached(_ask(known.replica, REPLAYED_NOW), known.wanted):
-                known.replica = "default"
-        return known.replica
-
-
-def least_wrapper(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
-    if not sql.startswith("SELECT"):
-        least.get().has_written = True
-    return execute(sql, params, many, context)
-
-
-def _watch(*, connection: Any, **kwargs: Any) -> None:
-    connection.execute_wrappers.append(least_wrapper)
-    _ask(connection.alias, INSERTED if connection.alias == "default" else REPLAYED_NOW, True)
-
-
-def _ask(alias: str, sql: str, is_first: bool = False) -> str:
-    from django.db import connections
-
-    connections[alias].ensure_connection()
-    pgconn = connections[alias].connection.pgconn
-    if is_first:
-        pgconn.prepare(b"least", sql.encode())
-    return str(pgconn.exec_prepared(b"least", []).get_value(0, 0).decode())
-
-
-def _reached(replayed: str, wanted: str) -> bool:
-    one, other = ([int(part, 16) for part in text.split("/")] for text in (replayed, wanted))
-    return one >= other
-
-
 # The process that is measured
 
 
 class Site:
-    """A site in this process; it is asked for a kind and says what requests of it took."""
+    """A site in this process, which measures blocks of requests of one kind."""
 
     def __init__(self, name: str) -> None:
         import django
@@ -141,11 +61,7 @@ class Site:
         if name != PACKAGE:
             settings.INSTALLED_APPS = ["benchmarks"]
             settings.MIDDLEWARE = []
-            settings.DATABASE_ROUTERS = [f"benchmarks.overhead.{name.title()}Router"]
-        if name == LEAST:
-            settings.MIDDLEWARE = ["benchmarks.overhead.LeastMiddleware"]
-            # This process runs the module under another name than the one that Django imports.
-            connection_created.connect(importlib.import_module("benchmarks.overhead")._watch)
+            settings.DATABASE_ROUTERS = ["benchmarks.overhead.PlainRouter"]
         os.environ["DJANGO_SETTINGS_MODULE"] = "benchmarks.settings"
         django.setup()
         from django.core.handlers.wsgi import WSGIHandler
@@ -157,10 +73,10 @@ class Site:
         self._numbers = itertools.count()
         self._name = f"{name}-{os.getpid()}"
         self._token = ""
-        self._beside = [self._connect(connections.settings[alias]) for alias in connections]
+        self._direct = [self._connect(connections.settings[alias]) for alias in connections]
 
     def block(self, kind: str) -> list[float]:
-        """Return the seconds of some requests."""
+        """Return the times of BLOCK requests (seconds)."""
         if kind == "later pinned reads":
             self._pin()
             for _ in range(2):
@@ -175,9 +91,9 @@ class Site:
         return seconds
 
     def _pin(self) -> None:
-        """Write, and wait until all replicas have it."""
+        """Write, and wait until all replicas have caught up."""
         self._request("POST")
-        primary, *replicas = self._beside
+        primary, *replicas = self._direct
         ((position,),) = primary.execute(INSERTED).fetchall()
         for replica in replicas:
             while not replica.execute(REPLAYED, (position,)).fetchall()[0][0]:
@@ -213,16 +129,22 @@ def serve(name: str) -> None:
 
 
 @contextlib.contextmanager
-def process(name: str) -> Iterator[Callable[[str], list[float]]]:
-    """A site in a process of its own; yield what has it measure a block of requests."""
+def process(name: str, checkout: Path) -> Iterator[Callable[[str], list[float]]]:
+    """Start a site of a checkout; yield a function that measures a block of requests there."""
     command = [sys.executable, "-m", "benchmarks.overhead", name]
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command,
+        cwd=checkout,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as started:
 
         def ask(kind: str) -> list[float]:
-            asked, answers = _pipes(started)
-            print(kind, file=asked, flush=True)
+            requests, answers = _pipes(started)
+            print(kind, file=requests, flush=True)
             seconds: list[float] = json.loads(answers.readline())
             return seconds
 
@@ -236,31 +158,36 @@ def _pipes(started: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
     return started.stdin, started.stdout
 
 
-def compare(rounds: int) -> None:
-    """Let the three take turns, each time in another order, and print what they took."""
+def compare(rounds: int, other: Path | None) -> None:
+    """Measure the sites alternately, in changing order, and print the ratios of their times."""
+    sites = {"here": (PACKAGE, HERE), "plain": (PLAIN, HERE)}
+    pairs = [("here", "plain")]
+    if other is not None:
+        sites |= {"other": (PACKAGE, other), "other again": (PACKAGE, other)}
+        pairs += [("other", "plain"), ("here", "other"), ("other again", "other")]
     with contextlib.ExitStack() as stack:
-        sites = {
-            name: stack.enter_context(process(name)) for name in (PACKAGE, PLAIN, TURNS, LEAST)
-        }
+        ask = {name: stack.enter_context(process(*site)) for name, site in sites.items()}
         orders = itertools.cycle(itertools.permutations(sites))
         took: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
         for number in range(rounds + 5):
             for kind in KINDS:
-                found = {name: min(sites[name](kind)) for name in next(orders)}
-                # The first ones connect, and warm up.
+                found = {name: min(ask[name](kind)) for name in next(orders)}
+                # The first rounds connect and warm up.
                 if number >= 5:
                     took[kind].append(found)
-    for kind, wanted in KINDS.items():
-        pairs = [(found[PACKAGE], found[PLAIN]) for found in took[kind]]
-        print(f"{kind:20}", ratio(pairs), f"(at most {wanted:.2f} wanted)", flush=True)
-        for name, said in ((TURNS, "  by turns, without"), (LEAST, "  the least")):
-            pairs = [(found[name], found[PLAIN]) for found in took[kind]]
-            print(f"{said:20}", ratio(pairs), flush=True)
+    for kind, rows in took.items():
+        for one, two in pairs:
+            text = ratio([(row[one], row[two]) for row in rows])
+            print(f"{kind:20} {one:>11} / {two:6} {text}", flush=True)
 
 
 def main() -> None:
-    if sys.argv[1:]:
-        serve(sys.argv[1])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead")
+    parser.add_argument("name", nargs="?", choices=(PACKAGE, PLAIN), help=argparse.SUPPRESS)
+    parser.add_argument("--against", type=Path, help="another checkout of this repository")
+    options = parser.parse_args()
+    if options.name is not None:
+        serve(options.name)
         return
     from .fleet import site
 
@@ -271,7 +198,7 @@ def main() -> None:
                 entry["CONN_MAX_AGE"] = age
             os.environ["BENCHMARK_DATABASES"] = json.dumps(databases)
             print(f"CONN_MAX_AGE = {age}")
-            compare(rounds)
+            compare(rounds, options.against and options.against.resolve())
 
 
 if __name__ == "__main__":

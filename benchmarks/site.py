@@ -1,4 +1,4 @@
-"""Write a number, read it back, and say which server it was read from."""
+"""Write a number, and read it back with the port of the server that served the read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def entry(request: HttpRequest, client: str) -> HttpResponse:
         number = int(request.body)
         Entry.objects.update_or_create(client=client, defaults={"number": number})
         return HttpResponse(status=204)
-    return _said(_seen(client).first())
+    return _response(_entries(client).first())
 
 
 async def entry_async(request: HttpRequest, client: str) -> HttpResponse:
@@ -24,20 +24,20 @@ async def entry_async(request: HttpRequest, client: str) -> HttpResponse:
         number = int(request.body)
         await Entry.objects.aupdate_or_create(client=client, defaults={"number": number})
         return HttpResponse(status=204)
-    return _said(await _seen(client).afirst())
+    return _response(await _entries(client).afirst())
 
 
-def _seen(client: str) -> Any:
+def _entries(client: str) -> Any:
     entries = Entry.objects.filter(client=client)
     return entries.annotate(port=RawSQL("inet_server_port()", ())).values_list("number", "port")
 
 
-def _said(row: tuple[int, int] | None) -> HttpResponse:
+def _response(row: tuple[int, int] | None) -> HttpResponse:
     return HttpResponse("{} {}".format(*(row or (0, 0))))
 
 
 def one(request: HttpRequest) -> HttpResponse:
-    """Do as little as a request with a database can: one read, or one write."""
+    """Run one query: a read, or a write."""
     if request.method == "POST":
         Entry.objects.create(client=request.META["QUERY_STRING"], number=1)
         return HttpResponse(status=204)

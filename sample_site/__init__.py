@@ -1,1 +1,1 @@
-"""A message board that shows what the pins do, on a primary and replicas that lag."""
+"""A message board that demonstrates pinning, on a primary and lagging replicas."""

@@ -1,4 +1,4 @@
-"""`python -m sample_site`: servers, tables, a little data, and the site, until Ctrl-C.
+"""`python -m sample_site`: run servers and the site with some data, until Ctrl-C.
 
 `PORT` is the site's port, `SAMPLE_DATA` the folder of the servers' data. With `DATABASE_URL` and
 `REPLICA1_URL`, … the site runs on those databases, and no server is started.
@@ -44,13 +44,13 @@ Ctrl-C ends it.
 
 
 class Ended(BaseException):
-    """A signal asked for the end."""
+    """Raised between two steps after a signal to stop."""
 
 
 class EndSignals:
-    """Remembers that a signal asked for the end.
+    """Records whether a signal to stop was received.
 
-    It is looked at between two steps, since an exception in the middle of one could lose hold of
+    It is checked between two steps, because an exception inside a step could lose the handle of
     a server that has just been started.
     """
 
@@ -58,19 +58,19 @@ class EndSignals:
         self.received = threading.Event()
 
     def install(self) -> None:
-        """Listen from now on."""
+        """Install the signal handlers."""
         for number in END_SIGNALS:
             signal.signal(number, lambda number, frame: self.received.set())
 
     def say(self, message: str) -> None:
-        """Show progress, also through a pipe; raise when there is to be no next step."""
+        """Print progress, flushed for pipes; raise if a signal was received."""
         if self.received.is_set():
             raise Ended
         print(message, flush=True)
 
 
 def main() -> int:
-    """Run the site; the exit code."""
+    """Run the site, and return the exit code."""
     signals = EndSignals()
     signals.install()
     try:
@@ -87,7 +87,7 @@ def main() -> int:
 
 
 def bind(port: str) -> ThreadedWSGIServer:
-    """Take the port before anything else is started."""
+    """Bind the port before anything else is started."""
     if not port.isdecimal() or int(port) > LAST_PORT:
         raise ClusterError(f"PORT must be a number up to {LAST_PORT}, not {port!r}.")
     try:
@@ -102,7 +102,7 @@ def bind(port: str) -> ThreadedWSGIServer:
 
 @contextmanager
 def databases(say: Callable[[str], None]) -> Iterator[None]:
-    """The databases for the time of the block: those of the environment, or our own."""
+    """Provide the databases: those of the environment, or a new cluster."""
     if "DATABASE_URL" in os.environ:
         say("Using the databases of DATABASE_URL and REPLICA…_URL.")
         prepare(say)
@@ -121,7 +121,7 @@ def databases(say: Callable[[str], None]) -> Iterator[None]:
 
 
 def prepare(say: Callable[[str], None]) -> None:
-    """Make the tables, and fill in a little data the first time."""
+    """Create the tables, and some data the first time."""
     os.environ["DJANGO_SETTINGS_MODULE"] = "sample_site.settings"
     django.setup()
     say("Creating the tables …")
@@ -132,7 +132,7 @@ def prepare(say: Callable[[str], None]) -> None:
 
 
 def serve(server: ThreadedWSGIServer, signals: EndSignals) -> None:
-    """Answer requests until a signal comes."""
+    """Serve requests until a signal is received."""
     from .wsgi import application
 
     server.set_app(application)

@@ -1,10 +1,10 @@
-"""A PostgreSQL primary and its streaming replicas, on this machine, for as long as needed:
+"""A PostgreSQL primary and its streaming replicas on this machine, as a context manager:
 
     with Cluster(Path("data")) as cluster:
         cluster.nodes["replica1"].pause()
         cluster.nodes["primary"].execute("CREATE TABLE t ()")
 
-The demo runs on it, and so do the tests and the benchmarks.
+The sample site, the tests and the benchmarks use it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["Cluster", "ClusterError", "Node"]
 
 STREAMING: Final = "SELECT count(*) FROM pg_stat_replication WHERE application_name = %s"
 
-# Ends the servers when we die in a way that runs no clean-up: its standard input closes then.
+# Ends the servers if this process is killed without clean-up: its standard input closes then.
 WATCH: Final = """
 read -r _
 for lock in "$@"; do
@@ -41,11 +41,11 @@ done
 
 
 class Cluster:
-    """A primary and `replicas` streaming replicas, kept below `folder` between runs.
+    """A primary and `replicas` streaming replicas, whose data is kept in `folder` between runs.
 
-    As root the servers run as another user. Where that user can't reach `folder`, a folder
-    below the system's temporary one is used: `self.folder` is the one in use. `keep=False`
-    removes the data at the end. `settings` are for all servers' configuration file.
+    As root, the servers run as another user. If that user cannot access `folder`, a folder
+    in the system's temporary folder is used: `self.folder` is the one in use. `keep=False`
+    removes the data at the end. `settings` are added to the configuration of all servers.
     `installation` is the folder of another PostgreSQL than the wheel's.
     """
 
@@ -63,7 +63,7 @@ class Cluster:
         self._installation = installation
         self.nodes: dict[str, Node] = {}
         self._replicas = replicas
-        self._tell = progress or _silent
+        self._report_progress = progress or _ignore_message
         self._settings = settings or {}
         self._lock: IO[str] | None = None
         self._watcher: Process | None = None
@@ -78,16 +78,16 @@ class Cluster:
 
     @property
     def primary(self) -> Node:
-        """The node that was made as the primary."""
+        """The server that was created as the primary."""
         return self.nodes["primary"]
 
     @property
     def replicas(self) -> list[Node]:
-        """The nodes that were made as replicas."""
+        """The servers that were created as replicas."""
         return [node for name, node in self.nodes.items() if name != "primary"]
 
     def start(self) -> None:
-        """Make what is missing and start all servers; on any failure none is left running."""
+        """Create missing servers and start all; after an error, stop those that run."""
         self._owner = os.getpid()
         atexit.register(self.stop)
         try:
@@ -100,9 +100,9 @@ class Cluster:
             raise
 
     def stop(self) -> None:
-        """Stop everything that runs. May be called at any time, and again."""
+        """Stop all running servers. Idempotent."""
         if self._owner != os.getpid():
-            return  # a forked child, at its exit: the servers are its parent's
+            return  # a forked child, at its exit: the servers belong to its parent
         atexit.unregister(self.stop)
         for node in self.nodes.values():
             node.ask_to_stop()
@@ -116,7 +116,7 @@ class Cluster:
             self._lock = None
 
     def database(self, alias_node: str, name: str) -> dict[str, Any]:
-        """An entry of Django's DATABASES for a database on a node."""
+        """Return an entry of Django's DATABASES for a database on a server."""
         return {
             "ENGINE": "django.db.backends.postgresql",
             "NAME": name,
@@ -128,18 +128,18 @@ class Cluster:
         }
 
     def url(self, alias_node: str, name: str) -> str:
-        """The same as a URL."""
+        """Return the URL of a database on a server."""
         return f"postgresql://{SUPERUSER}@{HOST}:{self.nodes[alias_node].port}/{name}"
 
     def create_database(self, name: str) -> bool:
-        """Create a database on the primary unless it is there; whether it was created."""
+        """Create a database on the primary if missing; return whether it was created."""
         if self.primary.execute("SELECT 1 FROM pg_database WHERE datname = %s", (name,)):
             return False
         self.primary.execute(f'CREATE DATABASE "{name}"')
         return True
 
     def wait_caught_up(self, timeout: float = 10) -> None:
-        """Wait until every replica has replayed all that the primary has written by now."""
+        """Wait until every replica has caught up with the primary."""
         target = end_of_log(self.primary.execute(INSERTED)[0][0])
         deadline = time.monotonic() + timeout
         for node in self.replicas:
@@ -168,28 +168,28 @@ class Cluster:
     def _start_primary(self) -> None:
         primary = self.primary
         if not primary.made:
-            self._tell("Making the primary …")
+            self._report_progress("Making the primary …")
             primary.make()
-            # Copies of another primary are of no use to this one.
+            # Copies of another primary cannot replicate from this one.
             for node in self.replicas:
                 shutil.rmtree(node.folder, ignore_errors=True)
         primary.forget_tuning()
         primary.start()
-        self._tell(f"The primary listens on port {primary.port}.")
+        self._report_progress(f"The primary listens on port {primary.port}.")
 
     def _start_replica(self, node: Node) -> None:
         fresh = not node.made
         if fresh:
-            self._tell(f"Copying it to {node.name} …")
+            self._report_progress(f"Copying it to {node.name} …")
             node.make()
         node.forget_tuning()
         node.start()
         if not self._is_streaming(node) and not fresh:
-            self._tell(f"{node.name} has fallen too far behind; copying it anew …")
+            self._report_progress(f"{node.name} has fallen too far behind; copying it anew …")
             node.stop("immediate")
             node.make()
             node.start()
-        self._tell(f"{node.name} listens on port {node.port} and follows the primary.")
+        self._report_progress(f"{node.name} listens on port {node.port} and follows the primary.")
 
     def _is_streaming(self, node: Node, timeout: float = 10) -> bool:
         deadline = time.monotonic() + timeout
@@ -213,7 +213,7 @@ class Cluster:
 
 
 def _locked(path: Path) -> IO[str]:
-    """Take the folder's lock; the system drops it when we die."""
+    """Lock the folder; the system releases the lock when the process ends."""
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(path.open("w"))
         try:
@@ -227,5 +227,5 @@ def _locked(path: Path) -> IO[str]:
         return lock
 
 
-def _silent(message: str) -> None:
+def _ignore_message(message: str) -> None:
     pass

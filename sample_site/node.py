@@ -1,4 +1,4 @@
-"""One PostgreSQL server: started, stopped, made to lag, promoted, pointed elsewhere."""
+"""One PostgreSQL server: start, stop, lag, promote, follow another primary."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ STOP_SIGNALS: Final = {
     "fast": signal.SIGINT,
     "immediate": signal.SIGQUIT,
 }
-# Below the range that systems hand out to outgoing connections, so that a server that is
-# stopped finds its port free when it comes back.
+# Below the range of ports for outgoing connections, so that a server that is
+# stopped finds its port free when it is restarted.
 PORTS: Final = range(15000, 30000)
 START_ATTEMPTS: Final = 20
 PORT_TAKEN: Final = ("could not bind", "could not create any TCP/IP sockets")
-# A killed server's children need a moment to notice.
+# The child processes of a killed server need a moment to exit.
 STILL_LEAVING: Final = ("pre-existing shared memory block",)
 
 BUILTIN_LOCALE: Final = ("--locale-provider", "builtin", "--builtin-locale", "C.UTF-8")
 
-# Speed over durability: the data is a demonstration's. Full pages are written all the same: without
-# them a replica that is killed may find "invalid pages" when it replays again what it had.
+# Speed over durability, for a demonstration. Full pages are still written: without
+# them a killed replica may find "invalid pages" when it replays its log again.
 SETTINGS: Final[Mapping[str, str]] = {
     "listen_addresses": HOST,
     "unix_socket_directories": "",
@@ -56,9 +56,9 @@ SETTINGS: Final[Mapping[str, str]] = {
 
 
 class Node:
-    """A server with a data folder. `upstream` is what it replicates, None for a primary.
+    """A server with a data folder. `upstream` is the server it replicates, or None for a primary.
 
-    The port is chosen at the first start and kept for the life of the object.
+    The port is selected at the first start and kept for the lifetime of the object.
     """
 
     host = HOST
@@ -88,11 +88,11 @@ class Node:
 
     @property
     def made(self) -> bool:
-        """Whether the folder holds a server of the right kind, complete."""
+        """Whether the folder contains a complete server of the right kind."""
         return (self.folder / "PG_VERSION").exists() and self._is_standby == bool(self._upstream)
 
     def make(self) -> None:
-        """Make the data folder: an empty server, or a copy of the (running) upstream."""
+        """Create the data folder: an empty server, or a copy of the (running) upstream."""
         making = self.folder.with_suffix(".making")
         for folder in (making, self.folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -111,27 +111,27 @@ class Node:
             )
             (making / "standby.signal").touch()
             self._programs.own(making / "standby.signal")
-        # Only a complete folder gets the name.
+        # Rename the folder only when it is complete.
         making.rename(self.folder)
 
     def forget_tuning(self) -> None:
-        """Drop what ALTER SYSTEM left behind, an earlier run's delay say."""
+        """Remove settings of ALTER SYSTEM, for example the delay of an earlier run."""
         (self.folder / "postgresql.auto.conf").write_text("")
 
     # Running
 
     @property
     def running(self) -> bool:
-        """Whether our server's process is alive."""
+        """Whether the server's process is alive."""
         return self._process is not None and self._process.poll() is None
 
     @property
     def pid(self) -> int | None:
-        """The process id of the server while it runs."""
+        """The process ID of the server while it runs."""
         return self._process.pid if self._process is not None and self.running else None
 
     def start(self, timeout: float = 30) -> None:
-        """Start the server and wait until it answers queries."""
+        """Start the server and wait until it accepts queries."""
         if self.running:
             return
         for _ in range(START_ATTEMPTS):
@@ -152,15 +152,15 @@ class Node:
         self.wait_stopped(timeout)
 
     def ask_to_stop(self, mode: str = "fast") -> None:
-        """Send the signal, don't wait."""
+        """Send the signal without waiting."""
         if self._process is not None and self.running:
             self._process.send_signal(STOP_SIGNALS[mode])
-            # A server that is paused by SIGSTOP sees no other signal before this one.
+            # A process suspended by SIGSTOP handles no other signal before SIGCONT.
             self.thaw()
             self._process.send_signal(signal.SIGCONT)
 
     def wait_stopped(self, timeout: float = 15) -> None:
-        """Wait for the end, and force it when it takes too long."""
+        """Wait for the end, and kill the process after a timeout."""
         if self._process is None:
             return
         for number in (signal.SIGQUIT, signal.SIGKILL):
@@ -174,12 +174,12 @@ class Node:
         self._process = None
 
     def restart(self, mode: str = "fast") -> None:
-        """Stop and start, on the same port."""
+        """Stop and start the server, on the same port."""
         self.stop(mode)
         self.start()
 
     def stop_left_over(self) -> None:
-        """Stop the server of an earlier run that was killed, and take away its lock file."""
+        """Stop the server of an earlier run that was killed, and remove its lock file."""
         lock = self.folder / "postmaster.pid"
         pid = _first_number(lock)
         if pid is not None and _is_server_of(pid, self.folder):
@@ -191,15 +191,15 @@ class Node:
                     break
         lock.unlink(missing_ok=True)
 
-    # Falling silent
+    # Freezing
 
     def freeze(self, timeout: float = 10) -> None:
-        """Stop its processes where they are: the system still takes connections, none answers."""
+        """Suspend its processes: the system accepts connections, but none gets a reply."""
         postmaster = self.pid
         if postmaster is None:
             raise ClusterError(f"{self.name} does not run")
-        # First the one that starts others. As long as it is frozen, no number of a child's
-        # is given to another process.
+        # The parent process first. While it is frozen, the ID of a child process
+        # is not reused.
         fresh = [postmaster]
         while fresh:
             for one in fresh:
@@ -211,22 +211,22 @@ class Node:
             fresh = [one for one in _descendants(postmaster) if one not in self._frozen]
 
     def thaw(self) -> None:
-        """Let its processes go on, if they are frozen."""
+        """Resume its processes if they are frozen."""
         while self._frozen:
             _kill(self._frozen[-1], signal.SIGCONT)
             self._frozen.pop()
 
-    # Asking
+    # Queries
 
     def conninfo(self, database: str = "postgres", **more: str) -> str:
-        """A libpq connection string."""
+        """Return a libpq connection string."""
         parts = {"host": HOST, "port": str(self.port), "user": SUPERUSER, "dbname": database}
         return psycopg.conninfo.make_conninfo(**parts | {"connect_timeout": "5"} | more)
 
     def execute(
         self, sql: str, params: tuple[object, ...] | None = None, database: str = "postgres"
     ) -> list[tuple[Any, ...]]:
-        """Run a statement as superuser, in autocommit; its rows, if it has any."""
+        """Run a statement as superuser, in autocommit, and return its rows, if any."""
         with psycopg.connect(self.conninfo(database), autocommit=True) as connection:
             cursor = connection.execute(sql, params)
             return cursor.fetchall() if cursor.description else []
@@ -235,38 +235,38 @@ class Node:
 
     @property
     def in_recovery(self) -> bool:
-        """Whether the server is a replica right now."""
+        """Whether the server is currently a replica."""
         return bool(self.execute("SELECT pg_is_in_recovery()")[0][0])
 
     def pause(self, timeout: float = 15) -> None:
-        """Stop replaying what arrives, and wait until it really has stopped."""
+        """Pause replay, and wait until it is paused."""
         self.execute("SELECT pg_wal_replay_pause()")
         if not _becomes_true(lambda: self._pause_state() == "paused", timeout):
             raise TimeoutError(f"{self.name} did not pause within {timeout} s")
 
     def resume(self) -> None:
-        """Replay again."""
+        """Resume replay."""
         self.execute("SELECT pg_wal_replay_resume()")
 
     def set_delay(self, seconds: float) -> None:
-        """Let every commit take effect this late."""
+        """Delay the replay of commits (seconds)."""
         milliseconds = round(seconds * 1000)
         self.execute(f"ALTER SYSTEM SET recovery_min_apply_delay = '{milliseconds}ms'")
         self.execute("SELECT pg_reload_conf()")
 
     def promote(self) -> None:
-        """Make a primary of this replica, and wait for it."""
+        """Promote this replica, and wait until it is a primary."""
         self.execute("SELECT pg_promote(true, 30)")
         self._upstream = None
 
     def repoint(self, other: Node) -> None:
-        """Replicate another node from now on, without a restart; for a replica that runs."""
+        """Follow another server without a restart; for a running replica."""
         self._upstream = other
         self._write_settings(self.port)
         self.execute("SELECT pg_reload_conf()")
 
     def follow(self, other: Node) -> None:
-        """Replicate another node from now on; a running server is restarted for it."""
+        """Follow another server; a running server is restarted."""
         self._upstream = other
         was_running = self.running
         self.stop()
@@ -289,11 +289,11 @@ class Node:
         if self._upstream is not None:
             settings["primary_conninfo"] = self._upstream.conninfo(application_name=self.name)
         lines = [f"{key} = '{_quoted(value)}'\n" for key, value in settings.items()]
-        # In place, so that its owner and mode stay what initdb made them.
+        # In place, to keep the owner and mode that initdb has set.
         (self.folder / "postgresql.conf").write_text("".join(lines))
 
     def _launch(self, timeout: float) -> str | None:
-        """Start the process; None when it is ready, else what it said before it ended."""
+        """Start the process; return None when it is ready, else its output."""
         with self.log.open("ab") as log:
             before = log.tell()
             with uninterrupted():
@@ -307,7 +307,7 @@ class Node:
         return self._log_since(before)
 
     def _is_ready(self) -> bool:
-        """What pg_ctl looks at: the server writes its state into its lock file."""
+        """Read the state from the server's lock file, as pg_ctl does."""
         try:
             lines = (self.folder / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError:
@@ -325,7 +325,7 @@ def _quoted(value: str) -> str:
 
 
 def _free_port() -> int:
-    """A port that is free now. Another may take it first: the caller tries again."""
+    """Return a free port. It may be taken before its use: the caller tries again."""
     for port in random.sample(PORTS, 200):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((HOST, port))
@@ -341,7 +341,7 @@ def _first_number(path: Path) -> int | None:
 
 
 def _is_server_of(pid: int, folder: Path) -> bool:
-    """Whether the process is a server of this folder: numbers are used again by others."""
+    """Whether the process is a server of this folder, since IDs are reused."""
     if Path("/proc/self").exists():
         try:
             command = Path(f"/proc/{pid}/cmdline").read_text()
@@ -359,7 +359,7 @@ def _kill(pid: int, number: int) -> None:
 
 
 def _processes() -> dict[int, tuple[int, str]]:
-    """The parent and the state of every process."""
+    """Return the parent and the state of every process."""
     if not Path("/proc/self").exists():
         ps = ["ps", "-A", "-o", "pid=,ppid=,state="]
         rows = map(
@@ -367,11 +367,11 @@ def _processes() -> dict[int, tuple[int, str]]:
         )
         return {int(pid): (int(parent), state[0]) for pid, parent, state in rows}
     found = {}
-    # Not by `glob`, which fails where a process ends meanwhile.
+    # Not with `glob`, which fails if a process ends meanwhile.
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-            # Behind the name, in which there may be anything.
+            # After the name, which may contain any character.
             state, parent = stat.rpartition(")")[2].split()[:2]
             found[int(pid)] = int(parent), state
     return found
@@ -395,7 +395,7 @@ def _becomes_true(condition: Callable[[], bool], timeout: float) -> bool:
 
 
 def _ticks(timeout: float, pause: float = 0.01) -> Iterator[None]:
-    """Something to poll by: ends at the deadline."""
+    """Yield until the deadline, for polling."""
     deadline = time.monotonic() + timeout
     yield
     while time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""A strict Content-Security-Policy, which every page of this site keeps."""
+"""A strict Content-Security-Policy for every page of this site."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ POLICY = (
 
 
 class ContentSecurityPolicy:
-    """No script, style or anything else but from the site's own files."""
+    """Allow scripts, styles and other resources from the site's own files only."""
 
     def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
         self.get_response = get_response
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
-        """Answer, and say what the answer may load."""
+        """Add the header to the response."""
         response = self.get_response(request)
         response.headers.setdefault("Content-Security-Policy", POLICY)
         return response

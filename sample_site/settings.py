@@ -75,7 +75,7 @@ DATABASE_ROUTERS = ["pinning_middleware.routers.PinningRouter"]
 PINNING_REPLICAS = list(REPLICA_URLS)
 # Longer than the default of 15 s: time to open a second browser and look around.
 PINNING_SECONDS = int(os.environ.get("PINNING_SECONDS", "60"))
-# Far more than anybody waits for in a demonstration: it has lag measured, for the status page.
+# Longer than any lag of a demonstration; measures lag for the status page.
 PINNING_MAX_LAG = 3600
 PINNING_POSITIONS = os.environ.get("PINNING_POSITIONS", "1") != "0"
 PINNING_STORES = [
@@ -83,7 +83,7 @@ PINNING_STORES = [
     "pinning_middleware.stores.HeaderStore",  # a script, by the header Pinning-Token
     "pinning_middleware.stores.CacheStore",  # a user, in all browsers
 ]
-# Sessions are read from the cache (below), so nobody misses a session on a replica.
+# Sessions are stored in the cache (below), so they do not depend on replicas.
 PINNING_IGNORED_TABLES = ("django_session",)
 
 SESSION_ENGINE = "django.contrib.sessions.backends.cached_db"
@@ -116,6 +116,6 @@ USE_TZ = True
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
-    # The panel asks every second; a line for each would bury everything else.
+    # The panel polls every second; a log line for each would hide everything else.
     "loggers": {"django.server": {"level": "ERROR"}},
 }

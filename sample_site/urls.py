@@ -1,4 +1,4 @@
-"""What is where on the sample site."""
+"""URLs of the sample site."""
 
 from django.contrib import admin
 from django.contrib.auth import views as auth

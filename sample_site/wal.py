@@ -1,4 +1,4 @@
-"""Positions in PostgreSQL's log, as numbers."""
+"""Positions in PostgreSQL's write-ahead log, as numbers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ REPLAYED: Final = "SELECT coalesce(pg_wal_lsn_diff(pg_last_wal_replay_lsn(), '0/
 def end_of_log(inserted: int) -> int:
     """Return the end of the last record, given the insert position.
 
-    When that record ends on a page's boundary, the insert position is already behind the next
-    page's header, where no replica gets before the next record.
+    If that record ends at a page boundary, the insert position is already after the next
+    page's header, which no replica passes before the next record.
     """
     if inserted % LOG_PAGE == 24:
         return inserted - 24

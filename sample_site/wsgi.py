@@ -1,4 +1,4 @@
-"""The site for a WSGI server; static files included, since nothing else serves them here."""
+"""WSGI application of the site, including static files."""
 
 import os
 

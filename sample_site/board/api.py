@@ -1,4 +1,4 @@
-"""The board as JSON, for scripts. They keep no cookies, and send back the header `Pinning-Token`:
+"""The board as JSON, for scripts without cookies that send the header `Pinning-Token`:
 
 curl -i -u ada:ada -d text=Hello http://127.0.0.1:8000/api/messages/
 curl -H "Pinning-Token: …" http://127.0.0.1:8000/api/messages/
@@ -25,7 +25,7 @@ from .models import Message
 SHOWN = 30
 
 
-# Without CSRF tokens: only a name and a password in the request itself may write, never a cookie.
+# CSRF tokens are not needed: writes require a name and a password, and ignore cookies.
 @csrf_exempt
 @require_http_methods(["GET", "HEAD", "POST"])
 def messages(request: HttpRequest) -> HttpResponse:
@@ -45,7 +45,7 @@ def add(request: HttpRequest) -> HttpResponse:
     if user is None:
         headers = {"WWW-Authenticate": 'Basic realm="sample"'}
         return JsonResponse({"error": "wrong name or password"}, status=401, headers=headers)
-    # So that the user's browsers see it too: the cache's pins are by user.
+    # The cache stores pins by user, so the user's browsers see the message, too.
     request.user = user
     form = MessageForm(request.POST)
     form.instance.author = user
@@ -56,7 +56,7 @@ def add(request: HttpRequest) -> HttpResponse:
 
 @require_safe
 def whoami(request: HttpRequest) -> HttpResponse:
-    """Tell a client who it is, and how its reads are routed."""
+    """Return the user of a client, and how its reads are routed."""
     user = user_of(request) or request.user
     return JsonResponse({"user": user.get_username() or None} | routing(request))
 
@@ -75,12 +75,12 @@ def user_of(request: HttpRequest) -> User | None:
 
 
 def routing(request: HttpRequest) -> dict[str, Any]:
-    """Return what answered this request's reads."""
+    """Return the databases of this request's reads."""
     return {"pinned": is_pinned(), "read_from": recorded(request).read_from}
 
 
 def as_json(message: Message) -> dict[str, Any]:
-    """Return a message as the API shows it."""
+    """Return a message as JSON data."""
     return {
         "id": message.pk,
         "author": message.author.get_username(),

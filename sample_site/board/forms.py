@@ -1,4 +1,4 @@
-"""The board's one form."""
+"""The form of the board."""
 
 from __future__ import annotations
 

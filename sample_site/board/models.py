@@ -1,4 +1,4 @@
-"""What the board keeps."""
+"""Models of the board."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from django.db import models
 
 
 class Message(models.Model):
-    """A line of text that somebody put on the board."""
+    """A message on the board."""
 
     author = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.CASCADE)
     text = models.CharField(max_length=280)

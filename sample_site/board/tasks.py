@@ -1,4 +1,4 @@
-"""Work in the background, in a thread: it reads what the request that asked for it wrote."""
+"""Background work in a thread, which reads the writes of its request."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ executor = ThreadPoolExecutor(2, "count")
 
 @dataclass(frozen=True)
 class Count:
-    """What a task found; before it has, nothing."""
+    """The result of a task, empty until it has finished."""
 
     messages: int | None = None
     read_from: tuple[str, ...] = ()
 
 
 def count_later(author: int) -> str:
-    """Let a thread count the user's messages; the key of the result."""
+    """Count the user's messages in a thread; return the key of the result."""
     key = token_urlsafe(12)
     keep(key, Count())
-    # Without it the thread would know of no write, and ask any replica.
+    # Without propagate_scope() the thread would not know of the write, and use any replica.
     executor.submit(propagate_scope(count), key, author)
     return key
 
 
 def count(key: str, author: int) -> None:
-    """Count, and note who was asked."""
+    """Count, and record the database of the read."""
     recording = Recording("task", "count")
     try:
         with recording.watch_all():
@@ -47,11 +47,11 @@ def count(key: str, author: int) -> None:
 
 
 def keep(key: str, count: Count) -> None:
-    """Keep a result for the page that asks for it."""
+    """Store a result for the page."""
     cache.set(f"count:{key}", count, KEPT_SECONDS)
 
 
 def result(key: str) -> Count | None:
-    """Return what the task has found so far; nothing for a key that is unknown."""
+    """Return the result of the task, empty for an unknown key."""
     found = cache.get(f"count:{key}") if key else None
     return found if isinstance(found, Count) else None

@@ -1,4 +1,4 @@
-"""The board's addresses."""
+"""URLs of the board."""
 
 from django.urls import path
 

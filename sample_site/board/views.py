@@ -1,4 +1,4 @@
-"""The board's page."""
+"""The page of the board."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHOWN = 30
 
 @require_http_methods(["GET", "HEAD", "POST"])
 def board(request: HttpRequest) -> HttpResponse:
-    """Show the newest messages; take a new one and redirect to where it must be seen."""
+    """Show the newest messages; save a new one and redirect to the page that shows it."""
     form = MessageForm(request.POST or None)
     if request.method == "POST":
         if not request.user.is_authenticated:

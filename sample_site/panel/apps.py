@@ -2,6 +2,6 @@ from django.apps import AppConfig
 
 
 class PanelConfig(AppConfig):
-    """The panel at the foot of every page: who answered, who is pinned, how far replicas are."""
+    """The panel on every page: databases of reads, pins, and positions of replicas."""
 
     name = "sample_site.panel"

@@ -1,4 +1,4 @@
-"""Puts the panel into every page."""
+"""Adds the panel to every page."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ BEFORE_COOKIE = "sample_before"
 
 
 class PanelMiddleware:
-    """Records who answers a page's reads, and writes that into the page.
+    """Record the databases of a page's reads, and show them on the page.
 
-    It stands directly after the pinning middleware, so that it sees the session's reads too and
-    still may ask for the pin.
+    It is placed directly after the pinning middleware, so that it records reads of the session and
+    can read the pin.
     """
 
     def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
@@ -31,7 +31,7 @@ class PanelMiddleware:
         self.kept = Kept()
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
-        """Record, answer, add the panel where the page has a place for it."""
+        """Record the statements, and add the panel to pages that have a place for it."""
         recording = Recording(request.method or "", request.path)
         request.recording = recording  # type: ignore[attr-defined]
         with recording.watch_all():
@@ -72,5 +72,5 @@ class PanelMiddleware:
 
 
 def is_switched_off(request: HttpRequest) -> bool:
-    """Whether this browser asked to go without pins, to see what they are for."""
+    """Whether pinning is switched off in this browser."""
     return request.COOKIES.get(OFF_COOKIE) == "1"

@@ -1,4 +1,4 @@
-"""What there is to say about the pin of whoever looks."""
+"""The pin of the current user, for display."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Reason = Literal["off", "wrote", "carried", "none"]
 
 @dataclass(frozen=True)
 class PinStatus:
-    """Whether they are pinned, why, and for how long at most."""
+    """Whether the user is pinned, why, and for how long at most."""
 
     reason: Reason
     seconds_left: float = 0.0
 
     @property
     def pinned(self) -> bool:
-        """Whether a pin holds."""
+        """Whether a pin is active."""
         return self.reason in {"wrote", "carried"}
 
 
 def pin_status(recording: Recording, switched_off: bool) -> PinStatus:
-    """Query inside the request's scope."""
+    """Read the pin inside the request's scope."""
     if switched_off:
         return PinStatus("off")
     if not is_pinned():
@@ -37,5 +37,5 @@ def pin_status(recording: Recording, switched_off: bool) -> PinStatus:
     if recording.wrote:
         return PinStatus("wrote", conf.seconds)
     scope = entered_scope()
-    ends = [pin.until for pin in scope.carried.values()] if scope is not None else []
+    ends = [pin.until for pin in scope.inherited_pins.values()] if scope is not None else []
     return PinStatus("carried", max(0.0, max(ends, default=0.0) - time.time()))

@@ -1,4 +1,4 @@
-"""Which database answered what, for one request."""
+"""Records the database of each statement of a request."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Query:
 
     @property
     def kind(self) -> Kind:
-        """What to call it on the page."""
+        """The label on the page."""
         word = self.sql.lstrip("( \n").split(" ", 1)[0].upper()
         if word == "SELECT":
             return "read"
@@ -39,7 +39,7 @@ class Query:
 
     @property
     def short(self) -> str:
-        """The statement without what everybody can guess."""
+        """The abbreviated statement."""
         text = re.sub(r"^SELECT .*? FROM ", "SELECT … FROM ", self.sql.replace('"', ""))
         text = re.sub(r" (?:INNER|LEFT OUTER) JOIN (\w+) ON \([^()]*\)", r" + \1", text)
         text = re.sub(r"\((?:[a-z_]+, )+[a-z_]+\) VALUES \(.*\)", "…", text)
@@ -49,7 +49,7 @@ class Query:
 
 @dataclass
 class Recording:
-    """The statements of one request, in their order."""
+    """The statements of one request, in order."""
 
     method: str
     path: str
@@ -58,17 +58,17 @@ class Recording:
     def execute(
         self, run: Callable[..., Any], sql: str, params: Any, many: bool, context: dict[str, Any]
     ) -> Any:
-        """Run a statement and note it: an execute wrapper."""
+        """Run a statement and record it (an execute wrapper)."""
         started = time.perf_counter()
         try:
             return run(sql, params, many, context)
         finally:
             taken = (time.perf_counter() - started) * 1000
-            # A cursor tells where it was served, which may be elsewhere than it was meant to be.
+            # The cursor has the alias of the server, which may differ from the requested one.
             self.queries.append(Query(context["cursor"].db.alias, str(sql), taken))
 
     def watch_all(self) -> ExitStack:
-        """Note what this thread's connections run, until the block ends."""
+        """Record the statements of this thread's connections inside the context manager."""
         with ExitStack() as stack:
             for connection in connections.all():
                 stack.enter_context(connection.execute_wrapper(self.execute))
@@ -76,7 +76,7 @@ class Recording:
 
     @property
     def read_from(self) -> list[str]:
-        """The databases that answered reads, each once."""
+        """The databases of the reads, each once."""
         return list(dict.fromkeys(q.database for q in self.queries if q.kind == "read"))
 
     @property
@@ -86,20 +86,20 @@ class Recording:
 
 
 def recorded(request: HttpRequest) -> Recording:
-    """Return the recording of a request, which the panel's middleware has begun."""
+    """Return the recording of a request, which the panel's middleware has started."""
     recording = getattr(request, "recording", None)
     return recording if isinstance(recording, Recording) else Recording("", "")
 
 
 class Kept:
-    """Recordings that the next page of the same browser shows: those of redirects."""
+    """Recordings of redirects, which the next page of the same browser shows."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._recordings: OrderedDict[str, Recording] = OrderedDict()
 
     def put(self, recording: Recording) -> str:
-        """Keep one; the key that gets it back."""
+        """Store a recording, and return its key."""
         key = token_urlsafe(12)
         with self._lock:
             self._recordings[key] = recording
@@ -108,6 +108,6 @@ class Kept:
         return key
 
     def take(self, key: str) -> Recording | None:
-        """Return a recording, once."""
+        """Return and remove a recording."""
         with self._lock:
             return self._recordings.pop(key, None)

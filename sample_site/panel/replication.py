@@ -1,7 +1,7 @@
-"""How far the replicas are, and the means to hold them back.
+"""Replay positions of the replicas, and controls to pause and delay them.
 
-It talks to the servers past Django, so that nothing it does counts as a read or a write of
-anybody.
+It connects to the servers without Django, so that its statements do not count as reads or writes of
+a user.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NOT_ALLOWED: Final = (
 
 @dataclass(frozen=True)
 class ReplicaStatus:
-    """A replica as the panel shows it."""
+    """The state of a replica, as shown by the panel."""
 
     alias: str
     reachable: bool
@@ -45,28 +45,28 @@ class ReplicaStatus:
     seconds_behind: float | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Return it for the page's script."""
+        """Return the state as JSON data."""
         return asdict(self)
 
 
 class History:
-    """When the primary was where: what a replica's position means in seconds.
+    """Times of the primary's positions, to convert a replica's position to seconds.
 
-    PostgreSQL's own figure counts from the last transaction, and so grows on an idle system.
+    PostgreSQL's own value counts from the last transaction, so it grows on an idle system.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._samples: deque[tuple[float, int]] = deque(maxlen=3600)
 
-    def note(self, position: int, now: float) -> None:
-        """Remember the primary's position."""
+    def record(self, position: int, now: float) -> None:
+        """Store the primary's position."""
         with self._lock:
             if not self._samples or position > self._samples[-1][1]:
                 self._samples.append((now, position))
 
     def behind(self, replayed: int, now: float) -> float:
-        """Return how long ago the primary went past this position."""
+        """Return the time since the primary passed this position (seconds)."""
         with self._lock:
             return next((now - at for at, position in self._samples if position > replayed), 0.0)
 
@@ -75,25 +75,25 @@ history = History()
 
 
 def connect(alias: str) -> psycopg.Connection[Any]:
-    """Connect like Django does, but not through it."""
+    """Connect with Django's settings, but without Django."""
     parameters = connections[alias].get_connection_params()
     return psycopg.connect(**parameters | {"autocommit": True, "connect_timeout": 2})
 
 
 def status() -> list[ReplicaStatus]:
-    """Return what every replica says now."""
+    """Return the current state of every replica."""
     now = time.monotonic()
     try:
         with connect(PRIMARY) as primary:
             written = end_of_log(primary.execute(INSERTED).fetchone()[0])  # type: ignore[index]
-        history.note(written, now)
+        history.record(written, now)
     except psycopg.Error:
         written = None
     return [replica_status(alias, written, now) for alias in settings.PINNING_REPLICAS]
 
 
 def replica_status(alias: str, written: int | None, now: float) -> ReplicaStatus:
-    """Return what one replica says, compared to the primary's position."""
+    """Return the state of a replica, compared to the primary's position."""
     try:
         with connect(alias) as connection:
             row = connection.execute(REPLICA).fetchone()
@@ -109,19 +109,19 @@ def replica_status(alias: str, written: int | None, now: float) -> ReplicaStatus
 
 
 def pause(alias: str) -> None:
-    """Let a replica receive, but not replay."""
+    """Pause the replay of a replica."""
     with connect(alias) as connection:
         connection.execute("SELECT pg_wal_replay_pause()")
 
 
 def resume(alias: str) -> None:
-    """Let a replica replay again."""
+    """Resume the replay of a replica."""
     with connect(alias) as connection:
         connection.execute("SELECT pg_wal_replay_resume()")
 
 
 def set_delay(alias: str, seconds: float) -> None:
-    """Let every commit take effect on a replica this late."""
+    """Delay the replay of commits on a replica (seconds)."""
     milliseconds = round(min(max(seconds, 0.0), LONGEST_DELAY) * 1000)
     with connect(alias) as connection:
         connection.execute(f"ALTER SYSTEM SET recovery_min_apply_delay = '{milliseconds}ms'")

@@ -1,4 +1,4 @@
-"""The panel's addresses."""
+"""URLs of the panel."""
 
 from django.urls import path
 

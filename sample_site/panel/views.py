@@ -1,4 +1,4 @@
-"""What the panel's script asks for."""
+"""Views for the panel's script."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from django.views.decorators.http import require_POST, require_safe
 
 from . import replication
 
-# Another site's page can't send a header of our own, which is what a CSRF token would be for.
+# Pages of other sites cannot send this custom header, so it replaces a CSRF token.
 OWN_HEADER = "Sample-Panel"
 
 
 @never_cache
 @require_safe
 def status(request: HttpRequest) -> HttpResponse:
-    """How far the replicas are. It touches neither session nor pin."""
+    """Return the state of the replicas, without using the session or a pin."""
     return answer()
 
 
 @csrf_exempt
 @require_POST
 def pause(request: HttpRequest, alias: str) -> HttpResponse:
-    """Stop a replica's replay."""
+    """Pause a replica's replay."""
     return control(request, alias, replication.pause)
 
 
 @csrf_exempt
 @require_POST
 def resume(request: HttpRequest, alias: str) -> HttpResponse:
-    """Let it replay again."""
+    """Resume a replica's replay."""
     return control(request, alias, replication.resume)
 
 
 @csrf_exempt
 @require_POST
 def delay(request: HttpRequest, alias: str) -> HttpResponse:
-    """Set how late commits take effect on a replica."""
+    """Set the replay delay of a replica."""
     try:
         seconds = float(request.POST.get("seconds", ""))
     except ValueError:
@@ -50,7 +50,7 @@ def delay(request: HttpRequest, alias: str) -> HttpResponse:
 
 
 def control(request: HttpRequest, alias: str, action: Callable[[str], None]) -> HttpResponse:
-    """Do something to a replica; a refusal by the server is told, not raised."""
+    """Run an action on a replica; return errors of the server in the response."""
     if alias not in settings.PINNING_REPLICAS:
         raise Http404
     if OWN_HEADER not in request.headers:
@@ -65,6 +65,6 @@ def control(request: HttpRequest, alias: str, action: Callable[[str], None]) -> 
 
 
 def answer(error: str | None = None, status: int = 200) -> HttpResponse:
-    """Return where the replicas are now, and what went wrong."""
+    """Return the state of the replicas, and an error, if any."""
     replicas = [replica.as_json() for replica in replication.status()]
     return JsonResponse({"replicas": replicas, "error": error}, status=status)

@@ -7,5 +7,5 @@ register = template.Library()
 
 @register.filter
 def role(alias: str) -> str:
-    """Call the database by what it is: `default` says nothing to a visitor."""
+    """Return the label of a database: `default` is not a meaningful name for users."""
     return "primary" if alias == "default" else alias

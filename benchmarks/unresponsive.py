@@ -1,10 +1,10 @@
 """
-Eight threads of visitors who read, while a replica is stopped, while the primary is, and while a
-replica is an address that takes connections and never answers.
+Eight threads that read while a replica is stopped, while the primary is stopped, and while a
+replica is an address that accepts connections and never answers.
 
-    python -m benchmarks silence [--asgi] [--pool] [--age 0] [--role plain|monitor]
+    python -m benchmarks unresponsive [--asgi] [--pool] [--age 0] [--role plain|monitor]
 
-``THINKS`` are the seconds between two reads of a visitor.
+``THINKS``: seconds between two reads of a thread.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from sample_site.cluster import Cluster, Node
 
 from .fleet import Browser, entry, served, site, variant
 
-VISITORS = 8
+READERS = 8
 THINKS = float(os.environ.get("THINKS", "0.01"))
-# Seconds before the silence, in it, and after it.
+# Seconds before, during and after the time without answers.
 BEFORE, SILENT, AFTER = 3.0, 6.0, 12.0
 STEP = 0.5
 LONG = 0.5
@@ -36,8 +36,8 @@ class Read(NamedTuple):
     port: int
 
 
-class Visitors:
-    """Threads that read all the time."""
+class Readers:
+    """Threads that read continuously."""
 
     def __init__(self, asgi: bool) -> None:
         self._asgi = asgi
@@ -49,7 +49,7 @@ class Visitors:
         over = threading.Event()
         with served(self._asgi) as make:
 
-            def visit() -> None:
+            def read() -> None:
                 from django.db import connections
 
                 browser = Browser(make())
@@ -63,7 +63,7 @@ class Visitors:
                         self.reads.append(Read(began, time.monotonic(), port))
                 connections.close_all()
 
-            threads = [threading.Thread(target=visit) for _ in range(VISITORS)]
+            threads = [threading.Thread(target=read) for _ in range(READERS)]
             for thread in threads:
                 thread.start()
             try:
@@ -73,8 +73,8 @@ class Visitors:
                 for thread in threads:
                     thread.join()
 
-    def tell(self, name: str, before: float, began: float, ended: float) -> None:
-        """Print what was seen from one time to another, beside the pace from ``before`` on."""
+    def report(self, name: str, before: float, began: float, ended: float) -> None:
+        """Print the reads between two times, and their rate relative to that since ``before``."""
         usual = self._ends(before, began) / (began - before) * STEP
         reads = [read for read in self.reads if began - 5 <= read.began < ended]
         took = sorted((read.ended - read.began for read in reads), reverse=True)
@@ -83,7 +83,7 @@ class Visitors:
         long = sum(seconds > LONG for seconds in took)
         print(
             f"{name:26} longest read {took[0]:.2f} s, {long} over {LONG} s, {self.failed} failed; "
-            f"of the pace of {usual / STEP:.0f} a second before, each {STEP} s:",
+            f"rate relative to {usual / STEP:.0f} reads/s before, each {STEP} s:",
             " ".join(f"{pace:.2f}" for pace in paces),
             flush=True,
         )
@@ -93,8 +93,8 @@ class Visitors:
 
 
 def frozen(name: str, node: Node, asgi: bool) -> None:
-    visitors = Visitors(asgi)
-    with visitors.reading():
+    readers = Readers(asgi)
+    with readers.reading():
         time.sleep(1)
         before = time.monotonic()
         time.sleep(BEFORE)
@@ -106,30 +106,30 @@ def frozen(name: str, node: Node, asgi: bool) -> None:
             ended = time.monotonic()
             node.thaw()
         time.sleep(AFTER)
-    visitors.tell(name, before, began, ended)
-    back = [read.ended for read in visitors.reads if read.port == node.port and read.ended > ended]
+    readers.report(name, before, began, ended)
+    back = [read.ended for read in readers.reads if read.port == node.port and read.ended > ended]
     if back:
-        print(f"{'':28} it serves again {min(back) - ended:.1f} s after its end")
+        print(f"{'':28} back in rotation {min(back) - ended:.1f} s after it was resumed")
 
 
 def hole(asgi: bool) -> None:
     from django.test import override_settings
 
-    visitors = Visitors(asgi)
-    with visitors.reading():
+    readers = Readers(asgi)
+    with readers.reading():
         time.sleep(1)
         before = time.monotonic()
         time.sleep(BEFORE)
         began = time.monotonic()
     with override_settings(PINNING_REPLICAS=["replica1", "hole"]):
-        # The pace before is that of two replicas that answer, in the same process.
+        # The rate before is that of two replicas that answer, in the same process.
         gap = time.monotonic() - began
-        visitors.reads = [Read(r.began + gap, r.ended + gap, r.port) for r in visitors.reads]
+        readers.reads = [Read(r.began + gap, r.ended + gap, r.port) for r in readers.reads]
         before, began = before + gap, began + gap
-        with visitors.reading():
+        with readers.reading():
             time.sleep(SILENT)
             ended = time.monotonic()
-    visitors.tell("a black hole as a replica", before, began, ended)
+    readers.report("a black hole as a replica", before, began, ended)
 
 
 def main() -> None:

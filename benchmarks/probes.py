@@ -1,4 +1,4 @@
-"""What asking a position costs, beside ``SELECT 1`` over the same connection, by role."""
+"""Time of a probe, compared with ``SELECT 1`` on the same connection, by database role."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def main() -> None:
                 connection = connections[alias]
                 connection.close()
                 connection.settings_dict = {**connection.settings_dict, "USER": name}
-                # Which server it is.
+                # The first probe also identifies the server.
                 probe(connection)
                 raw = connection.connection
                 where = f"{'primary' if alias == 'default' else 'replica':7}  {role:9}"
                 for what, ours, theirs in (
                     (
-                        "a question, SELECT 1 through Django:",
+                        "probe / SELECT 1 through Django:",
                         partial(probe, connection),
                         partial(ask, connection, "SELECT 1"),
                     ),
                     (
-                        "its statement, SELECT 1, by psycopg:",
+                        "its statement / SELECT 1 by psycopg:",
                         partial(fetch, raw, statement),
                         partial(fetch, raw, "SELECT 1"),
                     ),
