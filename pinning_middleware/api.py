@@ -6,13 +6,15 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, overload
 
 from pinning_middleware.decorators import Block
-from pinning_middleware.routing import outgoing, policy
+from pinning_middleware.routing import outgoing
 from pinning_middleware.routing.outgoing import announce
+from pinning_middleware.routing.policy import own_pin_reason
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.overrides import Kind
-from pinning_middleware.scopes.scope import current_scope, entered_scope
+from pinning_middleware.scopes.scope import Scope, current_scope, entered_scope
 from pinning_middleware.stores import cache
+from pinning_middleware.utils import clock
 
 __all__ = [
     "afollow_keys",
@@ -74,7 +76,18 @@ def is_pinned(using: str | None = None) -> bool:
     ``using`` is the alias of a primary, None for any pool. Raise ValueError for any other alias.
     """
     scope, found = entered_scope(), pools().of_primary(using)
-    return scope is not None and any(policy.is_pinned(pool, scope) for pool in found)
+    return scope is not None and any(_is_pinned(pool, scope) for pool in found)
+
+
+def _is_pinned(pool: Pool, scope: Scope) -> bool:
+    state = scope.state(pool.key)
+    requirement = state.required(clock.now())
+    if requirement.primary_only or requirement.position is not None:
+        return True
+    if own_pin_reason(scope, state) is not None:
+        return True
+    by_method = scope.prefers_primary and not state.method_ignored
+    return not scope.is_ambient and (state.holds_lock or by_method)
 
 
 def offload_this_request() -> None:

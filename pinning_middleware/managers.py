@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from django.db import DEFAULT_DB_ALIAS, models
 
-from pinning_middleware.routing.policy import route
 from pinning_middleware.routing.pools import pools
+from pinning_middleware.routing.route import route
 from pinning_middleware.scopes.scope import current_scope
 from pinning_middleware.utils import clock
 

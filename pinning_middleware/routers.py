@@ -9,9 +9,9 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import router as django_router
 
 from pinning_middleware.conf import conf
-from pinning_middleware.routing.policy import route
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
+from pinning_middleware.routing.route import route
 
 if TYPE_CHECKING:
     from django.db.models import Model

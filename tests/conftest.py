@@ -19,8 +19,8 @@ from django.test import AsyncClient, Client, TransactionTestCase
 from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
 
-from pinning_middleware.routing.policy import take_decision
 from pinning_middleware.routing.pools import pools
+from pinning_middleware.routing.route import take_decision
 from pinning_middleware.scopes.overrides import current_overrides, set_overrides
 from pinning_middleware.scopes.scope import enter, entered_scope
 from pinning_middleware.servers import monitor

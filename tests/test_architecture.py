@@ -84,6 +84,7 @@ PATCHING = (
     "tasks",
     "testing.staleness",
 )
+MAX_POLICY_LINES = 300
 MAX_METHODS = 25
 MAX_STATE_FIELDS = 16
 
@@ -245,6 +246,10 @@ def test_classes_have_few_methods(name: str) -> None:
 
 def test_state_of_a_pool_has_few_fields() -> None:
     assert len(PoolState._fields) <= MAX_STATE_FIELDS
+
+
+def test_policy_is_short() -> None:
+    assert len(MODULES["routing.policy"].read_text().splitlines()) <= MAX_POLICY_LINES
 
 
 def test_only_the_policy_decides_and_admits() -> None:

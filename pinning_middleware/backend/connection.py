@@ -18,10 +18,10 @@ from pinning_middleware.backend.failover import UnopenedCursor
 from pinning_middleware.backend.session_setup import set_up_session, undo_session_setup
 from pinning_middleware.backend.writes import record_transaction_end
 from pinning_middleware.conf import conf
-from pinning_middleware.reasons import Fault
-from pinning_middleware.routing.policy import Decision, is_former_primary, take_decision
+from pinning_middleware.routing.policy import Decision, is_former_primary
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
+from pinning_middleware.routing.route import take_decision
 from pinning_middleware.scopes.overrides import failover_suppressed
 from pinning_middleware.scopes.scope import Scope, current_scope
 from pinning_middleware.servers.connect import BoundedConnect
@@ -87,18 +87,21 @@ class PinnedConnection(BoundedConnect):
                 self._check_reachable(pool)
             return super()._cursor(name)
         except CONNECTION_ERRORS as error:
-            may_fail_over = self.alias != pool.primary or conf.primary_down == "stale"
-            if not may_fail_over or self.in_atomic_block or failover_disabled.get():
+            if not self._may_fail_over(pool):
                 raise
             return self._prepare_cursor(UnopenedCursor(error, name))
 
     def _check_reachable(self, pool: Pool) -> None:
         """Raise OperationalError if the alias is known to be unreachable and may be retried."""
         endpoint = pool.endpoint if self.alias == pool.primary else pool.endpoints[self.alias]
-        is_down = endpoint.out_of_rotation in (Fault.UNREACHABLE, Fault.UNRESPONSIVE)
-        may_fail_over = self.alias != pool.primary or conf.primary_down == "stale"
-        if is_down and may_fail_over and not (self.in_atomic_block or failover_disabled.get()):
+        if endpoint.is_down and self._may_fail_over(pool):
             raise OperationalError(f"{self.alias} is out of rotation: {endpoint.error}")
+
+    def _may_fail_over(self, pool: Pool) -> bool:
+        """Return whether a statement may be run elsewhere if this connection cannot be opened."""
+        if self.in_atomic_block or failover_disabled.get():
+            return False
+        return self.alias != pool.primary or conf.primary_down == "stale"
 
     # The end of transactions
 

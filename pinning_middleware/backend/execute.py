@@ -20,7 +20,6 @@ from pinning_middleware.backend.failover import (
 )
 from pinning_middleware.backend.session_setup import (
     is_setting_up,
-    set_up_session,
     undo_session_setup,
 )
 from pinning_middleware.backend.writes import (
@@ -62,7 +61,7 @@ def execute_wrapper(execute: Any, sql: Any, params: Any, many: bool, context: An
     statement = classify(connection, sql)
     if statement.begins_transaction or statement.ends_transaction:
         execute = functools.partial(_execute_control, execute, statement)
-    call = Call(execute, sql, params, many, context, set_up_session)
+    call = Call(execute, sql, params, many, context)
     if pool is None:
         return _execute_other(call, connection, statement)
     alias = intended_alias(cursor)

@@ -84,14 +84,13 @@ class UnopenedCursor:
 
 
 class Call(NamedTuple):
-    """A statement as an execute wrapper gets it. ``prepare`` is called with each connection."""
+    """A statement as an execute wrapper gets it."""
 
     execute: Callable[..., Any]
     sql: Any
     params: Any
     many: bool
     context: dict[str, Any]
-    prepare: Callable[[BaseDatabaseWrapper], None]
 
     @property
     def cursor(self) -> Any:
@@ -100,7 +99,7 @@ class Call(NamedTuple):
 
     def run(self) -> Any:
         """Run the statement on the connection that the cursor belongs to now."""
-        self.prepare(self.cursor.db)
+        set_up_session(self.cursor.db)
         return self.execute(self.sql, self.params, self.many, self.context)
 
     def move_to(self, connection: BaseDatabaseWrapper) -> None:
@@ -156,7 +155,7 @@ def admit_cursor(pool: Pool, cursor: Any) -> None:
     Raise what ``execute_read()`` raises.
     """
     context = {"cursor": cursor, "connection": cursor.db}
-    execute_read(pool, Call(lambda *args: None, "", None, False, context, set_up_session))
+    execute_read(pool, Call(lambda *args: None, "", None, False, context))
 
 
 def _execute_on_own_primary(pool: Pool, scope: Scope, call: Call) -> Any:
@@ -277,7 +276,7 @@ def _is_unresponsive(connection: BaseDatabaseWrapper, error: Exception) -> bool:
 def _take_out(connection: BaseDatabaseWrapper, error: Exception) -> Rejection:
     """Take what an alias resolves to out of rotation, unless it is already."""
     endpoint = endpoint_for(connection)
-    if endpoint.out_of_rotation not in (Fault.UNREACHABLE, Fault.UNRESPONSIVE):
+    if not endpoint.is_down:
         is_unresponsive = _is_unresponsive(connection, error)
         fault = Fault.UNRESPONSIVE if is_unresponsive else Fault.UNREACHABLE
         registry.mark_down(endpoint, fault, conf.retry_after, error)

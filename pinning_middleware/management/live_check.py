@@ -199,8 +199,8 @@ class ReplicaWatcher(threading.Thread):
     def _is_row_visible(self) -> bool | None:
         """Return whether the replica shows the row, or None if it cannot be queried."""
         endpoint = self.pool.endpoints[self.alias]
-        if endpoint.out_of_rotation in (Fault.UNREACHABLE, Fault.UNRESPONSIVE):
-            self.result = self.result._replace(error=endpoint.error or endpoint.out_of_rotation)
+        if endpoint.is_down:
+            self.result = self.result._replace(error=endpoint.error or "it is out of rotation")
             return None
         try:
             with no_failover(), connections[self.alias].cursor() as cursor:
@@ -235,7 +235,7 @@ def missing_privileges(pool: Pool) -> list[MissingPrivilege]:
     missing = []
     for endpoint in (pool.endpoint, *pool.endpoints.values()):
         alias = endpoint.alias
-        if endpoint.out_of_rotation in (Fault.UNREACHABLE, Fault.UNRESPONSIVE):
+        if endpoint.is_down:
             continue
         if any(server.lacks_timeline_privilege for server in endpoint.recent_servers):
             missing.append(MissingPrivilege(alias, "pg_read_all_stats", _TIMELINE))

@@ -11,7 +11,6 @@ Nothing else in the package answers either question.
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from typing import Any, Final, NamedTuple
 
 from django.db import connections
@@ -29,14 +28,10 @@ from pinning_middleware.scopes.overrides import (
     is_saving,
     offload_applies,
 )
-from pinning_middleware.scopes.scope import PoolState, Scope, current_scope
+from pinning_middleware.scopes.scope import PoolState, Scope
 from pinning_middleware.scopes.transactions import is_explicit_transaction_open
 from pinning_middleware.servers.probe import probing_allowed
-from pinning_middleware.signals import (
-    fell_back_to_primary,
-    fell_back_to_replica,
-    replica_wait_finished,
-)
+from pinning_middleware.signals import replica_wait_finished
 from pinning_middleware.utils import clock
 
 __all__ = [
@@ -45,13 +40,9 @@ __all__ = [
     "admit",
     "decide",
     "is_former_primary",
-    "is_pinned",
     "own_pin_reason",
-    "route",
-    "take_decision",
 ]
 
-_FALLBACKS: Final = (Reason.NOT_CAUGHT_UP, Reason.NO_REPLICA, Reason.PRIMARY_DOWN)
 # Seconds between two searches of a long scope for a replica that has caught up.
 SEARCH_INTERVAL: Final = 1.0
 
@@ -72,34 +63,6 @@ class Rejection(NamedTuple):
 
     reason: Reason | Fault
     error: Exception | None = None
-
-
-# The decision for the read that follows, until a cursor is opened for it.
-_pending: ContextVar[Decision | None] = ContextVar("pinning_decision", default=None)
-
-
-def route(pool: Pool, model: object = None) -> str:
-    """Decide where the next read of a pool goes and return the alias for Django."""
-    scope = current_scope()
-    decision = decide(pool, scope, model)
-    _pending.set(decision)
-    if pool.has_replicas:
-        _signal_fallback(pool, scope, decision)
-    return decision.alias
-
-
-def take_decision(alias: str) -> Decision | None:
-    """
-    Return the decision that a new cursor of this alias follows; None if the code named the alias.
-
-    Django asks the router and opens the cursor in separate calls, so that a decision which no read
-    followed is taken by the next read of the same alias, also if the code named that.
-    """
-    decision = _pending.get()
-    if decision is None:
-        return None
-    _pending.set(None)
-    return decision if decision.alias == alias else None
 
 
 def decide(pool: Pool, scope: Scope, model: object = None) -> Decision:
@@ -211,9 +174,6 @@ def is_former_primary(
     state = PoolState() if scope is None else scope.state(pool.key)
     requirement = state.required(clock.now())
     return pool.health.reject_primary(connection, requirement) is not None
-
-
-# What the rules are made of
 
 
 def _follow_override(pool: Pool, scope: Scope, override: Override) -> Decision:
@@ -338,27 +298,3 @@ def _primary(pool: Pool, reason: Reason) -> Decision:
     if pool.is_primary_down and (alias := pool.replica_set.substitute()) is not None:
         return Decision(alias, alias, Reason.PRIMARY_DOWN)
     return Decision(pool.primary, None, reason)
-
-
-def _signal_fallback(pool: Pool, scope: Scope, decision: Decision) -> None:
-    """Send the signal for a fallback, once in a scope for each reason."""
-    reason = decision.reason
-    if reason not in _FALLBACKS:
-        return
-    if (pool.key, reason) in scope.signalled:
-        return
-    scope.signalled |= {(pool.key, reason)}
-    signal = fell_back_to_replica if reason is Reason.PRIMARY_DOWN else fell_back_to_primary
-    signal.send_robust(pool.primary, served=decision.alias, reason=reason)
-
-
-def is_pinned(pool: Pool, scope: Scope) -> bool:
-    """Return whether this scope's reads go to the primary, or to a replica that has caught up."""
-    state = scope.state(pool.key)
-    requirement = state.required(clock.now())
-    if requirement.primary_only or requirement.position is not None:
-        return True
-    if own_pin_reason(scope, state) is not None:
-        return True
-    by_method = scope.prefers_primary and not state.method_ignored
-    return not scope.is_ambient and (state.holds_lock or by_method)

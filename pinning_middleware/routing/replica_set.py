@@ -34,7 +34,6 @@ FIRST_LAG_TIMEOUT: Final = 0.25
 MONITOR_OVERDUE: Final = 5.0
 # How often a connection is opened anew to reach another server behind its alias.
 MAX_RECONNECTS: Final = 6
-_CONNECTION_FAULTS: Final = (Fault.UNREACHABLE, Fault.UNRESPONSIVE)
 
 
 class ReplicaSet:
@@ -77,8 +76,7 @@ class ReplicaSet:
         for name in self.out_of_rotation:
             endpoint = self.endpoints[name]
             is_overdue = endpoint.retry_at + MONITOR_OVERDUE < now
-            failed = endpoint.out_of_rotation in _CONNECTION_FAULTS
-            if is_overdue and failed and self.rotation.weights[name]:
+            if is_overdue and endpoint.is_down and self.rotation.weights[name]:
                 endpoint.must_reidentify = True
                 registry.mark_up(endpoint)
                 return name

@@ -317,7 +317,7 @@ def _retry_interval(endpoint: Endpoint) -> float:
 def _must_stay_out(endpoint: Endpoint) -> bool:
     """Return whether a failed endpoint stays out of rotation even if it answers now."""
     return (
-        endpoint.out_of_rotation in (Fault.UNREACHABLE, Fault.UNRESPONSIVE)
+        endpoint.is_down
         and endpoint.retry_at > time.monotonic()
         and not _all_replicas_are_out(endpoint)
     )

@@ -229,6 +229,11 @@ class Endpoint:
         self.jitter = random.uniform(1.0, 1.25)
 
     @property
+    def is_down(self) -> bool:
+        """Whether connecting to it fails, or it does not answer."""
+        return self.out_of_rotation in (Fault.UNREACHABLE, Fault.UNRESPONSIVE)
+
+    @property
     def recent_servers(self) -> list[Server]:
         """The servers that connections of the alias have resolved to lately."""
         servers = tuple(self.servers.items())

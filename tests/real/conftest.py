@@ -17,7 +17,7 @@ from django.test.utils import CaptureQueriesContext
 from pinning_middleware import pinning_scope, signals, tokens
 from pinning_middleware.pins import Pin, PinKey
 from pinning_middleware.reasons import Fault
-from pinning_middleware.routing.policy import Pool
+from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scope_blocks import PinningScope
 from pinning_middleware.scopes.scope import enter

@@ -23,8 +23,8 @@ from pinning_middleware import (
     use_replica,
 )
 from pinning_middleware.pins import Pin, PinKey, Position
-from pinning_middleware.routing.policy import route
 from pinning_middleware.routing.pools import pools
+from pinning_middleware.routing.route import route
 from pinning_middleware.scopes.scope import enter
 from pinning_middleware.servers import monitor
 from tests.app.models import Book

@@ -17,8 +17,8 @@ from django.test import override_settings
 
 from pinning_middleware import no_failover
 from pinning_middleware.pins import Position
-from pinning_middleware.routing.policy import route
 from pinning_middleware.routing.pools import pools
+from pinning_middleware.routing.route import route
 from pinning_middleware.servers import liveness
 from pinning_middleware.servers.probe import endpoint_for
 from tests.app.models import Book
