@@ -10,7 +10,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from django.core.exceptions import ImproperlyConfigured
 from django.db import OperationalError, connections
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
 from pinning_middleware.backend.execute import execute_wrapper
@@ -192,7 +194,14 @@ def pin_connection(connection: Any) -> Any:
 
 def _on_connection_created(*, connection: Any, **kwargs: Any) -> None:
     # A connection that was made without the handler, by connection.copy() for example.
-    pin_connection(connection)
+    if isinstance(connection, BaseDatabaseWrapper):
+        pin_connection(connection)
+    elif connection.alias in pools().by_connection:
+        raise ImproperlyConfigured(
+            f"The connection {connection.alias!r} is a {type(connection).__qualname__}, which is "
+            "not a BaseDatabaseWrapper of Django, so that its writes cannot be seen. Use another "
+            "ENGINE for the aliases in PINNING_REPLICAS."
+        )
 
 
 def install() -> None:

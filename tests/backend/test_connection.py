@@ -1,0 +1,30 @@
+"""The mixin of connection classes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from django.core.exceptions import ImproperlyConfigured
+from django.db import connections
+from django.db.backends.signals import connection_created
+
+from pinning_middleware.backend.connection import PinnedConnection
+
+
+def test_copied_connection_has_the_mixin_once_it_is_open() -> None:
+    copied = connections["default"].copy()
+    connection_created.send(type(copied), connection=copied)
+    assert isinstance(copied, PinnedConnection)
+
+
+@pytest.mark.parametrize("alias", ["default", "replica1"])
+def test_connection_of_another_kind_is_refused_in_a_pool(alias: str) -> None:
+    """As that of a package with asynchronous connections, whose writes are not seen."""
+    connection = SimpleNamespace(alias=alias)
+    with pytest.raises(ImproperlyConfigured, match="BaseDatabaseWrapper"):
+        connection_created.send(SimpleNamespace, connection=connection)
+
+
+def test_connection_of_another_kind_is_ignored_outside_pools() -> None:
+    connection_created.send(SimpleNamespace, connection=SimpleNamespace(alias="unheard-of"))
