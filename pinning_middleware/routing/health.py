@@ -147,12 +147,12 @@ class Health:
         state, servers = state_of(connection), tuple(self.endpoint.servers.items())
         if state.behind_pooler or self.dialect is None or not servers:
             return None
-        newest, seen_at = max(servers, key=lambda item: item[1])
-        if state.server is newest and len(servers) == 1 and requirement.position is None:
+        is_only = len(servers) == 1 and servers[0][0] is state.server
+        if is_only and requirement.position is None:
             return None
         if state.server is None:
             is_pinned = requirement.primary_only or requirement.position is not None
-            may_be_former = is_pinned and state.opened_at < seen_at
+            may_be_former = is_pinned and state.opened_at < max(at for _, at in servers)
             if not (may_be_former or self.endpoint.must_reidentify):
                 return None
             self.probe(connection)
@@ -164,9 +164,9 @@ class Health:
             others.append(requirement.position.points)
         if any(self.dialect.supersedes(points, server.position) for points in others):
             return Fault.DEMOTED
-        # Without timelines, positions cannot show a promotion: the last server seen is the primary.
-        was_replaced = len(servers) > 1 and server is not newest and state.opened_at < seen_at
-        return Fault.DEMOTED if was_replaced else None
+        # Without timelines positions cannot show a promotion. Several primaries, as of a Galera
+        # cluster behind a balancer, are all seen again and again.
+        return Fault.DEMOTED if self.endpoint.was_replaced(server) else None
 
     def _serves(self, server: Server, is_last: bool) -> bool:
         fault = server.out_of_rotation

@@ -9,6 +9,7 @@ one server; several behind a load balancer or a list of hosts.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections import deque
@@ -202,6 +203,8 @@ class Endpoint:
         self.pool = pool
         # The monotonic time at which each server was last seen.
         self.servers: dict[Server, float] = {}
+        # The monotonic time at which each of them was first seen.
+        self._first_seen: dict[Server, float] = {}
         # Why the endpoint is out of rotation, or None if it is in rotation; and since when (epoch).
         self.out_of_rotation: Fault | None = None
         self.status_since = 0.0
@@ -227,6 +230,22 @@ class Endpoint:
     def draw_jitter(self) -> None:
         """Randomise the retry interval, once per process, so that retries are spread out."""
         self.jitter = random.uniform(1.0, 1.25)
+
+    def record(self, server: Server) -> None:
+        """Record that the alias resolves to a server now."""
+        self.servers[server] = time.monotonic()
+        self._first_seen.setdefault(server, self.servers[server])
+
+    def forget(self, server: Server) -> None:
+        """Remove a server."""
+        del self.servers[server]
+        del self._first_seen[server]
+
+    def was_replaced(self, server: Server) -> bool:
+        """Return whether another server was first seen after this one was last seen."""
+        seen_at = self.servers.get(server, -math.inf)
+        others = tuple(self._first_seen.items())
+        return any(at > seen_at for other, at in others if other is not server)
 
     @property
     def is_down(self) -> bool:
@@ -313,15 +332,15 @@ class ServerRegistry:
                 if identity.may_follow(other.identity):
                     if other.system == system:
                         server.replaces(other)
-                    del endpoint.servers[other]
+                    endpoint.forget(other)
                     self._servers.pop(other.identity, None)
                 else:
                     # Two networks may use the same addresses, so both servers may be running.
                     other.undo_replaces(identity)
-            endpoint.servers[server] = time.monotonic()
+            endpoint.record(server)
             if len(endpoint.servers) > MAX_SERVERS:
                 oldest = min(endpoint.servers, key=endpoint.servers.__getitem__)
-                del endpoint.servers[oldest]
+                endpoint.forget(oldest)
                 self._servers.pop(oldest.identity, None)
         return server
 

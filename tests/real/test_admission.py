@@ -415,7 +415,7 @@ def test_connection_to_former_primary_is_replaced_if_the_pin_is_of_a_later_timel
     ((later, point),) = pin.position.points.items()
     assert (log.rpartition("-")[2], later.rpartition("-")[2]) == ("1", "2")
     (known,) = (s for s in pool().endpoint.servers if later in s.position)
-    del pool().endpoint.servers[known]
+    pool().endpoint.forget(known)
     token = tokens.dumps({PinKey("site"): Pin(pin.until, None, Position({later: point}))})
     assert "new" in titles(token)
 

@@ -186,6 +186,28 @@ def test_endpoint_of_several_servers_is_out_only_if_all_are(servers: ServerRegis
     assert endpoint.out_of_rotation is None
 
 
+def test_server_was_replaced_once_another_one_is_seen_for_the_first_time(
+    servers: ServerRegistry,
+) -> None:
+    former = register(servers, "default", port=1)
+    endpoint = servers.endpoint("default")
+    assert not endpoint.was_replaced(former)
+    successor = register(servers, "default", port=2)
+    assert endpoint.was_replaced(former)
+    assert not endpoint.was_replaced(successor)
+
+
+def test_servers_that_are_seen_again_and_again_have_not_been_replaced(
+    servers: ServerRegistry,
+) -> None:
+    """The primaries of a cluster behind a balancer."""
+    one, other = register(servers, "default", port=1), register(servers, "default", port=2)
+    register(servers, "default", port=1)
+    endpoint = servers.endpoint("default")
+    assert not endpoint.was_replaced(one)
+    assert not endpoint.was_replaced(other)
+
+
 def test_listeners_are_called_for_changes_only(servers: ServerRegistry) -> None:
     faults: list[Fault | None] = []
     servers.listeners.append(lambda endpoint: faults.append(endpoint.out_of_rotation))
