@@ -17,7 +17,7 @@ from pinning_middleware import ReplicaWriteError, tokens
 from pinning_middleware.backend import failover
 from pinning_middleware.pins import Pin, PinKey, Position
 from pinning_middleware.reasons import Fault
-from pinning_middleware.routing import policy
+from pinning_middleware.routing import policy, route
 from pinning_middleware.scopes.scope import current_scope, enter
 from pinning_middleware.testing import capture_reads
 from tests.app.models import Book
@@ -488,7 +488,7 @@ def calls() -> Iterator[Counter[str]]:
         patch.setattr(module, name, counting)
 
     with pytest.MonkeyPatch.context() as patch:
-        count(patch, policy, "decide")
+        count(patch, route, "decide")
         count(patch, failover, "admit")
         yield counted
 
