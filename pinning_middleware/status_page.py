@@ -38,7 +38,7 @@ from pinning_middleware.stats import (
 
 __all__ = ["data", "page"]
 
-# Lifetime of the page's polling token (seconds), and the header that carries it.
+# Lifetime of the page's polling token (seconds), and the header that contains it.
 TOKEN_AGE: Final = 3600
 TOKEN_HEADER: Final = "Pinning-Status"
 SHOWN_EVENTS: Final = 20

@@ -167,7 +167,7 @@ def _record_read(pool: Pool, cursor: Any, alias: str, kind: Kind, sql: Any) -> N
     reason = Reason.LOCK if kind is Kind.LOCK else decision.reason
     current_scope().record_route((connection.alias, reason), MAX_ROUTES)
     if conf.balance_by_query:
-        # The decision may be asked for more than once for one read; the next read has the next one.
+        # Django may ask the router several times for one read; the next read gets another replica.
         current_scope().update(pool.key, lambda state: state._replace(replica=None))
     server = None if pool.dialect is None else state_of(connection).server
     reads[pool.primary, connection.alias, server, reason] += 1

@@ -55,7 +55,7 @@ logger = logging.getLogger("pinning_middleware.reads")
 # tried.
 READ_BUDGET: Final = 3.0
 
-# The policy asks for the primary: no other replica would do, and nothing has failed.
+# The policy requires the primary: no other replica may serve, and nothing has failed.
 _PRIMARY_ONLY: Final = (Reason.WROTE, Reason.LOCK, Reason.PINNED)
 # Reasons that are decisions of the policy, not failures: logged at DEBUG, without a signal.
 _BY_POLICY: Final = (*_PRIMARY_ONLY, Reason.NOT_CAUGHT_UP)

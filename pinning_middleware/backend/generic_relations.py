@@ -3,7 +3,7 @@ Writes through the manager of a ``GenericRelation``.
 
 Its querysets keep the alias that the read route gave (https://code.djangoproject.com/ticket/36389,
 Django 5.2 to 6.1), so ``post.comments.update()`` would write to a replica. With this change they
-ask for the route when they run, as the managers of foreign keys do.
+call the router when they run, as the managers of foreign keys do.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def _pin_for_writes(scope: Scope, pool: Pool, state: PoolState) -> Pin | None:
     known = scope.made_pins.get(pool.key)
     if known is not None and known[0] == state.revision:
         return known[1]
-    # A position counts only for the transactions that had ended when it was asked for.
+    # A position includes only the transactions that had ended when it was queried.
     position = None if state.has_open_write else pool.current_position()
     now = clock.now()
     end = state.own_pin_end(conf.seconds, now)
@@ -107,8 +107,8 @@ def _used_pools(scope: Scope) -> list[tuple[Pool, PoolState]]:
 
 def current_token() -> str | None:
     """
-    Return the token of what the current scope leaves behind, to pass it on in a message for
-    example; None if it leaves nothing. May query the primary for its position.
+    Return the token of the outgoing pins of the current scope, to send it in a message for example;
+    None if there are none. May query the primary for its position.
     """
     scope = entered_scope()
     pins = outgoing_pins(scope) if scope is not None else {}
@@ -138,8 +138,8 @@ def _save_now(pool: Pool, keys: tuple[str, ...]) -> None:
 
 def _pins_of_keys(scope: Scope) -> list[tuple[list[str], Pins]]:
     """
-    Return keys and their pins, for each ``using`` that keys were given with: what the scope leaves
-    behind, or else what the primary has committed.
+    Return keys and their pins, for each ``using`` that keys were given with: the outgoing pin of the
+    scope, or else one for everything that the primary has committed.
     """
     pins = outgoing_pins(scope)
     found: list[tuple[list[str], Pins]] = []

@@ -95,7 +95,7 @@ class ReplicaSet:
             if self._max_lag is not None:
                 out |= self.behind_in_tests
             self.out_of_rotation = frozenset(out & self.endpoints.keys())
-            self.rotation.leave_out(self.out_of_rotation)
+            self.rotation.exclude(self.out_of_rotation)
 
     def _on_status_change(self, endpoint: Endpoint) -> None:
         is_primary = endpoint is self.health.endpoint

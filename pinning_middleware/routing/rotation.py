@@ -59,7 +59,7 @@ class Rotation:
         start = random.randrange(max(len(self._round), 1))
         self._count: Iterator[int] = itertools.count(start)
 
-    def leave_out(self, names: Collection[str]) -> None:
+    def exclude(self, names: Collection[str]) -> None:
         """Continue without these names; an empty collection takes all of them back."""
         self._round = spread({n: w for n, w in self.weights.items() if n not in names})
 

@@ -194,7 +194,7 @@ class Scope:
     prefers_primary = False
     # offload_this_request() was called.
     offloaded = False
-    # Whether it may read from replicas, None: not asked yet; and the function to ask.
+    # Whether it may read from replicas, None: not evaluated yet; and the function that decides.
     may_offload: bool | None = None
     offload_predicate: Callable[[], bool] | None = None
     # Seconds to wait for a replica to catch up, None: PINNING_WAIT.

@@ -1,4 +1,4 @@
-"""Whether the code has asked for the transaction that is open on a connection."""
+"""Whether the code itself has opened the transaction of a connection."""
 
 from __future__ import annotations
 

@@ -69,17 +69,17 @@ def test_unavailable_lag_is_not_waited_for(
 def test_slower_refresh_does_not_overwrite_a_newer_one(pool: Pool) -> None:
     registry.mark_down(pool.endpoints["pg2"], Fault.UNREACHABLE, 1000, "by the test")
     began, go_on = threading.Event(), threading.Event()
-    leave_out = pool.replica_set.rotation.leave_out
+    exclude = pool.replica_set.rotation.exclude
 
     def slow(names: Collection[str]) -> None:
         if names == {"pg1", "pg2"} and not began.is_set():
             began.set()
             # If the other thread has to wait for the lock, it has not finished here.
             go_on.wait(0.5)
-        leave_out(names)
+        exclude(names)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Rotation, "leave_out", lambda self, names: slow(names))
+        patch.setattr(Rotation, "exclude", lambda self, names: slow(names))
         fail = threading.Thread(
             target=registry.mark_down, args=(pool.endpoints["pg1"], Fault.UNREACHABLE, 9, "")
         )

@@ -53,12 +53,12 @@ def test_next_returns_none_if_all_are_excluded() -> None:
 
 def test_excluded_replica_is_skipped_until_it_is_included_again() -> None:
     rotation = Rotation({"a": 1, "b": 2, "c": 1})
-    rotation.leave_out({"b"})
+    rotation.exclude({"b"})
     assert {rotation.next() for _ in range(4)} == {"a", "c"}
-    rotation.leave_out({"a", "b", "c"})
+    rotation.exclude({"a", "b", "c"})
     assert not rotation
     assert rotation.next() is None
-    rotation.leave_out(())
+    rotation.exclude(())
     assert Counter(rotation.next() for _ in range(8)) == {"a": 2, "b": 4, "c": 2}
 
 
