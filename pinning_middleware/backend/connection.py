@@ -18,7 +18,7 @@ from django.db.backends.signals import connection_created
 from pinning_middleware.backend.execute import execute_wrapper
 from pinning_middleware.backend.failover import UnopenedCursor
 from pinning_middleware.backend.session_setup import set_up_session, undo_session_setup
-from pinning_middleware.backend.writes import record_transaction_end
+from pinning_middleware.backend.writes import record_session_end, record_transaction_end
 from pinning_middleware.conf import conf
 from pinning_middleware.routing.policy import Decision, is_former_primary
 from pinning_middleware.routing.pool import Pool
@@ -162,6 +162,7 @@ class PinnedConnection(BoundedConnect):
         finally:
             self.in_raw_transaction = False
             record_transaction_end(self)
+            record_session_end(self)
 
 
 @lru_cache

@@ -20,7 +20,7 @@ from pinning_middleware.routing.compatibility import is_testing
 from pinning_middleware.routing.outgoing import announce
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.overrides import writes_ignored
-from pinning_middleware.scopes.scope import Scope, Write, current_scope
+from pinning_middleware.scopes.scope import Scope, Write, current_scope, entered_scope
 from pinning_middleware.servers.registry import registry
 from pinning_middleware.sql import (
     Kind,
@@ -39,6 +39,7 @@ __all__ = [
     "classify",
     "is_test_setup",
     "record_lock",
+    "record_session_end",
     "record_transaction_end",
     "record_write_finished",
     "record_write_started",
@@ -156,6 +157,15 @@ def record_transaction_end(connection: BaseDatabaseWrapper) -> None:
     for scope in scopes:
         scope.record_visible(connection, clock.now())
         announce(scope)
+
+
+def record_session_end(connection: BaseDatabaseWrapper) -> None:
+    """Record that the session of a connection has ended: what the code set in it is gone."""
+    if (scope := entered_scope()) is None:
+        return
+    for key in _pools_written(connection.alias):
+        if scope.state(key).session_modified:
+            scope.record_session_state(key, is_modified=False)
 
 
 @contextmanager

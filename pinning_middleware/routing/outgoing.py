@@ -138,8 +138,8 @@ def _save_now(pool: Pool, keys: tuple[str, ...]) -> None:
 
 def _pins_of_keys(scope: Scope) -> list[tuple[list[str], Pins]]:
     """
-    Return keys and their pins, for each ``using`` that keys were given with: the outgoing pin of the
-    scope, or else one for everything that the primary has committed.
+    Return keys and their pins, for each ``using`` that keys were given with: the outgoing pin of
+    the scope, or else one for everything that the primary has committed.
     """
     pins = outgoing_pins(scope)
     found: list[tuple[list[str], Pins]] = []

@@ -264,9 +264,9 @@ class Scope:
         """Record a locking read."""
         self.update(key, lambda state: state._replace(holds_lock=True))
 
-    def record_session_state(self, key: PoolKey) -> None:
-        """Record that the code has changed the session of the primary's connection."""
-        self.update(key, lambda state: state._replace(session_modified=True))
+    def record_session_state(self, key: PoolKey, *, is_modified: bool = True) -> None:
+        """Record whether the code has changed the session of the primary's connection."""
+        self.update(key, lambda state: state._replace(session_modified=is_modified))
 
     def pin(self, key: PoolKey, seconds: float | None) -> None:
         """

@@ -121,6 +121,16 @@ def test_reason_of_read_after_session_state_is_session_state(statement: str) -> 
 
 
 @pytest.mark.usefixtures("tenants")
+def test_session_state_ends_with_the_connection() -> None:
+    with unrelated_scope():
+        run("pg", STATEMENTS["SET"])
+        connections["pg"].close()
+        with capture_reads() as reads:
+            titles()
+    assert [read.reason for read in reads] == ["round_robin"]
+
+
+@pytest.mark.usefixtures("tenants")
 @pytest.mark.parametrize("statement", UNMODIFIED)
 def test_statement_that_leaves_the_session_as_it_was_keeps_no_read_on_the_primary(
     statement: str,
