@@ -91,10 +91,13 @@ def _execute(
         record_lock(call.cursor.db.alias)
     if kind is not Kind.WRITE:
         return call.run()
-    if call.cursor.db.connection is not None and not bypasses:
-        connection = call.cursor.db
-        if is_former_primary(pool, connection, current_scope()) and may_move(connection):
+    connection, raw = call.cursor.db, call.cursor.db.connection
+    if raw is not None and not bypasses and may_move(connection):
+        if is_former_primary(pool, connection, current_scope()):
             leave_former_primary(pool, call)
+        elif connection.connection is not raw:
+            # Closed or reopened by a probe.
+            call.move_to(connection)
     with recording_write(call.cursor.db, alias, call.sql):
         return call.run()
 

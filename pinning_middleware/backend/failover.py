@@ -160,10 +160,13 @@ def admit_cursor(pool: Pool, cursor: Any) -> None:
 
 def _execute_on_own_primary(pool: Pool, scope: Scope, call: Call) -> Any:
     """Run a read of the primary, whose errors are the site's own; never on a former primary."""
-    connection = call.cursor.db
-    rejection = None if connection.connection is None else admit(pool, connection, scope)
+    connection, raw = call.cursor.db, call.cursor.db.connection
+    rejection = None if raw is None else admit(pool, connection, scope)
     if rejection is not None:
         leave_former_primary(pool, call, rejection)
+    elif connection.connection is not raw:
+        # Closed or reopened by a probe.
+        call.move_to(connection)
     result = call.run()
     if pool.guarantee.tracks_reads:
         pool.guarantee.record_read(pool, scope, connection.alias)

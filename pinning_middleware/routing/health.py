@@ -142,7 +142,7 @@ class Health:
         connected to a former primary if another server has replaced that one since.
 
         ``requirement`` is that of the scope's pins. Probes the server if it is unknown and may be a
-        former primary; raise what ``servers.probe.probe()`` raises.
+        former primary, which may close or reopen the connection; an error of the probe is ignored.
         """
         state, servers = state_of(connection), tuple(self.endpoint.servers.items())
         if state.behind_pooler or self.dialect is None or not servers:
@@ -155,7 +155,11 @@ class Health:
             may_be_former = is_pinned and state.opened_at < max(at for _, at in servers)
             if not (may_be_former or self.endpoint.must_reidentify):
                 return None
-            self.probe(connection)
+            with suppress(*CONNECTION_ERRORS):
+                self.probe(connection)
+            if connection.connection is None:
+                # The statement itself connects again, and its error is the site's own.
+                return None
             state = state_of(connection)
         if (server := state.server) is None:
             return None
