@@ -62,3 +62,4 @@ class Fault(StrEnum):
     DEMOTED = "demoted", "the primary's alias has resolved to another server since"
     STALE_RESTART = "stale_restart", "it has restarted and not yet replayed what it had before"
     LAG = "lag", "it lags more than PINNING_MAX_LAG"
+    REPLAY_WAITS = "replay_waits", "its replay waits for a lock that a query holds"

@@ -11,8 +11,8 @@ raised.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from django.db import OperationalError, connections
@@ -26,8 +26,9 @@ from pinning_middleware.routing.policy import Decision, Rejection, admit, is_for
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.scopes.overrides import current_overrides, innermost_override
 from pinning_middleware.scopes.scope import Scope, current_scope
+from pinning_middleware.servers.budget import BudgetExhausted, read_budget
 from pinning_middleware.servers.dialects import dialect_for
-from pinning_middleware.servers.liveness import ServerUnresponsive
+from pinning_middleware.servers.liveness import ReplayWaits, ServerUnresponsive
 from pinning_middleware.servers.probe import (
     CONNECTION_ERRORS,
     endpoint_for,
@@ -51,9 +52,8 @@ __all__ = [
 
 logger = logging.getLogger("pinning_middleware.reads")
 
-# Seconds that a read may spend on connecting, probing and retrying; after that only the primary is
-# tried.
-READ_BUDGET: Final = 3.0
+# Seconds of the budget without which no other replica is tried.
+MIN_LEFT: Final = 0.25
 
 # The policy requires the primary: no other replica may serve, and nothing has failed.
 _PRIMARY_ONLY: Final = (Reason.WROTE, Reason.LOCK, Reason.PINNED)
@@ -122,8 +122,14 @@ def execute_read(pool: Pool, call: Call) -> Any:
     Raise the last server's error if none could serve it; OperationalError if the connection must
     not serve this scope and nothing may take over.
     """
+    try:
+        return _execute_read(pool, call)
+    finally:
+        read_budget.renew()
+
+
+def _execute_read(pool: Pool, call: Call) -> Any:
     scope, first = current_scope(), call.cursor.db
-    deadline = time.monotonic() + READ_BUDGET
     if first.alias == pool.primary and conf.primary_down != "stale":
         return _execute_on_own_primary(pool, scope, call)
     outcome = _run_on(pool, scope, call, first)
@@ -135,7 +141,7 @@ def execute_read(pool: Pool, call: Call) -> Any:
     for alias in _alternatives(pool, first.alias, outcome):
         if not is_interchangeable(first.alias, alias):
             continue
-        if alias != pool.primary and time.monotonic() > deadline:
+        if alias != pool.primary and read_budget.left < MIN_LEFT:
             continue
         next_outcome = _run_on(pool, scope, call, connections[alias])
         if isinstance(next_outcome, _Served):
@@ -234,9 +240,19 @@ def _run_on(
                 call.move_to(connection)
             has_run = True
             result = _run_watched(pool, call, connection)
+        except BudgetExhausted as error:
+            connection.close()
+            return Rejection(Reason.FAILOVER, error)
+        except ReplayWaits as error:
+            connection.close()
+            return _suspect_replay(connection, error)
         except CONNECTION_ERRORS as error:
             if connection.in_atomic_block or call.many:
                 raise
+            if has_run and _waited_for_lock(pool, connection, error):
+                if not _may_fail_over(connection, call):
+                    raise
+                return _suspect_replay(connection, error)
             if not _is_lost(connection, error):
                 if has_run and not _is_retryable(connection, error):
                     raise
@@ -254,6 +270,24 @@ def _run_on(
             pool.guarantee.record_read(pool, scope, connection.alias)
         return _Served(result)
     raise AssertionError("unreachable")
+
+
+def _waited_for_lock(pool: Pool, connection: BaseDatabaseWrapper, error: Exception) -> bool:
+    """Return whether a timeout of the server's ended a wait for a lock on a standby."""
+    dialect = dialect_for(connection)
+    if dialect is None or connection.alias == pool.primary or connection.connection is None:
+        return False
+    code = dialect.error_code(error)
+    is_timeout = code in dialect.timeout_errors and state_of(connection).waits_for_lock
+    return is_timeout or code in dialect.lock_errors
+
+
+def _suspect_replay(connection: BaseDatabaseWrapper, error: Exception) -> Rejection:
+    """Have the monitor find out whether the server's replay waits for a lock."""
+    endpoint = endpoint_for(connection)
+    endpoint.replay_suspected = True
+    registry.request_attention(endpoint)
+    return Rejection(Reason.FAILOVER, error)
 
 
 def _connect_error(call: Call, connection: BaseDatabaseWrapper) -> Exception | None:
@@ -279,7 +313,7 @@ def _is_unresponsive(connection: BaseDatabaseWrapper, error: Exception) -> bool:
 def _take_out(connection: BaseDatabaseWrapper, error: Exception) -> Rejection:
     """Take what an alias resolves to out of rotation, unless it is already."""
     endpoint = endpoint_for(connection)
-    if not endpoint.is_down:
+    if not (endpoint.is_down or isinstance(error, BudgetExhausted)):
         is_unresponsive = _is_unresponsive(connection, error)
         fault = Fault.UNRESPONSIVE if is_unresponsive else Fault.UNREACHABLE
         registry.mark_down(endpoint, fault, conf.retry_after, error)
@@ -293,15 +327,27 @@ def _reopen(connection: BaseDatabaseWrapper) -> None:
 
 
 def _run_watched(pool: Pool, call: Call, connection: BaseDatabaseWrapper) -> Any:
-    """Run the statement; if a replica may substitute for the primary, notice a hang."""
-    if connection.alias != pool.primary or conf.primary_down != "stale" or pool.dialect is None:
+    """
+    Run the statement; notice if its server does not answer, or makes it wait for a lock of
+    recovery, and another one may serve it.
+    """
+    if pool.dialect is None:
         return call.run()
     state = state_of(connection)
-    state.may_fail_over = not is_transaction_open(connection)
+    if connection.alias == pool.primary:
+        if conf.primary_down != "stale":
+            return call.run()
+        state.may_fail_over = not is_transaction_open(connection)
+        try:
+            return call.run()
+        finally:
+            state.may_fail_over = False
+    state.waits_for_lock = False
+    state.may_leave = partial(_may_fail_over, connection, call)
     try:
         return call.run()
     finally:
-        state.may_fail_over = False
+        state.may_leave = None
 
 
 def execute_on_primary(pool: Pool, call: Call, reason: Reason) -> Any:

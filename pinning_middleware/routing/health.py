@@ -77,6 +77,8 @@ class Health:
                 server.minimum_position = {}
             else:
                 return Fault.STALE_RESTART
+        if server.replay_waits:
+            return Fault.REPLAY_WAITS
         if conf.max_lag is not None and (server.lag or 0.0) > conf.max_lag:
             return Fault.LAG
         return None
@@ -251,6 +253,6 @@ class Health:
 
 def _pause(fault: Fault | None) -> float:
     """Return the seconds until a server with this fault is probed again."""
-    if fault in (Fault.STALE_RESTART, Fault.LAG):
+    if fault in (Fault.STALE_RESTART, Fault.LAG, Fault.REPLAY_WAITS):
         return monitor.SAMPLE_EVERY
     return conf.retry_after

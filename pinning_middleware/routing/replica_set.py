@@ -59,6 +59,7 @@ class ReplicaSet:
         self._refreshing = ForkSafeLock()
         self._substitute: tuple[float, str | None] = (0.0, None)
         registry.listeners.append(self._on_status_change)
+        registry.attendants.append(self._attend)
         if self.behind_in_tests or self.unreachable_in_tests:
             self.refresh()
 
@@ -110,6 +111,10 @@ class ReplicaSet:
                 # No replica can substitute for it for long.
                 registry.schedule_retry(endpoint, monitor.SAMPLE_EVERY)
             monitor.retry_until_up(endpoint.alias, self.primary, self.health.update_status)
+
+    def _attend(self, endpoint: Endpoint) -> None:
+        if endpoint.alias in self.endpoints:
+            monitor.attend(endpoint.alias, self.primary, self.health.update_status)
 
     def _readmit_reachable(self) -> None:
         """Return reachable replicas to the rotation early: no other replica is left."""

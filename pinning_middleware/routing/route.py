@@ -9,6 +9,7 @@ from pinning_middleware.reasons import Reason
 from pinning_middleware.routing.policy import Decision, decide
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.scopes.scope import Scope, current_scope
+from pinning_middleware.servers.budget import read_budget
 from pinning_middleware.signals import fell_back_to_primary, fell_back_to_replica
 
 __all__ = ["route", "take_decision"]
@@ -21,6 +22,8 @@ _pending: ContextVar[Decision | None] = ContextVar("pinning_decision", default=N
 
 def route(pool: Pool, model: object = None) -> str:
     """Decide where the next read of a pool goes and return the alias for Django."""
+    # What the end of the last request spent was not for this read.
+    read_budget.renew()
     scope = current_scope()
     decision = decide(pool, scope, model)
     _pending.set(decision)

@@ -1,27 +1,36 @@
 """
 Connect within a bounded time, whatever the driver's own timeout is, and retry an attempt that fails
 at once.
+
+A driver may block for longer than its timeout: libpq and psycopg apply it to each host and address,
+after the names were resolved. So an attempt runs in a thread of its own, and is abandoned.
+https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNECT-CONNECT-TIMEOUT
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import random
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Final
 
 from django.db import OperationalError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.utils import load_backend
 
 from pinning_middleware.conf import conf
+from pinning_middleware.servers.budget import BudgetExhausted, read_budget
 from pinning_middleware.servers.dialects import dialect_for
-from pinning_middleware.servers.probe import CONNECTION_ERRORS, probing, state_of
+from pinning_middleware.servers.probe import CONNECTION_ERRORS, endpoint_for, probing, state_of
 from pinning_middleware.servers.psycopg_pool import (
     apply_pool_timeouts,
     get_live_connection,
     has_pool,
 )
+from pinning_middleware.servers.registry import RECENT_FOR, Endpoint, registry
+from pinning_middleware.utils.race import first_result
 
 if TYPE_CHECKING:
     # The class that the mixin is combined with, whose attributes differ by ENGINE.
@@ -31,15 +40,32 @@ if TYPE_CHECKING:
 else:
     Base = object
 
-__all__ = ["CONNECT_TIMEOUT", "BoundedConnect", "dedicated_connection", "unreachable_in_tests"]
+__all__ = [
+    "CONNECT_TIMEOUT",
+    "BoundedConnect",
+    "ConnectTimeout",
+    "dedicated_connection",
+    "unreachable_in_tests",
+]
 
-# Seconds. Drivers wait for minutes by default. A value in OPTIONS takes precedence.
-CONNECT_TIMEOUT = 2
+# Seconds.
+CONNECT_TIMEOUT: Final = 1.0
+# Seconds after which the driver gives up an abandoned attempt, unless OPTIONS has a value. Drivers
+# wait for minutes by default; libpq takes no less.
+DRIVER_TIMEOUT: Final = 2
 # An attempt that fails within so many seconds is retried once.
-RETRY_IF_FAILED_WITHIN = 0.5
+RETRY_IF_FAILED_WITHIN: Final = 0.5
+# Seconds until another attempt, beside one that has not been answered; the second applies while the
+# alias is known to resolve to servers that answer and others that do not.
+ATTEMPT_INTERVAL, HUNG_ATTEMPT_INTERVAL = 0.5, 0.05
+MAX_ATTEMPTS: Final = 8
 
 # Aliases that a test has made unreachable.
 unreachable_in_tests: set[str] = set()
+
+
+class ConnectTimeout(OperationalError):
+    """No attempt to connect ended in time."""
 
 
 class BoundedConnect(Base):  # type: ignore[misc]
@@ -60,7 +86,7 @@ class BoundedConnect(Base):  # type: ignore[misc]
         # The parameters of a pool apply to all its connections, also if a probe creates the pool.
         is_probe = probing.get() and not has_pool(self)
         if dialect is not None and (is_probe or _always_needs_timeout(self)):
-            params.setdefault(dialect.connect_timeout, CONNECT_TIMEOUT)
+            params.setdefault(dialect.connect_timeout, DRIVER_TIMEOUT)
         return params
 
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
@@ -72,15 +98,16 @@ class BoundedConnect(Base):  # type: ignore[misc]
         get_new_connection = super().get_new_connection
         if not _needs_timeout(self):
             return get_new_connection(conn_params)
-        if has_pool(self):
-            apply_pool_timeouts(self, _always_needs_timeout(self), CONNECT_TIMEOUT)
-            raw = get_live_connection(
-                self.pool,
-                functools.partial(get_new_connection, conn_params),
-                functools.partial(_check_reachable, self.alias),
-            )
-        else:
-            raw = get_new_connection(conn_params)
+        with read_budget.spending():
+            if has_pool(self):
+                apply_pool_timeouts(self, _always_needs_timeout(self), CONNECT_TIMEOUT)
+                raw = get_live_connection(
+                    self.pool,
+                    functools.partial(get_new_connection, conn_params),
+                    functools.partial(_check_reachable, self.alias),
+                )
+            else:
+                raw = _connect_in_time(self, get_new_connection, conn_params)
         # Watch the connection from here on: Django's init_connection_state() waits for it too.
         state_of(self, raw)
         return raw
@@ -114,6 +141,77 @@ def _always_needs_timeout(connection: Any) -> bool:
     return bool(alias in conf.primary_by_replica or connection.is_dedicated or may_substitute)
 
 
+def _connect_in_time(
+    connection: Any, connect: Callable[[dict[str, Any]], Any], params: dict[str, Any]
+) -> Any:
+    """
+    Return a new connection of the driver.
+
+    Raise ConnectTimeout if there is none within CONNECT_TIMEOUT, BudgetExhausted if a read has less
+    time left.
+    """
+    seconds = CONNECT_TIMEOUT
+    if not connection.is_dedicated:
+        seconds = min(read_budget.left, CONNECT_TIMEOUT)
+    endpoint = endpoint_for(connection)
+    has_hung = time.monotonic() - endpoint.hung_at < RECENT_FOR
+    attempts = list(_rotations(params, endpoint, MAX_ATTEMPTS if has_hung else 2))
+
+    def attempt(number: int) -> tuple[int, Any]:
+        return number, connect(attempts[number])
+
+    try:
+        number, raw = first_result(
+            (functools.partial(attempt, number) for number in range(len(attempts))),
+            seconds=seconds,
+            interval=HUNG_ATTEMPT_INTERVAL if has_hung else ATTEMPT_INTERVAL,
+            discard=lambda late: late[1].close(),
+        )
+    except TimeoutError as error:
+        message = f"{connection.alias} did not accept a connection within {seconds:.1f} s"
+        kind = ConnectTimeout if seconds == CONNECT_TIMEOUT else BudgetExhausted
+        raise kind(message) from error
+    if number:
+        # The attempts before this one have not been answered.
+        endpoint.hung_at = time.monotonic()
+        hung = [_hosts(each)[0] for each in attempts[:number] if _is_list(each)]
+        endpoint.unresponsive_hosts.update(hung)
+        if hung:
+            registry.request_attention(endpoint)
+    return raw
+
+
+def _rotations(params: dict[str, Any], endpoint: Endpoint, number: int) -> Iterator[dict[str, Any]]:
+    """
+    Yield the parameters of several attempts: with a list of hosts, each begins with another one,
+    and those that do not answer are left out.
+    """
+    if not _is_list(params):
+        yield from (dict(params) for _ in range(number))
+        return
+    hosts = _hosts(params)
+    hosts = [host for host in hosts if host not in endpoint.unresponsive_hosts] or hosts
+    more: dict[str, Any] = {}
+    if params.get("load_balance_hosts") == "random":
+        random.shuffle(hosts)
+        more["load_balance_hosts"] = "disable"
+    for first in range(max(number, len(hosts))):
+        rotated = [hosts[(first + offset) % len(hosts)] for offset in range(len(hosts))]
+        host, port = (",".join(each) for each in zip(*rotated, strict=True))
+        yield {**params, **more, "host": host, "port": port}
+
+
+def _is_list(params: dict[str, Any]) -> bool:
+    return "," in str(params.get("host", "")) and not params.get("hostaddr")
+
+
+def _hosts(params: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the hosts of a list and their ports, as libpq pairs them."""
+    hosts = str(params["host"]).split(",")
+    ports = str(params.get("port") or "").split(",")
+    return list(zip(hosts, ports * len(hosts) if len(ports) == 1 else ports, strict=False))
+
+
 def _check_reachable(alias: str) -> None:
     with contextlib.closing(dedicated_connection(alias)) as connection:
         connection.ensure_connection()
@@ -125,9 +223,14 @@ def _bounded_class(base: Any) -> Any:
     return type(base.__name__, (BoundedConnect, base), {"__module__": base.__module__})
 
 
-def dedicated_connection(alias: str) -> BaseDatabaseWrapper:
-    """Return a new connection for the package's own use, not from a pool, for any thread."""
+def dedicated_connection(alias: str, host: tuple[str, str] | None = None) -> BaseDatabaseWrapper:
+    """
+    Return a new connection for the package's own use, not from a pool, for any thread; to one host
+    and port of the alias's list if ``host`` is given.
+    """
     settings = connections.settings[alias]
+    if host is not None:
+        settings = {**settings, "HOST": host[0], "PORT": host[1]}
     options = {name: value for name, value in settings["OPTIONS"].items() if name != "pool"}
     backend: Any = load_backend(settings["ENGINE"])
     connection = _bounded_class(backend.DatabaseWrapper)({**settings, "OPTIONS": options}, alias)

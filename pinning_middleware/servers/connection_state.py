@@ -5,6 +5,7 @@ The server behind a driver connection. Determined once per driver connection (al
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from pinning_middleware.servers.registry import Endpoint, Server
@@ -24,6 +25,7 @@ class ConnectionState:
         "endpoint",
         "is_watched",
         "may_fail_over",
+        "may_leave",
         "next_prepared",
         "opened_at",
         "prepared",
@@ -31,6 +33,7 @@ class ConnectionState:
         "server",
         "session_modified",
         "session_modified_at_checkout",
+        "waits_for_lock",
     )
 
     def __init__(self, endpoint: Endpoint, may_fail_over: bool, raw: Any = None) -> None:
@@ -38,6 +41,10 @@ class ConnectionState:
         self.endpoint = endpoint
         # Whether a read that hangs here may fail over to another server.
         self.may_fail_over = may_fail_over
+        # Returns whether the read that runs now could be given up while its server executes it.
+        self.may_leave: Callable[[], bool] | None = None
+        # Whether that read was last seen waiting for a lock of recovery.
+        self.waits_for_lock = False
         self.opened_at = time.monotonic()
         # None if the server has not been identified yet.
         self.server: Server | None = None

@@ -17,6 +17,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from django.db import DatabaseError, InterfaceError, connections
@@ -24,20 +25,22 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.conf import conf, on_change
 from pinning_middleware.reasons import Fault
-from pinning_middleware.servers.connect import dedicated_connection
+from pinning_middleware.servers.connect import ConnectTimeout, dedicated_connection
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.liveness import clear_deadline, start_deadline
-from pinning_middleware.servers.probe import probe, state_of
+from pinning_middleware.servers.probe import fetch, probe, state_of
 from pinning_middleware.servers.registry import (
     LAST_REPLICA_RETRY_INTERVAL,
     Endpoint,
     Server,
     registry,
 )
+from pinning_middleware.servers.session_check import session_query
 from pinning_middleware.utils.forks import ForkSafeLock
 
 __all__ = [
     "UpdateStatus",
+    "attend",
     "measure_lag",
     "resolve_timeline",
     "retry_until_up",
@@ -57,6 +60,9 @@ IDLE = 5.0
 NEEDED = 10.0
 # Seconds between two probes while a request waits: the first pause, doubled up to the second.
 FIRST_PAUSE, MAX_PAUSE = 0.001, 0.02
+# Seconds between two searches for the sessions of slow reads, and for which the connection is kept
+# after one, since a server may stop to accept connections while its sessions run.
+LOOK_EVERY, AFTER_SLOW_READ = 0.25, 60.0
 # Maximum seconds to wait for a replica to reach the primary's position while resolving its
 # timeline.
 RESOLVE_TIMEOUT = 0.05
@@ -77,7 +83,7 @@ class Monitor:
         self._waiters = 0
         self._sampling_until = 0.0
         self._resolving = False
-        self._last_check = 0.0
+        self._last_check = self._last_look = self._last_hosts = 0.0
         self._busy_until = time.monotonic() + IDLE
         self._connections: dict[str, BaseDatabaseWrapper] = {}
 
@@ -123,6 +129,10 @@ class Monitor:
             while (work := self._wait_for_work(pause)) is not None:
                 if work == "resolve":
                     self._resolve_timeline()
+                elif work == "look":
+                    self._look_for_sessions()
+                elif work == "hosts":
+                    self._check_hosts()
                 else:
                     self._check()
                 with self.condition:
@@ -139,7 +149,7 @@ class Monitor:
             self._disconnect()
             self.stopped.set()
 
-    def _wait_for_work(self, pause: float) -> Literal["resolve", "check"] | None:
+    def _wait_for_work(self, pause: float) -> Literal["resolve", "look", "hosts", "check"] | None:
         """Return the next work when it is due, or None if the monitor is to end."""
         with self.condition:
             while not self.is_stopping:
@@ -147,7 +157,18 @@ class Monitor:
                 if self._resolving:
                     self._resolving = False
                     return "resolve"
+                endpoint = registry.endpoint(self.alias, self.primary)
                 due = self._next_check(now, pause)
+                if endpoint.slow_sessions:
+                    self._busy_until = now + AFTER_SLOW_READ
+                    if now >= (look := self._last_look + LOOK_EVERY):
+                        return "look"
+                    due = look if due is None else min(look, due)
+                if endpoint.unresponsive_hosts:
+                    self._busy_until = now + IDLE
+                    if now >= (hosts := self._last_hosts + SAMPLE_EVERY):
+                        return "hosts"
+                    due = hosts if due is None else min(hosts, due)
                 if due is None:
                     if now >= self._busy_until:
                         # Set under the lock so that no work is queued on a monitor that is
@@ -168,6 +189,8 @@ class Monitor:
         if now < self._sampling_until:
             times.append(self._last_check + SAMPLE_EVERY)
         endpoint = registry.endpoint(self.alias, self.primary)
+        if endpoint.replay_suspected:
+            times.append(now)
         if endpoint.out_of_rotation:
             interval = (
                 LAST_REPLICA_RETRY_INTERVAL if _all_replicas_are_out(endpoint) else SAMPLE_EVERY
@@ -189,7 +212,10 @@ class Monitor:
             measure_lag(server, self.primary)
             if server.lag and not endpoint.out_of_rotation:
                 server = self._measure_again(server)
+            if endpoint.replay_suspected or server.replay_waits:
+                self._check_replay(server)
             self.update_status(endpoint, server)
+        endpoint.replay_suspected = False
         if not is_trial and endpoint.out_of_rotation and endpoint.retry_at <= self._last_check:
             registry.schedule_retry(endpoint, _retry_interval(endpoint))
 
@@ -205,6 +231,42 @@ class Monitor:
             return server
         measure_lag(again, self.primary)
         return again
+
+    def _check_replay(self, server: Server) -> None:
+        dialect = dialect_for(connections[self.alias])
+        if dialect is None or not dialect.replay_waits:
+            return
+        row = self._attempt(self.alias, partial(fetch, sql=dialect.replay_waits))
+        server.replay_waits = row is not None and row[0] in (True, "t")
+
+    def _look_for_sessions(self) -> None:
+        """Look for the sessions of slow reads, on the connection that the monitor has."""
+        self._last_look = time.monotonic()
+        for session in tuple(registry.endpoint(self.alias, self.primary).slow_sessions):
+            asked_at = time.monotonic()
+            sql = session_query(session.pid)
+            row = self._attempt(self.alias, partial(fetch, sql=sql))
+            if row is None:
+                return
+            has_session, session.waits_for_lock = row[0] == "t", row[1] == "t"
+            if has_session:
+                session.seen_at = asked_at
+
+    def _check_hosts(self) -> None:
+        """Find out which hosts of a list answer again."""
+        endpoint = registry.endpoint(self.alias, self.primary)
+        for host in tuple(endpoint.unresponsive_hosts):
+            connection = dedicated_connection(self.alias, host)
+            try:
+                connection.ensure_connection()
+            except ConnectTimeout:
+                continue
+            except (DatabaseError, InterfaceError) as error:
+                logger.debug("%s answers again: %s", host, error)
+            finally:
+                connection.close()
+            endpoint.unresponsive_hosts.discard(host)
+        self._last_hosts = time.monotonic()
 
     def _resolve_timeline(self) -> None:
         """Probe the primary, the replica until it has caught up, and the primary again."""
@@ -307,7 +369,7 @@ def _is_usable_anew(connection: BaseDatabaseWrapper) -> bool:
 def _retry_interval(endpoint: Endpoint) -> float:
     """Return the seconds until the next attempt on an endpoint that is out of rotation."""
     if (
-        endpoint.out_of_rotation in (Fault.STALE_RESTART, Fault.LAG)
+        endpoint.out_of_rotation in (Fault.STALE_RESTART, Fault.LAG, Fault.REPLAY_WAITS)
         or endpoint.alias == endpoint.pool
     ):
         return SAMPLE_EVERY
@@ -358,6 +420,11 @@ def _running_monitor(alias: str, primary: str, update_status: UpdateStatus) -> M
                 monitor = _monitors[alias] = Monitor(alias, primary, update_status)
                 monitor.start()
     return monitor
+
+
+def attend(alias: str, primary: str, update_status: UpdateStatus) -> None:
+    """Do the work that has been noted on the endpoint of an alias."""
+    _assign(alias, primary, update_status, lambda monitor: monitor.schedule())
 
 
 def retry_until_up(alias: str, primary: str, update_status: UpdateStatus) -> None:

@@ -21,6 +21,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.conf import conf, on_change
 from pinning_middleware.reasons import Fault
+from pinning_middleware.servers.budget import BudgetExhausted, read_budget
 from pinning_middleware.servers.connection_state import ConnectionState
 from pinning_middleware.servers.dialects import (
     Dialect,
@@ -31,6 +32,7 @@ from pinning_middleware.servers.dialects import (
     dialect_for,
 )
 from pinning_middleware.servers.liveness import (
+    DEADLINE,
     ServerUnresponsive,
     clear_deadline,
     start_deadline,
@@ -44,6 +46,7 @@ __all__ = [
     "ProbeResult",
     "endpoint_for",
     "failover_disabled",
+    "fetch",
     "probe",
     "probing",
     "probing_allowed",
@@ -146,6 +149,15 @@ def probe(connection: BaseDatabaseWrapper, is_trial: bool = False) -> ProbeResul
     dialect = dialect_for(connection)
     if dialect is None or not conf.positions or not probing_allowed(connection):
         return None
+    if getattr(connection, "is_dedicated", False):
+        return _probe(connection, dialect, is_trial)
+    if read_budget.left < DEADLINE:
+        raise BudgetExhausted(f"no time is left to probe {connection.alias}")
+    with read_budget.spending():
+        return _probe(connection, dialect, is_trial)
+
+
+def _probe(connection: BaseDatabaseWrapper, dialect: Dialect, is_trial: bool) -> ProbeResult:
     with without_failover():
         try:
             return _probe_once(connection, dialect, is_trial)
@@ -158,13 +170,21 @@ def probe(connection: BaseDatabaseWrapper, is_trial: bool = False) -> ProbeResul
             return _probe_once(connection, dialect, is_trial)
 
 
+def fetch(connection: BaseDatabaseWrapper, sql: str) -> Row:
+    """
+    Return a row, within the deadline of a probe. Raise what the driver raises, as Django's errors.
+    """
+    connection.ensure_connection()
+    return _query_for(connection, state_of(connection))(sql)
+
+
 def _probe_once(connection: BaseDatabaseWrapper, dialect: Dialect, is_trial: bool) -> ProbeResult:
     endpoint = endpoint_for(connection)
     token = probing.set(True)
     try:
         connection.ensure_connection()
     except CONNECTION_ERRORS as error:
-        if not is_trial:
+        if not (is_trial or isinstance(error, BudgetExhausted)):
             registry.mark_down(endpoint, Fault.UNREACHABLE, conf.retry_after, error)
         raise
     finally:

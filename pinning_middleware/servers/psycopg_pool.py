@@ -9,8 +9,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from pinning_middleware.servers.liveness import is_ready
 from pinning_middleware.servers.probe import probing
+from pinning_middleware.servers.session_check import is_ready
 
 __all__ = ["apply_pool_timeouts", "bounded_getconn", "get_live_connection", "has_pool"]
 

@@ -30,6 +30,7 @@ __all__ = [
     "Report",
     "Server",
     "ServerRegistry",
+    "SlowSession",
     "registry",
 ]
 
@@ -97,6 +98,7 @@ class Server:
         "minimum_position",
         "out_of_rotation",
         "position",
+        "replay_waits",
         "replayed_offset",
         "reports_position",
         "retry_at",
@@ -123,6 +125,8 @@ class Server:
         # Why the server is out of rotation, or None if it is in rotation; and since when (epoch).
         self.out_of_rotation: Fault | None = None
         self.status_since = 0.0
+        # Whether its replay waits for a lock that a query holds.
+        self.replay_waits = False
         # Monotonic time at which a connection that resolves to this server may probe it again.
         self.retry_at = 0.0
         # Seconds behind the primary, or None if unknown.
@@ -194,6 +198,18 @@ def _merged(positions: Iterable[Points]) -> Points:
     return merged
 
 
+class SlowSession:
+    """A session of this process that has not answered for a moment, for the monitor to look for."""
+
+    __slots__ = ("pid", "seen_at", "waits_for_lock")
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        # Monotonic time at which the server was asked for it when it was last found there.
+        self.seen_at = 0.0
+        self.waits_for_lock = False
+
+
 class Endpoint:
     """What an alias resolves to: the servers seen there, and its status in the rotation."""
 
@@ -218,6 +234,14 @@ class Endpoint:
         self.must_reidentify = False
         # A connection pooler mixes several servers, so that a position is of no use. Logged once.
         self.pooler_mixes_servers = False
+        # The sessions in which a read waits for an answer.
+        self.slow_sessions: set[SlowSession] = set()
+        # A read waited for a lock: find out whether replay waits for one.
+        self.replay_suspected = False
+        # Hosts of a list that do not answer, as pairs of HOST and PORT.
+        self.unresponsive_hosts: set[tuple[str, str]] = set()
+        # Monotonic time at which one attempt to connect was not answered while another was.
+        self.hung_at = -math.inf
         # The settings that the endpoint was made for have been replaced.
         self.is_stale = False
         # A fault of the endpoint itself, whatever the status of its servers; None if it connects.
@@ -274,7 +298,8 @@ class Endpoint:
 class ServerRegistry:
     """
     Servers and endpoints by identity and alias. Callables in ``listeners`` are called with each
-    endpoint that leaves or rejoins the rotation.
+    endpoint that leaves or rejoins the rotation, those in ``attendants`` with each that has work
+    for its monitor.
     """
 
     def __init__(self) -> None:
@@ -285,6 +310,7 @@ class ServerRegistry:
         self._primary_samples: dict[str, deque[PrimarySample]] = {}
         self._lag_samples: dict[str, deque[tuple[float, Position]]] = {}
         self.listeners: list[Callable[[Endpoint], None]] = []
+        self.attendants: list[Callable[[Endpoint], None]] = []
 
     def endpoint(self, alias: str, pool: str = "") -> Endpoint:
         """Return the endpoint of an alias, created on first use."""
@@ -309,6 +335,12 @@ class ServerRegistry:
             self._primary_samples.clear()
             self._lag_samples.clear()
             self.listeners.clear()
+            self.attendants.clear()
+
+    def request_attention(self, endpoint: Endpoint) -> None:
+        """Have the endpoint's monitor do the work that has been noted on the endpoint."""
+        for attend in () if endpoint.is_stale else tuple(self.attendants):
+            attend(endpoint)
 
     def get(self, identity: Identity) -> Server | None:
         """Return a registered server, or None."""

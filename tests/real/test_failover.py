@@ -21,6 +21,7 @@ from pinning_middleware import pin_this_request, use_replica
 from pinning_middleware.exceptions import ReplicaWriteError
 from pinning_middleware.pins import PoolKey, Position
 from pinning_middleware.scopes.scope import current_scope
+from pinning_middleware.servers.connect import BoundedConnect
 from pinning_middleware.servers.dialects.postgresql import PostgreSQL as Dialect
 from pinning_middleware.servers.registry import registry
 from tests.app.models import Author, Book
@@ -565,14 +566,14 @@ class Attempts(NamedTuple):
 def attempts(monkeypatch: pytest.MonkeyPatch) -> Attempts:
     """Record attempts to connect."""
     made = Attempts([], [])
-    connect = DatabaseWrapper.get_new_connection
+    connect = BoundedConnect.connect
 
-    def recording(self: Any, params: Any) -> Any:
+    def recording(self: Any) -> None:
         is_watcher = threading.current_thread().name.startswith("pinning-monitor")
         (made.by_monitors if is_watcher else made.by_requests).append(self.alias)
-        return connect(self, params)
+        connect(self)
 
-    monkeypatch.setattr(DatabaseWrapper, "get_new_connection", recording)
+    monkeypatch.setattr(BoundedConnect, "connect", recording)
     for alias in ("pg", *pool().replicas):
         # Existing wrappers have a reference to the original method.
         connections[alias].close()

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Self
 
 import pytest
 from django.db import Error, OperationalError, close_old_connections, connections, transaction
-from django.db.backends.postgresql.base import DatabaseWrapper
 from django.test import override_settings
 
 from pinning_middleware import no_failover
@@ -20,7 +19,9 @@ from pinning_middleware.pins import Position
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.routing.route import route
 from pinning_middleware.servers import liveness
+from pinning_middleware.servers.connect import BoundedConnect
 from pinning_middleware.servers.probe import endpoint_for
+from pinning_middleware.servers.session_check import SessionStatus
 from tests.app.models import Book
 
 from .conftest import (
@@ -136,13 +137,13 @@ class Clients:
 def connecting(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """Record attempts to connect: the alias, and the name of the thread."""
     made: list[tuple[str, str]] = []
-    connect = DatabaseWrapper.get_new_connection
+    connect = BoundedConnect.connect
 
-    def recording(self: Any, params: Any) -> Any:
+    def recording(self: Any) -> None:
         made.append((self.alias, threading.current_thread().name))
-        return connect(self, params)
+        connect(self)
 
-    monkeypatch.setattr(DatabaseWrapper, "get_new_connection", recording)
+    monkeypatch.setattr(BoundedConnect, "connect", recording)
     return made
 
 
@@ -451,22 +452,22 @@ WHERE query LIKE '%inet_server_port() AS port, %pg_sleep%' AND state = 'active'
 """
 
 
-def record_liveness_checks(monkeypatch: pytest.MonkeyPatch) -> list[bool | None]:
-    """Record the results of liveness checks of waiting reads."""
-    answers, looked_into = liveness._check_session_alive, list[bool | None]()
+def record_liveness_checks(monkeypatch: pytest.MonkeyPatch) -> list[SessionStatus]:
+    """Record the results of checks of waiting reads on fresh connections."""
+    check, found = liveness.check_session, list[SessionStatus]()
 
-    def recording(*args: Any) -> bool | None:
-        looked_into.append(answers(*args))
-        return looked_into[-1]
+    def recording(*args: Any) -> SessionStatus:
+        found.append(check(*args))
+        return found[-1]
 
-    monkeypatch.setattr(liveness, "_check_session_alive", recording)
-    return looked_into
+    monkeypatch.setattr(liveness, "check_session", recording)
+    return found
 
 
 def test_slow_query_completes_and_runs_once(
     pg: PostgreSQL, sent_signals: SentSignals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked_into = record_liveness_checks(monkeypatch)
+    found = record_liveness_checks(monkeypatch)
     with unrelated_scope():
         expected = server()
         running = []
@@ -483,8 +484,7 @@ def test_slow_query_completes_and_runs_once(
             assert slow.result() == ("", pg[expected].port)
         assert max(running) == 1
         assert server() == expected
-    assert looked_into
-    assert all(looked_into)
+    assert set(found) <= {SessionStatus.RUNNING}
     assert sent_signals == []
 
 
@@ -563,7 +563,7 @@ def test_slow_query_completes_behind_proxies_and_poolers(
     known: int,
     role: str,
 ) -> None:
-    looked_into = record_liveness_checks(monkeypatch)
+    found = record_liveness_checks(monkeypatch)
     more = {"user": make_role(pg.cluster)} if role == "plain" else {}
     with ExitStack() as stack:
         places = places_for(pg, way, stack)
@@ -574,8 +574,7 @@ def test_slow_query_completes_behind_proxies_and_poolers(
             expected = port()
             (book,) = Book.objects.using("many").raw(SLEEP, [2])
             assert (book.slept, book.port) == ("", expected)
-    assert looked_into
-    assert all(looked_into)
+    assert set(found) <= {SessionStatus.RUNNING}
     assert sent_signals == []
 
 
@@ -686,7 +685,7 @@ def test_lost_session_leaves_its_server_in_rotation(
 def test_server_with_too_many_connections_is_not_unresponsive(
     pg: PostgreSQL, sent_signals: SentSignals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked_into = record_liveness_checks(monkeypatch)
+    found = record_liveness_checks(monkeypatch)
     user = make_role(pg.cluster)
     with as_layout(pg, r1=database(pg["pg1"], conn_max_age=None, user=user)), unrelated_scope():
         with no_failover():
@@ -698,7 +697,7 @@ def test_server_with_too_many_connections_is_not_unresponsive(
             assert (book.slept, book.port) == ("", pg["pg1"].port)
         finally:
             pg["pg"].execute(f"ALTER ROLE {user} CONNECTION LIMIT -1")
-    assert looked_into == [True]
+    assert set(found) <= {SessionStatus.RUNNING}
     assert sent_signals == []
 
 

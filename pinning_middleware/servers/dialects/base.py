@@ -44,6 +44,13 @@ class Dialect:
     retryable_errors: ClassVar[frozenset[Any]] = frozenset()
     # Those of them after which the connection is lost.
     connection_lost_errors: ClassVar[frozenset[Any]] = frozenset()
+    # A statement whose only column is whether replay waits for a lock that a query holds; empty if
+    # replay never does.
+    replay_waits: ClassVar[str] = ""
+    # Codes of errors that a server raises because a lock was not granted in time; those that it may
+    # raise for other reasons as well.
+    lock_errors: ClassVar[frozenset[Any]] = frozenset()
+    timeout_errors: ClassVar[frozenset[Any]] = frozenset()
     # Codes of errors for a statement that is not permitted, or not supported.
     permission_errors: ClassVar[frozenset[Any]] = frozenset()
 

@@ -110,6 +110,14 @@ class PostgreSQL(Dialect):
         "40P01",
         "57P04",
     }
+    # A query cannot take a lock of this mode on a standby, so it is that of recovery.
+    # https://www.postgresql.org/docs/current/hot-standby.html#HOT-STANDBY-CONFLICT
+    replay_waits: ClassVar[str] = (
+        "SELECT EXISTS (SELECT 1 FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND NOT granted)"
+    )
+    # lock_timeout; statement_timeout or a cancel request.
+    lock_errors: ClassVar[frozenset[Any]] = frozenset({"55P03"})
+    timeout_errors: ClassVar[frozenset[Any]] = frozenset({"57014"})
     # Not supported, not permitted, no such function.
     permission_errors: ClassVar[frozenset[Any]] = frozenset({"0A000", "42501", "42883"})
 

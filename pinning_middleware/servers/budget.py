@@ -1,0 +1,60 @@
+"""
+The time that one read may spend on connecting, probing and retrying, in this thread.
+
+The execution of a statement on a server that answers probes does not count, however long it takes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from django.db import OperationalError
+
+__all__ = ["READ_BUDGET", "BudgetExhausted", "read_budget"]
+
+# Seconds. After that only the primary is tried, so that a read waits no longer than 1.5 s.
+READ_BUDGET: Final = 1.4
+
+
+class BudgetExhausted(OperationalError):
+    """
+    A read's budget ended before a server had the usual time to answer, which says nothing of it.
+    """
+
+
+class _ReadBudget(threading.local):
+    _spent = 0.0
+    _is_spending = False
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return max(READ_BUDGET - self._spent, 0.0)
+
+    def spend(self, seconds: float) -> None:
+        """Subtract what a read has waited for a server that did not answer."""
+        self._spent += seconds
+
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        """Subtract the time that the block takes; blocks may be nested."""
+        if self._is_spending:
+            yield
+            return
+        began, self._is_spending = time.monotonic(), True
+        try:
+            yield
+        finally:
+            self._is_spending = False
+            self._spent += time.monotonic() - began
+
+    def renew(self) -> None:
+        """Begin again for the thread's next read."""
+        self._spent = 0.0
+
+
+read_budget = _ReadBudget()

@@ -1,0 +1,217 @@
+"""
+Whether a server still runs a session of this process, determined on a connection of its own.
+
+A server that does not answer is detected in this way, and a read that waits for a lock on a
+standby: only recovery takes locks that conflict with a read there.
+https://www.postgresql.org/docs/current/hot-standby.html#HOT-STANDBY-CONFLICT
+"""
+
+from __future__ import annotations
+
+import itertools
+import selectors
+import threading
+import time
+from enum import Enum
+from functools import partial
+from typing import Any, Final
+
+from pinning_middleware.servers.connection_state import ConnectionState
+from pinning_middleware.servers.dialects.postgresql import STARTED
+from pinning_middleware.utils.forks import ForkSafeLock
+from pinning_middleware.utils.race import first_result
+
+__all__ = ["SessionStatus", "check_session", "is_ready", "session_query"]
+
+# Seconds until another attempt, beside those that have not been answered: a load balancer may
+# connect it to the session's server. The second applies if the alias has several servers.
+ATTEMPT_INTERVAL, BALANCED_ATTEMPT_INTERVAL = 0.25, 0.1
+MAX_ATTEMPTS: Final = 20
+
+
+class SessionStatus(Enum):
+    """What is known of a session whose client waits for an answer."""
+
+    RUNNING = "running"
+    # It waits for a lock, on a standby.
+    WAITS_FOR_LOCK = "waits for a lock"
+    # Another server answers, or the same one without this session.
+    GONE = "gone"
+    # No server answers.
+    UNANSWERED = "unanswered"
+
+
+def session_query(pid: int) -> str:
+    """
+    Return a statement for whether a server runs a session of the current database, and whether the
+    session waits for a lock of recovery. Any role may run it.
+    """
+    return (
+        f"SELECT EXISTS (SELECT 1 FROM pg_stat_activity WHERE pid = {pid} AND datname = "
+        f"current_database()), pg_is_in_recovery() AND EXISTS (SELECT 1 FROM pg_locks WHERE "
+        f"pid = {pid} AND NOT granted)"
+    )
+
+
+class _OtherServer(Exception):
+    """Another server answered, or none accepted the connection."""
+
+
+class _PoolerAnswered(Exception):
+    """A connection pooler answered in the server's place, so that the server does not."""
+
+
+class _Check:
+    __slots__ = ("done", "status")
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.status = SessionStatus.UNANSWERED
+
+
+_lock = ForkSafeLock()
+_checks: dict[object, _Check] = {}
+
+
+def check_session(raw: Any, state: ConnectionState, seconds: float) -> SessionStatus:
+    """
+    Return the status of the session of a psycopg connection, on a fresh connection, within so many
+    seconds. Reads that wait for the same server share a check of whether it answers.
+    """
+    key: object = state.server or state.endpoint
+    with _lock:
+        check = _checks.get(key)
+        is_first = check is None
+        if check is None:
+            check = _checks[key] = _Check()
+    if is_first:
+        try:
+            check.status = _check_afresh(raw, state, seconds)
+        finally:
+            check.done.set()
+            with _lock:
+                _checks.pop(key, None)
+        return check.status
+    check.done.wait(seconds)
+    if check.status in (SessionStatus.UNANSWERED, SessionStatus.RUNNING):
+        return check.status
+    # That of the other session is no answer for this one.
+    return _check_afresh(raw, state, seconds)
+
+
+def _check_afresh(raw: Any, state: ConnectionState, seconds: float) -> SessionStatus:
+    from psycopg import conninfo
+
+    parameters = {
+        name: value
+        for name, value in raw.info.get_parameters().items()
+        if name not in ("load_balance_hosts", "target_session_attrs")
+    }
+    host = {"host": raw.info.host, "port": raw.info.port, "hostaddr": raw.info.hostaddr or None}
+    text = conninfo.make_conninfo(**{**parameters, **host, "password": raw.info.password or None})
+    attempt = partial(
+        _ask_afresh, text.encode(), raw.info.backend_pid, state, time.monotonic() + seconds
+    )
+    has_several = len(state.endpoint.servers) > 1
+    interval = BALANCED_ATTEMPT_INTERVAL if has_several else ATTEMPT_INTERVAL
+    try:
+        # A load balancer may connect to another server: try again to reach the same one.
+        return first_result(
+            itertools.repeat(attempt, MAX_ATTEMPTS),
+            seconds=seconds,
+            interval=interval,
+            retry=_OtherServer,
+        )
+    except _OtherServer:
+        return SessionStatus.GONE
+    except (TimeoutError, _PoolerAnswered):
+        return SessionStatus.UNANSWERED
+
+
+def _ask_afresh(text: bytes, pid: int, state: ConnectionState, until: float) -> SessionStatus:
+    """
+    Return the status of a session, on one fresh connection.
+
+    Raise _OtherServer if another server answers, _PoolerAnswered or TimeoutError if none does.
+    """
+    from psycopg import Error, pq
+
+    started = state.server.identity.started if state.server is not None else ""
+    columns = f"{STARTED if started else 'NULL'}, pg_backend_pid()"
+    connection = pq.PGconn.connect_start(text)
+    try:
+        if _finish_connecting(connection, until) != pq.PollingStatus.OK:
+            # An error of the server ("too many clients"), not of the network: in every language,
+            # only these have two blanks after the severity.
+            if b":  " not in connection.error_message:
+                raise _OtherServer
+            if state.behind_pooler:
+                raise _PoolerAnswered
+            return SessionStatus.RUNNING
+        row = _fetch_row(connection, f"{session_query(pid)}, {columns}", until)
+        # A pooler reports a process ID of its own at connect.
+        if state.behind_pooler or (row and row[3] != str(connection.backend_pid)):
+            return SessionStatus.RUNNING
+        if not row:
+            # It answers with an error, so the session cannot be looked for.
+            return SessionStatus.RUNNING
+        has_session, waits_for_lock = row[0] == "t", row[1] == "t"
+        if has_session if not started else row[2] == started:
+            if not has_session:
+                return SessionStatus.GONE
+            return SessionStatus.WAITS_FOR_LOCK if waits_for_lock else SessionStatus.RUNNING
+        raise _OtherServer
+    except Error as error:
+        raise _OtherServer from error
+    finally:
+        connection.finish()
+
+
+def is_ready(number: int, seconds: float, is_writing: bool = False) -> bool:
+    """Return whether a socket becomes readable, or writable, within so many seconds."""
+    # select.select() does not accept a file descriptor above 1023.
+    with selectors.DefaultSelector() as selector:
+        selector.register(number, selectors.EVENT_WRITE if is_writing else selectors.EVENT_READ)
+        return bool(selector.select(seconds))
+
+
+def _wait(connection: Any, until: float, is_writing: bool = False) -> None:
+    left = until - time.monotonic()
+    if left <= 0 or not is_ready(connection.socket, left, is_writing):
+        raise TimeoutError
+
+
+def _finish_connecting(connection: Any, until: float) -> Any:
+    """Return the final status of a connection attempt; raise TimeoutError if there is none."""
+    from psycopg.pq import PollingStatus
+
+    while True:
+        status = connection.connect_poll()
+        if status in (PollingStatus.OK, PollingStatus.FAILED):
+            return status
+        _wait(connection, until, status == PollingStatus.WRITING)
+
+
+def _fetch_row(connection: Any, sql: str, until: float) -> list[str | None]:
+    """
+    Return one row, empty if the server reported an error.
+
+    Raise TimeoutError if nothing answers, _PoolerAnswered for an error of class 08 (connection):
+    PgBouncer sends it while it cannot log in to its server.
+    https://www.pgbouncer.org/config.html#server_login_retry
+    """
+    from psycopg.pq import DiagnosticField
+
+    connection.send_query(sql.encode())
+    while connection.is_busy():
+        _wait(connection, until)
+        connection.consume_input()
+    result = connection.get_result()
+    if result is None:
+        raise _OtherServer
+    if not result.ntuples:
+        if (result.error_field(DiagnosticField.SQLSTATE) or b"").startswith(b"08"):
+            raise _PoolerAnswered
+        return []
+    values = (result.get_value(0, column) for column in range(result.nfields))
+    return [None if value is None else value.decode() for value in values]

@@ -1,0 +1,85 @@
+"""Deadlines of probes for drivers whose waits cannot be watched: a thread shuts down the socket."""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import heapq
+import itertools
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+__all__ = ["Guard", "guard"]
+
+
+class Guard:
+    """The deadline of one probe; ``done`` is set when it was answered."""
+
+    __slots__ = ("done", "socket")
+
+    def __init__(self, number: int) -> None:
+        self.socket = socket.socket(fileno=os.dup(number))
+        self.done = False
+
+
+class _Watchdog:
+    """A lazily started thread that shuts down the sockets of probes that miss their deadline."""
+
+    _order: ClassVar[Iterator[int]] = itertools.count()
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._guards: list[tuple[float, int, Guard]] = []
+        self._is_running = False
+
+    def guard(self, raw: Any, until: float) -> Guard | None:
+        fileno = getattr(raw, "fileno", None)
+        if fileno is None:
+            return None
+        guard = Guard(fileno())
+        with self._condition:
+            heapq.heappush(self._guards, (until, next(self._order), guard))
+            if not self._is_running:
+                self._is_running = True
+                _thread.start_new_thread(self._run, ())
+        return guard
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                if not self._guards:
+                    self._is_running = False
+                    return
+                until, _, guard = self._guards[0]
+                left = until - time.monotonic()
+                if left > 0 and not guard.done:
+                    self._condition.wait(min(left, 0.1))
+                    continue
+                heapq.heappop(self._guards)
+            with contextlib.suppress(OSError):
+                if not guard.done:
+                    guard.socket.shutdown(socket.SHUT_RDWR)
+            guard.socket.close()
+
+
+_watchdog = _Watchdog()
+
+
+def guard(raw: Any, until: float) -> Guard | None:
+    """
+    Shut down the socket of a driver's connection at ``until`` (monotonic time), unless the guard
+    that is returned is ``done`` by then. Return None if the driver does not name its socket.
+    """
+    return _watchdog.guard(raw, until)
+
+
+def _reset_after_fork() -> None:
+    global _watchdog
+    _watchdog = _Watchdog()
+
+
+os.register_at_fork(after_in_child=_reset_after_fork)
