@@ -22,6 +22,7 @@ NAMES = (
     "endpoints",
     "faults",
     "unresponsive",
+    "waits",
     "statements",
 )
 
