@@ -51,6 +51,7 @@ FAULTS: Final = {
     Fault.PROMOTED: "is not a replica of this primary",
     Fault.STALE_RESTART: "has not yet replayed what it had before its restart",
     Fault.LAG: "lags too far behind",
+    Fault.REPLAY_WAITS: "waits for a lock that a query holds, and replays nothing",
     DRAINED: "drained: its weight is 0",
 }
 EVENTS: Final = {

@@ -56,21 +56,6 @@ def port_of_request() -> int:
         close_old_connections()
 
 
-@pytest.fixture
-def spent(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Record what each read has spent when it ends (seconds)."""
-    spent: list[float] = []
-    renew = type(read_budget).renew
-
-    def recording(self: Any) -> None:
-        if self.left < READ_BUDGET:
-            spent.append(READ_BUDGET - self.left)
-        renew(self)
-
-    monkeypatch.setattr(type(read_budget), "renew", recording)
-    return spent
-
-
 def both(pg: PostgreSQL, **more: Any) -> dict[str, dict[str, Any]]:
     return {f"r{number}": database(pg[f"pg{number}"], **more) for number in (1, 2)}
 
@@ -90,12 +75,11 @@ def test_both_replicas_unresponsive_leaves_the_read_to_the_primary(
             assert pool().replica_set.out_of_rotation == {"r1", "r2"}
 
 
-def test_read_begins_with_a_whole_budget_after_one_that_used_it_up(
-    pg: PostgreSQL, spent: list[float]
-) -> None:
-    with as_layout(pg, **both(pg, conn_max_age=0)), frozen(pg["pg1"], pg["pg2"]):
-        assert port_of_request() == pg["pg"].port
-        assert spent
+def test_read_begins_with_a_whole_budget_after_a_request_that_used_it_up(pg: PostgreSQL) -> None:
+    with as_layout(pg, **both(pg, conn_max_age=0)):
+        # As by probes of a primary that does not answer, at the end of the last request.
+        read_budget.spend(READ_BUDGET)
+        assert port_of_request() in (pg["pg1"].port, pg["pg2"].port)
         assert read_budget.left == READ_BUDGET
 
 
@@ -167,7 +151,7 @@ def test_unresponsive_host_of_a_list_is_not_offered_until_it_answers(
             assert {port_of_request() for _ in range(10)} == {pg["pg2"].port}
             # Its monitor offers it alone.
             assert {tuple(each) for each in offered} <= {(healthy,), (stopped,)}
-            assert offered.count([healthy]) == 10
+            assert offered.count([healthy]) >= 10
             assert pool().replica_set.out_of_rotation == frozenset()
         assert eventually(lambda: not endpoint("many").unresponsive_hosts)
         assert port_of_request() in (pg["pg1"].port, pg["pg2"].port)
@@ -202,8 +186,10 @@ def test_slow_query_completes_while_another_server_of_the_balancer_is_unresponsi
         mine = port()
         (other,) = (node for node in (pg["pg1"], pg["pg2"]) if node.port != mine)
         with frozen(other):
-            (book,) = Book.objects.using("many").raw(SLOW, [2])
-        assert (book.port, book.slept) == (mine, "")
+            for _ in range(4):
+                # The balancer connects each check to the next server.
+                (book,) = Book.objects.using("many").raw(SLOW, [0.7])
+                assert (book.port, book.slept) == (mine, "")
 
 
 def test_slow_query_completes_while_its_server_accepts_no_connections(pg: PostgreSQL) -> None:
