@@ -10,7 +10,7 @@ import pytest
 from django.conf import settings
 from django.core.checks import run_checks
 from django.db import connections
-from django.test import override_settings
+from django.test import modify_settings, override_settings
 
 import pinning_middleware
 from pinning_middleware.conf import DEFAULTS, MULTIDB_ALIASES
@@ -521,6 +521,43 @@ def test_atomic_requests_on_a_replica_is_a_warning(monkeypatch: pytest.MonkeyPat
 def test_project_without_conflict_has_no_message(values: dict[str, Any]) -> None:
     with override_settings(**values):
         assert found() == []
+
+
+EVERY_REQUEST = {"SESSION_SAVE_EVERY_REQUEST": True}
+
+
+@pytest.mark.parametrize("engine", ["db", "cached_db"])
+def test_sessions_in_the_database_saved_every_request_are_reported(engine: str) -> None:
+    engine = f"django.contrib.sessions.backends.{engine}"
+    with override_settings(SESSION_ENGINE=engine, **EVERY_REQUEST):
+        (message,) = found()
+    assert message.id == f"{W}020"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"SESSION_ENGINE": "django.contrib.sessions.backends.cache"},
+        {"PINNING_REPLICAS": []},
+    ],
+)
+def test_sessions_saved_every_request_without_a_pin_have_no_message(values: dict[str, Any]) -> None:
+    with override_settings(**{**EVERY_REQUEST, **values}):
+        assert found() == []
+
+
+SILK = "silk.middleware.SilkyMiddleware"
+SILK_TABLES = {"silk_profile", "silk_profile_queries", "silk_request", "silk_response"}
+SILK_TABLES |= {"silk_sqlquery"}
+
+
+def test_package_that_stores_every_request_is_reported_with_its_tables() -> None:
+    with modify_settings(INSTALLED_APPS={"append": "silk"}, MIDDLEWARE={"append": SILK}):
+        (message,) = found()
+        assert message.id == f"{W}021"
+        assert set(re.findall(r"'(\w+)'", message.hint)) == SILK_TABLES
+        with override_settings(PINNING_IGNORED_TABLES=sorted(SILK_TABLES)):
+            assert found() == []
 
 
 def test_hint_does_not_suggest_another_warning() -> None:

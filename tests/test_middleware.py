@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
+from inspect import isawaitable
 from typing import Any
 
 import pytest
@@ -64,6 +65,23 @@ def test_user_reads_their_own_writes(visit: Visit) -> None:
     assert visit(lambda request: Book.objects.count()) == 1
     visit.browser.cookies.clear()
     assert visit(lambda request: Book.objects.count()) == 0
+
+
+def test_query_request_reads_a_replica(new_browser: Callable[..., Browser], do: Any) -> None:
+    """QUERY is safe, although it has a body."""
+    served: list[str] = []
+    path = f"/sync/{do(lambda request: served.append(where()) or 'done')}/"
+    client = new_browser().client
+
+    async def send(method: str) -> None:
+        response = client.generic(method, path, b"title=x")
+        if isawaitable(response):
+            await response
+
+    for method in ("QUERY", "POST"):
+        async_to_sync(send)(method)
+    assert served[0] != "default"
+    assert served[1] == "default"
 
 
 def test_browsers_have_separate_pins(

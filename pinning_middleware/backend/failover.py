@@ -138,6 +138,9 @@ def _execute_read(pool: Pool, call: Call) -> Any:
     first_rejection = outcome
     if not _may_fail_over(first, call):
         raise _error(first.alias, outcome, "its transaction or session cannot be moved")
+    if first.alias == pool.primary:
+        # Nothing else is left that could serve.
+        read_budget.renew()
     for alias in _alternatives(pool, first.alias, outcome):
         if not is_interchangeable(first.alias, alias):
             continue

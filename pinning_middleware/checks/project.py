@@ -45,6 +45,12 @@ TIMEOUTS: Final = {
 # PINNING_POSITIONS → vendors whose databases report such positions.
 VENDORS: Final = {"lsn": ("postgresql",), "xid": ("postgresql",), "gtid": ("mysql",)}
 DEFAULT_PORTS: Final = {"postgresql": "5432", "mysql": "3306", "oracle": "1521"}
+DATABASE_SESSIONS: Final = (
+    "django.contrib.sessions.backends.db",
+    "django.contrib.sessions.backends.cached_db",
+)
+# Apps that store every request: their package, and the middleware that does it.
+REQUEST_RECORDERS: Final = {"silk": ("django-silk", "silk.middleware.SilkyMiddleware")}
 _MODEL_LABEL: Final = re.compile(r"[a-z_]\w*\.[A-Z]\w*")
 
 
@@ -288,6 +294,47 @@ def check_database_caches(**kwargs: Any) -> list[CheckMessage]:
         and str(entry.get("LOCATION")).lower() not in ignored
         and _replicas()
     ]
+
+
+# What writes in every request
+
+
+@register(TAG)
+def check_sessions_saved_every_request(**kwargs: Any) -> list[CheckMessage]:
+    if not (_replicas() and settings.SESSION_SAVE_EVERY_REQUEST):
+        return []
+    if settings.SESSION_ENGINE not in DATABASE_SESSIONS or "django_session" in _ignored_tables():
+        return []
+    return [
+        warning(
+            "W020",
+            "SESSION_SAVE_EVERY_REQUEST is set and sessions are stored in the database, so every "
+            "visitor with a session is pinned to the primary.",
+            "Set it to False, or SESSION_ENGINE to 'django.contrib.sessions.backends.cache' with a "
+            "cache that is shared.",
+        )
+    ]
+
+
+@register(TAG)
+def check_recorded_requests(**kwargs: Any) -> list[CheckMessage]:
+    ignored = {str(table).lower() for table in _ignored_tables()}
+    messages: list[CheckMessage] = []
+    for label, (package, middleware) in REQUEST_RECORDERS.items():
+        if not (apps.is_installed(label) and middleware in settings.MIDDLEWARE and _replicas()):
+            continue
+        models = apps.get_app_config(label).get_models(include_auto_created=True)
+        tables = sorted(model._meta.db_table for model in models)
+        if missing := [table for table in tables if table.lower() not in ignored]:
+            messages.append(
+                warning(
+                    "W021",
+                    f"{package} stores every request in the database, so every visitor is pinned "
+                    "to the primary.",
+                    f"Add its tables to PINNING_IGNORED_TABLES: {', '.join(map(repr, missing))}.",
+                )
+            )
+    return messages
 
 
 # Databases
