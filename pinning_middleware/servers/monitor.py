@@ -1,11 +1,12 @@
 """
 Background monitoring, so that no request waits for it: retries servers that are out of rotation,
-samples replication lag, polls for waiting requests, and resolves hidden timelines.
+samples replication lag, polls for waiting requests, resolves hidden timelines, and follows writes
+until the replicas have them.
 
 One lazily started daemon thread per alias, with its own connection, so that an unresponsive server
-cannot block the others. The thread and its connection end after IDLE seconds without work. Where
-threads do not run, callers wait no longer than their own limit, and a read retries a replica whose
-retry is overdue.
+cannot block the others. The thread and its connection end after IDLE seconds without work; no error
+ends them. Where threads do not run, callers wait no longer than their own limit, and a read retries
+a replica whose retry is overdue.
 """
 
 from __future__ import annotations
@@ -23,21 +24,25 @@ from django.db import DatabaseError, InterfaceError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.conf import conf, on_change
+from pinning_middleware.pins import Position
 from pinning_middleware.reasons import Fault
 from pinning_middleware.servers.connect import dedicated_connection
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.liveness import clear_deadline, start_deadline
 from pinning_middleware.servers.probe import probe, state_of
 from pinning_middleware.servers.registry import (
+    LAST_REPLICA_MAX_INTERVAL,
     LAST_REPLICA_RETRY_INTERVAL,
     Endpoint,
     Server,
     registry,
 )
 from pinning_middleware.utils.forks import ForkSafeLock
+from pinning_middleware.utils.logging import log_rate_limited
 
 __all__ = [
     "UpdateStatus",
+    "follow",
     "measure_lag",
     "resolve_timeline",
     "retry_until_up",
@@ -57,6 +62,11 @@ IDLE = 5.0
 NEEDED = 10.0
 # Seconds between two probes while a request waits: the first pause, doubled up to the second.
 FIRST_PAUSE, MAX_PAUSE = 0.001, 0.02
+# Seconds after a write until the replicas are probed for it, which a healthy one has by then;
+# until they are probed again, doubled up to SAMPLE_EVERY while they do not have it.
+FOLLOW_AFTER, FOLLOW_EVERY = 0.005, 0.1
+# Seconds that a monitor pauses after an error that is not the database's.
+PAUSE_AFTER_ERROR = 0.2
 # Maximum seconds to wait for a replica to reach the primary's position while resolving its
 # timeline.
 RESOLVE_TIMEOUT = 0.05
@@ -77,6 +87,14 @@ class Monitor:
         self._waiters = 0
         self._sampling_until = 0.0
         self._resolving = False
+        # The newest position that was written, and the one that the replica is probed for until it
+        # has reached it; when it is probed next, and until when.
+        self._written: Position | None = None
+        self._followed: Position | None = None
+        self._follow_at = self._follow_until = 0.0
+        self._follow_pause = FOLLOW_EVERY
+        # The pause between two attempts while no other replica is left.
+        self._retry_pause = LAST_REPLICA_RETRY_INTERVAL
         self._last_check = 0.0
         self._busy_until = time.monotonic() + IDLE
         self._connections: dict[str, BaseDatabaseWrapper] = {}
@@ -100,6 +118,19 @@ class Monitor:
             self.condition.notify_all()
         return True
 
+    def follow(self, position: Position) -> bool:
+        with self.condition:
+            if self.is_stopping:
+                return False
+            now = time.monotonic()
+            self._busy_until, self._follow_until = now + IDLE, now + NEEDED
+            self._written = position
+            if self._followed is None:
+                self._followed, self._follow_pause = position, FOLLOW_EVERY
+                self._follow_at = max(now + FOLLOW_AFTER, self._last_check + FOLLOW_EVERY)
+                self.condition.notify_all()
+        return True
+
     def add_waiter(self, number: int) -> bool:
         with self.condition:
             if self.is_stopping:
@@ -118,26 +149,48 @@ class Monitor:
 
     def _run(self) -> None:
         threading.current_thread().name = f"pinning-monitor-{self.alias}"
-        pause = FIRST_PAUSE
         try:
-            while (work := self._wait_for_work(pause)) is not None:
-                if work == "resolve":
-                    self._resolve_timeline()
-                else:
-                    self._check()
-                with self.condition:
-                    self.condition.notify_all()
-                pause = min(pause * 2, MAX_PAUSE) if self._waiters else FIRST_PAUSE
-        except Exception:
-            logger.exception(
-                "Monitoring of %s stopped unexpectedly.",
-                self.alias,
-                extra={"alias": self.alias, "pool": self.primary},
-            )
+            while not self.is_stopping:
+                try:
+                    self._work()
+                except Exception as error:
+                    # Whatever it is, too many open files for example: without this thread, nothing
+                    # retries the server.
+                    self._recover(error)
         finally:
             self.request_stop()
             self._disconnect()
             self.stopped.set()
+
+    def _work(self) -> None:
+        pause = FIRST_PAUSE
+        while (work := self._wait_for_work(pause)) is not None:
+            if work == "resolve":
+                self._resolve_timeline()
+            else:
+                self._check()
+            with self.condition:
+                self.condition.notify_all()
+            pause = min(pause * 2, MAX_PAUSE) if self._waiters else FIRST_PAUSE
+
+    def _recover(self, error: Exception) -> None:
+        """Log an error that is not the database's, and pause."""
+        with contextlib.suppress(Exception):
+            log_rate_limited(
+                logger,
+                logging.ERROR,
+                ("monitor", self.alias),
+                "Monitoring of %s failed and goes on: %r",
+                self.alias,
+                error,
+                extra={"alias": self.alias, "pool": self.primary, "error": str(error)},
+                exc_info=error,
+            )
+        self._disconnect()
+        until = time.monotonic() + PAUSE_AFTER_ERROR
+        with self.condition:
+            while not self.is_stopping and (left := until - time.monotonic()) > 0:
+                self.condition.wait(left)
 
     def _wait_for_work(self, pause: float) -> Literal["resolve", "check"] | None:
         """Return the next work when it is due, or None if the monitor is to end."""
@@ -169,29 +222,52 @@ class Monitor:
             times.append(self._last_check + SAMPLE_EVERY)
         endpoint = registry.endpoint(self.alias, self.primary)
         if endpoint.out_of_rotation:
-            interval = (
-                LAST_REPLICA_RETRY_INTERVAL if _all_replicas_are_out(endpoint) else SAMPLE_EVERY
-            )
+            is_last = _all_replicas_are_out(endpoint)
+            interval = self._retry_pause * endpoint.jitter if is_last else SAMPLE_EVERY
             times.append(min(endpoint.retry_at, self._last_check + interval))
             self._busy_until = now + IDLE
+        elif self._followed is not None and now < self._follow_until:
+            times.append(self._follow_at)
         return min(times) if times else None
 
     def _check(self) -> None:
         """Probe the server, measure its lag, and update its rotation status."""
         endpoint = registry.endpoint(self.alias, self.primary)
+        self._follow_at = time.monotonic() + self._follow_pause
         is_trial = _must_stay_out(endpoint)
-        server = self._probe(self.alias, is_trial)
+        # If a replica that is only followed is taken out meanwhile, it is not to return before its
+        # retry is due.
+        only_follows = not (self._waiters or self._is_sampling() or endpoint.out_of_rotation)
+        server = self._probe(self.alias, is_trial or only_follows)
+        if server is not None:
+            self._check_followed(server)
+        if only_follows and server is None and not endpoint.out_of_rotation:
+            server = self._probe(self.alias)
+        elif only_follows:
+            self._last_check = time.monotonic()
+            return
         is_reachable = server is not None or self._can_connect(endpoint, is_trial)
         self._last_check = time.monotonic()
         if is_trial:
             endpoint.is_reachable_again = is_reachable
         elif server is not None:
-            measure_lag(server, self.primary)
-            if server.lag and not endpoint.out_of_rotation:
-                server = self._measure_again(server)
+            if self._is_sampling() or endpoint.out_of_rotation:
+                measure_lag(server, self.primary)
+                if server.lag and not endpoint.out_of_rotation:
+                    server = self._measure_again(server)
             self.update_status(endpoint, server)
-        if not is_trial and endpoint.out_of_rotation and endpoint.retry_at <= self._last_check:
+        if not endpoint.out_of_rotation:
+            self._retry_pause = LAST_REPLICA_RETRY_INTERVAL
+            return
+        if _all_replicas_are_out(endpoint):
+            self._retry_pause = min(2 * self._retry_pause, LAST_REPLICA_MAX_INTERVAL)
+        else:
+            self._retry_pause = LAST_REPLICA_RETRY_INTERVAL
+        if not is_trial and endpoint.retry_at <= self._last_check:
             registry.schedule_retry(endpoint, _retry_interval(endpoint))
+
+    def _is_sampling(self) -> bool:
+        return time.monotonic() < self._sampling_until
 
     def _measure_again(self, server: Server) -> Server:
         """
@@ -205,6 +281,33 @@ class Monitor:
             return server
         measure_lag(again, self.primary)
         return again
+
+    def _check_followed(self, server: Server) -> None:
+        """Record what a replica has reached of what was written lately."""
+        dialect = dialect_for(self._connection_to(self.alias))
+        if dialect is None:
+            return
+
+        def reached(position: Position) -> bool:
+            return dialect.reached(position, server.position)
+
+        followed = self._followed
+        is_hidden = server.timeline_hidden and followed is not None and not reached(followed)
+        if is_hidden and followed and server.reported_at_least(followed.points):
+            # Resolved between two reports of the primary: that of the write, and this one.
+            self._probe(self.primary)
+        server.catch_up.record_probe(None, reached)
+        with self.condition:
+            now = time.monotonic()
+            if followed is None:
+                return
+            if reached(followed):
+                is_newest = self._written is None or reached(self._written)
+                self._followed = None if is_newest else self._written
+                self._follow_pause = FOLLOW_EVERY
+            else:
+                self._follow_pause = min(2 * self._follow_pause, SAMPLE_EVERY)
+            self._follow_at = now + self._follow_pause
 
     def _resolve_timeline(self) -> None:
         """Probe the primary, the replica until it has caught up, and the primary again."""
@@ -355,8 +458,22 @@ def _running_monitor(alias: str, primary: str, update_status: UpdateStatus) -> M
         with _lock:
             monitor = _monitors.get(alias)
             if monitor is None or monitor.is_stopping:
-                monitor = _monitors[alias] = Monitor(alias, primary, update_status)
-                monitor.start()
+                monitor = Monitor(alias, primary, update_status)
+                try:
+                    monitor.start()
+                except RuntimeError as error:
+                    # No thread can be started now. The next request for work tries again.
+                    log_rate_limited(
+                        logger,
+                        logging.ERROR,
+                        ("start", alias),
+                        "Could not start a thread to monitor %s: %s",
+                        alias,
+                        error,
+                        extra={"alias": alias, "pool": primary, "error": str(error)},
+                    )
+                else:
+                    _monitors[alias] = monitor
     return monitor
 
 
@@ -374,6 +491,17 @@ def sample_lag(primary: str, aliases: tuple[str, ...], update_status: UpdateStat
     """Measure the lag of these replicas every second for the next NEEDED seconds."""
     for alias in (primary, *aliases):
         _assign(alias, primary, update_status, lambda monitor: monitor.schedule(sampling=True))
+
+
+def follow(
+    position: Position, primary: str, aliases: tuple[str, ...], update_status: UpdateStatus
+) -> None:
+    """
+    Probe these replicas until they have reached a position that was just written, so that it is
+    known if the primary fails. Does no I/O.
+    """
+    for alias in aliases:
+        _assign(alias, primary, update_status, lambda monitor: monitor.follow(position))
 
 
 def resolve_timeline(alias: str, primary: str, update_status: UpdateStatus) -> None:

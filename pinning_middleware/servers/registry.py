@@ -18,11 +18,13 @@ from typing import NamedTuple
 
 from pinning_middleware.pins import Points, Position, merge_points
 from pinning_middleware.reasons import Fault
+from pinning_middleware.servers.catch_up import CatchUp
 from pinning_middleware.servers.timelines import HiddenTimeline, PrimarySample, is_unresolved
 from pinning_middleware.signals import replica_removed, replica_restored
 from pinning_middleware.utils.forks import ForkSafeLock
 
 __all__ = [
+    "LAST_REPLICA_MAX_INTERVAL",
     "LAST_REPLICA_RETRY_INTERVAL",
     "Endpoint",
     "Identity",
@@ -39,8 +41,9 @@ logger = logging.getLogger("pinning_middleware.servers")
 RECENT_FOR = 60.0
 # Maximum number of servers that are remembered behind one alias.
 MAX_SERVERS = 64
-# Seconds between two attempts while no other replica is left.
-LAST_REPLICA_RETRY_INTERVAL = 0.05
+# Seconds between two attempts while no other replica is left: the first pause, doubled up to the
+# second. A monitor makes at most two connection attempts each time.
+LAST_REPLICA_RETRY_INTERVAL, LAST_REPLICA_MAX_INTERVAL = 0.05, 0.5
 # Number of reports of a primary that are kept to resolve hidden timelines.
 MAX_PRIMARY_SAMPLES = 32
 # Number of a primary's positions that are kept to measure lag, and minimum seconds between two.
@@ -87,6 +90,7 @@ class Server:
     __slots__ = (
         "_hidden_timeline",
         "_predecessors",
+        "catch_up",
         "checkpoint_timeline",
         "identity",
         "is_replica",
@@ -139,6 +143,7 @@ class Server:
         # Whether the role lacks the privilege to see the current timeline.
         self.lacks_timeline_privilege = False
         self._hidden_timeline = HiddenTimeline()
+        self.catch_up = CatchUp()
 
     def __repr__(self) -> str:
         return f"<Server {self.identity.address}:{self.identity.port}>"

@@ -90,7 +90,7 @@ def test_last_replica_with_a_weight_is_retried_at_short_intervals(
     with override_settings(PINNING_REPLICAS={"default": {"replica1": 1, "replica2": weight}}):
         registry.endpoint("replica2", "default")
         registry.endpoint("replica1", "default")
-        mark_down("replica1")
+        mark_down("replica1").jitter = 1.0
         assert seconds_until_next_check(unstarted_monitor("replica1")) == pytest.approx(interval)
 
 
