@@ -24,6 +24,7 @@ from pinning_middleware.routing.health import Health
 from pinning_middleware.routing.rotation import Rotation
 from pinning_middleware.servers import monitor
 from pinning_middleware.servers.probe import CONNECTION_ERRORS, probing_allowed, state_of
+from pinning_middleware.servers.psycopg_pool import fail_waiting_reads
 from pinning_middleware.servers.registry import Endpoint, Server, registry
 from pinning_middleware.signals import replica_wait_finished
 from pinning_middleware.utils.forks import ForkSafeLock
@@ -108,6 +109,8 @@ class ReplicaSet:
         is_primary = endpoint is self.health.endpoint
         if endpoint.alias in self.endpoints:
             self.refresh()
+            if endpoint.is_down:
+                fail_waiting_reads(endpoint.alias, f"{endpoint.alias} is out of rotation")
         elif not is_primary:
             return
         if endpoint.out_of_rotation:
@@ -179,15 +182,24 @@ class ReplicaSet:
         return None
 
     def probe_caught_up(
-        self, alias: str, wanted: Position, connection: BaseDatabaseWrapper | None = None
+        self,
+        alias: str,
+        wanted: Position,
+        connection: BaseDatabaseWrapper | None = None,
+        *,
+        always: bool = False,
     ) -> bool:
-        """Probe whether a replica has caught up, on the connection that a read would use."""
+        """
+        Probe whether a replica has caught up, on the connection that a read would use.
+
+        One that is known to be behind is not probed by each caller, unless ``always`` is true.
+        """
         endpoint = self.endpoints[alias]
         known = endpoint.server
         if self._cannot_catch_up(endpoint) or (known and known.reports_position is False):
             return False
         connection = connection or connections[alias]
-        if not probing_allowed(connection) or not _claim_probe(connection, endpoint):
+        if not (always or (probing_allowed(connection) and _claim_probe(connection, endpoint))):
             return False
         met: set[Server] = set()
         for _ in range(MAX_RECONNECTS):

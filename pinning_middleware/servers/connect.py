@@ -75,7 +75,7 @@ class BoundedConnect(Base):  # type: ignore[misc]
         if has_pool(self):
             apply_pool_timeouts(self, _always_needs_timeout(self), CONNECT_TIMEOUT)
             raw = get_live_connection(
-                self.pool,
+                self,
                 functools.partial(get_new_connection, conn_params),
                 functools.partial(_check_reachable, self.alias),
             )
