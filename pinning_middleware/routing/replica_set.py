@@ -15,11 +15,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Position
 from pinning_middleware.reasons import Fault
-from pinning_middleware.routing.compatibility import (
-    is_interchangeable,
-    is_test_mirror,
-    is_testing,
-)
+from pinning_middleware.routing.compatibility import is_interchangeable, is_test_mirror
 from pinning_middleware.routing.health import Health
 from pinning_middleware.routing.rotation import Rotation
 from pinning_middleware.servers import monitor
@@ -303,21 +299,6 @@ class ReplicaSet:
                 if not is_last:
                     self.health.probe(connection)
         monitor.resolve_timeline(connection.alias, self.primary, self.health.update_status)
-
-    def follow(self, position: Position) -> None:
-        """
-        Have the monitors probe the replicas until they have reached a position that was just
-        written. Does no I/O.
-        """
-        # A test database to which a monitor is connected could not be dropped.
-        aliases = tuple(
-            alias
-            for alias, endpoint in self.endpoints.items()
-            if not endpoint.out_of_rotation
-            and not is_test_mirror(self.primary, alias)
-            and (not is_testing() or any(s.is_replica for s in endpoint.recent_servers))
-        )
-        monitor.follow(position, self.primary, aliases, self.health.update_status)
 
     # Lag
 

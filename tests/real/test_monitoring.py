@@ -14,7 +14,7 @@ from django.db.backends.postgresql.base import DatabaseWrapper
 from django.test import override_settings
 
 from pinning_middleware.pins import Position
-from pinning_middleware.servers import catch_up, monitor
+from pinning_middleware.servers import catch_up, monitor, psycopg_pool
 from pinning_middleware.servers.monitor import Monitor
 from tests.app.models import Book
 
@@ -306,13 +306,15 @@ def test_exhausted_pool_raises_its_own_error_after_its_own_timeout(
 
 
 def test_reads_that_wait_for_a_pool_go_elsewhere_when_its_server_fails(
-    pooled_replicas: PostgreSQL,
+    pooled_replicas: PostgreSQL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(psycopg_pool, "NEXT_CHECK_AFTER", 1000.0)
     pg = pooled_replicas
     with ThreadPoolExecutor(8) as threads:
         reads = [threads.submit(in_threads, lambda _: sleep_and_read(1.0), 1) for _ in range(8)]
         pools = [connections[alias].pool for alias in ("r1", "r2")]  # type: ignore[attr-defined]
-        assert eventually(lambda: all(pool.get_stats()["requests_waiting"] for pool in pools))
+        # They were found to be reachable, and are not checked again.
+        assert eventually(lambda: all(hasattr(pool, "pinning_checked_at") for pool in pools))
         pg["pg1"].stop("immediate")
         ports = {read.result(60)[0] for read in reads}
     assert pool().replica_set.out_of_rotation == {"r1"}
