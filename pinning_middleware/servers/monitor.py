@@ -14,6 +14,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -65,6 +66,9 @@ FIRST_PAUSE, MAX_PAUSE = 0.001, 0.02
 # Seconds after a write until the replicas are probed for it, which a healthy one has by then;
 # until they are probed again, doubled up to SAMPLE_EVERY while they do not have it.
 FOLLOW_AFTER, FOLLOW_EVERY = 0.005, 0.1
+# Seconds after the return of another replica for which one is retried as if none was left: failures
+# that began together often end together.
+URGENT_FOR = 2.0
 # Seconds that a monitor pauses after an error that is not the database's.
 PAUSE_AFTER_ERROR = 0.2
 # Maximum seconds to wait for a replica to reach the primary's position while resolving its
@@ -95,6 +99,8 @@ class Monitor:
         self._follow_pause = FOLLOW_EVERY
         # The pause between two attempts while no other replica is left.
         self._retry_pause = LAST_REPLICA_RETRY_INTERVAL
+        # Monotonic time at which none was left.
+        self._none_left_at = -math.inf
         self._last_check = 0.0
         self._busy_until = time.monotonic() + IDLE
         self._connections: dict[str, BaseDatabaseWrapper] = {}
@@ -222,8 +228,8 @@ class Monitor:
             times.append(self._last_check + SAMPLE_EVERY)
         endpoint = registry.endpoint(self.alias, self.primary)
         if endpoint.out_of_rotation:
-            is_last = _all_replicas_are_out(endpoint)
-            interval = self._retry_pause * endpoint.jitter if is_last else SAMPLE_EVERY
+            is_urgent = self._is_urgent(endpoint)
+            interval = self._retry_pause * endpoint.jitter if is_urgent else SAMPLE_EVERY
             times.append(min(endpoint.retry_at, self._last_check + interval))
             self._busy_until = now + IDLE
         elif self._followed is not None and now < self._follow_until:
@@ -234,7 +240,7 @@ class Monitor:
         """Probe the server, measure its lag, and update its rotation status."""
         endpoint = registry.endpoint(self.alias, self.primary)
         self._follow_at = time.monotonic() + self._follow_pause
-        is_trial = _must_stay_out(endpoint)
+        is_trial = self._must_stay_out(endpoint)
         # If a replica that is only followed is taken out meanwhile, it is not to return before its
         # retry is due.
         only_follows = not (self._waiters or self._is_sampling() or endpoint.out_of_rotation)
@@ -259,12 +265,24 @@ class Monitor:
         if not endpoint.out_of_rotation:
             self._retry_pause = LAST_REPLICA_RETRY_INTERVAL
             return
-        if _all_replicas_are_out(endpoint):
+        if self._is_urgent(endpoint):
             self._retry_pause = min(2 * self._retry_pause, LAST_REPLICA_MAX_INTERVAL)
         else:
             self._retry_pause = LAST_REPLICA_RETRY_INTERVAL
         if not is_trial and endpoint.retry_at <= self._last_check:
             registry.schedule_retry(endpoint, _retry_interval(endpoint))
+
+    def _is_urgent(self, endpoint: Endpoint) -> bool:
+        """Return whether no other replica is left, or none was until a moment ago."""
+        now = time.monotonic()
+        if _all_replicas_are_out(endpoint):
+            self._none_left_at = now
+        return now - self._none_left_at < URGENT_FOR
+
+    def _must_stay_out(self, endpoint: Endpoint) -> bool:
+        """Return whether a failed endpoint stays out of rotation even if it answers now."""
+        is_early = endpoint.is_down and endpoint.retry_at > time.monotonic()
+        return is_early and not self._is_urgent(endpoint)
 
     def _is_sampling(self) -> bool:
         return time.monotonic() < self._sampling_until
@@ -415,15 +433,6 @@ def _retry_interval(endpoint: Endpoint) -> float:
     ):
         return SAMPLE_EVERY
     return max(conf.retry_after, LAST_REPLICA_RETRY_INTERVAL)
-
-
-def _must_stay_out(endpoint: Endpoint) -> bool:
-    """Return whether a failed endpoint stays out of rotation even if it answers now."""
-    return (
-        endpoint.is_down
-        and endpoint.retry_at > time.monotonic()
-        and not _all_replicas_are_out(endpoint)
-    )
 
 
 def _all_replicas_are_out(endpoint: Endpoint) -> bool:
