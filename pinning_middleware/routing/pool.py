@@ -68,7 +68,9 @@ class Pool:
 
     def follow(self, position: Position) -> None:
         """Have the replicas probed until they have reached what was just written. Does no I/O."""
-        monitor.follow(position, self.primary, self._monitored(), self.health.update_status)
+        weights = self.replica_set.rotation.weights
+        aliases = tuple(alias for alias in self._monitored() if weights[alias])
+        monitor.follow(position, self.primary, aliases, self.health.update_status)
 
     def sample_lag(self) -> None:
         """Have the lag of the replicas measured for the next while. Does no I/O."""

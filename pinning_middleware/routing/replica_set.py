@@ -212,8 +212,14 @@ class ReplicaSet:
             if self._has_reached(server, wanted):
                 return True
             met.add(server)
-            others = (s for s in endpoint.recent_servers if s not in met and not s.out_of_rotation)
-            if not any(others) or state_of(connection).session_modified:
+            others = [
+                each
+                for each in endpoint.recent_servers
+                if each not in met
+                and not each.out_of_rotation
+                and (always or each.catch_up.claim_probe())
+            ]
+            if not others or state_of(connection).session_modified:
                 return False
             # A new connection may resolve to one of the others.
             connection.close()

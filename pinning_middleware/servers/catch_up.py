@@ -36,9 +36,9 @@ class CatchUp:
     def __init__(self) -> None:
         # None: the server is not known to be behind.
         self.awaited: Position | None = None
-        self._pause = FIRST_PAUSE
-        # Monotonic time of the next probe.
+        # Monotonic time of the next probe, and the pause after it.
         self._due = 0.0
+        self._pause = FIRST_PAUSE
 
     def claim_probe(self) -> bool:
         """Return whether the caller may probe the server now; others then may not."""
@@ -48,8 +48,11 @@ class CatchUp:
             now = time.monotonic()
             is_due = now >= self._due
             if is_due:
-                self._due = now + self._pause
+                self._begin_pause(now)
         return is_due
+
+    def _begin_pause(self, now: float) -> None:
+        self._due, self._pause = now + self._pause, min(2 * self._pause, MAX_PAUSE)
 
     def record_probe(self, wanted: Position | None, reached: Callable[[Position], bool]) -> None:
         """
@@ -59,10 +62,10 @@ class CatchUp:
         """
         awaited = self.awaited
         if awaited is not None and not reached(awaited):
-            self._pause = min(2 * self._pause, MAX_PAUSE)
-        elif wanted is None or reached(wanted):
+            return
+        if wanted is None or reached(wanted):
             self.awaited = None
             return
-        else:
+        with _lock:
             self.awaited, self._pause = wanted, FIRST_PAUSE
-        self._due = time.monotonic() + self._pause
+            self._begin_pause(time.monotonic())

@@ -323,9 +323,9 @@ class Monitor:
                 is_newest = self._written is None or reached(self._written)
                 self._followed = None if is_newest else self._written
                 self._follow_pause = FOLLOW_EVERY
-            else:
-                self._follow_pause = min(2 * self._follow_pause, SAMPLE_EVERY)
             self._follow_at = now + self._follow_pause
+            if self._followed is followed:
+                self._follow_pause = min(2 * self._follow_pause, SAMPLE_EVERY)
 
     def _resolve_timeline(self) -> None:
         """Probe the primary, the replica until it has caught up, and the primary again."""
@@ -432,7 +432,7 @@ def _retry_interval(endpoint: Endpoint) -> float:
         or endpoint.alias == endpoint.pool
     ):
         return SAMPLE_EVERY
-    return max(conf.retry_after, LAST_REPLICA_RETRY_INTERVAL)
+    return max(conf.retry_after, LAST_REPLICA_MAX_INTERVAL)
 
 
 def _all_replicas_are_out(endpoint: Endpoint) -> bool:

@@ -41,6 +41,15 @@ def test_server_that_is_behind_is_probed_once_after_each_doubled_pause(
         pause = min(2 * pause, MAX_PAUSE)
 
 
+def test_probes_of_monitors_do_not_postpone_those_of_reads(clock: FrozenDateTimeFactory) -> None:
+    catch_up = CatchUp()
+    catch_up.record_probe(at(5), replayed(4))
+    for _ in range(10):
+        catch_up.record_probe(None, replayed(4))
+    clock.tick(FIRST_PAUSE * 1.1)
+    assert catch_up.claim_probe()
+
+
 def test_pauses_end_when_the_first_awaited_position_is_reached() -> None:
     catch_up = CatchUp()
     catch_up.record_probe(at(5), replayed(4))
@@ -50,8 +59,10 @@ def test_pauses_end_when_the_first_awaited_position_is_reached() -> None:
 
 def test_pauses_begin_anew_for_a_later_position(clock: FrozenDateTimeFactory) -> None:
     catch_up = CatchUp()
+    catch_up.record_probe(at(5), replayed(4))
     for _ in range(10):
-        catch_up.record_probe(at(5), replayed(4))
+        clock.tick(MAX_PAUSE * 1.1)
+        assert catch_up.claim_probe()
     catch_up.record_probe(at(9), replayed(5))
     assert not catch_up.claim_probe()
     clock.tick(FIRST_PAUSE * 1.1)
@@ -59,7 +70,7 @@ def test_pauses_begin_anew_for_a_later_position(clock: FrozenDateTimeFactory) ->
 
 
 @pytest.mark.parametrize("end", [4, 6])
-def test_progress_alone_does_not_end_the_pauses(end: int) -> None:
+def test_progress_alone_does_not_end_the_pauses(clock: FrozenDateTimeFactory, end: int) -> None:
     """A server that replays the log of the last hour makes progress all the time."""
     catch_up = CatchUp()
     catch_up.record_probe(at(7), replayed(3))
