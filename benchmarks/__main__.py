@@ -21,6 +21,7 @@ NAMES = (
     "clients",
     "endpoints",
     "faults",
+    "herds",
     "unresponsive",
     "waits",
     "statements",

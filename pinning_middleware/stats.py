@@ -18,6 +18,7 @@ from django.db import connections
 from pinning_middleware import signals
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Points
+from pinning_middleware.reasons import Fault
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.servers.dialects.postgresql import LSN
@@ -42,10 +43,13 @@ __all__ = [
     "lag_threshold",
     "recent_events",
     "servers",
+    "with_freshest_serving",
 ]
 
 # The reason of a replica with weight 0, which is out of rotation on purpose.
 DRAINED: Final = "drained"
+# The error of the replica that serves although it lags too far behind.
+ONLY_ONE_LEFT: Final = "behind, and serving since no other does"
 # Overall health; also the exit status of ``pinning_status``.
 OK, DEGRADED, DOWN = range(3)
 HEALTH_NAMES: Final = {OK: "healthy", DEGRADED: "degraded", DOWN: "down"}
@@ -131,6 +135,18 @@ def servers() -> list[ServerState]:
             # SLAVE_DATABASES may list aliases of another pool.
             if not any((row.pool, row.alias) == (pool.primary, endpoint.alias) for row in rows):
                 rows.extend(_rows_of(pool, endpoint, reads))
+    return with_freshest_serving(rows)
+
+
+def with_freshest_serving(rows: list[ServerState]) -> list[ServerState]:
+    """Return the rows, with the freshest replica of each pool in rotation if all of them lag."""
+    for pool in {row.pool for row in rows}:
+        replicas = [row for row in rows if row.pool == pool and row.configured == "replica"]
+        lagging = [row for row in replicas if row.reason == Fault.LAG]
+        if lagging and all(row.state == "out" for row in replicas):
+            freshest = min(lagging, key=lambda row: row.lag or 0.0)
+            serving = freshest._replace(state="in", reason="", retry_in=None, error=ONLY_ONE_LEFT)
+            rows = [serving if row is freshest else row for row in rows]
     return rows
 
 

@@ -1,7 +1,8 @@
 """
 A status page for staff: servers, replication lag, reads by server and reason, and recent events.
 
-It shows the state held by this process and queries no server. Its script polls with a signed token
+It shows the state held by this process; a view queries no server. While the page is open, monitors
+measure the lag of the replicas that this process reads. Its script polls with a signed token
 from the page instead of the user's cookies, so an open page reads no session and extends no pin.
 """
 
@@ -27,6 +28,7 @@ from pinning_middleware import stats
 from pinning_middleware.api import use_primary
 from pinning_middleware.conf import conf
 from pinning_middleware.reasons import Fault, Reason
+from pinning_middleware.routing.pools import pools
 from pinning_middleware.stats import (
     DRAINED,
     HEALTH_NAMES,
@@ -169,6 +171,10 @@ EVENT_COLUMNS: Final = ("Time (UTC)", "Event", "Alias", "Served by", "Reason")
 
 def _state() -> dict[str, Any]:
     rows = stats.servers()
+    read = {row.pool for row in rows if row.reads}
+    for pool in pools().all:
+        if pool.primary in read:
+            pool.sample_lag()
     return {
         "pid": os.getpid(),
         "time": time.time(),

@@ -135,7 +135,7 @@ class PinnedConnection(BoundedConnect):
             return
         wanted = current_scope().state(pool.key).required(clock.now()).position
         if wanted is not None and not failover_disabled.get():
-            pool.replica_set.probe_caught_up(self.alias, wanted)
+            pool.replica_set.probe_caught_up(self.alias, wanted, always=True)
         server = state_of(self).server if self.connection is not None else None
         self.snapshot = None if server is None else server.position
 

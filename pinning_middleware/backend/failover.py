@@ -33,6 +33,7 @@ from pinning_middleware.servers.probe import (
     CONNECTION_ERRORS,
     endpoint_for,
     failover_disabled,
+    is_pool_exhausted,
     state_of,
     without_failover,
 )
@@ -314,7 +315,13 @@ def _is_unresponsive(connection: BaseDatabaseWrapper, error: Exception) -> bool:
 
 
 def _take_out(connection: BaseDatabaseWrapper, error: Exception) -> Rejection:
-    """Take what an alias resolves to out of rotation, unless it is already."""
+    """
+    Take what an alias resolves to out of rotation, unless it is already.
+
+    Raise the error if only the site's own pool had no connection, which says nothing of the server.
+    """
+    if is_pool_exhausted(error):
+        raise error
     endpoint = endpoint_for(connection)
     if not (endpoint.is_down or isinstance(error, BudgetExhausted)):
         is_unresponsive = _is_unresponsive(connection, error)

@@ -21,7 +21,7 @@ from pinning_middleware.servers import connect
 from pinning_middleware.servers.liveness import clear_deadline, start_deadline
 from pinning_middleware.servers.probe import endpoint_for, probe, state_of
 from pinning_middleware.servers.registry import Server, registry
-from pinning_middleware.stats import DRAINED, ServerState, servers
+from pinning_middleware.stats import DRAINED, ServerState, servers, with_freshest_serving
 
 __all__ = ["TIMEOUT", "ServerPoll", "silence_server_logs"]
 
@@ -85,9 +85,12 @@ class ServerPoll:
                     pool.health.update_status(registry.endpoint(alias, pool.primary), server)
             self._record_primary_position(pool)
         by_primary = {pool.primary: pool for pool in polled}
-        return [
-            self._state(row, replies, by_primary[row.pool], row.alias in late) for row in servers()
-        ]
+        return with_freshest_serving(
+            [
+                _without_lagging(self._state(row, replies, by_primary[row.pool], row.alias in late))
+                for row in servers()
+            ]
+        )
 
     def close(self) -> None:
         """Close idle connections. A thread that is still probing closes its own."""
@@ -206,6 +209,15 @@ class ServerPoll:
         if replay_age is not None:
             return False, max(0.0, float(replay_age))
         return False, newest - history[0][0] if len(history) > 1 else None
+
+
+def _without_lagging(row: ServerState) -> ServerState:
+    """Return the row of a replica out of rotation if it lags more than PINNING_MAX_LAG."""
+    if row.state != "in" or row.configured != "replica" or conf.max_lag is None:
+        return row
+    if row.lag is None or row.lag <= conf.max_lag:
+        return row
+    return row._replace(state="out", reason=Fault.LAG)
 
 
 def _misconfiguration(row: ServerState, replies: dict[str, _Reply], pool: Pool) -> str:

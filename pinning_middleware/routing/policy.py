@@ -31,7 +31,6 @@ from pinning_middleware.scopes.overrides import (
 from pinning_middleware.scopes.scope import PoolState, Scope
 from pinning_middleware.scopes.transactions import is_explicit_transaction_open
 from pinning_middleware.servers.probe import probing_allowed
-from pinning_middleware.signals import replica_wait_finished
 from pinning_middleware.utils import clock
 
 __all__ = [
@@ -261,12 +260,6 @@ def _find_replica(pool: Pool, scope: Scope, state: PoolState, wanted: Position) 
     max_wait = conf.wait if scope.max_wait is None else scope.max_wait
     if alias is None and may_probe and max_wait and probing_allowed(connections[pool.primary]):
         alias = replicas.wait_caught_up(wanted, max_wait)
-        replica_wait_finished.send_robust(
-            pool.primary,
-            replica=alias or pool.replicas[0],
-            seconds=clock.monotonic() - now,
-            reached=alias is not None,
-        )
     if alias is None:
         if may_probe:
             scope.update(pool.key, lambda state: state._replace(last_searched=now))

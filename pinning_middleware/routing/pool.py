@@ -9,10 +9,11 @@ from django.db import connections
 from pinning_middleware.conf import PoolSpec, conf
 from pinning_middleware.pins import Position
 from pinning_middleware.reasons import Reason
-from pinning_middleware.routing.compatibility import is_test_mirror
+from pinning_middleware.routing.compatibility import is_test_mirror, is_testing
 from pinning_middleware.routing.guarantees import Guarantee
 from pinning_middleware.routing.health import Health
 from pinning_middleware.routing.replica_set import ReplicaSet
+from pinning_middleware.servers import monitor
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.registry import registry
 from pinning_middleware.utils.logging import log_rate_limited
@@ -62,6 +63,32 @@ class Pool:
     def is_primary_down(self) -> bool:
         """Whether the primary is unreachable and PINNING_PRIMARY_DOWN allows stale reads."""
         return bool(self.endpoint.out_of_rotation) and conf.primary_down == "stale"
+
+    # The monitors of its replicas
+
+    def follow(self, position: Position) -> None:
+        """Have the replicas probed until they have reached what was just written. Does no I/O."""
+        weights = self.replica_set.rotation.weights
+        aliases = tuple(alias for alias in self._monitored() if weights[alias])
+        monitor.follow(position, self.primary, aliases, self.health.update_status)
+
+    def sample_lag(self) -> None:
+        """Have the lag of the replicas measured for the next while. Does no I/O."""
+        if self.supports_positions and (aliases := self._monitored()):
+            monitor.sample_lag(self.primary, aliases, self.health.update_status)
+
+    def _monitored(self) -> tuple[str, ...]:
+        """
+        Return the replicas that may be monitored although no setting requires it. A test database
+        to which a monitor is connected could not be dropped.
+        """
+        return tuple(
+            alias
+            for alias, endpoint in self.endpoints.items()
+            if not endpoint.out_of_rotation
+            and not self.is_mirror(alias)
+            and (not is_testing() or any(s.is_replica for s in endpoint.recent_servers))
+        )
 
     def current_position(self) -> Position | None:
         """

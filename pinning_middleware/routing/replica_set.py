@@ -20,7 +20,9 @@ from pinning_middleware.routing.health import Health
 from pinning_middleware.routing.rotation import Rotation
 from pinning_middleware.servers import monitor
 from pinning_middleware.servers.probe import CONNECTION_ERRORS, probing_allowed, state_of
+from pinning_middleware.servers.psycopg_pool import fail_waiting_reads
 from pinning_middleware.servers.registry import Endpoint, Server, registry
+from pinning_middleware.signals import replica_wait_finished
 from pinning_middleware.utils.forks import ForkSafeLock
 from pinning_middleware.utils.transactions import is_transaction_open
 
@@ -58,6 +60,8 @@ class ReplicaSet:
         # Serialises refreshes, so that the most recent status wins.
         self._refreshing = ForkSafeLock()
         self._substitute: tuple[float, str | None] = (0.0, None)
+        # The position that a read last waited for in vain, and the seconds.
+        self._in_vain: tuple[Position, float] | None = None
         registry.listeners.append(self._on_status_change)
         registry.attendants.append(self._attend)
         if self.behind_in_tests or self.unreachable_in_tests:
@@ -102,6 +106,8 @@ class ReplicaSet:
         is_primary = endpoint is self.health.endpoint
         if endpoint.alias in self.endpoints:
             self.refresh()
+            if endpoint.is_down:
+                fail_waiting_reads(endpoint.alias, f"{endpoint.alias} is out of rotation")
         elif not is_primary:
             return
         if endpoint.out_of_rotation:
@@ -177,14 +183,25 @@ class ReplicaSet:
         return None
 
     def probe_caught_up(
-        self, alias: str, wanted: Position, connection: BaseDatabaseWrapper | None = None
+        self,
+        alias: str,
+        wanted: Position,
+        connection: BaseDatabaseWrapper | None = None,
+        *,
+        always: bool = False,
     ) -> bool:
-        """Probe whether a replica has caught up, on the connection that a read would use."""
+        """
+        Probe whether a replica has caught up, on the connection that a read would use.
+
+        One that is known to be behind is not probed by each caller, unless ``always`` is true.
+        """
         endpoint = self.endpoints[alias]
         known = endpoint.server
         if self._cannot_catch_up(endpoint) or (known and known.reports_position is False):
             return False
         connection = connection or connections[alias]
+        if not (always or (probing_allowed(connection) and _claim_probe(connection, endpoint))):
+            return False
         met: set[Server] = set()
         for _ in range(MAX_RECONNECTS):
             try:
@@ -194,13 +211,20 @@ class ReplicaSet:
             if result is None or endpoint.pooler_mixes_servers:
                 return False
             server = result.server
+            if server.timeline_hidden and not self._has_reached(server, wanted):
+                self._resolve(connection, server, wanted)
+            self._record_probe(server, wanted)
             if self._has_reached(server, wanted):
                 return True
-            if server.timeline_hidden and self._resolve_and_check(connection, server, wanted):
-                return True
             met.add(server)
-            others = (s for s in endpoint.recent_servers if s not in met and not s.out_of_rotation)
-            if not any(others) or state_of(connection).session_modified:
+            others = [
+                each
+                for each in endpoint.recent_servers
+                if each not in met
+                and not each.out_of_rotation
+                and (always or each.catch_up.claim_probe())
+            ]
+            if not others or state_of(connection).session_modified:
                 return False
             # A new connection may resolve to one of the others.
             connection.close()
@@ -210,14 +234,41 @@ class ReplicaSet:
         """Wait at most so many seconds until a replica has caught up; return its alias or None."""
         # In an open transaction the rows stay as they were.
         order = tuple(a for a in self.rotation.order() if not connections[a].in_atomic_block)
+        if self._would_wait_in_vain(order, wanted, seconds):
+            return None
 
         def found() -> str | None:
-            return next((alias for alias in order if self._all_have_reached(alias, wanted)), None)
+            for alias in order:
+                if self._all_have_reached(alias, wanted):
+                    return alias
+                if any(_is_unresolved(s, wanted) for s in self.endpoints[alias].recent_servers):
+                    monitor.resolve_timeline(alias, self.primary, self.health.update_status)
+            return None
 
-        alias: str | None = monitor.wait_for(
-            order, self.primary, self.health.update_status, seconds, found
+        update, began = self.health.update_status, time.monotonic()
+        alias: str | None = monitor.wait_for(order, self.primary, update, seconds, found)
+        if alias is None and not self._would_wait_in_vain(order, wanted, seconds):
+            self._in_vain = wanted, seconds
+        replica_wait_finished.send_robust(
+            self.primary,
+            replica=alias or next(iter(self.endpoints)),
+            seconds=time.monotonic() - began,
+            reached=alias is not None,
         )
         return alias
+
+    def _would_wait_in_vain(self, order: tuple[str, ...], wanted: Position, seconds: float) -> bool:
+        """
+        Return whether an earlier read has waited as long for this position or an older one in
+        vain, and no replica has that one by now.
+        """
+        dialect = self.health.dialect
+        if self._in_vain is None or dialect is None:
+            return False
+        position, waited = self._in_vain
+        if seconds > waited or not dialect.reached(position, wanted.points):
+            return False
+        return not any(self._all_have_reached(alias, position) for alias in order)
 
     def _cannot_catch_up(self, endpoint: Endpoint) -> bool:
         is_behind = endpoint.alias in self.behind_in_tests
@@ -235,28 +286,30 @@ class ReplicaSet:
         servers = self.endpoints[alias].recent_servers
         return bool(servers) and all(self._has_reached(server, wanted) for server in servers)
 
-    def _resolve_and_check(
-        self, connection: BaseDatabaseWrapper, server: Server, wanted: Position
-    ) -> bool:
+    def _record_probe(self, server: Server, wanted: Position) -> None:
+        def reached(position: Position) -> bool:
+            return self._has_reached(server, position) or _is_unresolved(server, position)
+
+        server.catch_up.record_probe(wanted, reached)
+
+    def _resolve(self, connection: BaseDatabaseWrapper, server: Server, wanted: Position) -> None:
         """
-        Return whether a server whose timeline is hidden has reached a position, by bracketing its
-        report between two of the primary's. One that had reached the position, but not all that the
-        primary had by then, is probed once more.
+        Resolve the hidden timeline of a server's report, by bracketing it between two of the
+        primary's. A server that had reached the position, but not all that the primary had by then,
+        is probed once more. One that is behind in any case is left alone.
         """
+        if not _is_unresolved(server, wanted):
+            return
         with suppress(*CONNECTION_ERRORS):
             for is_last in (False, True):
-                if (
-                    not server.reported_at_least(wanted.points)
-                    or self.health.endpoint.out_of_rotation
-                ):
+                if not _is_unresolved(server, wanted) or self.health.endpoint.out_of_rotation:
                     break
                 self.health.probe(connections[self.primary])
                 if self._has_reached(server, wanted):
-                    return True
+                    return
                 if not is_last:
                     self.health.probe(connection)
         monitor.resolve_timeline(connection.alias, self.primary, self.health.update_status)
-        return False
 
     # Lag
 
@@ -332,6 +385,19 @@ class ReplicaSet:
                 self.health.probe(connections[endpoint.alias])
         usable = [e for e in usable if e.out_of_rotation in serving]
         return [e.alias for e in sorted(usable, key=_replayed, reverse=True)]
+
+
+def _claim_probe(connection: BaseDatabaseWrapper, endpoint: Endpoint) -> bool:
+    """Return whether the servers that a connection may resolve to may be probed now."""
+    known = None if connection.connection is None else state_of(connection).server
+    servers = endpoint.recent_servers if known is None else [known]
+    claimed = [server.catch_up.claim_probe() for server in servers]
+    return not servers or any(claimed)
+
+
+def _is_unresolved(server: Server, wanted: Position) -> bool:
+    """Return whether a server has reached a position if that is on the timeline that it hides."""
+    return server.timeline_hidden and server.reported_at_least(wanted.points)
 
 
 def _reports_nothing(endpoint: Endpoint) -> bool:

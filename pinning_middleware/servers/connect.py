@@ -98,15 +98,15 @@ class BoundedConnect(Base):  # type: ignore[misc]
         get_new_connection = super().get_new_connection
         if not _needs_timeout(self):
             return get_new_connection(conn_params)
-        with read_budget.spending():
-            if has_pool(self):
-                apply_pool_timeouts(self, _always_needs_timeout(self), CONNECT_TIMEOUT)
-                raw = get_live_connection(
-                    self.pool,
-                    functools.partial(get_new_connection, conn_params),
-                    functools.partial(_check_reachable, self.alias),
-                )
-            else:
+        if has_pool(self):
+            apply_pool_timeouts(self, _always_needs_timeout(self), CONNECT_TIMEOUT)
+            raw = get_live_connection(
+                self,
+                functools.partial(get_new_connection, conn_params),
+                functools.partial(_check_reachable, self.alias),
+            )
+        else:
+            with read_budget.spending():
                 raw = _connect_in_time(self, get_new_connection, conn_params)
         # Watch the connection from here on: Django's init_connection_state() waits for it too.
         state_of(self, raw)

@@ -1,11 +1,12 @@
 """
 Background monitoring, so that no request waits for it: retries servers that are out of rotation,
-samples replication lag, polls for waiting requests, and resolves hidden timelines.
+samples replication lag, polls for waiting requests, resolves hidden timelines, and follows writes
+until the replicas have them.
 
 One lazily started daemon thread per alias, with its own connection, so that an unresponsive server
-cannot block the others. The thread and its connection end after IDLE seconds without work. Where
-threads do not run, callers wait no longer than their own limit, and a read retries a replica whose
-retry is overdue.
+cannot block the others. The thread and its connection end after IDLE seconds without work; no error
+ends them. Where threads do not run, callers wait no longer than their own limit, and a read retries
+a replica whose retry is overdue.
 """
 
 from __future__ import annotations
@@ -13,34 +14,38 @@ from __future__ import annotations
 import _thread
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 from django.db import DatabaseError, InterfaceError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.conf import conf, on_change
+from pinning_middleware.pins import Position
 from pinning_middleware.reasons import Fault
-from pinning_middleware.servers.connect import ConnectTimeout, dedicated_connection
+from pinning_middleware.servers.attention import look_for_sessions, replay_waits, retry_hosts
+from pinning_middleware.servers.connect import dedicated_connection
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.liveness import clear_deadline, start_deadline
-from pinning_middleware.servers.probe import fetch, probe, state_of
+from pinning_middleware.servers.probe import probe, state_of
 from pinning_middleware.servers.registry import (
+    LAST_REPLICA_MAX_INTERVAL,
     LAST_REPLICA_RETRY_INTERVAL,
     Endpoint,
     Server,
     registry,
 )
-from pinning_middleware.servers.session_check import session_query
 from pinning_middleware.utils.forks import ForkSafeLock
+from pinning_middleware.utils.logging import log_rate_limited
 
 __all__ = [
     "UpdateStatus",
     "attend",
+    "follow",
     "measure_lag",
     "resolve_timeline",
     "retry_until_up",
@@ -50,6 +55,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+Work = Literal["resolve", "replay", "sessions", "hosts", "check"]
 
 logger = logging.getLogger("pinning_middleware.servers")
 
@@ -63,6 +69,14 @@ FIRST_PAUSE, MAX_PAUSE = 0.001, 0.02
 # Seconds between two searches for the sessions of slow reads, and for which the connection is kept
 # after one, since a server may stop to accept connections while its sessions run.
 LOOK_EVERY, AFTER_SLOW_READ = 0.25, 60.0
+# Seconds after a write until the replicas are probed for it, which a healthy one has by then;
+# until they are probed again, doubled up to SAMPLE_EVERY while they do not have it.
+FOLLOW_AFTER, FOLLOW_EVERY = 0.005, 0.1
+# Seconds after the return of another replica for which one is retried as if none was left: failures
+# that began together often end together.
+URGENT_FOR = 2.0
+# Seconds that a monitor pauses after an error that is not the database's.
+PAUSE_AFTER_ERROR = 0.2
 # Maximum seconds to wait for a replica to reach the primary's position while resolving its
 # timeline.
 RESOLVE_TIMEOUT = 0.05
@@ -83,9 +97,23 @@ class Monitor:
         self._waiters = 0
         self._sampling_until = 0.0
         self._resolving = False
+        # The newest position that was written, and the one that the replica is probed for until it
+        # has reached it; when it is probed next, and until when.
+        self._written: Position | None = None
+        self._followed: Position | None = None
+        self._follow_at = self._follow_until = 0.0
+        self._follow_pause = FOLLOW_EVERY
+        # The pause between two attempts while no other replica is left.
+        self._retry_pause = LAST_REPLICA_RETRY_INTERVAL
+        # Monotonic time at which none was left.
+        self._none_left_at = -math.inf
         self._last_check = self._last_look = self._last_hosts = 0.0
         self._busy_until = time.monotonic() + IDLE
         self._connections: dict[str, BaseDatabaseWrapper] = {}
+
+    @property
+    def _endpoint(self) -> Endpoint:
+        return registry.endpoint(self.alias, self.primary)
 
     def start(self) -> None:
         # Thread.start() waits until the thread runs, which under uWSGI may never happen.
@@ -106,6 +134,19 @@ class Monitor:
             self.condition.notify_all()
         return True
 
+    def follow(self, position: Position) -> bool:
+        with self.condition:
+            if self.is_stopping:
+                return False
+            now = time.monotonic()
+            self._busy_until, self._follow_until = now + IDLE, now + NEEDED
+            self._written = position
+            if self._followed is None:
+                self._followed, self._follow_pause = position, FOLLOW_EVERY
+                self._follow_at = max(now + FOLLOW_AFTER, self._last_check + FOLLOW_EVERY)
+                self.condition.notify_all()
+        return True
+
     def add_waiter(self, number: int) -> bool:
         with self.condition:
             if self.is_stopping:
@@ -124,62 +165,90 @@ class Monitor:
 
     def _run(self) -> None:
         threading.current_thread().name = f"pinning-monitor-{self.alias}"
-        pause = FIRST_PAUSE
         try:
-            while (work := self._wait_for_work(pause)) is not None:
-                if work == "resolve":
-                    self._resolve_timeline()
-                elif work == "look":
-                    self._look_for_sessions()
-                elif work == "hosts":
-                    self._check_hosts()
-                else:
-                    self._check()
-                with self.condition:
-                    self.condition.notify_all()
-                pause = min(pause * 2, MAX_PAUSE) if self._waiters else FIRST_PAUSE
-        except Exception:
-            logger.exception(
-                "Monitoring of %s stopped unexpectedly.",
-                self.alias,
-                extra={"alias": self.alias, "pool": self.primary},
-            )
+            while not self.is_stopping:
+                try:
+                    self._work()
+                except Exception as error:
+                    # Whatever it is, too many open files for example: without this thread, nothing
+                    # retries the server.
+                    self._recover(error)
         finally:
             self.request_stop()
             self._disconnect()
             self.stopped.set()
 
-    def _wait_for_work(self, pause: float) -> Literal["resolve", "look", "hosts", "check"] | None:
+    def _work(self) -> None:
+        pause = FIRST_PAUSE
+        while (work := self._wait_for_work(pause)) is not None:
+            if work == "resolve":
+                self._resolve_timeline()
+            elif work == "replay":
+                self._check_replay()
+            elif work == "sessions":
+                self._last_look = time.monotonic()
+                look_for_sessions(self._endpoint, self._attempt)
+            elif work == "hosts":
+                retry_hosts(self._endpoint)
+                self._last_hosts = time.monotonic()
+            else:
+                self._check()
+            with self.condition:
+                self.condition.notify_all()
+            pause = min(pause * 2, MAX_PAUSE) if self._waiters else FIRST_PAUSE
+
+    def _recover(self, error: Exception) -> None:
+        """Log an error that is not the database's, and pause."""
+        with contextlib.suppress(Exception):
+            log_rate_limited(
+                logger,
+                logging.ERROR,
+                ("monitor", self.alias),
+                "Monitoring of %s failed and goes on: %r",
+                self.alias,
+                error,
+                extra={"alias": self.alias, "pool": self.primary, "error": str(error)},
+                exc_info=error,
+            )
+        self._disconnect()
+        until = time.monotonic() + PAUSE_AFTER_ERROR
+        with self.condition:
+            while not self.is_stopping and (left := until - time.monotonic()) > 0:
+                self.condition.wait(left)
+
+    def _wait_for_work(self, pause: float) -> Work | None:
         """Return the next work when it is due, or None if the monitor is to end."""
         with self.condition:
             while not self.is_stopping:
                 now = time.monotonic()
-                if self._resolving:
-                    self._resolving = False
-                    return "resolve"
-                endpoint = registry.endpoint(self.alias, self.primary)
-                due = self._next_check(now, pause)
-                if endpoint.slow_sessions:
-                    self._busy_until = now + AFTER_SLOW_READ
-                    if now >= (look := self._last_look + LOOK_EVERY):
-                        return "look"
-                    due = look if due is None else min(look, due)
-                if endpoint.unresponsive_hosts:
-                    self._busy_until = now + IDLE
-                    if now >= (hosts := self._last_hosts + SAMPLE_EVERY):
-                        return "hosts"
-                    due = hosts if due is None else min(hosts, due)
-                if due is None:
-                    if now >= self._busy_until:
-                        # Set under the lock so that no work is queued on a monitor that is
-                        # shutting down.
-                        self.is_stopping = True
-                        return None
-                    due = self._busy_until
-                elif due <= now:
-                    return "check"
+                work = self._scheduled(now, pause)
+                if not work and now >= self._busy_until:
+                    # Set under the lock so that no work is queued on a monitor that is
+                    # shutting down.
+                    self.is_stopping = True
+                    return None
+                due, next_work = min(work, default=(self._busy_until, None))
+                if next_work is not None and due <= now:
+                    return next_work
                 self.condition.wait(due - now)
         return None
+
+    def _scheduled(self, now: float, pause: float) -> list[tuple[float, Work]]:
+        """Return what there is to do, and the monotonic time when each is due."""
+        endpoint, work = self._endpoint, list[tuple[float, Work]]()
+        if self._resolving:
+            work.append((-math.inf, "resolve"))
+        if endpoint.replay_suspected:
+            work.append((now, "replay"))
+        if endpoint.slow_sessions:
+            self._busy_until = now + AFTER_SLOW_READ
+            work.append((self._last_look + LOOK_EVERY, "sessions"))
+        if endpoint.unresponsive_hosts:
+            self._busy_until = now + IDLE
+            work.append((self._last_hosts + SAMPLE_EVERY, "hosts"))
+        if (due := self._next_check(now, pause)) is not None:
+            work.append((due, "check"))
+        return work
 
     def _next_check(self, now: float, pause: float) -> float | None:
         """Return the monotonic time of the next check, or None if none is needed."""
@@ -188,36 +257,66 @@ class Monitor:
             times.append(self._last_check + pause)
         if now < self._sampling_until:
             times.append(self._last_check + SAMPLE_EVERY)
-        endpoint = registry.endpoint(self.alias, self.primary)
-        if endpoint.replay_suspected:
-            times.append(now)
+        endpoint = self._endpoint
         if endpoint.out_of_rotation:
-            interval = (
-                LAST_REPLICA_RETRY_INTERVAL if _all_replicas_are_out(endpoint) else SAMPLE_EVERY
-            )
+            is_urgent = self._is_urgent(endpoint)
+            interval = self._retry_pause * endpoint.jitter if is_urgent else SAMPLE_EVERY
             times.append(min(endpoint.retry_at, self._last_check + interval))
             self._busy_until = now + IDLE
+        elif self._followed is not None and now < self._follow_until:
+            times.append(self._follow_at)
         return min(times) if times else None
 
     def _check(self) -> None:
         """Probe the server, measure its lag, and update its rotation status."""
         endpoint = registry.endpoint(self.alias, self.primary)
-        is_trial = _must_stay_out(endpoint)
-        server = self._probe(self.alias, is_trial)
+        self._follow_at = time.monotonic() + self._follow_pause
+        # A failed endpoint stays out of rotation for its time even if it answers now.
+        is_early = endpoint.is_down and endpoint.retry_at > time.monotonic()
+        is_trial = is_early and not self._is_urgent(endpoint)
+        # If a replica that is only followed is taken out meanwhile, it is not to return before its
+        # retry is due.
+        only_follows = not (self._waiters or self._is_sampling() or endpoint.out_of_rotation)
+        server = self._probe(self.alias, is_trial or only_follows)
+        if server is not None:
+            self._check_followed(server)
+        if only_follows and server is None and not endpoint.out_of_rotation:
+            server = self._probe(self.alias)
+        elif only_follows:
+            self._last_check = time.monotonic()
+            return
         is_reachable = server is not None or self._can_connect(endpoint, is_trial)
         self._last_check = time.monotonic()
         if is_trial:
             endpoint.is_reachable_again = is_reachable
         elif server is not None:
-            measure_lag(server, self.primary)
-            if server.lag and not endpoint.out_of_rotation:
-                server = self._measure_again(server)
-            if endpoint.replay_suspected or server.replay_waits:
-                self._check_replay(server)
+            if self._is_sampling() or endpoint.out_of_rotation:
+                measure_lag(server, self.primary)
+                if server.lag and not endpoint.out_of_rotation:
+                    server = self._measure_again(server)
+            if server.replay_waits:
+                connection = self._connection_to(self.alias)
+                server.replay_waits = replay_waits(connection, self._attempt)
             self.update_status(endpoint, server)
-        endpoint.replay_suspected = False
-        if not is_trial and endpoint.out_of_rotation and endpoint.retry_at <= self._last_check:
+        if not endpoint.out_of_rotation:
+            self._retry_pause = LAST_REPLICA_RETRY_INTERVAL
+            return
+        if self._is_urgent(endpoint):
+            self._retry_pause = min(2 * self._retry_pause, LAST_REPLICA_MAX_INTERVAL)
+        else:
+            self._retry_pause = LAST_REPLICA_RETRY_INTERVAL
+        if not is_trial and endpoint.retry_at <= self._last_check:
             registry.schedule_retry(endpoint, _retry_interval(endpoint))
+
+    def _is_urgent(self, endpoint: Endpoint) -> bool:
+        """Return whether no other replica is left, or none was until a moment ago."""
+        now = time.monotonic()
+        if _all_replicas_are_out(endpoint):
+            self._none_left_at = now
+        return now - self._none_left_at < URGENT_FOR
+
+    def _is_sampling(self) -> bool:
+        return time.monotonic() < self._sampling_until
 
     def _measure_again(self, server: Server) -> Server:
         """
@@ -232,44 +331,45 @@ class Monitor:
         measure_lag(again, self.primary)
         return again
 
-    def _check_replay(self, server: Server) -> None:
-        dialect = dialect_for(connections[self.alias])
-        if dialect is None or not dialect.replay_waits:
+    def _check_replay(self) -> None:
+        """Find out whether the replay of the server waits for a lock."""
+        endpoint = self._endpoint
+        endpoint.replay_suspected = False
+        if (server := self._probe(self.alias)) is not None:
+            connection = self._connection_to(self.alias)
+            server.replay_waits = replay_waits(connection, self._attempt)
+            self.update_status(endpoint, server)
+
+    def _check_followed(self, server: Server) -> None:
+        """Record what a replica has reached of what was written lately."""
+        dialect = dialect_for(self._connection_to(self.alias))
+        if dialect is None:
             return
-        row = self._attempt(self.alias, partial(fetch, sql=dialect.replay_waits))
-        server.replay_waits = row is not None and row[0] in (True, "t")
 
-    def _look_for_sessions(self) -> None:
-        """Look for the sessions of slow reads, on the connection that the monitor has."""
-        self._last_look = time.monotonic()
-        for session in tuple(registry.endpoint(self.alias, self.primary).slow_sessions):
-            asked_at = time.monotonic()
-            sql = session_query(session.pid)
-            row = self._attempt(self.alias, partial(fetch, sql=sql))
-            if row is None:
+        def reached(position: Position) -> bool:
+            return dialect.reached(position, server.position)
+
+        followed = self._followed
+        is_hidden = server.timeline_hidden and followed is not None and not reached(followed)
+        if is_hidden and followed and server.reported_at_least(followed.points):
+            # Resolved between two reports of the primary: that of the write, and this one.
+            self._probe(self.primary)
+        server.catch_up.record_probe(None, reached)
+        with self.condition:
+            now = time.monotonic()
+            if followed is None:
                 return
-            has_session, session.waits_for_lock = row[0] == "t", row[1] == "t"
-            if has_session:
-                session.seen_at = asked_at
-
-    def _check_hosts(self) -> None:
-        """Find out which hosts of a list answer again."""
-        endpoint = registry.endpoint(self.alias, self.primary)
-        for host in tuple(endpoint.unresponsive_hosts):
-            connection = dedicated_connection(self.alias, host)
-            try:
-                connection.ensure_connection()
-            except ConnectTimeout:
-                continue
-            except (DatabaseError, InterfaceError) as error:
-                logger.debug("%s answers again: %s", host, error)
-            finally:
-                connection.close()
-            endpoint.unresponsive_hosts.discard(host)
-        self._last_hosts = time.monotonic()
+            if reached(followed):
+                is_newest = self._written is None or reached(self._written)
+                self._followed = None if is_newest else self._written
+                self._follow_pause = FOLLOW_EVERY
+            self._follow_at = now + self._follow_pause
+            if self._followed is followed:
+                self._follow_pause = min(2 * self._follow_pause, SAMPLE_EVERY)
 
     def _resolve_timeline(self) -> None:
         """Probe the primary, the replica until it has caught up, and the primary again."""
+        self._resolving = False
         before = self._probe(self.primary)
         if before is None:
             return
@@ -282,7 +382,7 @@ class Monitor:
             time.sleep(FIRST_PAUSE)
 
     def _probe(self, alias: str, is_trial: bool = False) -> Server | None:
-        result = self._attempt(alias, lambda connection: probe(connection, is_trial))
+        result = self._attempt(lambda connection: probe(connection, is_trial), alias)
         return None if result is None else result.server
 
     def _can_connect(self, endpoint: Endpoint, is_trial: bool) -> bool:
@@ -290,7 +390,7 @@ class Monitor:
         has_positions = conf.positions and dialect_for(self._connection_to(self.alias)) is not None
         if has_positions or not endpoint.out_of_rotation:
             return False
-        if not self._attempt(self.alias, _is_usable_anew):
+        if not self._attempt(_is_usable_anew):
             return False
         if not is_trial:
             registry.mark_up(endpoint)
@@ -302,8 +402,12 @@ class Monitor:
             connection = self._connections[alias] = dedicated_connection(alias)
         return connection
 
-    def _attempt(self, alias: str, operation: Callable[[BaseDatabaseWrapper], T]) -> T | None:
-        """Return what an operation returns, or None if the server cannot be reached."""
+    def _attempt(self, operation: Callable[[BaseDatabaseWrapper], T], alias: str = "") -> T | None:
+        """
+        Return what an operation returns on the monitor's connection to an alias (its own by
+        default), or None if the server cannot be reached.
+        """
+        alias = alias or self.alias
         connection = self._connection_to(alias)
         try:
             return operation(connection)
@@ -373,16 +477,7 @@ def _retry_interval(endpoint: Endpoint) -> float:
         or endpoint.alias == endpoint.pool
     ):
         return SAMPLE_EVERY
-    return max(conf.retry_after, LAST_REPLICA_RETRY_INTERVAL)
-
-
-def _must_stay_out(endpoint: Endpoint) -> bool:
-    """Return whether a failed endpoint stays out of rotation even if it answers now."""
-    return (
-        endpoint.is_down
-        and endpoint.retry_at > time.monotonic()
-        and not _all_replicas_are_out(endpoint)
-    )
+    return max(conf.retry_after, LAST_REPLICA_MAX_INTERVAL)
 
 
 def _all_replicas_are_out(endpoint: Endpoint) -> bool:
@@ -417,8 +512,22 @@ def _running_monitor(alias: str, primary: str, update_status: UpdateStatus) -> M
         with _lock:
             monitor = _monitors.get(alias)
             if monitor is None or monitor.is_stopping:
-                monitor = _monitors[alias] = Monitor(alias, primary, update_status)
-                monitor.start()
+                monitor = Monitor(alias, primary, update_status)
+                try:
+                    monitor.start()
+                except RuntimeError as error:
+                    # No thread can be started now. The next request for work tries again.
+                    log_rate_limited(
+                        logger,
+                        logging.ERROR,
+                        ("start", alias),
+                        "Could not start a thread to monitor %s: %s",
+                        alias,
+                        error,
+                        extra={"alias": alias, "pool": primary, "error": str(error)},
+                    )
+                else:
+                    _monitors[alias] = monitor
     return monitor
 
 
@@ -441,6 +550,17 @@ def sample_lag(primary: str, aliases: tuple[str, ...], update_status: UpdateStat
     """Measure the lag of these replicas every second for the next NEEDED seconds."""
     for alias in (primary, *aliases):
         _assign(alias, primary, update_status, lambda monitor: monitor.schedule(sampling=True))
+
+
+def follow(
+    position: Position, primary: str, aliases: tuple[str, ...], update_status: UpdateStatus
+) -> None:
+    """
+    Probe these replicas until they have reached a position that was just written, so that it is
+    known if the primary fails. Does no I/O.
+    """
+    for alias in aliases:
+        _assign(alias, primary, update_status, lambda monitor: monitor.follow(position))
 
 
 def resolve_timeline(alias: str, primary: str, update_status: UpdateStatus) -> None:

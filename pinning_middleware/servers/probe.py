@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ __all__ = [
     "endpoint_for",
     "failover_disabled",
     "fetch",
+    "is_pool_exhausted",
     "probe",
     "probing",
     "probing_allowed",
@@ -99,6 +101,18 @@ def probing_allowed(connection: BaseDatabaseWrapper) -> bool:
     except RuntimeError:
         return True
     return False
+
+
+def is_pool_exhausted(error: BaseException) -> bool:
+    """
+    Return whether an error of connecting says that no connection of psycopg's pool became free in
+    time. All may be in use by this process, which says nothing of the server.
+    """
+    module = sys.modules.get("psycopg_pool")
+    if module is None:
+        return False
+    cause = error.__cause__ if error.__cause__ is not None else error
+    return isinstance(cause, (module.PoolTimeout, module.TooManyRequests))
 
 
 def endpoint_for(connection: BaseDatabaseWrapper) -> Endpoint:
@@ -184,7 +198,7 @@ def _probe_once(connection: BaseDatabaseWrapper, dialect: Dialect, is_trial: boo
     try:
         connection.ensure_connection()
     except CONNECTION_ERRORS as error:
-        if not (is_trial or isinstance(error, BudgetExhausted)):
+        if not (is_trial or is_pool_exhausted(error) or isinstance(error, BudgetExhausted)):
             registry.mark_down(endpoint, Fault.UNREACHABLE, conf.retry_after, error)
         raise
     finally:

@@ -1,18 +1,43 @@
 """
-Connections from Django's psycopg pool: bounds the wait for one, and never returns one whose server
-closed it while it was idle.
+Connections from Django's psycopg pool.
+
+A read waits for one as long as the site's own settings of the pool say, since a pool whose
+connections are all in use says nothing of its server. While it waits, a fresh connection outside of
+the pool checks whether the server can be reached. A connection that its server closed while it was
+idle is never returned.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+import time
 from collections.abc import Callable
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, Final
+from weakref import WeakValueDictionary
 
-from pinning_middleware.servers.probe import probing
+from pinning_middleware.servers.probe import endpoint_for, is_pool_exhausted, probing
 from pinning_middleware.servers.session_check import is_ready
 
-__all__ = ["apply_pool_timeouts", "bounded_getconn", "get_live_connection", "has_pool"]
+__all__ = [
+    "apply_pool_timeouts",
+    "bounded_getconn",
+    "fail_waiting_reads",
+    "get_live_connection",
+    "has_pool",
+]
+
+# Seconds that a read waits for a connection until it is checked whether the server can be reached,
+# and until it is checked again; for which one check serves all reads that wait.
+FIRST_CHECK_AFTER: Final = 0.3
+NEXT_CHECK_AFTER: Final = 5.0
+CHECK_SERVES: Final = 1.0
+
+# Seconds that ``getconn()`` waits now, if not as long as the pool's own timeout.
+_limit: ContextVar[float | None] = ContextVar("pinning_pool_limit", default=None)
+# The pools of the replicas, by alias.
+_pools: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
 def has_pool(connection: Any) -> bool:
@@ -21,20 +46,18 @@ def has_pool(connection: Any) -> bool:
 
 def apply_pool_timeouts(connection: Any, always: bool, timeout: float) -> None:
     """
-    Limit the wait for a connection of the pool to ``timeout`` seconds, unless the site has set
-    ``OPTIONS["pool"]["timeout"]``.
+    Disable the pool's own check of its connections for all reads, or for probes only.
 
-    ``connect_timeout`` does not limit it, because a thread of the pool connects. With ``always``
-    false, for a primary's pool, only probes are limited.
+    A check waits without a timeout. Lost or hung connections are detected by
+    ``get_live_connection()`` and by the read itself. With ``always`` false, for a primary's pool,
+    probes wait for a connection at most ``timeout`` seconds, unless the site has set
+    ``OPTIONS["pool"]["timeout"]``.
     """
     pool, options = connection.pool, connection.settings_dict["OPTIONS"]["pool"]
     is_set = isinstance(options, dict) and "timeout" in options
     if always:
-        # Disable the pool's own check: it waits without a timeout. Lost or hung connections are
-        # detected by get_live_connection() and by the read itself.
         pool._check = None
-        if not is_set:
-            pool.timeout = min(pool.timeout, timeout)
+        _pools[connection.alias] = pool
     elif not hasattr(pool, "pinning_probe_timeout"):
         pool.pinning_probe_timeout = None if is_set else timeout
         if (check := getattr(pool, "_check", None)) is not None:
@@ -42,11 +65,11 @@ def apply_pool_timeouts(connection: Any, always: bool, timeout: float) -> None:
 
 
 def bounded_getconn(getconn: Any) -> Any:
-    """Replace ``getconn()`` of psycopg's pools, to limit the wait of a probe."""
+    """Replace ``getconn()`` of psycopg's pools, to limit how long it waits."""
 
     def bounded(self: Any, timeout: float | None = None) -> Any:
-        probe_timeout = getattr(self, "pinning_probe_timeout", None)
-        return getconn(self, probe_timeout if probing.get() and probe_timeout else timeout)
+        limit = _limit.get()
+        return getconn(self, timeout if limit is None else limit)
 
     return bounded
 
@@ -57,25 +80,82 @@ def _check(check: Callable[[Any], None], raw: Any) -> None:
 
 
 def get_live_connection(
-    pool: Any, connect: Callable[[], Any], check_reachable: Callable[[], object]
+    connection: Any, get: Callable[[], Any], check_reachable: Callable[[], object]
 ) -> Any:
     """
-    Return a connection of a pool that its server has not closed.
+    Return a connection of the driver from the pool of a connection, that its server has not closed.
 
-    ``check_reachable`` raises if the server cannot be connected to, since the pool would otherwise
-    retry until its timeout.
+    ``get`` returns the pool's next one. ``check_reachable`` raises if the server cannot be
+    connected to, since the pool would otherwise retry until its timeout.
     """
-    raw = connect()
+    pool = connection.pool
+    raw = _get_in_time(connection, get, check_reachable)
     if not _is_closed_by_server(raw):
         return raw
     pool.putconn(raw)
     check_reachable()
     for _ in range(pool.max_size):
-        raw = connect()
+        raw = _get_in_time(connection, get, check_reachable)
         if not _is_closed_by_server(raw):
             return raw
         pool.putconn(raw)
-    return connect()
+    return _get_in_time(connection, get, check_reachable)
+
+
+def _get_in_time(
+    connection: Any, get: Callable[[], Any], check_reachable: Callable[[], object]
+) -> Any:
+    """
+    Return the pool's next connection. Raise what ``check_reachable`` raises if the server cannot be
+    reached, or the pool's error if it can and no connection became free.
+    """
+    pool, endpoint = connection.pool, endpoint_for(connection)
+    timeout = (getattr(pool, "pinning_probe_timeout", None) if probing.get() else None) or (
+        pool.timeout
+    )
+    deadline, check_after = time.monotonic() + timeout, FIRST_CHECK_AFTER
+    while True:
+        limit = min(check_after, deadline - time.monotonic())
+        token = _limit.set(limit)
+        try:
+            return get()
+        except Exception as error:
+            if not is_pool_exhausted(error):
+                raise
+            if endpoint.is_down or _claim_check(pool):
+                try:
+                    check_reachable()
+                except Exception:
+                    # What follows is not to rely on this check.
+                    pool.pinning_checked_at = -math.inf
+                    raise
+            if time.monotonic() >= deadline:
+                raise
+        finally:
+            _limit.reset(token)
+        check_after = NEXT_CHECK_AFTER
+
+
+def _claim_check(pool: Any) -> bool:
+    """Return whether the caller is to check the server, for all reads that wait for the pool."""
+    now = time.monotonic()
+    if now - getattr(pool, "pinning_checked_at", -math.inf) < CHECK_SERVES:
+        return False
+    pool.pinning_checked_at = now
+    return True
+
+
+def fail_waiting_reads(alias: str, why: str) -> None:
+    """Let the reads fail that wait for a connection of a replica's pool: its server is down."""
+    pool = _pools.get(alias)
+    if pool is None:
+        return
+    from psycopg import OperationalError
+
+    with pool._lock:
+        waiting = tuple(pool._waiting)
+    for client in waiting:
+        client.fail(OperationalError(why))
 
 
 def _is_closed_by_server(raw: Any) -> bool:

@@ -18,11 +18,13 @@ from typing import NamedTuple
 
 from pinning_middleware.pins import Points, Position, merge_points
 from pinning_middleware.reasons import Fault
+from pinning_middleware.servers.catch_up import CatchUp
 from pinning_middleware.servers.timelines import HiddenTimeline, PrimarySample, is_unresolved
 from pinning_middleware.signals import replica_removed, replica_restored
 from pinning_middleware.utils.forks import ForkSafeLock
 
 __all__ = [
+    "LAST_REPLICA_MAX_INTERVAL",
     "LAST_REPLICA_RETRY_INTERVAL",
     "Endpoint",
     "Identity",
@@ -40,8 +42,9 @@ logger = logging.getLogger("pinning_middleware.servers")
 RECENT_FOR = 60.0
 # Maximum number of servers that are remembered behind one alias.
 MAX_SERVERS = 64
-# Seconds between two attempts while no other replica is left.
-LAST_REPLICA_RETRY_INTERVAL = 0.05
+# Seconds between two attempts while no other replica is left: the first pause, doubled up to the
+# second. A monitor makes at most two connection attempts each time.
+LAST_REPLICA_RETRY_INTERVAL, LAST_REPLICA_MAX_INTERVAL = 0.05, 0.5
 # Number of reports of a primary that are kept to resolve hidden timelines.
 MAX_PRIMARY_SAMPLES = 32
 # Number of a primary's positions that are kept to measure lag, and minimum seconds between two.
@@ -88,6 +91,7 @@ class Server:
     __slots__ = (
         "_hidden_timeline",
         "_predecessors",
+        "catch_up",
         "checkpoint_timeline",
         "identity",
         "is_replica",
@@ -143,6 +147,7 @@ class Server:
         # Whether the role lacks the privilege to see the current timeline.
         self.lacks_timeline_privilege = False
         self._hidden_timeline = HiddenTimeline()
+        self.catch_up = CatchUp()
 
     def __repr__(self) -> str:
         return f"<Server {self.identity.address}:{self.identity.port}>"
@@ -417,7 +422,7 @@ class ServerRegistry:
     def mark_down(self, endpoint: Endpoint, fault: Fault, retry_in: float, error: object) -> None:
         """Take an endpoint out of rotation: it is unreachable or unresponsive."""
         endpoint._connection_fault = fault
-        endpoint.must_reidentify = True
+        endpoint.must_reidentify, endpoint.is_reachable_again = True, False
         self._publish(endpoint, retry_in, error)
 
     def mark_up(self, endpoint: Endpoint) -> None:

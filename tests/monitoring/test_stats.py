@@ -12,7 +12,7 @@ from django.test import override_settings
 
 from pinning_middleware import signals, stats
 from pinning_middleware.pins import Position
-from pinning_middleware.reasons import Reason
+from pinning_middleware.reasons import Fault, Reason
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.servers.registry import Identity, Report, Server, registry
 from pinning_middleware.stats import DEGRADED, DOWN, OK, ServerState
@@ -87,6 +87,19 @@ def test_servers_several_behind_one_alias() -> None:
     assert (second.address, second.state, second.reason) == ("10.0.0.2:5432", "out", "lag")
     assert (first.reads, second.reads) == (0, 3)
     assert second.since == pytest.approx(time.time(), abs=5)
+
+
+def test_freshest_replica_is_in_rotation_if_all_lag() -> None:
+    pools()
+    for alias, port, lag in (("replica1", 1, 7.0), ("replica2", 2, 6.0)):
+        registry.set_status(register_server(alias, port=port, lag=lag, is_replica=True), Fault.LAG)
+    assert (row("replica1").state, row("replica1").reason) == ("out", "lag")
+    freshest = row("replica2")
+    assert (freshest.state, freshest.reason, freshest.retry_in) == ("in", "", None)
+    assert freshest.error == "behind, and serving since no other does"
+    assert stats.health(stats.servers()) == DEGRADED
+    registry.set_status(register_server("replica1", port=1), None)
+    assert (row("replica2").state, row("replica2").error) == ("out", "")
 
 
 def test_servers_unreachable_endpoint() -> None:

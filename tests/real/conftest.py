@@ -217,6 +217,12 @@ def pooled(*places: Place) -> dict[str, Any]:
     return database(*places, pool={"min_size": 0, "max_size": 16})
 
 
+@pytest.fixture
+def unfollowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without monitors that probe for each write, so that the probes of reads can be counted."""
+    monkeypatch.setattr(monitor, "follow", lambda *args: None)
+
+
 # State that tests check
 
 

@@ -15,14 +15,15 @@ from django.core.management import CommandError, call_command
 from django.db import connections
 from django.test import override_settings
 
-from pinning_middleware import stats
+from pinning_middleware import stats, status_page
 from pinning_middleware.management import live_check, poll
 from pinning_middleware.management.commands import pinning_check
 from pinning_middleware.routing.replica_set import ReplicaSet
+from pinning_middleware.servers import monitor
 from pinning_middleware.utils import counters
 from tests.monitoring.test_commands import run
 
-from .conftest import PostgreSQL, as_layout, probe_replicas, titles, unrelated_scope, write
+from .conftest import PostgreSQL, as_layout, pool, probe_replicas, titles, unrelated_scope, write
 from .layouts import black_hole, database, eventually, frozen, make_role, promote
 
 pytestmark = pytest.mark.real
@@ -81,6 +82,40 @@ def test_status_of_a_paused_replica(pg: PostgreSQL) -> None:
     assert rows["pg1"]["lag"] > 0
     assert rows["pg2"]["error"] == ""
     assert "its replay is paused" in run("pinning_status")[1]
+
+
+def test_status_of_replicas_that_all_lag(pg: PostgreSQL) -> None:
+    pg.pause()
+    write()
+    with override_settings(PINNING_MAX_LAG=0.001):
+        code, rows = status()
+        text = run("pinning_status")[1]
+    assert code == stats.DEGRADED
+    serving = [rows[alias] for alias in ("pg1", "pg2") if rows[alias]["state"] == "in"]
+    assert [row["error"] for row in serving] == ["behind, and serving since no other does"]
+    assert {row["reason"] for row in rows.values()} == {"", "lag"}
+    assert "behind, and serving since no other does" in text
+    assert "1 of 2 replicas in rotation" in text
+
+
+def test_errors_are_shown_whole_where_the_output_is_no_terminal(pg: PostgreSQL) -> None:
+    with as_layout(pg, replica=database(pg["pg1"], user="a_role_that_is_missing")):
+        text = run("pinning_status")[1]
+    assert 'FATAL:  role "a_role_that_is_missing" does not exist'.replace("  ", " ") in text
+
+
+def test_status_page_measures_lag_once_a_replica_is_read(pg: PostgreSQL) -> None:
+    def lags() -> dict[str, float | None]:
+        rows = status_page._state()["servers"]
+        return {row["alias"]: row["lag"] for row in rows if row["configured"] == "replica"}
+
+    pool().current_position()
+    probe_replicas()
+    counters.reads.clear()
+    assert lags() == {"pg1": None, "pg2": None}
+    assert monitor._monitors == {}
+    titles()
+    assert eventually(lambda: None not in lags().values())
 
 
 def test_status_of_a_stopped_replica(pg: PostgreSQL) -> None:
@@ -148,7 +183,7 @@ def test_status_of_an_unresponsive_address(pg: PostgreSQL) -> None:
     ):
         code, rows = status()
         assert code == stats.DEGRADED
-        assert (rows["hole"]["state"], rows["hole"]["reason"]) == ("out", "unresponsive")
+        assert (rows["hole"]["state"], rows["hole"]["reason"]) == ("out", "unreachable")
         assert rows["hole"]["address"] == f"127.0.0.1:{hole.port}"
         assert rows["replica"]["state"] == "in"
 

@@ -90,7 +90,7 @@ def test_last_replica_with_a_weight_is_retried_at_short_intervals(
     with override_settings(PINNING_REPLICAS={"default": {"replica1": 1, "replica2": weight}}):
         registry.endpoint("replica2", "default")
         registry.endpoint("replica1", "default")
-        mark_down("replica1")
+        mark_down("replica1").jitter = 1.0
         assert seconds_until_next_check(unstarted_monitor("replica1")) == pytest.approx(interval)
 
 
@@ -124,6 +124,26 @@ def test_work_for_a_stopping_monitor_goes_to_a_new_one(
     assert stopping.is_stopping
     assert not monitor._monitors["replica1"].is_stopping
     monitor.stop()
+
+
+@pytest.mark.parametrize(("point", "left"), [(4, 5), (5, 9), (9, None)])
+def test_monitor_follows_the_newest_write_after_an_older_one(
+    monkeypatch: pytest.MonkeyPatch, point: int, left: int | None
+) -> None:
+    monkeypatch.setattr(monitor, "dialect_for", lambda connection: PostgreSQL())
+    follower, server = unstarted_monitor("replica1"), Server(Identity("1", "10.0.0.1", 1))
+    for written in (5, 7, 9):
+        follower.follow(Position({"ff-1": written}))
+    server.position = {"ff-1": point}
+    follower._check_followed(server)
+    assert follower._followed == (None if left is None else Position({"ff-1": left}))
+
+
+def test_followed_replica_is_probed_at_most_ten_times_a_second() -> None:
+    follower = unstarted_monitor("replica1")
+    follower._last_check = time.monotonic()
+    follower.follow(Position({"ff-1": 5}))
+    assert seconds_until_next_check(follower) == pytest.approx(monitor.FOLLOW_EVERY, abs=0.05)
 
 
 # Replication lag
