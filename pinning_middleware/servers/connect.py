@@ -16,7 +16,7 @@ from django.db.utils import load_backend
 
 from pinning_middleware.conf import conf
 from pinning_middleware.servers.dialects import dialect_for
-from pinning_middleware.servers.probe import CONNECTION_ERRORS, probing, state_of
+from pinning_middleware.servers.probe import CONNECTION_ERRORS, endpoint_for, probing, state_of
 from pinning_middleware.servers.psycopg_pool import (
     apply_pool_timeouts,
     get_live_connection,
@@ -96,6 +96,9 @@ class BoundedConnect(Base):  # type: ignore[misc]
                 super().connect()
         except CONNECTION_ERRORS:
             if time.monotonic() - began >= RETRY_IF_FAILED_WITHIN or not _needs_timeout(self):
+                raise
+            if self.is_dedicated and endpoint_for(self).is_down:
+                # Its monitor tries again in a moment.
                 raise
             self.close()
             super().connect()
