@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import ClassVar, Final
 
 from django.db import DatabaseError, InterfaceError, connections
@@ -200,7 +201,11 @@ class ReplicaSet:
         if self._cannot_catch_up(endpoint) or (known and known.reports_position is False):
             return False
         connection = connection or connections[alias]
-        if not (always or (probing_allowed(connection) and _claim_probe(connection, endpoint))):
+        open_on = None if connection.connection is None else state_of(connection).server
+        servers = endpoint.recent_servers if open_on is None else [open_on]
+        if not probing_allowed(connection):
+            return False
+        if servers and not (always or self._claim_probe(servers, wanted)):
             return False
         met: set[Server] = set()
         for _ in range(MAX_RECONNECTS):
@@ -213,18 +218,14 @@ class ReplicaSet:
             server = result.server
             if server.timeline_hidden and not self._has_reached(server, wanted):
                 self._resolve(connection, server, wanted)
-            self._record_probe(server, wanted)
+            server.catch_up.record_probe(wanted, partial(self._has_reached, server))
             if self._has_reached(server, wanted):
                 return True
             met.add(server)
-            others = [
-                each
-                for each in endpoint.recent_servers
-                if each not in met
-                and not each.out_of_rotation
-                and (always or each.catch_up.claim_probe())
-            ]
+            others = [s for s in endpoint.recent_servers if s not in met and not s.out_of_rotation]
             if not others or state_of(connection).session_modified:
+                return False
+            if not (always or self._claim_probe(others, wanted)):
                 return False
             # A new connection may resolve to one of the others.
             connection.close()
@@ -286,11 +287,11 @@ class ReplicaSet:
         servers = self.endpoints[alias].recent_servers
         return bool(servers) and all(self._has_reached(server, wanted) for server in servers)
 
-    def _record_probe(self, server: Server, wanted: Position) -> None:
-        def reached(position: Position) -> bool:
-            return self._has_reached(server, position) or _is_unresolved(server, position)
-
-        server.catch_up.record_probe(wanted, reached)
+    def _claim_probe(self, servers: Iterable[Server], wanted: Position) -> bool:
+        """Return whether any of these servers may be probed for a position now."""
+        # One that has caught up is probed to find out that a connection resolves to it.
+        claimed = [self._has_reached(s, wanted) or s.catch_up.claim_probe() for s in servers]
+        return any(claimed)
 
     def _resolve(self, connection: BaseDatabaseWrapper, server: Server, wanted: Position) -> None:
         """
@@ -385,14 +386,6 @@ class ReplicaSet:
                 self.health.probe(connections[endpoint.alias])
         usable = [e for e in usable if e.out_of_rotation in serving]
         return [e.alias for e in sorted(usable, key=_replayed, reverse=True)]
-
-
-def _claim_probe(connection: BaseDatabaseWrapper, endpoint: Endpoint) -> bool:
-    """Return whether the servers that a connection may resolve to may be probed now."""
-    known = None if connection.connection is None else state_of(connection).server
-    servers = endpoint.recent_servers if known is None else [known]
-    claimed = [server.catch_up.claim_probe() for server in servers]
-    return not servers or any(claimed)
 
 
 def _is_unresolved(server: Server, wanted: Position) -> bool:

@@ -124,6 +124,9 @@ class BoundedConnect(Base):  # type: ignore[misc]
         except CONNECTION_ERRORS:
             if time.monotonic() - began >= RETRY_IF_FAILED_WITHIN or not _needs_timeout(self):
                 raise
+            if self.is_dedicated and endpoint_for(self).is_down:
+                # Its monitor tries again in a moment.
+                raise
             self.close()
             super().connect()
 

@@ -115,7 +115,8 @@ def _get_in_time(
     )
     deadline, check_after = time.monotonic() + timeout, FIRST_CHECK_AFTER
     while True:
-        limit = min(check_after, deadline - time.monotonic())
+        began = time.monotonic()
+        limit = min(check_after, deadline - began)
         token = _limit.set(limit)
         try:
             return get()
@@ -129,7 +130,9 @@ def _get_in_time(
                     # What follows is not to rely on this check.
                     pool.pinning_checked_at = -math.inf
                     raise
-            if time.monotonic() >= deadline:
+            # Raised at once: as many wait already as the site allows (max_waiting).
+            is_refused = time.monotonic() < began + limit
+            if is_refused or time.monotonic() >= deadline:
                 raise
         finally:
             _limit.reset(token)

@@ -43,7 +43,8 @@ RECENT_FOR = 60.0
 # Maximum number of servers that are remembered behind one alias.
 MAX_SERVERS = 64
 # Seconds between two attempts while no other replica is left: the first pause, doubled up to the
-# second. A monitor makes at most two connection attempts each time.
+# second. libpq may connect twice for one attempt, with TLS and without.
+# https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNECT-SSLMODE
 LAST_REPLICA_RETRY_INTERVAL, LAST_REPLICA_MAX_INTERVAL = 0.05, 0.5
 # Number of reports of a primary that are kept to resolve hidden timelines.
 MAX_PRIMARY_SAMPLES = 32

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import pytest
-from django.db import connections
+from django.db import OperationalError, connections
 from django.test import override_settings
 
 from pinning_middleware.pins import Position
@@ -26,6 +27,7 @@ from .conftest import (
     as_layout,
     endpoint,
     eventually,
+    in_thread,
     in_threads,
     make_retry_due,
     mark_unreachable,
@@ -97,6 +99,18 @@ def test_replica_that_catches_up_serves_again(pg: PostgreSQL) -> None:
     pg.resume()
     assert eventually(lambda: {server_for(token) for token in tokens} <= REPLICAS)
     assert server_of("pg1").catch_up.awaited is None or server_of("pg2").catch_up.awaited is None
+
+
+def test_replica_that_is_behind_serves_what_it_has_on_new_connections(
+    pg: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catch_up, "FIRST_PAUSE", 1000.0)
+    older = write("older")
+    pg.wait_for()
+    probe_replicas()
+    pg.pause()
+    assert server_for(write("newer")) == "pg"
+    assert {in_thread(lambda: server_for(older)) for _ in range(4)} == REPLICAS
 
 
 @override_settings(PINNING_WAIT=0.02)
@@ -204,17 +218,20 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
     return made
 
 
+@override_settings(PINNING_RETRY_AFTER=1000)
 def test_replicas_that_are_all_down_are_retried_at_growing_intervals(
-    pg: PostgreSQL, attempts: list[tuple[str, float]]
+    pg: PostgreSQL, attempts: list[tuple[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """When they return, the last one does not wait for the time of its own retry."""
+    monkeypatch.setattr(monitor, "URGENT_FOR", 30.0)
     for alias in REPLICAS:
         pg[alias].stop("immediate")
     assert eventually(lambda: (server_for(None), pool().replica_set.out_of_rotation == REPLICAS)[1])
     for alias in REPLICAS:
         # After pauses of 0.05, 0.1, 0.2, 0.4 and 0.5 seconds.
-        assert eventually(lambda alias=alias: [a for a, _ in attempts].count(alias) >= 8)
+        assert eventually(lambda alias=alias: [a for a, _ in attempts].count(alias) >= 9)
         times = [at for tried, at in attempts if tried == alias]
-        assert all(later - at >= 1.0 for at, later in zip(times[5:], times[7:], strict=False))
+        assert all(later - at >= 0.49 for at, later in pairwise(times[6:]))
     for alias in REPLICAS:
         pg[alias].start()
     assert eventually(lambda: not pool().replica_set.out_of_rotation)
@@ -304,6 +321,25 @@ def test_exhausted_pool_raises_its_own_error_after_its_own_timeout(
             threads.submit(port).result()
         assert port() == pg["pg1"].port
     assert sent_signals == []
+
+
+def test_full_queue_of_a_pool_raises_its_own_error(
+    pg: PostgreSQL, sent_signals: SentSignals
+) -> None:
+    pooling = {"min_size": 0, "max_size": 1, "max_waiting": 1}
+    with as_layout(pg, r1=database(pg["pg1"], pool=pooling)):
+        errors = in_threads(lambda _: error_of(lambda: sleep_and_read(0.5)), 4)
+    assert "already 1 requests waiting" in " ".join(errors)
+    assert "" in errors
+    assert sent_signals == []
+
+
+def error_of(function: Callable[[], object]) -> str:
+    try:
+        function()
+    except OperationalError as error:
+        return str(error)
+    return ""
 
 
 def test_reads_that_wait_for_a_pool_go_elsewhere_when_its_server_fails(
