@@ -84,6 +84,10 @@ class PinnedConnection(BoundedConnect):
         return cursor
 
     def _cursor_or_error(self, pool: Pool, name: str | None) -> Any:
+        # A queryset's iterator() looks at the settings of the alias that it was routed to, which
+        # is another one than this after a failover, and for a test mirror.
+        if self.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS"):
+            name = None
         try:
             if self.connection is None:
                 self._check_reachable(pool)
