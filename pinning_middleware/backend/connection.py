@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from django.core.exceptions import ImproperlyConfigured
-from django.db import OperationalError, connections
+from django.db import DatabaseError, OperationalError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
@@ -59,6 +59,13 @@ class PinnedConnection(BoundedConnect):
         self.is_connecting = True
         try:
             super().connect()
+        except DatabaseError as error:
+            if isinstance(error, CONNECTION_ERRORS) or self.alias not in conf.primary_by_replica:
+                raise
+            # A standby refuses to set up the session of a role that is `serializable`. Django would
+            # use the connection as it is.
+            self.close()
+            raise OperationalError(*error.args) from error.__cause__
         finally:
             self.is_connecting = False
         if dialect_for(self) is not None and self.alias in pools().by_connection:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 from pinning_middleware.pins import Points, Position
 from pinning_middleware.servers.registry import Identity, Report, Server
 
-__all__ = ["Dialect", "Identification", "PositionUnavailable", "Query", "Row"]
+__all__ = ["Dialect", "Identification", "PositionUnavailable", "Query", "Refusal", "Row"]
 
 Row: TypeAlias = tuple[Any, ...]
 # Runs one statement on one connection and returns its first row, or `()` if there is none.
@@ -28,6 +28,21 @@ class Identification(NamedTuple):
     identity: Identity
     session: int | None = None
     lacks_timeline_privilege: bool = False
+
+
+class Refusal(NamedTuple):
+    """
+    Why a standby refuses a statement that a primary may run.
+
+    ``is_write``: the statement writes, although it looks like a read. ``all_reads``: the standby
+    refuses every read of the role. ``tables``: those of the database that no standby can read.
+    ``is_lasting``: the standby will refuse the same statement again.
+    """
+
+    is_write: bool = False
+    all_reads: bool = False
+    tables: tuple[str, ...] = ()
+    is_lasting: bool = True
 
 
 class Dialect:
@@ -92,6 +107,14 @@ class Dialect:
     def supersedes(self, points: Points, other: Points) -> bool:
         """Return whether a server with these points has replaced the one with the other points."""
         return False
+
+    def standby_limits(self, query: Query) -> Refusal:
+        """Return what every standby refuses to a role, as a primary reports it."""
+        return Refusal()
+
+    def refusal(self, query: Query, error: BaseException) -> Refusal | None:
+        """Return why a server refused a statement for being a standby; None for other errors."""
+        return None
 
     def error_code(self, error: BaseException) -> Any:
         """Return the driver's code of an error that Django has wrapped, or None."""
