@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from pinning_middleware.routing import refusals
 from pinning_middleware.utils import counters
 from tests.app.models import Account, Book
 from tests.conftest import Visit
+from tests.monitoring.test_commands import run as run_command
 
 from .conftest import (
     NODES,
@@ -223,3 +225,32 @@ def test_replica_that_refuses_to_set_up_the_session_is_out_of_rotation(pg: Postg
         assert [server_for(None) for _ in range(4)] == ["spg"] * 4
         assert pool().replica_set.out_of_rotation == {"spg1", "spg2"}
         assert "serializable" in endpoint("spg1").error
+
+
+# pinning_status
+
+
+def refused_by_status(alias: str) -> tuple[list[str], str]:
+    """Return the names in the JSON of pinning_status, and the text."""
+    answer = json.loads(run_command("pinning_status", "--json")[1])
+    return answer["pools"][alias]["refused"], run_command("pinning_status")[1]
+
+
+@pytest.mark.usefixtures("unlogged")
+def test_status_names_unlogged_tables(pg: PostgreSQL) -> None:
+    names, text = refused_by_status("pg")
+    assert "app_account" in names
+    assert "Every standby refuses app_account" in text
+
+
+def test_status_names_a_serializable_role(pg: PostgreSQL) -> None:
+    with serializable_role(pg, "UTC") as role:
+        names, text = refused_by_status("spg")
+    assert names == [f"role {role} (serializable)"]
+    assert f"Every standby refuses role {role}" in text
+
+
+def test_status_names_nothing_if_standbys_refuse_nothing(pg: PostgreSQL) -> None:
+    names, text = refused_by_status("pg")
+    assert names == []
+    assert "refuses" not in text
