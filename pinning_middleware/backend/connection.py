@@ -16,7 +16,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
 from pinning_middleware.backend.execute import execute_wrapper
-from pinning_middleware.backend.failover import UnopenedCursor
+from pinning_middleware.backend.failover import UnopenedCursor, discard
 from pinning_middleware.backend.session_setup import set_up_session, undo_session_setup
 from pinning_middleware.backend.writes import record_session_end, record_transaction_end
 from pinning_middleware.conf import conf
@@ -137,7 +137,7 @@ class PinnedConnection(BoundedConnect):
         if pool is None or self.connection is None or failover_disabled.get():
             return
         if is_former_primary(pool, self, current_scope()):
-            self.close()
+            discard(self)
 
     def _take_snapshot(self) -> None:
         """Note what a replica has replayed, if the scope's pins depend on it."""

@@ -11,6 +11,7 @@ raised.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -39,6 +40,7 @@ from pinning_middleware.servers.probe import (
     state_of,
     without_failover,
 )
+from pinning_middleware.servers.psycopg_pool import has_pool
 from pinning_middleware.servers.registry import registry
 from pinning_middleware.signals import fell_back_to_primary, fell_back_to_replica, read_retried
 from pinning_middleware.utils.counters import refusals
@@ -49,6 +51,7 @@ __all__ = [
     "Call",
     "UnopenedCursor",
     "admit_cursor",
+    "discard",
     "execute_on_primary",
     "execute_read",
     "may_move",
@@ -210,22 +213,32 @@ def leave_former_primary(pool: Pool, call: Call, rejection: Rejection = _DEMOTED
     connection = call.cursor.db
     if not may_move(connection):
         raise _error(connection.alias, rejection, "a transaction is open")
-    connection.close()
-    endpoint_for(connection).must_reidentify = True
-    call.move_to(connection)
-    if _is_superseded(pool, connection):
+    began, is_superseded, is_old = time.monotonic(), True, True
+    while is_superseded and is_old:
+        discard(connection)
+        call.move_to(connection)
+        is_superseded = _is_superseded(pool, connection)
+        # A pool may have more connections of the same age.
+        raw = connection.connection
+        is_old = raw is not None and state_of(connection).opened_at < began
+    if is_superseded:
         raise _error(
             connection.alias, rejection, "its address still resolves to the former primary"
         )
 
 
+def discard(connection: BaseDatabaseWrapper) -> None:
+    """Close a connection to a former primary for good, also one that belongs to a pool."""
+    if connection.connection is not None and has_pool(connection):
+        connection.connection.close()
+    connection.close()
+    endpoint_for(connection).must_reidentify = True
+
+
 def _is_superseded(pool: Pool, connection: BaseDatabaseWrapper) -> bool:
-    """
-    Return whether a new connection of the primary's alias still resolves to a former primary. A
-    pin of a timeline that no known server is on, as after a restore from a backup, does not count.
-    """
+    """Return whether a new connection of the primary's alias is to a former primary, too."""
     with without_failover():
-        return is_former_primary(pool, connection)
+        return is_former_primary(pool, connection, current_scope())
 
 
 def _run_on(
@@ -252,8 +265,7 @@ def _run_on(
                 if rejection.reason is not Fault.DEMOTED or not may_move(connection):
                     return rejection
                 if not is_last:
-                    connection.close()
-                    endpoint_for(connection).must_reidentify = True
+                    discard(connection)
                     continue
                 if _is_superseded(pool, connection):
                     return rejection

@@ -320,6 +320,10 @@ def _identify(
         return state.server, ()
     identification, row = _fetch_identity(connection, dialect, state, query)
     identity = identification.identity
+    session, own = identification.session, _driver_session(connection)
+    state.behind_pooler = session is not None and own is not None and session != own
+    # The alias resolved to this server when the connection was opened; it may not any more.
+    seen_at = None if state.behind_pooler else state.opened_at
     server = registry.get(identity)
     if server is None:
         system, timeline = state.endpoint.pool, None
@@ -331,13 +335,11 @@ def _identify(
             raise
         except DatabaseError as error:
             logger.debug("%s cannot report its system identifier: %s", state.alias, error)
-        server = registry.register(state.alias, identity, system)
+        server = registry.register(state.alias, identity, system, seen_at)
         server.checkpoint_timeline = timeline
     else:
-        registry.register(state.alias, identity, server.system)
+        registry.register(state.alias, identity, server.system, seen_at)
     server.lacks_timeline_privilege = identification.lacks_timeline_privilege
-    session, own = identification.session, _driver_session(connection)
-    state.behind_pooler = session is not None and own is not None and session != own
     endpoint = state.endpoint
     if (
         state.behind_pooler

@@ -108,6 +108,14 @@ class Dialect:
         """Return whether a server with these points has replaced the one with the other points."""
         return False
 
+    def foreign_points(self, position: Position, server: Server, replayed: Points) -> Points:
+        """
+        Return the points of a position that only another primary can have written, and that a
+        server which has replayed ``replayed`` lacks: if there are any, it is a former primary.
+        """
+        is_later = self.supersedes(position.points, replayed)
+        return position.points if is_later else {}
+
     def standby_limits(self, query: Query) -> Refusal:
         """Return what every standby refuses to a role, as a primary reports it."""
         return Refusal()

@@ -188,5 +188,19 @@ class MySQL(Dialect):
             if log not in wanted.optional or _domain(log) in replicated
         )
 
+    def foreign_points(self, position: Position, server: Server, replayed: Points) -> Points:
+        own = server.identity.started.split()[1].lower()
+        is_mariadb = server.system == "mariadb"
+        writers = {
+            log: log.rpartition("-")[2] if is_mariadb else log.partition(":")[0]
+            for log in position.points
+            if log not in position.optional
+        }
+        return {
+            log: position.points[log]
+            for log, writer in writers.items()
+            if writer != own and replayed.get(log, -1) < position.points[log]
+        }
+
     def error_code(self, error: BaseException) -> Any:
         return error.args[0] if error.args and isinstance(error.args[0], int) else None
