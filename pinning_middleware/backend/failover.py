@@ -55,6 +55,7 @@ __all__ = [
     "execute_on_primary",
     "execute_read",
     "may_move",
+    "record_rejected_write",
 ]
 
 logger = logging.getLogger("pinning_middleware.reads")
@@ -225,6 +226,19 @@ def leave_former_primary(pool: Pool, call: Call, rejection: Rejection = _DEMOTED
         raise _error(
             connection.alias, rejection, "its address still resolves to the former primary"
         )
+
+
+def record_rejected_write(connection: BaseDatabaseWrapper, error: Exception) -> None:
+    """
+    Note that a server rejected a write because it is read-only: if it is a former primary, a new
+    connection leads to another server.
+    """
+    dialect = dialect_for(connection)
+    if dialect is None or connection.connection is None:
+        return
+    state = state_of(connection)
+    if not state.session_modified and dialect.error_code(error) in dialect.read_only_errors:
+        state.rejected_write = True
 
 
 def discard(connection: BaseDatabaseWrapper) -> None:

@@ -167,7 +167,7 @@ class Health:
         if state.behind_pooler or self.dialect is None:
             return None
         is_pinned = requirement.primary_only or requirement.position is not None
-        if is_pinned and state.is_standby:
+        if state.rejected_write or (is_pinned and state.is_standby):
             return Fault.DEMOTED
         if state.server is None:
             if not self._may_be_former(state, requirement):

@@ -30,6 +30,7 @@ class ConnectionState:
         "opened_at",
         "prepared",
         "promotion_seen",
+        "rejected_write",
         "server",
         "session_modified",
         "session_modified_at_checkout",
@@ -53,6 +54,8 @@ class ConnectionState:
         self.session_modified = False
         # The value of session_modified when the connection was last taken from a pool.
         self.session_modified_at_checkout = False
+        # The server has rejected a write because it is read-only: it may be a former primary.
+        self.rejected_write = False
         # A connection pooler is in between, which may switch servers at any time.
         self.behind_pooler = False
         # The SQL of the probe that is prepared on the connection, and of the one to prepare if it

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
-from django.db import OperationalError, connections
+from django.db import OperationalError, connections, transaction
 
 from pinning_middleware import tokens, use_primary
 from pinning_middleware.pins import Pin, PinKey, Position
@@ -243,6 +243,23 @@ def test_unidentified_connection_to_a_demoted_server_is_replaced_for_a_pin_of_it
     switch_over(servers, "my", "my1")
     address.point_to(place_of(servers["my1"]), cut=False)
     assert "new" in titles(write_directly(servers["my1"], "new"))
+
+
+@pytest.mark.parametrize("is_atomic", [False, True])
+def test_connection_to_a_demoted_server_is_replaced_after_it_has_rejected_a_write(
+    my: tuple[Servers, Forwarder], is_atomic: bool
+) -> None:
+    servers, address = my
+    write("before")
+    switch_over(servers, "my", "my1")
+    address.point_to(place_of(servers["my1"]), cut=False)
+    with (
+        pytest.raises(OperationalError, match="read-only"),
+        transaction.atomic(using="site") if is_atomic else nullcontext(),
+    ):
+        Book.objects.create(title="new")
+    Book.objects.create(title="new")
+    assert server_number() == number_of(servers, "my1")
 
 
 def test_connection_to_a_demoted_server_is_replaced_after_it_was_replaced_and_came_back(

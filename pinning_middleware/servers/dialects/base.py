@@ -66,6 +66,8 @@ class Dialect:
     # raise for other reasons as well.
     lock_errors: ClassVar[frozenset[Any]] = frozenset()
     timeout_errors: ClassVar[frozenset[Any]] = frozenset()
+    # Codes of errors for a write to a server that is read-only, as a replica is.
+    read_only_errors: ClassVar[frozenset[Any]] = frozenset()
     # Codes of errors for a statement that is not permitted, or not supported.
     permission_errors: ClassVar[frozenset[Any]] = frozenset()
 

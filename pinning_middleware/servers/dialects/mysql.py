@@ -33,6 +33,8 @@ __all__ = ["MySQL", "parse_gtids", "parse_last", "parse_mariadb"]
 CONNECTION_LOST = {1053, 1077, 1079, 1152, 1184, 1927, 2002, 2003, 2006, 2013, 2055}
 # Too many connections, out of memory.
 OVERLOADED = {1037, 1038, 1040, 1041, 1203, 1226}
+# The option read_only, the mode read-only.
+READ_ONLY = {1290, 1836}
 # Not permitted, no such variable, not supported.
 REFUSED = {1142, 1193, 1227, 1235}
 
@@ -101,6 +103,7 @@ class MySQL(Dialect):
 
     connection_lost_errors: ClassVar[frozenset[Any]] = frozenset(CONNECTION_LOST)
     retryable_errors: ClassVar[frozenset[Any]] = frozenset(CONNECTION_LOST | OVERLOADED)
+    read_only_errors: ClassVar[frozenset[Any]] = frozenset(READ_ONLY)
     permission_errors: ClassVar[frozenset[Any]] = frozenset(REFUSED)
 
     # The start time in seconds is exact, because both values are those of the same statement.

@@ -133,6 +133,7 @@ class PostgreSQL(Dialect):
     # lock_timeout; statement_timeout or a cancel request.
     lock_errors: ClassVar[frozenset[Any]] = frozenset({"55P03"})
     timeout_errors: ClassVar[frozenset[Any]] = frozenset({"57014"})
+    read_only_errors: ClassVar[frozenset[Any]] = frozenset({READ_ONLY})
     # Not supported, not permitted, no such function.
     permission_errors: ClassVar[frozenset[Any]] = frozenset({"0A000", "42501", "42883"})
 
