@@ -174,7 +174,7 @@ class Health:
                 return None
             if (found := self._probe_primary(connection)) is None:
                 return None
-            state = found
+            state, _ = found
         server, primary = state.server, self.endpoint.server
         if server is None:
             return None
@@ -185,7 +185,7 @@ class Health:
                 # Seen before, and again: it is the primary again, or one of several.
                 if (found := self._probe_primary(connection)) is None:
                     return None
-                state = found
+                state, _ = found
         if state.opened_at < server.demoted_at:
             return Fault.DEMOTED
         if requirement.position is None or self.endpoint.has_several_primaries:
@@ -210,14 +210,20 @@ class Health:
         # cluster behind a balancer, are all seen again and again.
         return self.endpoint.was_replaced(server)
 
-    def _probe_primary(self, connection: BaseDatabaseWrapper) -> ConnectionState | None:
+    def _probe_primary(
+        self, connection: BaseDatabaseWrapper
+    ) -> tuple[ConnectionState, ProbeResult | None] | None:
         """
         Probe the server of a connection of the primary's alias. Return None if the connection is
-        closed then: the statement itself connects again, and its error is the site's own.
+        lost: the statement itself connects again, and its error is the site's own.
         """
-        with suppress(*CONNECTION_ERRORS):
-            self.probe(connection)
-        return None if connection.connection is None else state_of(connection)
+        try:
+            result = self.probe(connection)
+        except CONNECTION_ERRORS:
+            if connection.connection is not None and not connection.is_usable():
+                connection.close()
+            result = None
+        return None if connection.connection is None else (state_of(connection), result)
 
     def _reject_for_position(
         self, connection: BaseDatabaseWrapper, server: Server, position: Position
@@ -234,14 +240,12 @@ class Health:
         suspected = dialect.foreign_points(position, server, server.position)
         if not self._is_unconfirmed(suspected, state_of(connection)):
             return None
-        replayed = server.position
-        with suppress(*CONNECTION_ERRORS):
-            result = self.probe(connection)
-            if result is not None and result.report is not None:
-                replayed = merge_points(result.server.position, result.report.replayed)
-        if connection.connection is None:
+        if (found := self._probe_primary(connection)) is None:
             return None
-        state, foreign = state_of(connection), dialect.foreign_points(position, server, replayed)
+        (state, result), replayed = found, server.position
+        if result is not None and result.report is not None:
+            replayed = merge_points(result.server.position, result.report.replayed)
+        foreign = dialect.foreign_points(position, server, replayed)
         is_former = self._is_unconfirmed(foreign, state) or state.opened_at < server.demoted_at
         for log, point in suspected.items():
             if point > self.endpoint.reopened_for.get(log, (-1, 0.0))[0]:
