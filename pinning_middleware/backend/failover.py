@@ -147,7 +147,8 @@ def execute_read(pool: Pool, call: Call) -> Any:
 
 def _execute_read(pool: Pool, call: Call) -> Any:
     scope, first = current_scope(), call.cursor.db
-    known = pool.refusals.find(sql_text(first, call.sql))
+    refused = pool.refusals
+    known = None if refused.is_empty else refused.find(sql_text(first, call.sql))
     if known is not None and known.is_write:
         call = call.as_write(pool.primary)
     if first.alias == pool.primary and conf.primary_down != "stale":

@@ -44,6 +44,11 @@ class Refusals:
         self._statements: dict[str, KnownRefusal] = {}
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing was ever refused."""
+        return not (self._statements or self._tables or self._all_reads)
+
+    @property
     def include_all_reads(self) -> bool:
         """Whether the standbys refuse every read of the site's role."""
         return self._all_reads is not None and self._all_reads.until > time.monotonic()
@@ -75,8 +80,6 @@ class Refusals:
 
     def find(self, sql: str) -> KnownRefusal | None:
         """Return what is known of a statement, or None."""
-        if not (self._all_reads or self._tables or self._statements):
-            return None
         tables = [known for name, known in tuple(self._tables.items()) if _word(name).search(sql)]
         found = (self._all_reads, self._statements.get(sql), *tables)
         now = time.monotonic()
