@@ -167,7 +167,9 @@ class Health:
         if state.behind_pooler or self.dialect is None:
             return None
         is_pinned = requirement.primary_only or requirement.position is not None
-        if state.rejected_write or (is_pinned and state.is_standby):
+        if state.rejected_write:
+            return Fault.DEMOTED
+        if is_pinned and state.is_standby and not self._has_reached(connection, requirement):
             return Fault.DEMOTED
         if state.server is None:
             if not self._may_be_former(state, requirement):
@@ -191,6 +193,15 @@ class Health:
         if requirement.position is None or self.endpoint.has_several_primaries:
             return None
         return self._reject_for_position(connection, server, requirement.position)
+
+    def _has_reached(self, connection: BaseDatabaseWrapper, requirement: Requirement) -> bool:
+        """Probe whether a standby behind the primary's alias has what the pins require."""
+        position, found = requirement.position, None
+        if position is not None and self.dialect is not None:
+            found = self._probe_primary(connection)
+        if found is None or found[1] is None or position is None or self.dialect is None:
+            return False
+        return self.dialect.reached(position, found[1].server.position)
 
     def _may_be_former(self, state: ConnectionState, requirement: Requirement) -> bool:
         """Return whether an unidentified connection may be one to a former primary."""

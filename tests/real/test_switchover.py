@@ -129,20 +129,26 @@ def test_pooled_connections_to_a_former_primary_are_all_replaced(own_pg: Postgre
             connections["site"].close_pool()
 
 
-def test_standby_behind_the_alias_of_the_primary_serves_no_pinned_read(pg: PostgreSQL) -> None:
+def test_standby_behind_the_alias_of_the_primary_serves_no_pin_that_it_has_not_reached(
+    pg: PostgreSQL,
+) -> None:
     """As for a list of hosts without `target_session_attrs`."""
     with swappable(pg) as (site, _):
-        write("before")
+        reached = write("before")
+        pg.wait_for()
+        pg.pause()
+        token = write("new")
         site.point_to(pg["pg2"])
         connections["site"].close()
-        with unrelated_scope(), use_primary():
-            assert port() == pg["pg2"].port
-        token = token_of(None)
-        with (
-            unrelated_scope(token),
-            pytest.raises(OperationalError, match=Fault.DEMOTED.description),
-        ):
-            port()
+        for each in (None, reached):
+            with unrelated_scope(each), use_primary():
+                assert port() == pg["pg2"].port
+        for each in (token, token_of(None)):
+            with (
+                unrelated_scope(each),
+                pytest.raises(OperationalError, match=Fault.DEMOTED.description),
+            ):
+                port()
         site.point_to(pg["pg"], cut=False)
         with unrelated_scope(token):
             assert port() == pg["pg"].port
