@@ -37,7 +37,7 @@ class Reason(StrEnum):
     USE_REPLICA = "use_replica", "inside use_replica"
     NO_REPLICA = "no_replica", "no replica is configured, or none is usable"
     NOT_OFFLOADED = "not_offloaded", "PINNING_OFFLOAD or PINNING_OFFLOAD_OUTSIDE_REQUESTS"
-    PRIMARY_MODEL = "primary_model", "PINNING_PRIMARY_MODELS"
+    PRIMARY_MODEL = "primary_model", "PINNING_PRIMARY_MODELS, or a standby cannot read the table"
     DISABLED = "disabled", "PINNING_ENABLED is false"
     FAILOVER = "failover", "the intended server could not serve the read"
     PRIMARY_DOWN = "primary_down", "a replica substitutes for the unreachable primary"

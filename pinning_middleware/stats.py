@@ -367,6 +367,8 @@ def get_stats() -> dict[str, Any]:
     - ``rejected``: reason → number of ignored tokens.
     - ``fallbacks``: pool → reason → number of scopes that read from another role than intended.
     - ``retries``: pool → alias that failed → alias that served → number of reads.
+    - ``refusals``: pool → name of a table, a statement or a role → number of reads that went to the
+      primary because every standby refuses them.
     - ``waits``: pool → ``count`` of scopes that waited for a replica, ``reached`` of those that got
       one, and the total ``seconds``.
     """
@@ -386,6 +388,9 @@ def get_stats() -> dict[str, Any]:
             pool: {"count": wait.count, "reached": wait.reached, "seconds": wait.seconds}
             for pool, wait in _waits.items()
         }
+    refusals: dict[str, dict[str, int]] = {}
+    for (pool, name), number in dict(counters.refusals).items():
+        refusals.setdefault(pool, {})[name] = number
     rejected = dict(counters.rejected_tokens)
     pins = {
         "set": counters.pin_events["set"],
@@ -398,6 +403,7 @@ def get_stats() -> dict[str, Any]:
         "rejected": rejected,
         "fallbacks": fallbacks,
         "retries": retries,
+        "refusals": refusals,
         "waits": waits,
     }
 

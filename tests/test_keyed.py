@@ -184,6 +184,17 @@ def test_log_of_a_former_primary_ends_with_its_window(
     assert found.position == Position({"2": 3})
 
 
+def test_position_is_loaded_where_the_clock_is_ahead(
+    on_valkey: None, fetch: Callable[..., Pins], clock: FrozenDateTimeFactory
+) -> None:
+    """By more than the window; the server of the cache measures that by its own clock."""
+    keyed.save_pins("key", ["a"], {DEFAULT: pin(5, 9)})
+    clock.tick(10 * 60)
+    found = fetch("a")[DEFAULT]
+    assert found.position == Position({"1": 9})
+    assert not found.is_primary_only(time.time())
+
+
 def test_expired_pin_without_position_is_not_loaded(
     cache: BaseCache, fetch: Callable[..., Pins], clock: FrozenDateTimeFactory
 ) -> None:

@@ -32,7 +32,7 @@ from pinning_middleware import (
     tokens,
     unpin_this_request,
 )
-from pinning_middleware.pins import Pin, PinKey, Pins, pack, unpack
+from pinning_middleware.pins import Pin, PinKey, Pins, Position, pack, unpack
 from pinning_middleware.stores import CacheStore, CookieStore, HeaderStore, auser_key, user_key
 from pinning_middleware.stores import cache as keyed
 from pinning_middleware.testing import StoreContract, replicas
@@ -110,6 +110,31 @@ class TestCacheStoreOnValkey(CacheContract):
         with pins_in(redis_cache(valkey)):
             caches["pins"].clear()
             yield
+
+
+# Clocks that differ
+
+
+@pytest.mark.parametrize("is_rewritten_with_another", [True, False])
+def test_cookie_keeps_the_position_of_a_writer_whose_clock_is_behind(
+    is_rewritten_with_another: bool,
+) -> None:
+    """By more than the window: the browser measures the age of the cookie by its own clock."""
+    store, now = CookieStore(), time.time()
+    behind = Pin(now - 60, None, Position({"a": 1}))
+    other = {USERS: Pin(now + 15, None, Position({"b": 1}))}
+    both = {DEFAULT: behind, **other}
+    before, after = both, {DEFAULT: behind}
+    if is_rewritten_with_another:
+        before, after = after, before
+    request = RequestFactory().get("/")
+    request.COOKIES["pinning"] = tokens.dumps(before)
+    assert set(store.load(request)) == set(before)
+    response = HttpResponse()
+    store.save(request, response, after)
+    cookie = response.cookies["pinning"]
+    assert set(tokens.loads(cookie.value)) == set(after)
+    assert 15 <= cookie["max-age"] <= 16
 
 
 # The example of the README: a custom store.

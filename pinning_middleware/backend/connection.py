@@ -11,12 +11,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from django.core.exceptions import ImproperlyConfigured
-from django.db import OperationalError, connections
+from django.db import DatabaseError, OperationalError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
 from pinning_middleware.backend.execute import execute_wrapper
-from pinning_middleware.backend.failover import UnopenedCursor
+from pinning_middleware.backend.failover import UnopenedCursor, discard
 from pinning_middleware.backend.session_setup import set_up_session, undo_session_setup
 from pinning_middleware.backend.writes import record_session_end, record_transaction_end
 from pinning_middleware.conf import conf
@@ -59,6 +59,13 @@ class PinnedConnection(BoundedConnect):
         self.is_connecting = True
         try:
             super().connect()
+        except DatabaseError as error:
+            if isinstance(error, CONNECTION_ERRORS) or self.alias not in conf.primary_by_replica:
+                raise
+            # A standby refuses to set up the session of a role that is `serializable`. Django would
+            # use the connection as it is.
+            self.close()
+            raise OperationalError(*error.args) from error.__cause__
         finally:
             self.is_connecting = False
         if dialect_for(self) is not None and self.alias in pools().by_connection:
@@ -84,6 +91,10 @@ class PinnedConnection(BoundedConnect):
         return cursor
 
     def _cursor_or_error(self, pool: Pool, name: str | None) -> Any:
+        # A queryset's iterator() looks at the settings of the alias that it was routed to, which
+        # is another one than this after a failover, and for a test mirror.
+        if self.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS"):
+            name = None
         try:
             if self.connection is None:
                 self._check_reachable(pool)
@@ -126,7 +137,7 @@ class PinnedConnection(BoundedConnect):
         if pool is None or self.connection is None or failover_disabled.get():
             return
         if is_former_primary(pool, self, current_scope()):
-            self.close()
+            discard(self)
 
     def _take_snapshot(self) -> None:
         """Note what a replica has replayed, if the scope's pins depend on it."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 from typing import Any, Final
 
-from django.db import connections
+from django.db import DatabaseError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.backend.failover import (
@@ -17,6 +17,7 @@ from pinning_middleware.backend.failover import (
     execute_read,
     leave_former_primary,
     may_move,
+    record_rejected_write,
 )
 from pinning_middleware.backend.session_setup import (
     is_setting_up,
@@ -99,7 +100,11 @@ def _execute(
             # Closed or reopened by a probe.
             call.move_to(connection)
     with recording_write(call.cursor.db, alias, call.sql):
-        return call.run()
+        try:
+            return call.run()
+        except DatabaseError as error:
+            record_rejected_write(call.cursor.db, error)
+            raise
 
 
 def _may_run_anywhere(call: Call, statement: Statement) -> bool:

@@ -11,14 +11,16 @@ raised.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from django.db import OperationalError, connections
+from django.db import DatabaseError, InterfaceError, OperationalError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.backend.session_setup import set_up_session
+from pinning_middleware.backend.writes import recording_write, sql_text
 from pinning_middleware.conf import conf
 from pinning_middleware.reasons import Fault, Reason
 from pinning_middleware.routing.compatibility import is_interchangeable
@@ -27,18 +29,21 @@ from pinning_middleware.routing.pool import Pool
 from pinning_middleware.scopes.overrides import current_overrides, innermost_override
 from pinning_middleware.scopes.scope import Scope, current_scope
 from pinning_middleware.servers.budget import BudgetExhausted, read_budget
-from pinning_middleware.servers.dialects import dialect_for
+from pinning_middleware.servers.dialects import Refusal, dialect_for
 from pinning_middleware.servers.liveness import ReplayWaits, ServerUnresponsive
 from pinning_middleware.servers.probe import (
     CONNECTION_ERRORS,
     endpoint_for,
     failover_disabled,
     is_pool_exhausted,
+    refusal_of,
     state_of,
     without_failover,
 )
+from pinning_middleware.servers.psycopg_pool import has_pool
 from pinning_middleware.servers.registry import registry
 from pinning_middleware.signals import fell_back_to_primary, fell_back_to_replica, read_retried
+from pinning_middleware.utils.counters import refusals
 from pinning_middleware.utils.logging import log_rate_limited
 from pinning_middleware.utils.transactions import is_transaction_open
 
@@ -46,9 +51,11 @@ __all__ = [
     "Call",
     "UnopenedCursor",
     "admit_cursor",
+    "discard",
     "execute_on_primary",
     "execute_read",
     "may_move",
+    "record_rejected_write",
 ]
 
 logger = logging.getLogger("pinning_middleware.reads")
@@ -57,7 +64,7 @@ logger = logging.getLogger("pinning_middleware.reads")
 MIN_LEFT: Final = 0.25
 
 # The policy requires the primary: no other replica may serve, and nothing has failed.
-_PRIMARY_ONLY: Final = (Reason.WROTE, Reason.LOCK, Reason.PINNED)
+_PRIMARY_ONLY: Final = (Reason.WROTE, Reason.LOCK, Reason.PINNED, Reason.PRIMARY_MODEL)
 # Reasons that are decisions of the policy, not failures: logged at DEBUG, without a signal.
 _BY_POLICY: Final = (*_PRIMARY_ONLY, Reason.NOT_CAUGHT_UP)
 
@@ -103,6 +110,15 @@ class Call(NamedTuple):
         set_up_session(self.cursor.db)
         return self.execute(self.sql, self.params, self.many, self.context)
 
+    def as_write(self, alias: str) -> Call:
+        """Return the statement as one that is recorded as a write where it runs."""
+
+        def execute(sql: Any, params: Any, many: bool, context: dict[str, Any]) -> Any:
+            with recording_write(context["cursor"].db, alias, sql):
+                return self.execute(sql, params, many, context)
+
+        return self._replace(execute=execute)
+
     def move_to(self, connection: BaseDatabaseWrapper) -> None:
         """Make the cursor one of another connection, or of the same one after it was reopened."""
         cursor = self.cursor
@@ -131,8 +147,15 @@ def execute_read(pool: Pool, call: Call) -> Any:
 
 def _execute_read(pool: Pool, call: Call) -> Any:
     scope, first = current_scope(), call.cursor.db
+    refused = pool.refusals
+    known = None if refused.is_empty else refused.find(sql_text(first, call.sql))
+    if known is not None and known.is_write:
+        call = call.as_write(pool.primary)
     if first.alias == pool.primary and conf.primary_down != "stale":
         return _execute_on_own_primary(pool, scope, call)
+    if known is not None and _may_run_on_primary(pool, call):
+        refusals[pool.primary, known.name] += 1
+        return _run_on_primary_only(pool, scope, call, Rejection(Reason.PRIMARY_MODEL)).result
     outcome = _run_on(pool, scope, call, first)
     if isinstance(outcome, _Served):
         return outcome.result
@@ -192,22 +215,45 @@ def leave_former_primary(pool: Pool, call: Call, rejection: Rejection = _DEMOTED
     connection = call.cursor.db
     if not may_move(connection):
         raise _error(connection.alias, rejection, "a transaction is open")
-    connection.close()
-    endpoint_for(connection).must_reidentify = True
-    call.move_to(connection)
-    if _is_superseded(pool, connection):
+    began, is_superseded, is_old = time.monotonic(), True, True
+    while is_superseded and is_old:
+        discard(connection)
+        call.move_to(connection)
+        is_superseded = _is_superseded(pool, connection)
+        # A pool may have more connections of the same age.
+        raw = connection.connection
+        is_old = raw is not None and state_of(connection).opened_at < began
+    if is_superseded:
         raise _error(
             connection.alias, rejection, "its address still resolves to the former primary"
         )
 
 
+def record_rejected_write(connection: BaseDatabaseWrapper, error: Exception) -> None:
+    """
+    Note that a server rejected a write because it is read-only: if it is a former primary, a new
+    connection leads to another server.
+    """
+    dialect = dialect_for(connection)
+    if dialect is None or connection.connection is None:
+        return
+    state = state_of(connection)
+    if not state.session_modified and dialect.error_code(error) in dialect.read_only_errors:
+        state.rejected_write = True
+
+
+def discard(connection: BaseDatabaseWrapper) -> None:
+    """Close a connection to a former primary for good, also one that belongs to a pool."""
+    if connection.connection is not None and has_pool(connection):
+        connection.connection.close()
+    connection.close()
+    endpoint_for(connection).must_reidentify = True
+
+
 def _is_superseded(pool: Pool, connection: BaseDatabaseWrapper) -> bool:
-    """
-    Return whether a new connection of the primary's alias still resolves to a former primary. A
-    pin of a timeline that no known server is on, as after a restore from a backup, does not count.
-    """
+    """Return whether a new connection of the primary's alias is to a former primary, too."""
     with without_failover():
-        return is_former_primary(pool, connection)
+        return is_former_primary(pool, connection, current_scope())
 
 
 def _run_on(
@@ -234,8 +280,7 @@ def _run_on(
                 if rejection.reason is not Fault.DEMOTED or not may_move(connection):
                     return rejection
                 if not is_last:
-                    connection.close()
-                    endpoint_for(connection).must_reidentify = True
+                    discard(connection)
                     continue
                 if _is_superseded(pool, connection):
                     return rejection
@@ -250,8 +295,14 @@ def _run_on(
         except ReplayWaits as error:
             connection.close()
             return _suspect_replay(connection, error)
-        except CONNECTION_ERRORS as error:
+        except (DatabaseError, InterfaceError) as error:
             if connection.in_atomic_block or call.many:
+                raise
+            if has_run and connection.alias != pool.primary and _may_run_on_primary(pool, call):
+                refusal = refusal_of(connection, error)
+                if refusal is not None:
+                    return _run_refused(pool, scope, call, error, refusal)
+            if not isinstance(error, CONNECTION_ERRORS):
                 raise
             if has_run and _waited_for_lock(pool, connection, error):
                 if not _may_fail_over(connection, call):
@@ -292,6 +343,53 @@ def _suspect_replay(connection: BaseDatabaseWrapper, error: Exception) -> Reject
     endpoint.replay_suspected = True
     registry.request_attention(endpoint)
     return Rejection(Reason.FAILOVER, error)
+
+
+def _may_run_on_primary(pool: Pool, call: Call) -> bool:
+    connection = call.cursor.db
+    return (
+        connection.alias != pool.primary
+        and _may_fail_over(connection, call)
+        and is_interchangeable(connection.alias, pool.primary)
+    )
+
+
+def _run_on_primary_only(pool: Pool, scope: Scope, call: Call, rejection: Rejection) -> _Served:
+    """Run a statement on the primary, because no replica can. Raise the primary's own error."""
+    failed = call.cursor.db.alias
+    outcome = _run_on(pool, scope, call, connections[pool.primary])
+    if not isinstance(outcome, _Served):
+        raise _error(pool.primary, outcome, "no replica can run the statement")
+    _report_failover(pool, scope, call.cursor, failed, pool.primary, rejection)
+    return outcome
+
+
+def _run_refused(
+    pool: Pool, scope: Scope, call: Call, error: Exception, refusal: Refusal
+) -> _Served:
+    """
+    Run a statement on the primary that a standby has refused for being one. If that succeeds, the
+    next one goes there at once.
+    """
+    if refusal.is_write:
+        call = call.as_write(pool.primary)
+    outcome = _run_on_primary_only(pool, scope, call, Rejection(Reason.FAILOVER, error))
+    primary = call.cursor.db
+    known = pool.refusals.add(refusal, sql_text(primary, call.sql), primary.settings_dict["USER"])
+    refusals[pool.primary, known.name] += 1
+    if refusal.is_lasting:
+        advice = "PINNING_WRITING_FUNCTIONS" if refusal.is_write else "PINNING_PRIMARY_MODELS"
+        log_rate_limited(
+            logger,
+            logging.WARNING,
+            (pool.primary, known.name),
+            "Every standby refuses %s, which goes to the primary from now on; see %s: %s",
+            known.name,
+            "PINNING_OFFLOAD" if refusal.all_reads else advice,
+            error,
+            extra={"pool": pool.primary, "refused": known.name, "error": str(error)},
+        )
+    return outcome
 
 
 def _connect_error(call: Call, connection: BaseDatabaseWrapper) -> Exception | None:

@@ -18,8 +18,9 @@ from pinning_middleware.reasons import Fault
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.servers import connect
+from pinning_middleware.servers.dialects import Refusal
 from pinning_middleware.servers.liveness import clear_deadline, start_deadline
-from pinning_middleware.servers.probe import endpoint_for, probe, state_of
+from pinning_middleware.servers.probe import endpoint_for, probe, standby_limits, state_of
 from pinning_middleware.servers.registry import Server, registry
 from pinning_middleware.stats import DRAINED, ServerState, servers, with_freshest_serving
 
@@ -61,6 +62,8 @@ class ServerPoll:
         self._history: dict[str, list[tuple[float, Position]]] = {}
         # Aliases that the last poll has found to be no replica of their primary, and why.
         self.misconfigured: dict[str, str] = {}
+        # By the alias of a primary, what every standby refuses to the role.
+        self.refusals: dict[str, Refusal] = {}
 
     def poll(self, seconds: float = TIMEOUT) -> list[ServerState]:
         """Probe every server once, within a deadline (seconds); return their states."""
@@ -135,6 +138,8 @@ class ServerPoll:
         replay: tuple[Any, ...] = ()
         if report.server.is_replica and connection.vendor == "postgresql":
             replay = _fetch_row(connection, _REPLAY)
+        if not report.server.is_replica:
+            self.refusals[alias] = standby_limits(connection)
         database = ""
         if connection.vendor in _DATABASE:
             database = str(_fetch_row(connection, _DATABASE[connection.vendor])[0] or "")

@@ -10,7 +10,8 @@ from pinning_middleware.conf import conf
 from pinning_middleware.pins import Pin, PoolKey, Position, merge_points
 from pinning_middleware.routing.health import Health
 from pinning_middleware.scopes.scope import PoolState, Scope
-from pinning_middleware.servers.probe import CONNECTION_ERRORS
+from pinning_middleware.servers.connection_state import ConnectionState
+from pinning_middleware.servers.probe import CONNECTION_ERRORS, state_of
 
 __all__ = ["Guarantee", "MonotonicReads", "ReadYourWrites"]
 
@@ -50,24 +51,38 @@ class ReadYourWrites:
 
 
 class MonotonicReads(ReadYourWrites):
-    """A client also never sees an older state than it has seen, within a scope and after it."""
+    """
+    A client also never sees an older state than it has seen, within a scope and after it.
+
+    The primary counts as having everything. While a commit waits for a synchronous standby, a
+    replica may show it although the primary does not yet.
+    https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION
+    """
 
     tracks_reads = True
 
     def must_reach(self, pool: Guaranteed, state: PoolState, alias: str) -> Position | None:
-        last = state.read_from[-1] if state.read_from else None
-        if last is None or alias in (last, pool.primary):
+        if not state.read_from or alias == pool.primary:
             return None
-        position = self._position_of(pool, last)
+        last, known = state.read_from[-1]
+        connection = connections[last]
+        is_open = connection.connection is not None
+        if alias == last and (not is_open or state_of(connection) is known):
+            # A connection that is opened anew is judged when a statement runs on it.
+            return None
+        position = self._position_of(pool, last, known)
         if position is None:
             raise LookupError(f"the position of {last} is unknown")
         return position
 
     def record_read(self, pool: Guaranteed, scope: Scope, alias: str) -> None:
+        connection = connections[alias]
+        source = alias, None if connection.connection is None else state_of(connection)
+
         def change(state: PoolState) -> PoolState:
-            if state.read_from[-1:] == (alias,):
+            if state.read_from[-1:] == (source,):
                 return state
-            read_from = (*(a for a in state.read_from if a != alias), alias)
+            read_from = (*(one for one in state.read_from if one[0] != alias), source)
             # The first read changes the outgoing pins; later ones do not.
             return state._replace(
                 read_from=read_from, revision=state.revision + (not state.read_from)
@@ -77,8 +92,8 @@ class MonotonicReads(ReadYourWrites):
 
     def observed_pin(self, pool: Guaranteed, state: PoolState, now: float) -> Pin | None:
         position: Position | None = None
-        for alias in state.read_from:
-            reached = self._position_of(pool, alias)
+        for alias, known in state.read_from:
+            reached = self._position_of(pool, alias, known)
             if reached is None:
                 # A server that failed after the read cannot report: only the window ends the pin.
                 return Pin(now + conf.seconds) if pool.supports_positions else None
@@ -86,17 +101,28 @@ class MonotonicReads(ReadYourWrites):
             position = Position(points)
         return None if position is None else Pin(now + conf.seconds, None, position)
 
-    def _position_of(self, pool: Guaranteed, alias: str) -> Position | None:
-        """Return what an alias has replayed by now, None if unknown."""
+    def _position_of(
+        self, pool: Guaranteed, alias: str, known: ConnectionState | None
+    ) -> Position | None:
+        """
+        Return what the server of a connection has replayed by now, None if unknown: its alias may
+        resolve to another one.
+        """
         if alias == pool.primary:
             return pool.current_position()
+        connection = connections[alias]
         try:
-            result = pool.health.probe(connections[alias])
+            result = pool.health.probe(connection)
         except CONNECTION_ERRORS:
             return None
         if result is None or not result.server.position or result.server.timeline_hidden:
             return None
-        return Position(result.server.position)
+        state = state_of(connection)
+        if known is not None and known.server is not None:
+            is_same = known.server is result.server
+        else:
+            is_same = known is state or pool.health.is_sole_server(state, certain=True)
+        return Position(result.server.position) if is_same else None
 
 
 Guarantee = ReadYourWrites

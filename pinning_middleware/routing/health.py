@@ -6,15 +6,17 @@ What is known belongs to a server, never to an alias; the registry stores it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import Final
 
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.conf import conf
-from pinning_middleware.pins import Position
+from pinning_middleware.pins import Points, Position, merge_points
 from pinning_middleware.reasons import Fault
 from pinning_middleware.routing.compatibility import is_test_mirror
 from pinning_middleware.scopes.scope import Requirement
@@ -25,6 +27,9 @@ from pinning_middleware.servers.probe import CONNECTION_ERRORS, ProbeResult, pro
 from pinning_middleware.servers.registry import Endpoint, Server, registry
 
 __all__ = ["Health"]
+
+# Seconds for which a connection cannot be one to a server that has been replaced since.
+FRESH_FOR: Final = 1.0
 
 
 class Health:
@@ -60,7 +65,8 @@ class Health:
 
     def update_status(self, endpoint: Endpoint, server: Server) -> None:
         """Update the server's rotation status from its last report."""
-        fault = None if endpoint is self.endpoint else self.find_fault(server)
+        is_primary = endpoint is self.endpoint and server is endpoint.server
+        fault = None if is_primary else self.find_fault(server)
         if fault != server.out_of_rotation:
             registry.set_status(server, fault, _pause(fault))
         elif fault is None:
@@ -94,7 +100,10 @@ class Health:
         )
 
     def _is_promoted(self, server: Server) -> bool:
-        """Return whether a server that replicates from none is not this pool's primary."""
+        """
+        Return whether a server that replicates from none is not this pool's primary: it was
+        promoted, or it is a former primary.
+        """
         primary = self.endpoint.server
         if primary is None:
             # The primary must be identified first; this server is judged again after that.
@@ -128,10 +137,17 @@ class Health:
                 return fault
             state = state_of(connection)
             server = state.server
+        if server is not None and server.is_replica is False and self.find_fault(server):
+            # The primary's alias has resolved to another server since.
+            self.update_status(registry.endpoint(connection.alias, self.primary), server)
+            return server.out_of_rotation
         was_promoted = state.was_promoted()
         if was_promoted or (server is None and state.endpoint.must_reidentify):
             result = self.probe(connection)
             state.promotion_seen = was_promoted
+            if was_promoted:
+                # The primary's alias may have resolved to another server since it was last seen.
+                self._request_samples()
             if result is not None and result.server.out_of_rotation not in (None, Fault.LAG):
                 return result.server.out_of_rotation
         return None
@@ -140,39 +156,121 @@ class Health:
         self, connection: BaseDatabaseWrapper, requirement: Requirement
     ) -> Fault | None:
         """
-        Return why a connection of the primary's alias must not be used any more, or None: it is
-        connected to a former primary if another server has replaced that one since.
+        Return why a connection of the primary's alias must not be used any more, or None. The alias
+        resolves to one server, that of the newest connection; a connection to another one is stale.
 
         ``requirement`` is that of the scope's pins. Probes the server if it is unknown and may be a
-        former primary, which may close or reopen the connection; an error of the probe is ignored.
+        former primary, or if a pin shows that there is another primary, which may close or reopen
+        the connection; an error of the probe is ignored.
         """
-        state, servers = state_of(connection), tuple(self.endpoint.servers.items())
-        if state.behind_pooler or self.dialect is None or not servers:
+        state = state_of(connection)
+        if state.behind_pooler or self.dialect is None:
             return None
-        is_only = len(servers) == 1 and servers[0][0] is state.server
-        if is_only and requirement.position is None:
-            return None
-        if state.server is None:
-            is_pinned = requirement.primary_only or requirement.position is not None
-            may_be_former = is_pinned and state.opened_at < max(at for _, at in servers)
-            if not (may_be_former or self.endpoint.must_reidentify):
-                return None
-            with suppress(*CONNECTION_ERRORS):
-                self.probe(connection)
-            if connection.connection is None:
-                # The statement itself connects again, and its error is the site's own.
-                return None
-            state = state_of(connection)
-        if (server := state.server) is None:
-            return None
-        others = [each.position for each, _ in servers if each is not server]
-        if requirement.position is not None:
-            others.append(requirement.position.points)
-        if any(self.dialect.supersedes(points, server.position) for points in others):
+        is_pinned = requirement.primary_only or requirement.position is not None
+        if state.rejected_write:
             return Fault.DEMOTED
+        if is_pinned and state.is_standby and not self._has_reached(connection, requirement):
+            return Fault.DEMOTED
+        if state.server is None:
+            if not self._may_be_former(state, requirement):
+                return None
+            if (found := self._probe_primary(connection)) is None:
+                return None
+            state, _ = found
+        server, primary = state.server, self.endpoint.server
+        if server is None:
+            return None
+        if primary is not None and primary is not server:
+            if self._has_replaced(primary, server):
+                return Fault.DEMOTED
+            if server.last_probed < self.endpoint.servers.get(primary, 0.0):
+                # Seen before, and again: it is the primary again, or one of several.
+                if (found := self._probe_primary(connection)) is None:
+                    return None
+                state, _ = found
+        if state.opened_at < server.demoted_at:
+            return Fault.DEMOTED
+        if requirement.position is None or self.endpoint.has_several_primaries:
+            return None
+        return self._reject_for_position(connection, server, requirement.position)
+
+    def _has_reached(self, connection: BaseDatabaseWrapper, requirement: Requirement) -> bool:
+        """Probe whether a standby behind the primary's alias has what the pins require."""
+        position, found = requirement.position, None
+        if position is not None and self.dialect is not None:
+            found = self._probe_primary(connection)
+        if found is None or found[1] is None or position is None or self.dialect is None:
+            return False
+        return self.dialect.reached(position, found[1].server.position)
+
+    def _may_be_former(self, state: ConnectionState, requirement: Requirement) -> bool:
+        """Return whether an unidentified connection may be one to a former primary."""
+        if self.endpoint.must_reidentify:
+            return bool(self.endpoint.servers)
+        newest = max(tuple(self.endpoint.servers.values()), default=0.0)
+        if requirement.position is not None:
+            newest = max(newest, time.monotonic() - FRESH_FOR)
+        elif not requirement.primary_only:
+            return False
+        return state.opened_at < newest
+
+    def _has_replaced(self, primary: Server, server: Server) -> bool:
+        if self.dialect is not None and self.dialect.supersedes(primary.position, server.position):
+            return True
         # Without timelines positions cannot show a promotion. Several primaries, as of a Galera
         # cluster behind a balancer, are all seen again and again.
-        return Fault.DEMOTED if self.endpoint.was_replaced(server) else None
+        return self.endpoint.was_replaced(server)
+
+    def _probe_primary(
+        self, connection: BaseDatabaseWrapper
+    ) -> tuple[ConnectionState, ProbeResult | None] | None:
+        """
+        Probe the server of a connection of the primary's alias. Return None if the connection is
+        lost: the statement itself connects again, and its error is the site's own.
+        """
+        try:
+            result = self.probe(connection)
+        except CONNECTION_ERRORS:
+            if connection.connection is not None and not connection.is_usable():
+                connection.close()
+            result = None
+        return None if connection.connection is None else (state_of(connection), result)
+
+    def _reject_for_position(
+        self, connection: BaseDatabaseWrapper, server: Server, position: Position
+    ) -> Fault | None:
+        """
+        Return DEMOTED if a pin's position shows that another server is the primary by now.
+
+        What a connection lacks that was opened for this very position is lost, as after a failover
+        or a restore from a backup.
+        """
+        dialect = self.dialect
+        if dialect is None:
+            return None
+        suspected = dialect.foreign_points(position, server, server.position)
+        if not self._is_unconfirmed(suspected, state_of(connection)):
+            return None
+        if (found := self._probe_primary(connection)) is None:
+            return None
+        (state, result), replayed = found, server.position
+        if result is not None and result.report is not None:
+            replayed = merge_points(result.server.position, result.report.replayed)
+        foreign = dialect.foreign_points(position, server, replayed)
+        is_former = self._is_unconfirmed(foreign, state) or state.opened_at < server.demoted_at
+        for log, point in suspected.items():
+            if point > self.endpoint.reopened_for.get(log, (-1, 0.0))[0]:
+                at = time.monotonic() if log in foreign else -math.inf
+                self.endpoint.reopened_for[log] = point, at
+        return Fault.DEMOTED if is_former else None
+
+    def _is_unconfirmed(self, foreign: Points, state: ConnectionState) -> bool:
+        """Return whether no connection has been opened for these points since, nor is this one."""
+        for log, point in foreign.items():
+            known, at = self.endpoint.reopened_for.get(log, (-1, 0.0))
+            if point > known or state.opened_at < at:
+                return True
+        return False
 
     def _serves(self, server: Server, is_last: bool) -> bool:
         fault = server.out_of_rotation

@@ -71,7 +71,7 @@ def decide(pool: Pool, scope: Scope, model: object = None) -> Decision:
     ``model`` was passed to the router: a model class, but also anything else.
     """
     # Rule 1: there is nothing to choose from.
-    if not pool.has_replicas:
+    if not pool.has_replicas or pool.refusals.include_all_reads:
         return Decision(pool.primary, None, pool.default_reason)
     # Rule 2: the innermost use_primary or use_replica.
     overrides = current_overrides()
@@ -96,8 +96,8 @@ def decide(pool: Pool, scope: Scope, model: object = None) -> Decision:
     is_offloaded = scope.offloaded or offload_applies(overrides, pool.primary)
     if scope.prefers_primary and not state.method_ignored and not is_offloaded:
         return _primary(pool, Reason.HTTP_METHOD)
-    # Rule 5: settings exclude the model, or the scope.
-    if conf.primary_models and _is_primary_model(model):
+    # Rule 5: settings exclude the model, or the scope; or no standby can read the model's table.
+    if pool.refusals.includes_model(model) or (conf.primary_models and _is_primary_model(model)):
         return _primary(pool, Reason.PRIMARY_MODEL)
     if not is_offloaded and not _may_offload(scope):
         return _primary(pool, Reason.NOT_OFFLOADED)

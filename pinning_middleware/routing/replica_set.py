@@ -280,7 +280,8 @@ class ReplicaSet:
         if server.out_of_rotation or dialect is None:
             return False
         if server is self.health.endpoint.server and not server.is_replica:
-            return True
+            # The primary has all of an older log, and nothing of that of another primary.
+            return not dialect.foreign_points(wanted, server, server.position)
         return dialect.reached(wanted, server.position)
 
     def _all_have_reached(self, alias: str, wanted: Position) -> bool:

@@ -106,8 +106,9 @@ class PoolState(NamedTuple):
     replica_since: float = 0.0
     # When replicas were last probed in vain for the inherited position (monotonic clock).
     last_searched: float | None = None
-    # The aliases that it has read from, oldest first; recorded under monotonic-reads only.
-    read_from: tuple[str, ...] = ()
+    # The aliases that it has read from, oldest first, each with the state of the connection;
+    # recorded under monotonic-reads only.
+    read_from: tuple[tuple[str, Any], ...] = ()
 
     @property
     def is_pinned(self) -> bool:

@@ -30,6 +30,7 @@ class ConnectionState:
         "opened_at",
         "prepared",
         "promotion_seen",
+        "rejected_write",
         "server",
         "session_modified",
         "session_modified_at_checkout",
@@ -45,13 +46,16 @@ class ConnectionState:
         self.may_leave: Callable[[], bool] | None = None
         # Whether that read was last seen waiting for a lock of recovery.
         self.waits_for_lock = False
-        self.opened_at = time.monotonic()
+        # Monotonic time. A pool opens connections long before they are first used.
+        self.opened_at: float = getattr(raw, "_created_at", time.monotonic())
         # None if the server has not been identified yet.
         self.server: Server | None = None
         # The site has changed session state, so another connection is not interchangeable.
         self.session_modified = False
         # The value of session_modified when the connection was last taken from a pool.
         self.session_modified_at_checkout = False
+        # The server has rejected a write because it is read-only: it may be a former primary.
+        self.rejected_write = False
         # A connection pooler is in between, which may switch servers at any time.
         self.behind_pooler = False
         # The SQL of the probe that is prepared on the connection, and of the one to prepare if it
@@ -68,6 +72,14 @@ class ConnectionState:
         pgconn = getattr(raw, "pgconn", None)
         self._parameter_status = getattr(pgconn, "parameter_status", None)
         self.promotion_seen = False
+
+    @property
+    def is_standby(self) -> bool:
+        """Whether the server has said that it is one. Does no I/O."""
+        return (
+            self._parameter_status is not None
+            and self._parameter_status(b"in_hot_standby") == b"on"
+        )
 
     def was_promoted(self) -> bool:
         """Return whether the server has left recovery since we last checked. Does no I/O."""

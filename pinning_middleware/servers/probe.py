@@ -12,7 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -29,6 +29,7 @@ from pinning_middleware.servers.dialects import (
     Identification,
     PositionUnavailable,
     Query,
+    Refusal,
     Row,
     dialect_for,
 )
@@ -52,6 +53,8 @@ __all__ = [
     "probe",
     "probing",
     "probing_allowed",
+    "refusal_of",
+    "standby_limits",
     "state_of",
     "without_failover",
 ]
@@ -192,6 +195,27 @@ def fetch(connection: BaseDatabaseWrapper, sql: str) -> Row:
     return _query_for(connection, state_of(connection))(sql)
 
 
+def refusal_of(connection: BaseDatabaseWrapper, error: Exception) -> Refusal | None:
+    """
+    Return why the server of a connection has just refused a statement for being a standby, None
+    for any other error. May probe the server.
+    """
+    dialect = dialect_for(connection)
+    if dialect is None or not probing_allowed(connection):
+        return None
+    with without_failover(), suppress(DatabaseError, InterfaceError):
+        return dialect.refusal(_query_for(connection, state_of(connection)), error)
+    return None
+
+
+def standby_limits(connection: BaseDatabaseWrapper) -> Refusal:
+    """Query an open connection of a primary for what every standby refuses to its role."""
+    dialect = dialect_for(connection)
+    if dialect is None:
+        return Refusal()
+    return dialect.standby_limits(_query_for(connection, state_of(connection)))
+
+
 def _probe_once(connection: BaseDatabaseWrapper, dialect: Dialect, is_trial: bool) -> ProbeResult:
     endpoint = endpoint_for(connection)
     token = probing.set(True)
@@ -296,6 +320,10 @@ def _identify(
         return state.server, ()
     identification, row = _fetch_identity(connection, dialect, state, query)
     identity = identification.identity
+    session, own = identification.session, _driver_session(connection)
+    state.behind_pooler = session is not None and own is not None and session != own
+    # The alias resolved to this server when the connection was opened; it may not any more.
+    seen_at = None if state.behind_pooler else state.opened_at
     server = registry.get(identity)
     if server is None:
         system, timeline = state.endpoint.pool, None
@@ -307,13 +335,11 @@ def _identify(
             raise
         except DatabaseError as error:
             logger.debug("%s cannot report its system identifier: %s", state.alias, error)
-        server = registry.register(state.alias, identity, system)
+        server = registry.register(state.alias, identity, system, seen_at)
         server.checkpoint_timeline = timeline
     else:
-        registry.register(state.alias, identity, server.system)
+        registry.register(state.alias, identity, server.system, seen_at)
     server.lacks_timeline_privilege = identification.lacks_timeline_privilege
-    session, own = identification.session, _driver_session(connection)
-    state.behind_pooler = session is not None and own is not None and session != own
     endpoint = state.endpoint
     if (
         state.behind_pooler

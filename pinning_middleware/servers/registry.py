@@ -94,6 +94,7 @@ class Server:
         "_predecessors",
         "catch_up",
         "checkpoint_timeline",
+        "demoted_at",
         "identity",
         "is_replica",
         "lacks_timeline_privilege",
@@ -118,6 +119,8 @@ class Server:
         # The cluster that the server belongs to, if the database has a name for it.
         self.system = system
         self.is_replica: bool | None = None
+        # Monotonic time of the first report as a replica of a server that was none before.
+        self.demoted_at = -math.inf
         # What the server has replayed, of logs whose timeline is known. It only grows.
         self.position: Points = {}
         # Monotonic time of the last report, and how far the server was then, on any log.
@@ -155,8 +158,11 @@ class Server:
 
     def apply_report(self, report: Report, sent_at: float) -> None:
         """Store a report. ``sent_at``: monotonic time at which the probe was sent."""
+        was_primary = bool(self.last_probed) and not self.is_replica
         self.is_replica, self.timeline_hidden = report.is_replica, report.timeline_hidden
         self.last_probed = time.monotonic()
+        if was_primary and report.is_replica:
+            self.demoted_at = self.last_probed
         self.replayed_offset = sum(report.replayed.values())
         is_hidden = bool(report.timeline_hidden and report.is_replica)
         self._hidden_timeline.record(report.replayed, sent_at, self.last_probed, is_hidden)
@@ -223,9 +229,9 @@ class Endpoint:
         self.alias = alias
         # The alias of the pool's primary, which is the sender of the pool's signals.
         self.pool = pool
-        # The monotonic time at which each server was last seen.
+        # The monotonic time at which the newest connection to each server was opened.
         self.servers: dict[Server, float] = {}
-        # The monotonic time at which each of them was first seen.
+        # The same of the oldest one.
         self._first_seen: dict[Server, float] = {}
         # Why the endpoint is out of rotation, or None if it is in rotation; and since when (epoch).
         self.out_of_rotation: Fault | None = None
@@ -248,6 +254,9 @@ class Endpoint:
         self.unresponsive_hosts: set[tuple[str, str]] = set()
         # Monotonic time at which one attempt to connect was not answered while another was.
         self.hung_at = -math.inf
+        # Of a primary's alias: what a pin required that another primary must have written, by log:
+        # the offset, and when connections were opened anew for it (monotonic clock).
+        self.reopened_for: dict[str, tuple[int, float]] = {}
         # The settings that the endpoint was made for have been replaced.
         self.is_stale = False
         # A fault of the endpoint itself, whatever the status of its servers; None if it connects.
@@ -261,10 +270,10 @@ class Endpoint:
         """Randomise the retry interval, once per process, so that retries are spread out."""
         self.jitter = random.uniform(1.0, 1.25)
 
-    def record(self, server: Server) -> None:
-        """Record that the alias resolves to a server now."""
-        self.servers[server] = time.monotonic()
-        self._first_seen.setdefault(server, self.servers[server])
+    def record(self, server: Server, at: float) -> None:
+        """Record that the alias resolved to a server at this time (monotonic clock)."""
+        self.servers[server] = max(at, self.servers.get(server, at))
+        self._first_seen[server] = min(at, self._first_seen.get(server, at))
 
     def forget(self, server: Server) -> None:
         """Remove a server."""
@@ -276,6 +285,15 @@ class Endpoint:
         seen_at = self.servers.get(server, -math.inf)
         others = tuple(self._first_seen.items())
         return any(at > seen_at for other, at in others if other is not server)
+
+    @property
+    def has_several_primaries(self) -> bool:
+        """
+        Whether a primary's alias resolves to several primaries alternately, as of a Galera
+        cluster behind a load balancer.
+        """
+        servers = self.recent_servers
+        return sum(not (each.is_replica or self.was_replaced(each)) for each in servers) > 1
 
     @property
     def is_down(self) -> bool:
@@ -293,10 +311,18 @@ class Endpoint:
 
     @property
     def server(self) -> Server | None:
-        """The only server that the alias resolves to, or None if there are several or none."""
+        """
+        The server that the alias resolves to, or None if none is known. A primary's alias resolves
+        to one, that of the newest connection; any other to one only if no other was seen lately.
+        """
         servers = self.servers
         if len(servers) == 1:
             return next(iter(servers))
+        if self.alias == self.pool:
+            seen = tuple(servers.items())
+            # A standby in a list of hosts is not the primary.
+            seen = tuple(each for each in seen if not each[0].is_replica) or seen
+            return max(seen, key=lambda each: each[1])[0] if seen else None
         recent = self.recent_servers
         return recent[0] if len(recent) == 1 else None
 
@@ -352,8 +378,13 @@ class ServerRegistry:
         """Return a registered server, or None."""
         return self._servers.get(identity)
 
-    def register(self, alias: str, identity: Identity, system: str) -> Server:
-        """Record that an alias resolves to a server, and return that server."""
+    def register(
+        self, alias: str, identity: Identity, system: str, at: float | None = None
+    ) -> Server:
+        """
+        Record that an alias resolves to a server, and return that server. ``at``: when it did, if
+        not now (monotonic clock).
+        """
         with self._lock:
             endpoint = self._endpoints.get(alias)
             if endpoint is None:
@@ -375,7 +406,7 @@ class ServerRegistry:
                 else:
                     # Two networks may use the same addresses, so both servers may be running.
                     other.undo_replaces(identity)
-            endpoint.record(server)
+            endpoint.record(server, time.monotonic() if at is None else at)
             if len(endpoint.servers) > MAX_SERVERS:
                 oldest = min(endpoint.servers, key=endpoint.servers.__getitem__)
                 endpoint.forget(oldest)

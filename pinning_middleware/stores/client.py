@@ -8,7 +8,7 @@ from django.utils.cache import patch_vary_headers
 
 from pinning_middleware import tokens
 from pinning_middleware.conf import conf
-from pinning_middleware.pins import PinKind, Pins, merge_pins, within_window
+from pinning_middleware.pins import PinKind, Pins, merge_pins
 from pinning_middleware.stores.base import BaseStore, loaded_pins, remember_loaded
 from pinning_middleware.utils import clock
 
@@ -68,10 +68,11 @@ class CookieStore(TokenStore):
         return [token for name in names if (token := request.COOKIES.get(name))]
 
     def write(self, request: HttpRequest, response: HttpResponseBase, pins: Pins) -> None:
-        # The window bounds the cookie. Compare with all loaded pins; one that expired
-        # meanwhile was not removed.
-        now = clock.now()
-        before, pins = within_window(loaded_pins(request), now), within_window(pins, now)
+        # Compare with all loaded pins; one that expired meanwhile was not removed.
+        before, now = loaded_pins(request), clock.now()
+        # The window bounds the cookie. The clock that it was measured by may differ from this one,
+        # so what the browser has presented counts.
+        pins = {key: pin for key, pin in pins.items() if key in before or pin.until > now}
         is_set = _put(request, response, conf.cookie_name, _written(before), _written(pins))
         if conf.monotonic_reads:
             name = conf.seen_cookie_name
@@ -92,10 +93,18 @@ def _put(
         attributes = {part: conf.cookie[part] for part in ("path", "domain", "samesite")}
         response.delete_cookie(name, **attributes)
         return True
-    # Browsers count whole seconds; the exact end is in the token.
-    age = max(1, int(max(pin.until for pin in pins.values()) - clock.now()) + 1)
-    response.set_cookie(name, tokens.dumps(pins), age, **conf.cookie)
+    response.set_cookie(name, tokens.dumps(pins), _max_age(pins), **conf.cookie)
     return True
+
+
+def _max_age(pins: Pins) -> int:
+    """
+    Return the Max-Age of a cookie with these pins (seconds). The browser measures it by its own
+    clock, so that a position also counts where this server's clock is ahead of that of the writer.
+    """
+    left = [pin.until - clock.now() for pin in pins.values()]
+    # Browsers count whole seconds; the exact end is in the token.
+    return max(1, int(max(seconds if seconds > 0 else conf.seconds for seconds in left)) + 1)
 
 
 def _content(pins: Pins) -> dict[Any, Any]:

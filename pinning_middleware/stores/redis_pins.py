@@ -167,12 +167,15 @@ def _from_fields(fields: Mapping[Any, Any]) -> dict[PinKey, Pin]:
 
 
 def _pin_of(known: Mapping[str, int]) -> Pin:
-    now = clock.now() * 1000
-    # A log that is no longer written, for example after a promotion, ends with its own window.
+    # A log that is no longer written, for example after a promotion, ends with its own window. The
+    # newest one does not: the clock of the server that wrote it may be behind, and the server of
+    # the cache ends the key.
+    ends = {field[3:]: end for field, end in known.items() if field.startswith("to|")}
+    latest = min(max(ends.values(), default=0), clock.now() * 1000 + 1)
     points = {
         log: offset
         for field, offset in known.items()
-        if (log := field.removeprefix("at|")) != field and known.get(f"to|{log}", 0) > now
+        if (log := field.removeprefix("at|")) != field and ends.get(log, 0) >= latest
     }
     optional = frozenset(log for log in points if f"required|{log}" not in known)
     return Pin(

@@ -17,6 +17,7 @@ __all__ = [
     "observers",
     "pin_events",
     "reads",
+    "refusals",
     "rejected_tokens",
     "retries",
     "write_observers",
@@ -59,10 +60,13 @@ rejected_tokens: Counter[str] = Counter()
 # that served.
 fallbacks: Counter[tuple[str, str]] = Counter()
 retries: Counter[tuple[str, str, str]] = Counter()
+# Reads that every standby refuses for being one, by the pool's primary and the name of the table,
+# the statement or the role.
+refusals: Counter[tuple[str, str]] = Counter()
 
 
 def _clear() -> None:
-    for counted in (reads, pin_events, rejected_tokens, fallbacks, retries):
+    for counted in (reads, pin_events, rejected_tokens, fallbacks, retries, refusals):
         counted.clear()
 
 

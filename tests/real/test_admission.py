@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -13,7 +14,7 @@ from asgiref.sync import async_to_sync
 from django.db import OperationalError, connections, transaction
 from django.test import override_settings
 
-from pinning_middleware import ReplicaWriteError, tokens
+from pinning_middleware import ReplicaWriteError, tokens, use_primary
 from pinning_middleware.backend import failover
 from pinning_middleware.pins import Pin, PinKey, Position
 from pinning_middleware.reasons import Fault
@@ -27,6 +28,7 @@ from .conftest import (
     PostgreSQL,
     as_databases,
     as_layout,
+    eventually,
     in_thread,
     make_tables,
     pin_in,
@@ -456,6 +458,62 @@ def test_connection_to_former_primary_is_replaced_where_replicas_may_substitute(
     own_pg.wait_for()
     token = former()
     assert titles(token) == ["before", "new"]
+
+
+# A probe of the primary's own connection that fails
+
+
+class Terminator(logging.Handler):
+    """Ends the session of the primary's connection at each probe, before its statement is sent."""
+
+    def __init__(self, pg: PostgreSQL) -> None:
+        super().__init__()
+        self.pg, self.ended = pg, 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        pid = connections["pg"].connection.info.backend_pid
+        sessions = f"FROM pg_stat_activity WHERE pid = {pid}"
+        self.pg["pg"].execute(f"SELECT pg_terminate_backend(pid) {sessions}")
+        assert eventually(lambda: self.pg["pg"].execute(f"SELECT count(*) {sessions}") == [(0,)])
+        self.ended += 1
+
+
+@pytest.fixture
+def terminator(pg: PostgreSQL) -> Iterator[Terminator]:
+    """An unidentified connection to the primary, whose probes fail."""
+    write("before")
+    connections["pg"].close()
+    connections["pg"].ensure_connection()
+    pool().endpoint.must_reidentify = True
+    log, handler = logging.getLogger("pinning_middleware.probes"), Terminator(pg)
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    yield handler
+    log.removeHandler(handler)
+    log.setLevel(before)
+
+
+def read_primary() -> None:
+    with use_primary():
+        assert "before" in Book.objects.values_list("title", flat=True)
+
+
+def write_atomically() -> None:
+    with transaction.atomic(using="pg"):
+        Book.objects.create(title="new")
+
+
+@pytest.mark.parametrize(
+    "act", [read_primary, lambda: Book.objects.create(title="new"), write_atomically]
+)
+def test_failed_probe_of_the_primary_is_no_error_of_the_statement(
+    terminator: Terminator, act: Callable[[], Any]
+) -> None:
+    with unrelated_scope():
+        act()
+    # A connection that is lost is opened again once for the probe.
+    assert terminator.ended == 2
 
 
 # One decision and one admission for each read

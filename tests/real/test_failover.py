@@ -48,6 +48,7 @@ from .conftest import (
     unrelated_scope,
     write,
 )
+from .layouts import Forwarder, database
 
 pytestmark = pytest.mark.real
 
@@ -243,6 +244,50 @@ def test_terminated_connection_leaves_its_replica_in_rotation(one_book: PostgreS
         one_book.terminate("pg2")
         assert {server_for(None) for _ in range(2)} == REPLICAS
     assert pool().replica_set.out_of_rotation == frozenset()
+
+
+# Server-side cursors
+
+
+def is_server_side(cursor: Any) -> bool:
+    return hasattr(cursor.cursor, "name")
+
+
+@pytest.mark.parametrize("is_unreachable", [True, False])
+def test_moved_server_side_cursor_follows_the_settings_of_its_new_alias(
+    pg: PostgreSQL, is_unreachable: bool
+) -> None:
+    """DISABLE_SERVER_SIDE_CURSORS is set where a pooler would lose them."""
+    write("one")
+    pg.wait_for()
+    with (
+        Forwarder(pg["pg1"]) as address,
+        as_layout(
+            pg,
+            direct=database(address, conn_max_age=None),
+            pooled=database(pg["pg2"], conn_max_age=None, DISABLE_SERVER_SIDE_CURSORS=True),
+        ),
+        unrelated_scope(),
+    ):
+        if not is_unreachable:
+            connections["direct"].ensure_connection()
+        address.stop()
+        with connections["direct"].chunked_cursor() as cursor:
+            cursor.execute("SELECT title FROM app_book")
+            assert (cursor.db.alias, is_server_side(cursor)) == ("pooled", False)
+            assert cursor.fetchall() == [("one",)]
+
+
+def test_server_side_cursor_of_a_test_mirror_follows_the_settings_of_the_primary(
+    pg: PostgreSQL,
+) -> None:
+    mirror = database(pg["pg"], DISABLE_SERVER_SIDE_CURSORS=True)
+    with (
+        as_layout(pg, mirror=mirror),
+        unrelated_scope(),
+        connections["mirror"].chunked_cursor() as cursor,
+    ):
+        assert (cursor.db.alias, is_server_side(cursor)) == ("site", True)
 
 
 # Statements that are not retried

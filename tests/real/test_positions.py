@@ -34,6 +34,7 @@ from .conftest import (
     PostgreSQL,
     SentSignals,
     as_databases,
+    as_layout,
     entries_of,
     eventually,
     in_thread,
@@ -41,6 +42,7 @@ from .conftest import (
     mark_unreachable,
     pin_in,
     pool,
+    port,
     position_in,
     probe_replicas,
     queries,
@@ -51,6 +53,7 @@ from .conftest import (
     unrelated_scope,
     write,
 )
+from .layouts import Forwarder, database
 
 pytestmark = pytest.mark.real
 
@@ -849,6 +852,10 @@ def test_each_pool_has_its_own_position(pg: PostgreSQL) -> None:
 # monotonic-reads
 
 
+def titles_here() -> list[str]:
+    return sorted(Book.objects.values_list("title", flat=True))
+
+
 @pytest.fixture
 def monotonic(pg: PostgreSQL) -> Iterator[None]:
     with override_settings(PINNING_CONSISTENCY="monotonic-reads"):
@@ -902,6 +909,34 @@ def test_monotonic_reads_after_a_replica_failed(pg: PostgreSQL, act: Any, read_o
 
     assert eventually(starts_fresh)
     assert [act(read) for _ in range(4)] == [("pg", ["new"])] * 4
+
+
+@pytest.mark.parametrize("is_identified", [True, False])
+def test_monotonic_reads_after_an_alias_has_moved_to_a_replica_behind(
+    pg: PostgreSQL, is_identified: bool
+) -> None:
+    """Within a scope, whose connection was lost; and in the next one."""
+    pg.pause("pg2")
+    in_thread(create)
+    pg.wait_for("pg1")
+    with (
+        Forwarder(pg["pg1"]) as address,
+        as_layout(pg, many=database(address, conn_max_age=None)),
+        override_settings(PINNING_CONSISTENCY="monotonic-reads"),
+    ):
+        # Both servers are known behind the alias.
+        for node in (pg["pg2"], pg["pg1"]):
+            address.point_to(node)
+            connections["many"].close()
+            probe_replicas()
+        if not is_identified:
+            connections["many"].close()
+        with unrelated_scope() as scope:
+            assert (port(), titles_here()) == (pg["pg1"].port, ["new"])
+            address.point_to(pg["pg2"])
+            assert titles_here() == ["new"]
+            assert port() == pg["pg"].port
+        assert titles(scope.token) == ["new"]
 
 
 @pytest.mark.usefixtures("monotonic")

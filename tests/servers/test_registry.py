@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from typing import Any
@@ -174,8 +175,8 @@ def test_restarted_replica_without_a_timeline_reaches_its_minimum_position(
 
 
 def test_endpoint_of_several_servers_is_out_only_if_all_are(servers: ServerRegistry) -> None:
-    one, other = register(servers, "pool", port=1), register(servers, "pool", port=2)
-    endpoint = servers.endpoint("pool")
+    endpoint = servers.endpoint("many", "pool")
+    one, other = register(servers, "many", port=1), register(servers, "many", port=2)
     assert endpoint.server is None
     assert set(endpoint.recent_servers) == {one, other}
     servers.set_status(one, Fault.UNRESPONSIVE, 10)
@@ -184,6 +185,40 @@ def test_endpoint_of_several_servers_is_out_only_if_all_are(servers: ServerRegis
     assert endpoint.out_of_rotation is not None
     servers.set_status(one, None)
     assert endpoint.out_of_rotation is None
+
+
+def test_primary_alias_resolves_to_the_server_of_its_newest_connection(
+    servers: ServerRegistry,
+) -> None:
+    endpoint = servers.endpoint("pool")
+    new = servers.register("pool", Identity("1", "10.0.0.1", 1), SYSTEM, 20.0)
+    # Its connection was opened earlier, and identified later.
+    old = servers.register("pool", Identity("1", "10.0.0.1", 2), SYSTEM, 10.0)
+    assert endpoint.server is new
+    assert (endpoint.was_replaced(old), endpoint.was_replaced(new)) == (True, False)
+    servers.register("pool", Identity("1", "10.0.0.1", 2), SYSTEM, 30.0)
+    assert endpoint.server is old
+    assert not endpoint.was_replaced(old)
+
+
+def test_standby_behind_a_primary_alias_is_not_the_primary(servers: ServerRegistry) -> None:
+    endpoint = servers.endpoint("pool")
+    primary = register(servers, "pool", port=1)
+    standby = register(servers, "pool", port=2)
+    servers.apply_report(standby, Report(True, {"ff-1": 1}), 0.0)
+    assert endpoint.server is primary
+
+
+def test_server_is_demoted_by_its_first_report_as_a_replica(servers: ServerRegistry) -> None:
+    server = register(servers, "pool")
+    servers.apply_report(server, Report(True, {"ff-1": 1}), 0.0)
+    assert server.demoted_at == -math.inf
+    servers.apply_report(server, Report(False, {"ff-1": 1}), 0.0)
+    servers.apply_report(server, Report(True, {"ff-1": 1}), 0.0)
+    at = server.demoted_at
+    assert at == server.last_probed
+    servers.apply_report(server, Report(True, {"ff-1": 1}), 0.0)
+    assert server.demoted_at == at
 
 
 def test_server_was_replaced_once_another_one_is_seen_for_the_first_time(

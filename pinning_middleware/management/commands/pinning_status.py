@@ -9,9 +9,11 @@ import sys
 import textwrap
 import time
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from typing import Any, Final
 
 from django.core.management.base import BaseCommand
+from django.db import connections
 
 from pinning_middleware.conf import conf
 from pinning_middleware.management.poll import ServerPoll, silence_server_logs
@@ -66,30 +68,42 @@ class Command(BaseCommand):
         ):
             while True:
                 rows = server_poll.poll()
+                refused = _refused(server_poll)
                 status = health(rows)
                 if options["json"]:
-                    self._print_json(rows, status, None if watch is not None else 2)
+                    self._print_json(rows, refused, status, None if watch is not None else 2)
                 else:
-                    self._print(rows, status, clear=watch is not None)
+                    self._print(rows, refused, status, clear=watch is not None)
                 if watch is None:
                     break
                 time.sleep(max(0.1, watch))
         if status:
             sys.exit(status)
 
-    def _print_json(self, rows: list[ServerState], status: int, indent: int | None) -> None:
+    def _print_json(
+        self,
+        rows: list[ServerState],
+        refused: dict[str, list[str]],
+        status: int,
+        indent: int | None,
+    ) -> None:
         report = {
             "time": time.time(),
             "status": status,
             "enabled": conf.enabled,
-            "pools": {pool: _pool(pool, rows) for pool in dict.fromkeys(r.pool for r in rows)},
+            "pools": {
+                pool: _pool(pool, rows, refused.get(pool, ()))
+                for pool in dict.fromkeys(row.pool for row in rows)
+            },
             "servers": [row._asdict() for row in rows],
             "stats": get_stats(),
         }
         self.stdout.write(json.dumps(report, indent=indent))
         self.stdout.flush()
 
-    def _print(self, rows: list[ServerState], status: int, clear: bool) -> None:
+    def _print(
+        self, rows: list[ServerState], refused: dict[str, list[str]], status: int, clear: bool
+    ) -> None:
         if clear and self.stdout.isatty():
             self.stdout.write("\033[H\033[2J", ending="")
         if not rows:
@@ -109,6 +123,9 @@ class Command(BaseCommand):
             table = [HEADINGS, *map(_cells, of_pool)]
             if not self._print_table(table, of_pool, width):
                 self._print_records(of_pool, width)
+            if names := ", ".join(refused.get(pool, ())):
+                text = f"Every standby refuses {names}: see PINNING_PRIMARY_MODELS."
+                self.stdout.write("\n".join(_wrap(text, width, "  ")))
             self.stdout.write("")
         if rows:
             style = {OK: self.style.SUCCESS, DEGRADED: self.style.WARNING, DOWN: self.style.ERROR}
@@ -158,7 +175,16 @@ class Command(BaseCommand):
         return self.style.ERROR if row.retry_in is not None else self.style.WARNING
 
 
-def _pool(pool: str, rows: list[ServerState]) -> dict[str, Any]:
+def _refused(server_poll: ServerPoll) -> dict[str, list[str]]:
+    """Return what every standby of a pool refuses: its role, or unlogged tables."""
+    found = {}
+    for pool, refusal in server_poll.refusals.items():
+        role = f"role {connections.settings[pool]['USER']} (serializable)"
+        found[pool] = [role] if refusal.all_reads else list(refusal.tables)
+    return found
+
+
+def _pool(pool: str, rows: list[ServerState], refused: Sequence[str] = ()) -> dict[str, Any]:
     replicas = {row.alias: row for row in rows if row.pool == pool and row.configured == "replica"}
     usable = {row.alias for row in rows if row.alias in replicas and row.state == "in"}
     return {
@@ -166,6 +192,7 @@ def _pool(pool: str, rows: list[ServerState]) -> dict[str, Any]:
         "usable": len(usable),
         "window": conf.seconds,
         "max_lag": conf.max_lag,
+        "refused": list(refused),
     }
 
 

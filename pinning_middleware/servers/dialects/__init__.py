@@ -17,6 +17,7 @@ from pinning_middleware.servers.dialects.base import (
     Identification,
     PositionUnavailable,
     Query,
+    Refusal,
     Row,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "Identification",
     "PositionUnavailable",
     "Query",
+    "Refusal",
     "Row",
     "dialect_for",
 ]

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 from pinning_middleware.pins import Points, Position
 from pinning_middleware.servers.registry import Identity, Report, Server
 
-__all__ = ["Dialect", "Identification", "PositionUnavailable", "Query", "Row"]
+__all__ = ["Dialect", "Identification", "PositionUnavailable", "Query", "Refusal", "Row"]
 
 Row: TypeAlias = tuple[Any, ...]
 # Runs one statement on one connection and returns its first row, or `()` if there is none.
@@ -30,6 +30,21 @@ class Identification(NamedTuple):
     lacks_timeline_privilege: bool = False
 
 
+class Refusal(NamedTuple):
+    """
+    Why a standby refuses a statement that a primary may run.
+
+    ``is_write``: the statement writes, although it looks like a read. ``all_reads``: the standby
+    refuses every read of the role. ``tables``: those of the database that no standby can read.
+    ``is_lasting``: the standby will refuse the same statement again.
+    """
+
+    is_write: bool = False
+    all_reads: bool = False
+    tables: tuple[str, ...] = ()
+    is_lasting: bool = True
+
+
 class Dialect:
     """
     The statements that probe a database, and the meaning of their rows.
@@ -51,6 +66,8 @@ class Dialect:
     # raise for other reasons as well.
     lock_errors: ClassVar[frozenset[Any]] = frozenset()
     timeout_errors: ClassVar[frozenset[Any]] = frozenset()
+    # Codes of errors for a write to a server that is read-only, as a replica is.
+    read_only_errors: ClassVar[frozenset[Any]] = frozenset()
     # Codes of errors for a statement that is not permitted, or not supported.
     permission_errors: ClassVar[frozenset[Any]] = frozenset()
 
@@ -92,6 +109,22 @@ class Dialect:
     def supersedes(self, points: Points, other: Points) -> bool:
         """Return whether a server with these points has replaced the one with the other points."""
         return False
+
+    def foreign_points(self, position: Position, server: Server, replayed: Points) -> Points:
+        """
+        Return the points of a position that only another primary can have written, and that a
+        server which has replayed ``replayed`` lacks: if there are any, it is a former primary.
+        """
+        is_later = self.supersedes(position.points, replayed)
+        return position.points if is_later else {}
+
+    def standby_limits(self, query: Query) -> Refusal:
+        """Return what every standby refuses to a role, as a primary reports it."""
+        return Refusal()
+
+    def refusal(self, query: Query, error: BaseException) -> Refusal | None:
+        """Return why a server refused a statement for being a standby; None for other errors."""
+        return None
 
     def error_code(self, error: BaseException) -> Any:
         """Return the driver's code of an error that Django has wrapped, or None."""

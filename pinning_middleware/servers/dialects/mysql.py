@@ -33,6 +33,8 @@ __all__ = ["MySQL", "parse_gtids", "parse_last", "parse_mariadb"]
 CONNECTION_LOST = {1053, 1077, 1079, 1152, 1184, 1927, 2002, 2003, 2006, 2013, 2055}
 # Too many connections, out of memory.
 OVERLOADED = {1037, 1038, 1040, 1041, 1203, 1226}
+# The option read_only, the mode read-only.
+READ_ONLY = {1290, 1836}
 # Not permitted, no such variable, not supported.
 REFUSED = {1142, 1193, 1227, 1235}
 
@@ -101,6 +103,7 @@ class MySQL(Dialect):
 
     connection_lost_errors: ClassVar[frozenset[Any]] = frozenset(CONNECTION_LOST)
     retryable_errors: ClassVar[frozenset[Any]] = frozenset(CONNECTION_LOST | OVERLOADED)
+    read_only_errors: ClassVar[frozenset[Any]] = frozenset(READ_ONLY)
     permission_errors: ClassVar[frozenset[Any]] = frozenset(REFUSED)
 
     # The start time in seconds is exact, because both values are those of the same statement.
@@ -187,6 +190,20 @@ class MySQL(Dialect):
             for log, sequence in wanted.points.items()
             if log not in wanted.optional or _domain(log) in replicated
         )
+
+    def foreign_points(self, position: Position, server: Server, replayed: Points) -> Points:
+        own = server.identity.started.split()[1].lower()
+        is_mariadb = server.system == "mariadb"
+        writers = {
+            log: log.rpartition("-")[2] if is_mariadb else log.partition(":")[0]
+            for log in position.points
+            if log not in position.optional
+        }
+        return {
+            log: position.points[log]
+            for log, writer in writers.items()
+            if writer != own and replayed.get(log, -1) < position.points[log]
+        }
 
     def error_code(self, error: BaseException) -> Any:
         return error.args[0] if error.args and isinstance(error.args[0], int) else None

@@ -23,6 +23,7 @@ from pinning_middleware.servers.dialects.base import (
     Identification,
     PositionUnavailable,
     Query,
+    Refusal,
     Row,
 )
 from pinning_middleware.servers.registry import Identity, Report, Server
@@ -65,6 +66,20 @@ REPORTS: Final = {
     XID: f"pg_is_in_recovery(), {_XID}, {_TIMELINE}",
     XID_ALONE: f"pg_is_in_recovery(), {_XID}, NULL",
 }
+
+# Errors of a standby for being one: a table without WAL (unlogged), or an isolation level that it
+# does not have; a write; a function that needs a primary, or a sequence that the session has not
+# used. Other causes raise the same, so that the server is asked whether it is a standby; messages
+# are translated. SHOW works where every query fails.
+# https://www.postgresql.org/docs/current/hot-standby.html#HOT-STANDBY-USERS
+# https://www.postgresql.org/docs/current/sql-createtable.html#SQL-CREATETABLE-UNLOGGED
+UNSUPPORTED, READ_ONLY, NOT_READY = "0A000", "25006", "55000"
+IS_STANDBY = "SHOW in_hot_standby"
+ISOLATION = "SHOW default_transaction_isolation"
+UNLOGGED = (
+    "SELECT string_agg(relname, E'\\n' ORDER BY relname) FROM pg_class "
+    "WHERE relpersistence = 'u' AND relkind IN ('r', 'p', 'm', 'S')"
+)
 
 PAGE = 8192
 # Sizes of the header of a page, and of the first page of a segment.
@@ -118,6 +133,7 @@ class PostgreSQL(Dialect):
     # lock_timeout; statement_timeout or a cancel request.
     lock_errors: ClassVar[frozenset[Any]] = frozenset({"55P03"})
     timeout_errors: ClassVar[frozenset[Any]] = frozenset({"57014"})
+    read_only_errors: ClassVar[frozenset[Any]] = frozenset({READ_ONLY})
     # Not supported, not permitted, no such function.
     permission_errors: ClassVar[frozenset[Any]] = frozenset({"0A000", "42501", "42883"})
 
@@ -164,6 +180,20 @@ class PostgreSQL(Dialect):
 
     def supersedes(self, points: Points, other: Points) -> bool:
         return any(is_later(log, earlier) for log in points for earlier in other)
+
+    def standby_limits(self, query: Query) -> Refusal:
+        if query(ISOLATION) == ("serializable",):
+            return Refusal(all_reads=True)
+        (names,) = query(UNLOGGED)
+        return Refusal(tables=tuple((names or "").splitlines()))
+
+    def refusal(self, query: Query, error: BaseException) -> Refusal | None:
+        code = self.error_code(error)
+        if code not in (UNSUPPORTED, READ_ONLY, NOT_READY) or query(IS_STANDBY) != ("on",):
+            return None
+        if code == UNSUPPORTED:
+            return self.standby_limits(query)
+        return Refusal(is_write=code == READ_ONLY, is_lasting=code == READ_ONLY)
 
     def error_code(self, error: BaseException) -> Any:
         cause = error.__cause__ if error.__cause__ is not None else error
