@@ -99,6 +99,7 @@ class Site:
     def read(self, seconds: float) -> dict[str, float]:
         """Read in READERS threads, with a pin each; return the reads and probes."""
         reads, before, until = [0] * READERS, self.probes.count, time.monotonic() + seconds
+        cpu = time.process_time()
 
         def run(number: int) -> None:
             from django.db import connections
@@ -114,7 +115,8 @@ class Site:
             thread.start()
         for thread in threads:
             thread.join()
-        return {"reads": sum(reads), "probes": self.probes.count - before}
+        cpu = time.process_time() - cpu
+        return {"reads": sum(reads), "probes": self.probes.count - before, "cpu": cpu}
 
     def attempts(self, seconds: float) -> dict[str, float]:
         """Return the attempts to connect, a second, while few reads go to the primary."""
@@ -193,9 +195,10 @@ def behind(cluster: Any, sites: Sites, title: str) -> None:
     for name, rounds in found.items():
         reads = sum(one["reads"] for one in rounds)
         probes = sum(one["probes"] for one in rounds)
+        cpu = sum(one["cpu"] for one in rounds)
         print(
             f"{title:34} {name:6} {reads / SECONDS / len(rounds):6.0f} reads/s, "
-            f"{probes / reads:.3f} probes a read",
+            f"{probes / reads:.3f} probes and {1000 * cpu / reads:.2f} ms of CPU time a read",
             flush=True,
         )
     if "other" in found:
