@@ -298,7 +298,7 @@ def _run_on(
         except (DatabaseError, InterfaceError) as error:
             if connection.in_atomic_block or call.many:
                 raise
-            if has_run and connection.alias != pool.primary and _may_run_on_primary(pool, call):
+            if has_run and _may_run_on_primary(pool, call):
                 refusal = refusal_of(connection, error)
                 if refusal is not None:
                     return _run_refused(pool, scope, call, error, refusal)
