@@ -243,8 +243,14 @@ def format_position(server: Server, vendor: str = "postgresql") -> str | None:
             else str(server.replayed_offset)
         )
     points = dict(sorted(server.position.items()))
-    between = {"mariadb": "-", "mysql": ":1-"}.get(server.system, ":")
-    return ",".join(f"{log}{between}{point}" for log, point in points.items()) or None
+    if server.system == "mysql":
+        points_of = (log.partition("/") for log in points)
+        starts = [f"{log}:{first or 1}" for log, _, first in points_of]
+        return (
+            ",".join(f"{start}-{end}" for start, end in zip(starts, points.values(), strict=True))
+            or None
+        )
+    return ",".join(f"{log}-{point}" for log, point in points.items()) or None
 
 
 def _format_lsn(point: int) -> str:

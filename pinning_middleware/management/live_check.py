@@ -242,7 +242,7 @@ def missing_privileges(pool: Pool) -> list[MissingPrivilege]:
         if connections[alias].vendor == "mysql" and alias != pool.primary:
             try:
                 with no_failover(), connections[alias].cursor() as cursor:
-                    cursor.execute("SHOW SLAVE STATUS")
+                    cursor.execute("SHOW REPLICA STATUS")
             except DatabaseError as error:
                 if pool.dialect is not None and pool.dialect.error_code(error) == 1227:
                     privilege = "REPLICATION CLIENT"

@@ -177,7 +177,7 @@ class ReplicaSet:
         """Probe whether a replica has caught up, on the connection that a read would use."""
         endpoint = self.endpoints[alias]
         known = endpoint.server
-        if self._cannot_catch_up(endpoint) or (known and known.reports_position is False):
+        if self._cannot_catch_up(endpoint) or (known and not known.should_report_position):
             return False
         connection = connection or connections[alias]
         met: set[Server] = set()

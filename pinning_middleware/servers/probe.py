@@ -24,6 +24,7 @@ from pinning_middleware.reasons import Fault
 from pinning_middleware.servers.connection_state import ConnectionState
 from pinning_middleware.servers.dialects import (
     Dialect,
+    Driver,
     Identification,
     PositionUnavailable,
     Query,
@@ -175,7 +176,7 @@ def _probe_once(connection: BaseDatabaseWrapper, dialect: Dialect, is_trial: boo
         sent_at = time.monotonic()
         server, row = _identify(connection, dialect, state, query)
         report = None
-        if server.reports_position is not False:
+        if server.should_report_position:
             report = _fetch_report(dialect, server, state, query, row, sent_at)
     except ServerUnresponsive as error:
         if is_trial:
@@ -299,17 +300,16 @@ def _identify(
 def _fetch_identity(
     connection: BaseDatabaseWrapper, dialect: Dialect, state: ConnectionState, query: Query
 ) -> tuple[Identification, Row]:
-    address = _driver_address(connection)
+    driver = _driver_of(connection)
     # If the statement of the best strategy is refused, the identity alone may be available.
     for strategy in (next(iter(dialect.strategies(conf.positions)), None), None):
         try:
-            return dialect.identify(query, address, strategy)
-        except CONNECTION_ERRORS as error:
-            if dialect.error_code(error) not in dialect.permission_errors:
-                raise
+            return dialect.identify(query, driver, strategy)
         except DatabaseError as error:
+            if isinstance(error, CONNECTION_ERRORS) and not dialect.is_refusal(error):
+                raise
             logger.debug("%s cannot report its identity: %s", state.alias, error)
-    return Identification(Identity("", *address)), ()
+    return Identification(Identity("", driver.host, driver.port)), ()
 
 
 def _fetch_report(
@@ -336,29 +336,42 @@ def _fetch_report(
             cause = error
             break
         except DatabaseError as error:
-            if dialect.error_code(error) not in dialect.permission_errors:
+            if not dialect.is_refusal(error):
                 raise
             cause = error
         else:
-            server.strategy, server.reports_position = strategy, True
+            server.strategy = strategy
+            server.record_position_available()
             registry.apply_report(server, report, sent_at)
             return report
-    server.reports_position = False
-    logger.info(
-        "%s cannot report a replication position; pins on it last the full window: %s",
-        state.alias,
-        cause,
-    )
+    if server.record_position_unavailable(str(cause)):
+        if isinstance(cause, DatabaseError) and (
+            dialect.error_code(cause) not in dialect.permission_errors
+        ):
+            logger.warning(
+                "%s refuses the probe for its replication position with an unexpected error; pins "
+                "on it last the full window: %s",
+                state.alias,
+                cause,
+            )
+        else:
+            logger.info(
+                "%s cannot report a replication position; pins on it last the full window: %s",
+                state.alias,
+                cause,
+            )
     return None
 
 
-def _driver_address(connection: BaseDatabaseWrapper) -> tuple[str, int]:
-    """Return host and port, as the driver or the settings report them."""
+def _driver_of(connection: BaseDatabaseWrapper) -> Driver:
+    """Return host and port, as the driver or the settings report them, and the server's version."""
     info = getattr(connection.connection, "info", None)
     settings = connection.settings_dict
     host = getattr(info, "host", None) or settings["HOST"] or ""
     port = getattr(info, "port", None) or settings["PORT"] or 0
-    return str(host), int(port) if str(port).isdigit() else 0
+    # The version as a server of MySQL or MariaDB greets with it.
+    version = getattr(connection.connection, "get_server_info", str)()
+    return Driver(str(host), int(port) if str(port).isdigit() else 0, version)
 
 
 def _driver_session(connection: BaseDatabaseWrapper) -> int | None:

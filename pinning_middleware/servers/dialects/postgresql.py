@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Final
 from pinning_middleware.pins import Points, Position
 from pinning_middleware.servers.dialects.base import (
     Dialect,
+    Driver,
     Identification,
     PositionUnavailable,
     Query,
@@ -121,12 +122,12 @@ class PostgreSQL(Dialect):
         return () if setting == "gtid" or not setting else (LSN, XID, XID_ALONE)
 
     def identify(
-        self, query: Query, driver: tuple[str, int], strategy: int | None
+        self, query: Query, driver: Driver, strategy: int | None
     ) -> tuple[Identification, Row]:
         columns = IDENTITY if strategy is None else f"{IDENTITY}, {REPORTS[strategy]}"
         started, address, port, pid, sees_all, *row = query(f"SELECT {columns}")
         # inet_server_addr() is NULL over a Unix socket.
-        identity = Identity(started, address or driver[0], int(port or driver[1]))
+        identity = Identity(started, address or driver.host, int(port or driver.port))
         return Identification(identity, int(pid), not _is_true(sees_all)), tuple(row)
 
     def system(self, query: Query, identity: Identity) -> str:

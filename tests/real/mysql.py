@@ -1,0 +1,87 @@
+"""A MySQL primary and two replicas by GTID, as tests/unstable-servers downloads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pinning_middleware.servers.dialects.mysql import parse_gtids
+
+from . import mariadb
+from .layouts.unstable import UNSTABLE, not_run
+
+
+class Server(mariadb.Server):
+    REPLICA: ClassVar[str] = "REPLICA"
+    READ_ONLY: ClassVar[str] = "super_read_only"
+    POSITION: ClassVar[str] = "SELECT @@GLOBAL.gtid_executed"
+    WAIT: ClassVar[str] = "SELECT WAIT_FOR_EXECUTED_GTID_SET('{}', 30)"
+    RESET: ClassVar[str] = "RESET BINARY LOGS AND GTIDS"
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "datadir": self.folder / "data",
+            "basedir": UNSTABLE / "mysql" / "usr",
+            "socket": self.socket,
+            "port": self.port,
+            "pid-file": self.folder / "pid",
+            "bind-address": "127.0.0.1",
+            "mysqlx": 0,
+            "secure-file-priv": "NULL",
+            "server-id": self.number,
+            "gtid-mode": "ON",
+            "enforce-gtid-consistency": "ON",
+            "super-read-only": int(self.number != 1),
+            "skip-name-resolve": 1,
+            "innodb-buffer-pool-size": "16M",
+            "innodb-redo-log-capacity": "8M",
+            "innodb-flush-log-at-trx-commit": 2,
+            "replica-net-timeout": 2,
+            "replica-parallel-workers": 4,
+        }
+
+    @property
+    def uuid(self) -> str:
+        return str(self.execute("SELECT @@server_uuid")[0][0])
+
+    @property
+    def written(self) -> dict[str, int]:
+        return {
+            log: number
+            for log, number in parse_gtids(self.position).items()
+            if log.partition(":")[0] == self.uuid
+        }
+
+    def follow(self, other: mariadb.Server, **options: str) -> None:
+        more = "".join(f", {key} = {value}" for key, value in options.items())
+        self.execute("STOP REPLICA")
+        self.execute(
+            f"CHANGE REPLICATION SOURCE TO SOURCE_HOST = '127.0.0.1', SOURCE_PORT = {other.port}, "
+            "SOURCE_USER = 'replica', SOURCE_PASSWORD = 'replica', SOURCE_CONNECT_RETRY = 1, "
+            f"GET_SOURCE_PUBLIC_KEY = 1, SOURCE_AUTO_POSITION = 1{more}"
+        )
+        self.execute("START REPLICA")
+
+
+class Servers(mariadb.Servers):
+    SERVER: ClassVar[type[mariadb.Server]] = Server
+    PREFIX: ClassVar[str] = "mysql-"
+    MONITOR: ClassVar[str] = "REPLICATION CLIENT"
+    HAS_ROLE: ClassVar[bool] = True
+    REPLAY_ADMIN: ClassVar[str] = "REPLICATION_SLAVE_ADMIN"
+    STATEMENT_TIMEOUT: ClassVar[str] = "max_execution_time = 20"
+    PRIVILEGES: ClassVar[str] = "REPLICATION CLIENT"
+
+    @staticmethod
+    def find_program() -> str:
+        program = UNSTABLE / "mysql" / "mysqld"
+        return str(program) if program.exists() else not_run("MySQL")
+
+    def install(self) -> tuple[str, Path]:
+        program = self.find_program()
+        options = ("--initialize-insecure", f"--basedir={UNSTABLE / 'mysql' / 'usr'}")
+        small = ("--innodb-redo-log-capacity=8M", "--secure-file-priv=NULL")
+        template = self.make_data(program, *options, *small)
+        # It holds the server's UUID, which is made anew for each copy.
+        (template / "auto.cnf").unlink(missing_ok=True)
+        return program, template
