@@ -91,11 +91,11 @@ class Server:
     """One running database server: its last reports and its status in the rotation."""
 
     __slots__ = (
-        "_ask_again_at",
         "_disputed",
         "_hidden_timeline",
         "_predecessors",
         "_unavailable",
+        "ask_again_at",
         "checkpoint_timeline",
         "identity",
         "is_replica",
@@ -144,7 +144,7 @@ class Server:
         self.strategy = 0
         # Why it cannot report one, and the monotonic time from which it is asked again.
         self._unavailable = ""
-        self._ask_again_at = 0.0
+        self.ask_again_at = 0.0
         # Positions that the server reported in a history that has ended since. They do not count
         # for as long as the server reports them unchanged.
         self._disputed: dict[str, int] = {}
@@ -161,7 +161,7 @@ class Server:
     @property
     def should_report_position(self) -> bool:
         """Whether to ask for a position: one that had none may have one some time later."""
-        return self.reports_position is not False or time.monotonic() >= self._ask_again_at
+        return self.reports_position is not False or time.monotonic() >= self.ask_again_at
 
     def record_position_available(self) -> None:
         self.reports_position, self._unavailable = True, ""
@@ -169,7 +169,7 @@ class Server:
     def record_position_unavailable(self, cause: str) -> bool:
         """Record that the server reports no position; return whether that is news."""
         is_news, self._unavailable = cause != self._unavailable, cause
-        self.reports_position, self._ask_again_at = False, time.monotonic() + ASK_AGAIN_AFTER
+        self.reports_position, self.ask_again_at = False, time.monotonic() + ASK_AGAIN_AFTER
         self.position = {}
         return is_news
 

@@ -175,6 +175,8 @@ class Server:
     def reset_log(self) -> None:
         """Begin the numbers anew, under the same name."""
         self.execute(self.RESET)
+        if self.number != 1:
+            self.execute("SET GLOBAL gtid_slave_pos = ''")
 
 
 class Servers:
@@ -204,19 +206,24 @@ class Servers:
             subprocess.run(["cp", "-r", template, folder / "data"], check=True, **as_account())
             self.nodes[alias] = self.SERVER(alias, folder, program)
             self.nodes[alias].start()
+        self.replicate()
         primary = self.nodes["my"]
         for sql in (
             f"CREATE DATABASE {DATABASE} CHARACTER SET utf8mb4",
             f"CREATE USER {USER} IDENTIFIED BY '{PASSWORD}'",
             f"GRANT ALL ON {DATABASE}.* TO {USER}",
             f"GRANT {self.PRIVILEGES} ON *.* TO {USER}",
-            "CREATE USER replica IDENTIFIED BY 'replica'",
-            "GRANT REPLICATION SLAVE ON *.* TO replica",
         ):
             primary.execute(sql)
+        self.wait_for()
+
+    def replicate(self) -> None:
+        """Begin to replicate the primary, which is empty."""
+        primary = self.nodes["my"]
+        primary.execute("CREATE USER replica IDENTIFIED BY 'replica'")
+        primary.execute("GRANT REPLICATION SLAVE ON *.* TO replica")
         for alias in ("my1", "my2"):
             self.nodes[alias].follow(primary)
-        self.wait_for()
 
     @staticmethod
     def find_program() -> str:

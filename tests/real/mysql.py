@@ -9,6 +9,9 @@ from pinning_middleware.servers.dialects.mysql import parse_gtids
 
 from . import mariadb
 from .layouts.unstable import UNSTABLE, not_run
+from .layouts.waiting import eventually
+
+GROUP = "c0ffee00-71ca-41e1-9e33-c80aa9429562"
 
 
 class Server(mariadb.Server):
@@ -40,6 +43,9 @@ class Server(mariadb.Server):
             "replica-parallel-workers": 4,
         }
 
+    def reset_log(self) -> None:
+        self.execute(self.RESET)
+
     @property
     def uuid(self) -> str:
         return str(self.execute("SELECT @@server_uuid")[0][0])
@@ -49,7 +55,7 @@ class Server(mariadb.Server):
         return {
             log: number
             for log, number in parse_gtids(self.position).items()
-            if log.partition(":")[0] == self.uuid
+            if log.partition("/")[0].partition(":")[0] == self.uuid
         }
 
     def follow(self, other: mariadb.Server, **options: str) -> None:
@@ -85,3 +91,76 @@ class Servers(mariadb.Servers):
         # It holds the server's UUID, which is made anew for each copy.
         (template / "auto.cnf").unlink(missing_ok=True)
         return program, template
+
+
+# Group Replication
+
+
+class Member(Server):
+    """A member of a group. It accepts writes if the group elects it."""
+
+    def __init__(self, alias: str, folder: Path, program: str) -> None:
+        super().__init__(alias, folder, program)
+        self.group_port = mariadb.free_port()
+        self.seeds = ""
+
+    def options(self) -> dict[str, Any]:
+        return {
+            **super().options(),
+            "super-read-only": 0,
+            "plugin-load-add": "group_replication.so",
+            "loose-group-replication-group-name": GROUP,
+            "loose-group-replication-start-on-boot": "OFF",
+            "loose-group-replication-local-address": f"127.0.0.1:{self.group_port}",
+            "loose-group-replication-ip-allowlist": "127.0.0.1",
+            "loose-group-replication-recovery-get-public-key": "ON",
+            # So that a member that was stopped is soon replaced.
+            "loose-group-replication-member-expel-timeout": 0,
+        }
+
+    def join(self, seeds: str, is_first: bool = False) -> None:
+        self.execute(f"SET GLOBAL group_replication_group_seeds = '{seeds}'")
+        if is_first:
+            self.execute("SET GLOBAL group_replication_bootstrap_group = ON")
+        self.execute("START GROUP_REPLICATION USER = 'replica', PASSWORD = 'replica'")
+        if is_first:
+            self.execute("SET GLOBAL group_replication_bootstrap_group = OFF")
+        assert eventually(lambda: self.state == ("ONLINE", "PRIMARY" if is_first else "SECONDARY"))
+
+    @property
+    def state(self) -> tuple[str, str]:
+        """State and role, as the member itself sees them."""
+        members = "performance_schema.replication_group_members"
+        own = f"SELECT member_state, member_role FROM {members} WHERE member_id = @@server_uuid"
+        found = self.execute(own)
+        return found[0] if found else ("", "")  # type: ignore[return-value]
+
+    @property
+    def written(self) -> dict[str, int]:
+        return {
+            log: number
+            for log, number in parse_gtids(self.position).items()
+            if log.partition("/")[0] == GROUP
+        }
+
+
+class Group(Servers):
+    """Three members of a group with one primary."""
+
+    SERVER: ClassVar[type[mariadb.Server]] = Member
+    PREFIX: ClassVar[str] = "group-"
+
+    def replicate(self) -> None:
+        seeds = ",".join(f"127.0.0.1:{member.group_port}" for member in self.members)
+        for member in self.members:
+            for sql in (
+                "CREATE USER replica IDENTIFIED BY 'replica'",
+                "GRANT REPLICATION SLAVE, CONNECTION_ADMIN ON *.* TO replica",
+                "GRANT BACKUP_ADMIN, GROUP_REPLICATION_STREAM ON *.* TO replica",
+            ):
+                member.execute(f"SET SESSION sql_log_bin = 0; {sql}")
+            member.join(seeds, is_first=member is self.members[0])
+
+    @property
+    def members(self) -> list[Member]:
+        return [member for member in self.nodes.values() if isinstance(member, Member)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ from .conftest import (
     queries,
     server,
     server_for,
+    server_of,
     titles,
     unrelated_scope,
     write,
@@ -178,6 +180,57 @@ def test_promotion_that_lost_a_commit(own: Servers) -> None:
         with unrelated_scope(lost) as scope:
             create()
         assert server_for(scope.token) == "my"
+
+
+@pytest.mark.parametrize("are_replicas_reset", [True, False])
+def test_log_that_was_reset_begins_a_new_history(own: Servers, are_replicas_reset: bool) -> None:
+    """Its numbers are lower than those that the replicas have reported before."""
+    for number in range(5):
+        token = write(f"book {number}")
+    own.wait_for()
+    probe_replicas()
+    assert server_for(token) in REPLICAS
+    for alias in REPLICAS:
+        own[alias].execute(f"STOP {own[alias].REPLICA}")
+    own["my"].reset_log()
+    if are_replicas_reset:
+        for alias in REPLICAS:
+            own[alias].reset_log()
+            own[alias].follow(own["my"])
+    own.pause()
+    token = write("new")
+    assert [server_for(token) for _ in range(20)] == ["my"] * 20
+    if are_replicas_reset:
+        own.resume()
+        for alias in REPLICAS:
+            # A MariaDB without any GTID had no position.
+            server_of(alias).ask_again_at = time.monotonic()
+        assert eventually(lambda: server_for(token) in REPLICAS)
+
+
+@override_settings(PINNING_CONSISTENCY="monotonic-reads")
+def test_monotonic_reads_after_two_promotions_use_replicas(own: Servers) -> None:
+    """The logs of two servers are in use then."""
+    write("one")
+    own.wait_for()
+    for primary, former in (("my1", "my"), ("my", "my1")):
+        own[former].execute(f"SET GLOBAL {own[former].READ_ONLY} = 1")
+        own[primary].wait_for(own[former].position)
+        own[primary].promote()
+        own[former].demote(own[primary])
+        own["my2"].follow(own[primary])
+        own[primary].execute("INSERT INTO app_book (title) VALUES ('other')", "site")
+    own.wait_for()
+    for alias in ("my", *REPLICAS):
+        connections[alias].close()
+    token: str | None = write("two")
+    own.wait_for()
+    found = []
+    for _ in range(12):
+        with unrelated_scope(token) as scope:
+            found.append(server())
+        token = scope.token
+    assert set(found) <= REPLICAS
 
 
 # Failover
