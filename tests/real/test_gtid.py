@@ -302,6 +302,44 @@ def test_pinned_read_is_not_retried_on_a_replica_behind(one_book: Servers) -> No
         assert read() == ("my", ["one", "two"])
 
 
+@pytest.fixture
+def with_read_timeout(one_book: Servers) -> Servers:
+    for alias in ("my", *REPLICAS):
+        connections.settings[alias]["OPTIONS"]["read_timeout"] = 1
+        connections[alias].close()
+        del connections[alias]
+    return one_book
+
+
+def test_read_that_exceeds_read_timeout_is_not_retried(
+    with_read_timeout: Servers, sent_signals: SentSignals
+) -> None:
+    """The server answers a probe, so the statement is slow. The server goes on with it."""
+    running = (
+        "SELECT count(*) FROM information_schema.processlist "
+        "WHERE info LIKE '%SLEEP(60)%' AND id != connection_id()"
+    )
+    with unrelated_scope(), pytest.raises(OperationalError, match="2013"):
+        list(Book.objects.raw("SELECT id, title FROM app_book WHERE SLEEP(60) = 0"))
+    servers = [with_read_timeout[alias] for alias in ("my", *REPLICAS)]
+    assert sum(server.execute(running)[0][0] for server in servers) == 1
+    assert sent_signals == []
+    assert not pool().replica_set.out_of_rotation
+    for alias in REPLICAS:
+        with_read_timeout.terminate(alias)
+
+
+def test_frozen_server_is_unresponsive_after_read_timeout(
+    with_read_timeout: Servers, sent_signals: SentSignals
+) -> None:
+    with unrelated_scope():
+        first = server()
+        with with_read_timeout[first].frozen():
+            assert read() == (OTHER[first], ["one"])
+        assert sent_signals.of("replica_removed")[0]["reason"] == "unresponsive"
+        assert [each["served"] for each in sent_signals.of("read_retried")] == [OTHER[first]]
+
+
 @pytest.mark.parametrize("kind", ["timeout", "killed"])
 def test_cancelled_query_is_not_retried(
     one_book: Servers, sent_signals: SentSignals, kind: str
