@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 from django.db import OperationalError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from pinning_middleware.backend.read_timeouts import answers_probe, has_timed_out
 from pinning_middleware.backend.session_setup import set_up_session
 from pinning_middleware.conf import conf
 from pinning_middleware.reasons import Fault, Reason
@@ -213,7 +214,7 @@ def _run_on(
     if (connect_error := _connect_error(call, connection)) is not None:
         return _take_out(connection, connect_error)
     for is_last in (False, True):
-        was_open, has_run = connection.connection is not None, False
+        was_open, has_run, began = connection.connection is not None, False, 0.0
         try:
             if is_last or not is_first or isinstance(call.cursor.cursor, UnopenedCursor):
                 _reopen(connection)
@@ -232,11 +233,16 @@ def _run_on(
             if connection.connection is not raw:
                 # Reopened by a probe.
                 call.move_to(connection)
-            has_run = True
+            has_run, began = True, time.monotonic()
             result = _run_watched(pool, call, connection)
         except CONNECTION_ERRORS as error:
             if connection.in_atomic_block or call.many:
                 raise
+            if has_run and has_timed_out(connection, error, time.monotonic() - began):
+                if state_modified(connection) or answers_probe(connection, error):
+                    raise
+                connection.close()
+                return Rejection(Reason.FAILOVER, error)
             if not _is_lost(connection, error):
                 if has_run and not _is_retryable(connection, error):
                     raise
