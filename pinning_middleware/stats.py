@@ -74,6 +74,7 @@ class ServerState(NamedTuple):
     - ``age``: time since the last probe (seconds).
     - ``retry_in``: time until the next probe of a server that is out of rotation (seconds).
     - ``error``: why it is unreachable, or a problem of a server that is in rotation.
+    - ``reads_bounded``: whether a read ends if the server does not answer, or ``None`` if unknown.
     """
 
     pool: str
@@ -92,6 +93,7 @@ class ServerState(NamedTuple):
     age: float | None = None
     retry_in: float | None = None
     error: str = ""
+    reads_bounded: bool | None = None
 
 
 class Event(NamedTuple):
@@ -189,6 +191,7 @@ def _row(pool: Pool, endpoint: Endpoint, server: Server | None, reads: int) -> S
         age=now - server.last_probed if server is not None and server.last_probed else None,
         retry_in=max(0.0, endpoint.retry_at - now) if endpoint.out_of_rotation else None,
         error=endpoint.error if endpoint.out_of_rotation else _misdirection(pool, endpoint),
+        reads_bounded=endpoint.reads_are_bounded,
     )
 
 

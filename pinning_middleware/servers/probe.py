@@ -122,10 +122,30 @@ def state_of(connection: BaseDatabaseWrapper, raw: Any = None) -> ConnectionStat
         if state is not None:
             fresh.session_modified = state.session_modified
         watch_waits(raw, fresh)
+        _record_whether_bounded(connection, raw, fresh)
         state = _states[raw] = fresh
     state.session_modified_at_checkout = state.session_modified
     connection.__dict__["pinning_state"] = (raw, state)
     return state
+
+
+def _record_whether_bounded(
+    connection: BaseDatabaseWrapper, raw: Any, state: ConnectionState
+) -> None:
+    """Record whether a read ends if the server of a replica does not answer; log it once if not."""
+    endpoint = state.endpoint
+    if dialect_for(connection) is None or endpoint.alias == endpoint.pool:
+        return
+    was_bounded = endpoint.reads_are_bounded
+    has_timeout = bool(connection.settings_dict["OPTIONS"].get("read_timeout"))
+    endpoint.reads_are_bounded = state.is_watched or has_timeout
+    if was_bounded is not endpoint.reads_are_bounded is False:
+        logger.warning(
+            "A read of %s waits for as long as its server does not answer: connections of %s "
+            "cannot be watched. Use psycopg 3, or read_timeout of mysqlclient.",
+            state.alias,
+            type(raw).__module__,
+        )
 
 
 class ProbeResult(NamedTuple):
@@ -306,7 +326,7 @@ def _fetch_identity(
         try:
             return dialect.identify(query, driver, strategy)
         except DatabaseError as error:
-            if isinstance(error, CONNECTION_ERRORS) and not dialect.is_refusal(error):
+            if isinstance(error, CONNECTION_ERRORS) and not dialect.refuses_probe(error):
                 raise
             logger.debug("%s cannot report its identity: %s", state.alias, error)
     return Identification(Identity("", driver.host, driver.port)), ()
@@ -336,7 +356,7 @@ def _fetch_report(
             cause = error
             break
         except DatabaseError as error:
-            if not dialect.is_refusal(error):
+            if not dialect.refuses_probe(error):
                 raise
             cause = error
         else:

@@ -17,6 +17,22 @@ __all__ = ["skip_system_checks"]
 pytestmark = pytest.mark.real
 
 
+def test_status_says_whether_reads_are_bounded(
+    my: Servers, caplog: pytest.LogCaptureFixture
+) -> None:
+    connections.settings["my2"]["OPTIONS"]["read_timeout"] = 5
+    for _ in range(2):
+        for alias in ("my1", "my2"):
+            with connections[alias].cursor():
+                connections[alias].close()
+    (message,) = [text for text in caplog.messages if "waits for as long as" in text]
+    assert message.startswith("A read of my1 ")
+    code, rows = status()
+    assert code == 0
+    bounded = {alias: row["reads_bounded"] for alias, row in rows.items()}
+    assert bounded == {"my": None, "my1": False, "my2": True}
+
+
 @pytest.fixture
 def plain(my: Servers) -> Iterator[str]:
     """Create a role with SELECT only."""

@@ -477,8 +477,8 @@ def test_mysql_server_that_was_not_identified_has_no_position() -> None:
 def test_mysql_error_of_a_probe_is_a_refusal_unless_it_may_pass(
     code: int, is_refusal: bool
 ) -> None:
-    assert MySQL().is_refusal(OperationalError(code, "")) is is_refusal
-    assert not MySQL().is_refusal(OperationalError("gone"))
+    assert MySQL().refuses_probe(OperationalError(code, "")) is is_refusal
+    assert not MySQL().refuses_probe(OperationalError("gone"))
 
 
 def test_mysql_and_mariadb_positions_are_compared_without_a_connection() -> None:

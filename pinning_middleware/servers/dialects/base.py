@@ -101,7 +101,7 @@ class Dialect:
         """Return the driver's code of an error that Django has wrapped, or None."""
         raise NotImplementedError("subclasses of Dialect must provide an error_code() method")
 
-    def is_refusal(self, error: BaseException) -> bool:
+    def refuses_probe(self, error: BaseException) -> bool:
         """Return whether the server refused a probe, and will refuse it again for some time."""
         return self.error_code(error) in self.permission_errors
 

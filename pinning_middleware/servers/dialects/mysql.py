@@ -241,7 +241,7 @@ class MySQL(Dialect):
     def error_code(self, error: BaseException) -> Any:
         return error.args[0] if error.args and isinstance(error.args[0], int) else None
 
-    def is_refusal(self, error: BaseException) -> bool:
+    def refuses_probe(self, error: BaseException) -> bool:
         code = self.error_code(error)
         if code is None or code in CLIENT_ERRORS:
             return False
