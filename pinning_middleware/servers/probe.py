@@ -302,19 +302,38 @@ def _identify(
     session, own = identification.session, _driver_session(connection)
     state.behind_pooler = session is not None and own is not None and session != own
     endpoint = state.endpoint
-    if (
-        state.behind_pooler
-        and len(endpoint.recent_servers) > 1
-        and not endpoint.pooler_mixes_servers
-    ):
-        endpoint.pooler_mixes_servers = True
-        logger.warning(
-            "%s resolves to several servers behind a connection pooler; positions are ignored and "
-            "pins last the full window.",
-            state.alias,
-        )
+    if state.behind_pooler and not endpoint.pooler_mixes_servers:
+        mixes_servers = len(endpoint.recent_servers) > 1
+        if endpoint.is_balanced is None:
+            _record_whether_balanced(endpoint, dialect, query)
+            # Another server may answer the same statement.
+            again = _fetch_identity(connection, dialect, state, query)[0].identity
+            mixes_servers = mixes_servers or again != identity
+        if mixes_servers and not endpoint.pooler_mixes_servers:
+            endpoint.pooler_mixes_servers = True
+            logger.warning(
+                "%s resolves to several servers behind a connection pooler; positions are ignored "
+                "and pins last the full window.",
+                state.alias,
+            )
     state.server = server
     return server, row
+
+
+def _record_whether_balanced(endpoint: Endpoint, dialect: Dialect, query: Query) -> None:
+    try:
+        endpoint.is_balanced = dialect.balances_reads(query)
+    except DatabaseError as error:
+        if isinstance(error, CONNECTION_ERRORS):
+            raise
+        endpoint.is_balanced = False
+    if endpoint.is_balanced:
+        endpoint.pooler_mixes_servers = True
+        logger.error(
+            "%s resolves to pgpool-II with load_balance_mode = on, so that any of its servers "
+            "answers a read; positions are ignored. Set load_balance_mode = off.",
+            endpoint.alias,
+        )
 
 
 def _fetch_identity(

@@ -271,6 +271,8 @@ class Endpoint:
         self.must_reidentify = False
         # A connection pooler mixes several servers, so that a position is of no use. Logged once.
         self.pooler_mixes_servers = False
+        # Whether a pooler sends reads and writes to different servers; None if unknown.
+        self.is_balanced: bool | None = None
         # Whether a read ends if the server does not answer; None if no connection was made yet.
         self.reads_are_bounded: bool | None = None
         # The settings that the endpoint was made for have been replaced.

@@ -81,6 +81,13 @@ class Dialect:
         """Return a timeline that the server has reached, or None if unknown."""
         return None
 
+    def balances_reads(self, query: Query) -> bool:
+        """
+        Return whether a pooler of this database sends reads and writes to different servers. It is
+        called behind a pooler; an error of the statement means that it does not.
+        """
+        return False
+
     def report(self, query: Query, server: Server, strategy: int) -> Row:
         """Return the row for ``read``."""
         raise NotImplementedError("subclasses of Dialect must provide a report() method")

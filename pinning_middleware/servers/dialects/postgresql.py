@@ -67,6 +67,8 @@ REPORTS: Final = {
     XID_ALONE: f"pg_is_in_recovery(), {_XID}, NULL",
 }
 
+PGPOOL_BALANCES: Final = "PGPOOL SHOW load_balance_mode"
+
 PAGE = 8192
 # Sizes of the header of a page, and of the first page of a segment.
 HEADER, SEGMENT_HEADER = 24, 40
@@ -135,6 +137,13 @@ class PostgreSQL(Dialect):
 
     def checkpoint_timeline(self, query: Query) -> str | None:
         return str(int(query(CHECKPOINT_TIMELINE)[0]))
+
+    def balances_reads(self, query: Query) -> bool:
+        # Only pgpool-II answers these without an error; the first may have no row. It sends a SELECT
+        # of a function to the primary, and another one to any of its servers.
+        # https://www.pgpool.net/docs/latest/en/html/runtime-config-load-balancing.html
+        query("SHOW pool_version")
+        return query(PGPOOL_BALANCES)[0] == "on"
 
     def report(self, query: Query, server: Server, strategy: int) -> Row:
         return query(f"SELECT {REPORTS[strategy]}")
