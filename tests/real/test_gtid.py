@@ -14,6 +14,7 @@ from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware import use_replica
 from pinning_middleware.exceptions import ReplicaWriteError
+from pinning_middleware.servers.dialects.mysql import MySQL
 from tests.app.models import Book
 from tests.conftest import Visit
 
@@ -142,6 +143,20 @@ def test_wait_times_out(my: Servers, sent_signals: SentSignals) -> None:
         assert [read(), read()] == [("my", ["new"])] * 2
     (waited,) = sent_signals.of("replica_wait_finished")
     assert not waited["reached"]
+
+
+def test_unexpected_error_of_a_probe_is_logged_once(
+    my: Servers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for product in ("mariadb", "mysql"):
+        monkeypatch.setitem(MySQL.REPORT, product, "no_such_function()")
+    for _ in range(2):
+        token = write()
+        assert position_in(token) is None
+        assert server_for(token) == "my"
+    (message,) = [text for text in caplog.messages if "unexpected error" in text]
+    assert message.startswith("my refuses the probe for its replication position")
+    assert "1305" in message
 
 
 # Promotion

@@ -139,8 +139,8 @@ class PostgreSQL(Dialect):
         return str(int(query(CHECKPOINT_TIMELINE)[0]))
 
     def balances_reads(self, query: Query) -> bool:
-        # Only pgpool-II answers these without an error; the first may have no row. It sends a SELECT
-        # of a function to the primary, and another one to any of its servers.
+        # Only pgpool-II answers these, and only without parameters. It sends a SELECT of a function
+        # to the primary, and another one to any of its servers.
         # https://www.pgpool.net/docs/latest/en/html/runtime-config-load-balancing.html
         query("SHOW pool_version")
         return query(PGPOOL_BALANCES)[0] == "on"
