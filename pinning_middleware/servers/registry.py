@@ -438,15 +438,12 @@ class ServerRegistry:
             return
         self._primary_samples.pop(server.system, None)
         self._lag_samples.pop(server.system, None)
-        for other in tuple(self._servers.values()):
-            if other is not server and other.system == server.system:
-                other.dispute(other.position)
+        for other in self._others_in_pools_of(server):
+            other.dispute(other.position)
 
     def _compare_with_primary(self, primary: Server, written: Position, sent_at: float) -> None:
         """A server that reported more of a log than its primary had later is of another history."""
-        for other in tuple(self._servers.values()):
-            if other is primary or other.system != primary.system:
-                continue
+        for other in self._others_in_pools_of(primary):
             other.confirm(written.points)
             if other.last_probed < sent_at:
                 ahead = {
@@ -456,6 +453,18 @@ class ServerRegistry:
                 }
                 if ahead:
                     other.dispute(ahead)
+
+    def _others_in_pools_of(self, server: Server) -> set[Server]:
+        # Logs of two clusters of MariaDB may have the same names.
+        endpoints = tuple(self._endpoints.values())
+        pools = {endpoint.pool for endpoint in endpoints if server in endpoint.servers}
+        return {
+            other
+            for endpoint in endpoints
+            if endpoint.pool in pools
+            for other in tuple(endpoint.servers)
+            if other is not server
+        }
 
     def primary_position(self, system: str) -> Position | None:
         """Return the last position that a primary of this system has reported, or None."""

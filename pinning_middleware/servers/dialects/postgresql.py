@@ -143,7 +143,7 @@ class PostgreSQL(Dialect):
         # to the primary, and another one to any of its servers.
         # https://www.pgpool.net/docs/latest/en/html/runtime-config-load-balancing.html
         query("SHOW pool_version")
-        return query(PGPOOL_BALANCES)[0] == "on"
+        return bool(query(PGPOOL_BALANCES)[0] == "on")
 
     def report(self, query: Query, server: Server, strategy: int) -> Row:
         return query(f"SELECT {REPORTS[strategy]}")
