@@ -53,8 +53,10 @@ def test_reset_primary_disputes_the_positions_of_its_replicas(
     servers: ServerRegistry, primary: Server, replica: Server
 ) -> None:
     report(servers, primary, 20, is_replica=False)
+    sent_at = time.monotonic()
+    # While the primary is being probed.
     report(servers, replica, 20, is_replica=True)
-    report(servers, primary, 1, is_replica=False)
+    report(servers, primary, 1, is_replica=False, sent_at=sent_at)
     assert (primary.position, replica.position) == ({LOG: 1}, {})
     # It still is where it was, in the history that has ended.
     report(servers, replica, 20, is_replica=True)
