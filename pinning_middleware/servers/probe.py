@@ -140,7 +140,7 @@ def _record_whether_bounded(
     has_timeout = bool(connection.settings_dict["OPTIONS"].get("read_timeout"))
     endpoint.reads_are_bounded = state.is_watched or has_timeout
     if was_bounded is not endpoint.reads_are_bounded is False:
-        logger.warning(
+        logger.info(
             "A read of %s waits for as long as its server does not answer: connections of %s "
             "cannot be watched. Use psycopg 3, or read_timeout of mysqlclient.",
             state.alias,

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.real
 def test_status_says_whether_reads_are_bounded(
     my: Servers, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "pinning_middleware.servers")
     connections.settings["my2"]["OPTIONS"]["read_timeout"] = 5
     for _ in range(2):
         for alias in ("my1", "my2"):
