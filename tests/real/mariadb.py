@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib.util
 import os
 import pwd
 import shutil
@@ -30,11 +31,13 @@ def find_programs() -> dict[str, str]:
     found = {name: shutil.which(name, path=path) for name in PROGRAMS}
     if lacking := [name for name, place in found.items() if place is None]:
         missing(f"MariaDB is missing ({', '.join(lacking)}): apt-get install mariadb-server")
-    try:
-        __import__("MySQLdb")
-    except ImportError:
-        missing("MariaDB's driver is missing: pip install mysqlclient")
+    require_driver()
     return {name: place for name, place in found.items() if place is not None}
+
+
+def require_driver() -> None:
+    if importlib.util.find_spec("MySQLdb") is None:
+        missing("The driver is missing: pip install mysqlclient")
 
 
 def as_account() -> dict[str, Any]:

@@ -80,6 +80,7 @@ class Servers(mariadb.Servers):
 
     @staticmethod
     def find_program() -> str:
+        mariadb.require_driver()
         program = UNSTABLE / "mysql" / "mysqld"
         return str(program) if program.exists() else not_run("MySQL")
 
