@@ -25,6 +25,7 @@ __all__ = [
     "PoolKey",
     "Position",
     "live",
+    "logs_of",
     "merge_optional",
     "merge_pins",
     "merge_points",
@@ -176,10 +177,10 @@ def _includes_logs(newer: Position | None, older: Position | None) -> bool:
     """Return whether the newer position has every log that the older one requires."""
     if newer is None or older is None:
         return True
-    return _logs(older.points.keys() - older.optional) <= _logs(newer.points)
+    return logs_of(older.points.keys() - older.optional) <= logs_of(newer.points)
 
 
-def _logs(names: Iterable[str]) -> set[str]:
+def logs_of(names: Iterable[str]) -> set[str]:
     """Return the logs; the part of a log after a gap is named "log/first"."""
     return {name.partition("/")[0] for name in names}
 
