@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple
 from django.db import DatabaseError, InterfaceError, OperationalError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from pinning_middleware.backend.read_timeouts import answers_probe, has_timed_out
 from pinning_middleware.backend.session_setup import set_up_session
 from pinning_middleware.backend.writes import recording_write, sql_text
 from pinning_middleware.conf import conf
@@ -269,7 +270,7 @@ def _run_on(
     if (connect_error := _connect_error(call, connection)) is not None:
         return _take_out(connection, connect_error)
     for is_last in (False, True):
-        was_open, has_run = connection.connection is not None, False
+        was_open, has_run, began = connection.connection is not None, False, 0.0
         try:
             if is_last or not is_first or isinstance(call.cursor.cursor, UnopenedCursor):
                 _reopen(connection)
@@ -287,7 +288,7 @@ def _run_on(
             if connection.connection is not raw:
                 # Reopened by a probe.
                 call.move_to(connection)
-            has_run = True
+            has_run, began = True, time.monotonic()
             result = _run_watched(pool, call, connection)
         except BudgetExhausted as error:
             connection.close()
@@ -304,6 +305,11 @@ def _run_on(
                     return _run_refused(pool, scope, call, error, refusal)
             if not isinstance(error, CONNECTION_ERRORS):
                 raise
+            if has_run and has_timed_out(connection, error, time.monotonic() - began):
+                if state_modified(connection) or answers_probe(connection, error):
+                    raise
+                connection.close()
+                return Rejection(Reason.FAILOVER, error)
             if has_run and _waited_for_lock(pool, connection, error):
                 if not _may_fail_over(connection, call):
                     raise

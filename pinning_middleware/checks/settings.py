@@ -32,6 +32,14 @@ def value_of(name: str) -> Any:
     return getattr(settings, conf.effective_name(name), DEFAULTS.get(name))
 
 
+def parsed_replicas() -> dict[str, dict[str, int]]:
+    """Return PINNING_REPLICAS, or {} if it is invalid (which E001 reports)."""
+    try:
+        return parse_replicas(value_of("PINNING_REPLICAS"))
+    except ValueError:
+        return {}
+
+
 # Predicates
 
 

@@ -16,7 +16,7 @@ from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.conf import conf
-from pinning_middleware.pins import Points, Position, merge_points
+from pinning_middleware.pins import Points, Position, logs_of, merge_points
 from pinning_middleware.reasons import Fault
 from pinning_middleware.routing.compatibility import is_test_mirror
 from pinning_middleware.scopes.scope import Requirement
@@ -96,7 +96,7 @@ class Health:
             dialect.reached(Position(minimum), server.position)
             or server.reported_at_least(minimum)
             or server.reached_without_timeline(minimum)
-            or bool(server.position.keys() - minimum.keys())
+            or bool(logs_of(server.position) - logs_of(minimum))
         )
 
     def _is_promoted(self, server: Server) -> bool:
@@ -109,7 +109,7 @@ class Health:
             # The primary must be identified first; this server is judged again after that.
             self._request_samples()
             written = registry.primary_position(server.system)
-            return written is None or server.position.keys() != written.points.keys()
+            return written is None or logs_of(server.position) != logs_of(written.points)
         return primary is not server and primary.system == server.system
 
     # Admission of a connection

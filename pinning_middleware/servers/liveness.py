@@ -82,10 +82,22 @@ def watched_wait(wait: Any) -> Any:
 
 def watch_waits(raw: Any, state: ConnectionState) -> None:
     """Watch the waits of a driver connection, if the driver is psycopg 3."""
+    raw = _driver_connection(raw)
     if hasattr(getattr(raw, "wait", None), "pinning_original"):
-        # An agent's proxy around the connection sets it on the connection itself.
         raw.pinning_watched = state
         state.is_watched = True
+
+
+def _driver_connection(raw: Any) -> Any:
+    """
+    Return the connection behind a proxy: of SQLAlchemy's pools, or of an agent that uses wrapt.
+
+    https://docs.sqlalchemy.org/en/20/core/connections.html#working-with-the-dbapi-cursor-directly
+    https://wrapt.readthedocs.io/en/master/wrappers.html#object-proxy
+    """
+    for attribute in ("driver_connection", "__wrapped__"):
+        raw = getattr(raw, attribute, None) or raw
+    return raw
 
 
 def _watch_wait(
