@@ -67,6 +67,7 @@ PURE = (
     "reasons",
     "routing.rotation",
     "scopes.overrides",
+    "scopes.threads",
     "servers.timelines",
     "sql.__init__",
     "utils.clock",
