@@ -24,6 +24,7 @@ from pinning_middleware.servers.probe import CONNECTION_ERRORS, probing_allowed,
 from pinning_middleware.servers.psycopg_pool import fail_waiting_reads
 from pinning_middleware.servers.registry import Endpoint, Server, registry
 from pinning_middleware.signals import replica_wait_finished
+from pinning_middleware.utils import clock
 from pinning_middleware.utils.forks import ForkSafeLock
 from pinning_middleware.utils.transactions import is_transaction_open
 
@@ -246,14 +247,14 @@ class ReplicaSet:
                     monitor.resolve_timeline(alias, self.primary, self.health.update_status)
             return None
 
-        update, began = self.health.update_status, time.monotonic()
+        update, began = self.health.update_status, clock.unfrozen()
         alias: str | None = monitor.wait_for(order, self.primary, update, seconds, found)
         if alias is None and not self._would_wait_in_vain(order, wanted, seconds):
             self._in_vain = wanted, seconds
         replica_wait_finished.send_robust(
             self.primary,
             replica=alias or next(iter(self.endpoints)),
-            seconds=time.monotonic() - began,
+            seconds=clock.unfrozen() - began,
             reached=alias is not None,
         )
         return alias

@@ -39,6 +39,7 @@ from pinning_middleware.servers.registry import (
     Server,
     registry,
 )
+from pinning_middleware.utils import clock
 from pinning_middleware.utils.forks import ForkSafeLock
 from pinning_middleware.utils.logging import log_rate_limited
 
@@ -580,7 +581,7 @@ def wait_for(
 
     Return its last result. However many callers wait, each replica is probed once for all.
     """
-    until = time.monotonic() + seconds
+    until = clock.unfrozen() + seconds
     monitors = [
         _assign(alias, primary, update_status, lambda monitor: monitor.add_waiter(1))
         for alias in aliases
@@ -589,7 +590,7 @@ def wait_for(
         return condition()
     try:
         first = monitors[0]
-        while not (result := condition()) and (left := until - time.monotonic()) > 0:
+        while not (result := condition()) and (left := until - clock.unfrozen()) > 0:
             with first.condition:
                 # The first monitor does not notify of the others' probes.
                 first.condition.wait(left if len(monitors) == 1 else min(left, MAX_PAUSE))
