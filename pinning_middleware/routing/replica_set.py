@@ -34,7 +34,7 @@ logger = logging.getLogger("pinning_middleware.pins")
 
 # Seconds that the first read under a `max_lag` waits until a lag has been measured.
 FIRST_LAG_TIMEOUT: Final = 0.25
-# Seconds after which a read tries a replica whose monitor has not, because no threads run.
+# Seconds after which a read starts the monitor of a replica again: its thread may have failed to.
 MONITOR_OVERDUE: Final = 5.0
 # How often a connection is opened anew to reach another server behind its alias.
 MAX_RECONNECTS: Final = 6
@@ -82,11 +82,8 @@ class ReplicaSet:
         now = time.monotonic()
         for name in self.out_of_rotation:
             endpoint = self.endpoints[name]
-            is_overdue = endpoint.retry_at + MONITOR_OVERDUE < now
-            if is_overdue and endpoint.is_down and self.rotation.weights[name]:
-                endpoint.must_reidentify = True
-                registry.mark_up(endpoint)
-                return name
+            if endpoint.is_down and endpoint.retry_at + MONITOR_OVERDUE < now:
+                monitor.retry_until_up(name, self.primary, self.health.update_status)
         if alias is None:
             # Every replica lags. An unpinned read may be stale, and the primary may not have the
             # capacity for the reads of all replicas.

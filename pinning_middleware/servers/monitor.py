@@ -5,8 +5,8 @@ until the replicas have them.
 
 One lazily started daemon thread per alias, with its own connection, so that an unresponsive server
 cannot block the others. The thread and its connection end after IDLE seconds without work; no error
-ends them. Where threads do not run, callers wait no longer than their own limit, and a read retries
-a replica whose retry is overdue.
+ends them. If a thread cannot be started, callers wait no longer than their own limit, and a read of
+the pool starts it when a retry is overdue.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Monitor:
         return registry.endpoint(self.alias, self.primary)
 
     def start(self) -> None:
-        # Thread.start() waits until the thread runs, which under uWSGI may never happen.
+        # threading.Thread begins with the caller's context on free-threaded builds.
         _thread.start_new_thread(self._run, ())
 
     # Called from other threads. Return False if the monitor is shutting down and did not accept
