@@ -48,7 +48,7 @@ FIRST_CHECK_AFTER, NEXT_CHECK_AFTER = 0.3, 1.0
 # Seconds after which psycopg resumes a generator that waits.
 WAIT_INTERVAL: Final = 0.1
 # Maximum seconds that a read waits for a lock of recovery if another server may serve it.
-LOCK_TIMEOUT: Final = 1.0
+LOCK_TIMEOUT: Final = 0.8
 
 
 class ServerUnresponsive(OperationalError):
