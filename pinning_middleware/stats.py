@@ -369,6 +369,8 @@ def get_stats() -> dict[str, Any]:
     - ``retries``: pool → alias that failed → alias that served → number of reads.
     - ``refusals``: pool → name of a table, a statement or a role → number of reads that went to the
       primary because every standby refuses them.
+    - ``retry_404``: number of views that ended in 404 on a replica and were ``found`` or
+      ``missing`` on the primary, or ``refused`` since the budget was spent.
     - ``waits``: pool → ``count`` of scopes that waited for a replica, ``reached`` of those that got
       one, and the total ``seconds``.
     """
@@ -404,6 +406,7 @@ def get_stats() -> dict[str, Any]:
         "fallbacks": fallbacks,
         "retries": retries,
         "refusals": refusals,
+        "retry_404": {name: counters.retries_404[name] for name in ("found", "missing", "refused")},
         "waits": waits,
     }
 

@@ -79,6 +79,7 @@ BAD: list[tuple[str, list[Any], str]] = [
     ("PINNING_MAX_LAG", [value for value in NOT_SECONDS if value is not None], "E005"),
     ("PINNING_POSITIONS", ["False", "wal", 0, 1, None, []], "E015"),
     ("PINNING_OFFLOAD", ["typo", "no.such", None, 5, 0, 1], "E016"),
+    ("PINNING_RETRY_404", [0, 5, -0.1, 1.5, "True", None, [], float("nan")], "E026"),
     ("PINNING_PRIMARY_MODELS", NOT_STRINGS, "E017"),
     ("PINNING_PRIMARY_MODELS", [["aut"], ["app.Boook"], ["nothing"]], "E018"),
     ("PINNING_OFFLOAD_OUTSIDE_REQUESTS", NOT_BOOL, "E006"),
@@ -150,6 +151,7 @@ GOOD: list[tuple[str, list[Any]]] = [
     ("PINNING_PRIMARY_METHODS", [(), ["POST"], {"POST"}]),
     ("PINNING_IGNORED_TABLES", [(), ["app_hits"], ["public.app_hits"]]),
     ("PINNING_WRITING_FUNCTIONS", [(), ["log_access"], ("audit.log_access", "F$1")]),
+    ("PINNING_RETRY_404", [True, False, 0.05, 1, 1.0]),
     ("PINNING_SESSION_SETUP", [None, "tests.test_checks.found"]),
 ]
 # The IDs whose message names the wrong entry in place of the whole value.
