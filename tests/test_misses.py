@@ -90,7 +90,12 @@ urlpatterns = [
     *app_patterns,
     path("class/", FindView.as_view()),
     path("async-class/", AsyncView.as_view()),
-    path("async-dispatch/", method_decorator(retry_404, name="dispatch")(AsyncView).as_view()),
+    path(
+        "async-dispatch/",
+        method_decorator(retry_404, name="dispatch")(
+            type("Dispatched", (AsyncView,), {})
+        ).as_view(),
+    ),
     path("api/", ApiView.as_view()),
     path("excluded/", retry_404(False)(FindView.as_view())),
     path("marked/", retry_404(FindView.as_view())),
@@ -184,11 +189,12 @@ def test_excluded_view_is_not_run_again(browser: Browser, address: str) -> None:
     assert runs == ["GET"]
 
 
-def test_marked_view_is_run_again_without_the_setting(browser: Browser) -> None:
+@pytest.mark.parametrize("address", ["marked", "async-dispatch"])
+def test_marked_view_is_run_again_without_the_setting(browser: Browser, address: str) -> None:
     write()
     with override_settings(PINNING_RETRY_404=False):
         assert browser.get("/class/").status_code == 404
-        assert browser.get("/marked/").status_code == 200
+        assert browser.get(f"/{address}/").status_code == 200
     assert len(runs) == 3
 
 
@@ -200,8 +206,9 @@ def test_marked_view_is_run_again_once_only(browser: Browser) -> None:
 def test_request_with_another_method_is_not_run_again(browser: Browser, do: Do) -> None:
     write()
     with override_settings(PINNING_PRIMARY_METHODS=()):
-        assert browser.post(f"/sync/{do(find)}/").status_code == 404
-    assert runs == ["POST"]
+        for view in (find, retry_404(find)):
+            assert browser.post(f"/sync/{do(view)}/").status_code == 404
+    assert runs == ["POST", "POST"]
 
 
 def test_streaming_response_is_not_run_again(browser: Browser, do: Do) -> None:
