@@ -84,6 +84,12 @@ class Instruments:
                 "Views that ended in 404 on a replica, by the answer of the primary.",
                 _retries_404,
             ),
+            (
+                "task_retries",
+                "{task}",
+                "Tasks that found no replica which had caught up, by what became of them.",
+                _task_retries,
+            ),
         ):
             meter.create_observable_counter(
                 f"{NAME}.{name}", [_counter_callback(count)], unit=unit, description=description
@@ -186,6 +192,11 @@ def _retries() -> Measurements:
 
 def _retries_404() -> Measurements:
     for result, number in stats.get_stats()["retry_404"].items():
+        yield number, {"result": result}
+
+
+def _task_retries() -> Measurements:
+    for result, number in stats.get_stats()["task_retries"].items():
         yield number, {"result": result}
 
 
