@@ -134,10 +134,7 @@ def _decorate(function: Callable[..., Any], is_miss: IsMiss | None = None) -> Ca
             return first.result
         try:
             return first.count(again())
-        except MISSES:
-            first.count(None)
-            raise
-        except (OperationalError, InterfaceError) as error:
+        except Exception as error:
             return first.answer(error)
 
     return call
@@ -150,10 +147,7 @@ async def _arun(first: _FirstRun, awaitable: Awaitable[Any], again: Callable[[],
         return first.result
     try:
         return first.count(await again())
-    except MISSES:
-        first.count(None)
-        raise
-    except (OperationalError, InterfaceError) as error:
+    except Exception as error:
         return first.answer(error)
 
 
@@ -234,24 +228,29 @@ class _FirstRun(AbstractContextManager[None]):
         )
 
     def count(self, result: Any) -> Any:
-        """Count the second run with its result, None if it raised, and return the result."""
+        """Count the second run by its result, and return that."""
         self._error, self.result = None, result
-        is_missing = result is None or self._ended_in_miss(None)
-        counters.retries_404["missing" if is_missing else "found"] += 1
+        counters.retries_404["missing" if self._ended_in_miss(None) else "found"] += 1
         return result
 
-    def answer(self, failure: Exception) -> Any:
-        """Answer as the first run did, since the primary cannot be asked."""
+    def answer(self, error: Exception) -> Any:
+        """
+        Count the second run by its exception, and raise that. If the primary cannot be asked,
+        answer as the first run did.
+        """
+        first, self._error = self._error, None
+        if not isinstance(error, (OperationalError, InterfaceError)):
+            counters.retries_404["missing" if isinstance(error, MISSES) else "found"] += 1
+            raise error
         log_rate_limited(
             logger,
             logging.WARNING,
             "retry_404",
             "The primary could not be asked for what a replica does not have: %s",
-            failure,
+            error,
         )
-        if (error := self._error) is not None:
-            self._error = None
-            raise error from None
+        if first is not None:
+            raise first from None
         return self.result
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync
+from django.core.exceptions import PermissionDenied
 from django.db import OperationalError, connections, models, transaction
 from django.db.backends.sqlite3.base import DatabaseWrapper
 from django.http import Http404, HttpResponse, StreamingHttpResponse
@@ -144,6 +145,16 @@ def test_404_of_both_servers_remains_a_404(browser: Browser, do: Do) -> None:
     assert browser.get(f"/sync/{do(find)}/").status_code == 404
     assert len(runs) == 2
     assert counters.retries_404 == {"missing": 1}
+
+
+def test_exception_of_the_second_run_is_raised(browser: Browser, do: Do) -> None:
+    def act(request: Any) -> None:
+        find(request)
+        raise PermissionDenied
+
+    write()
+    assert browser.get(f"/sync/{do(act)}/").status_code == 403
+    assert counters.retries_404 == {"found": 1}
 
 
 def test_atomic_requests_view_is_run_again_in_a_transaction_of_its_own(
