@@ -318,6 +318,7 @@ def test_task_with_the_retry_policy_is_put_back_until_a_replica_has_caught_up(
     for one in (sent, followed):
         assert answer(one) == (True, "pg1")
         assert result(one)["put_back"] >= 1
+        assert result(one)["retries"] == 0, "these are the task's own"
 
 
 def test_task_with_the_retry_policy_reads_the_primary_at_last(
@@ -414,7 +415,8 @@ def test_eager_task_with_the_retry_policy_reads_the_primary(pg: PostgreSQL, eage
     pg.pause()
     with pinning_scope():
         write()
-        assert answer(tasks.see_by_retry.delay("new")) == (True, "pg")
+        sent = tasks.see_by_retry.delay("new")
+    assert (answer(sent), result(sent)["put_back"]) == ((True, "pg"), None)
 
 
 def test_eager_chain_and_chord(pg: PostgreSQL, eager: None) -> None:

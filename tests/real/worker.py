@@ -66,7 +66,9 @@ def see_soon(*titles: str) -> dict[str, Any]:
 
 @app.task(pinning="retry", pinning_retries=20, max_retries=0)
 def see_by_retry(*titles: str) -> dict[str, Any]:
-    return {**look(*titles), "put_back": see_by_retry.request.get("pinning_put_back")}
+    request = see_by_retry.request
+    put_back = request.get("pinning_put_back")
+    return {**look(*titles), "put_back": put_back, "retries": request.retries}
 
 
 @app.task(pinning="retry", pinning_retries=1, max_retries=0)
