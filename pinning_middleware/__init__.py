@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         use_replica,
     )
     from pinning_middleware.exceptions import ReplicaWriteError
+    from pinning_middleware.misses import retry_404
     from pinning_middleware.scope_blocks import pinning_scope, propagate_scope
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "pin_this_request",
     "pinning_scope",
     "propagate_scope",
+    "retry_404",
     "unpin_this_request",
     "use_primary",
     "use_replica",
@@ -48,6 +50,7 @@ __all__ = [
 _ELSEWHERE = {
     "ReplicaWriteError": "exceptions",
     "propagate_scope": "scope_blocks",
+    "retry_404": "misses",
     "pinning_scope": "scope_blocks",
 }
 

@@ -16,18 +16,25 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from celery import Celery, current_task
+from celery import Celery, Task, current_task
+from celery.exceptions import Retry
 from celery.signals import before_task_publish, task_postrun, task_prerun
 from django.core import checks
 
 from pinning_middleware import handoff
 from pinning_middleware.pins import Pins, merge_pins
 from pinning_middleware.scope_blocks import PinningScope
+from pinning_middleware.utils import counters
 
 __all__ = ["HEADER", "POLICIES", "propagate_pins"]
 
 HEADER = "pinning_token"
-POLICIES = ("sticky", "primary", "wait")
+POLICIES = ("sticky", "primary", "wait", "retry")
+# How often a task with pinning="retry" has been put back; in the headers of its message.
+PUT_BACK = "pinning_put_back"
+DEFAULT_RETRIES = 3
+# Delay before a task that was put back runs again, doubled each time (seconds).
+FIRST_DELAY = 1.0
 # Maximum wait of a task with pinning="wait" and without pinning_wait (seconds).
 DEFAULT_WAIT = 1.0
 
@@ -43,7 +50,13 @@ def propagate_pins(app: Celery) -> None:
     - ``"sticky"``, the default: read from a replica that has caught up, else from the primary;
     - ``"primary"``: read from the primary;
     - ``"wait"``: wait for a replica to catch up, at most ``pinning_wait`` seconds (default: 1),
-      else read from the primary.
+      else read from the primary;
+    - ``"retry"``: if no replica has caught up within ``pinning_wait`` seconds (default: 0), put the
+      task back before it runs, with a countdown of 1, 2, 4 … seconds, at most ``pinning_retries``
+      times (default: 3), then read from the primary. These retries are not the task's own.
+
+    A task class that overrides ``before_start()`` has to call ``super()`` for ``"retry"``. An eager
+    task is not put back.
 
     A task with another value reads from the primary. ``manage.py check`` reports it as an error,
     and it is logged when the app is finalized, for example in a worker.
@@ -53,6 +66,7 @@ def propagate_pins(app: Celery) -> None:
     task_postrun.connect(_close_scope, weak=False, dispatch_uid="pinning_middleware.end")
     app.on_after_finalize.connect(_log_invalid_policies, weak=False)
     checks.register(functools.partial(_check_policies, app))
+    _put_back_before_start()
     _keep_pins_of_duplicates()
 
 
@@ -65,6 +79,14 @@ def _invalid_policies(app: Celery) -> Iterator[str]:
         policy = getattr(task, "pinning", "sticky")
         if policy not in POLICIES:
             yield f"Task {name}: pinning must be one of {choices}, not {policy!r}."
+        if not _has_valid_retries(task):
+            retries = task.pinning_retries
+            yield f"Task {name}: pinning_retries must be an integer, 0 or more, not {retries!r}."
+
+
+def _has_valid_retries(task: Any) -> bool:
+    retries = getattr(task, "pinning_retries", DEFAULT_RETRIES)
+    return isinstance(retries, int) and not isinstance(retries, bool) and retries >= 0
 
 
 def _log_invalid_policies(sender: Celery, **kwargs: Any) -> None:
@@ -74,7 +96,10 @@ def _log_invalid_policies(sender: Celery, **kwargs: Any) -> None:
 
 
 def _check_policies(app: Celery, **kwargs: Any) -> list[checks.CheckMessage]:
-    hint = f"Set it to one of {', '.join(map(repr, POLICIES))}. The task reads from the primary."
+    hint = (
+        f"Set pinning to one of {', '.join(map(repr, POLICIES))}, and pinning_retries to a number. "
+        "The task reads from the primary."
+    )
     return [
         checks.Error(message, hint=hint, id="pinning_middleware.E101")
         for message in _invalid_policies(app)
@@ -142,12 +167,51 @@ def _open_scope(task: Any, args: Any = (), **kwargs: Any) -> None:
         pins,
         # An eager task runs inside the caller's scope; a worker processes unrelated tasks.
         isolated=not request.is_eager,
-        wait=getattr(task, "pinning_wait", DEFAULT_WAIT) if policy == "wait" else None,
-        prefer_primary=policy not in ("sticky", "wait"),
+        wait=_seconds_to_wait(task, policy),
+        prefer_primary=policy not in POLICIES
+        or policy == "primary"
+        or not _has_valid_retries(task),
     )
     block.__enter__()
     # Stored in the request, because the ID of a task is also that of its retries.
     request.pinning_scope = block
+
+
+def _seconds_to_wait(task: Any, policy: object) -> float | None:
+    if policy not in ("wait", "retry"):
+        return None
+    return getattr(task, "pinning_wait", DEFAULT_WAIT if policy == "wait" else 0.0)
+
+
+def _put_back_before_start() -> None:
+    """Extend ``Task.before_start()``, which may raise ``Retry``, unlike receivers of signals."""
+    original = Task.before_start
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def before_start(self: Any, task_id: str, args: Any, kwargs: Any) -> None:
+        if getattr(self, "pinning", None) == "retry" and not self.request.is_eager:
+            _put_back_unless_caught_up(self, args, kwargs)
+        original(self, task_id, args, kwargs)
+
+    # Celery calls the hook of its base class only if it comes from elsewhere.
+    before_start.__module__ = __name__
+    Task.before_start = before_start
+
+
+def _put_back_unless_caught_up(task: Any, args: Any, kwargs: Any) -> None:
+    if handoff.has_caught_up():
+        return
+    number = getattr(task.request, PUT_BACK, None) or 0
+    if number >= getattr(task, "pinning_retries", DEFAULT_RETRIES):
+        counters.task_retries["primary"] += 1
+        return
+    delay = FIRST_DELAY * 2**number
+    signature = task.signature_from_request(task.request, args, kwargs, countdown=delay)
+    signature.apply_async(headers={**(task.request.headers or {}), PUT_BACK: number + 1})
+    counters.task_retries["put_back"] += 1
+    raise Retry("No replica has caught up.", when=delay, sig=signature)
 
 
 def _close_scope(task: Any, **kwargs: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from django.conf import global_settings, settings
 from django.core.signals import setting_changed
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("pinning_middleware")
 
-__all__ = ["DEFAULTS", "Conf", "PoolSpec", "conf", "on_change", "parse_replicas"]
+__all__ = ["DEFAULTS", "RETRY_404_SHARE", "Conf", "PoolSpec", "conf", "on_change", "parse_replicas"]
 
 DEFAULTS: dict[str, Any] = {
     "PINNING_REPLICAS": [],
@@ -47,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "PINNING_RETRY_AFTER": 10,
     "PINNING_PRIMARY_DOWN": "error",
     "PINNING_CONSISTENCY": "read-your-writes",
+    "PINNING_RETRY_404": False,
     "PINNING_WRITING_FUNCTIONS": (),
     "PINNING_SESSION_SETUP": None,
     "PINNING_ENABLED": True,
@@ -67,6 +68,9 @@ MULTIDB_DEFAULTS: dict[str, Any] = {
     "PINNING_COOKIE_NAME": "multidb_pin_writes",
     "PINNING_COOKIE_HTTPONLY": False,
 }
+
+# The share of requests that PINNING_RETRY_404 = True may run again.
+RETRY_404_SHARE: Final = 0.05
 
 
 class PoolSpec(NamedTuple):
@@ -324,6 +328,12 @@ class Conf:
     @cached_property
     def primary_down(self) -> Literal["error", "stale"]:
         return "stale" if self._get("PINNING_PRIMARY_DOWN") == "stale" else "error"
+
+    @cached_property
+    def retry_404(self) -> float:
+        """The share of requests whose view may be run again on the primary; 0 for none."""
+        value = self._get("PINNING_RETRY_404")
+        return RETRY_404_SHARE if value is True else float(value)
 
     @cached_property
     def monotonic_reads(self) -> bool:

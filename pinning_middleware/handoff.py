@@ -11,13 +11,16 @@ from __future__ import annotations
 from pinning_middleware import tokens
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import POSITION_LIFETIME, PinKey, Pins, merge_pins
+from pinning_middleware.reasons import Reason
 from pinning_middleware.routing.outgoing import current_pin, outgoing_pins
+from pinning_middleware.routing.policy import decide
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scope_blocks import PinningScope
-from pinning_middleware.scopes.scope import Scope, entered_scope
+from pinning_middleware.scopes.scope import Scope, current_scope, entered_scope
 from pinning_middleware.stores import cache
 
 __all__ = [
+    "has_caught_up",
     "load_pins",
     "pins_of_all_writes",
     "pins_of_tokens",
@@ -82,6 +85,17 @@ def task_scope(
     if wait is not None:
         scope.max_wait = wait
     return PinningScope(scope=scope, isolated=isolated)
+
+
+def has_caught_up() -> bool:
+    """
+    Return whether no read of this scope needs the primary because the replicas lag. May wait.
+    """
+    scope = current_scope()
+    return all(
+        decide(pool, scope).reason is not Reason.NOT_CAUGHT_UP
+        for pool in pools().by_primary.values()
+    )
 
 
 # Queues whose messages cannot store a token

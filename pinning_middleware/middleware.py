@@ -20,6 +20,7 @@ from django.core.exceptions import ImproperlyConfigured
 from pinning_middleware.backend.responses import close_within
 from pinning_middleware.conf import conf
 from pinning_middleware.decorators import aiterate_within, async_body_of, iterate_within
+from pinning_middleware.misses import RETRIED_METHODS, retry_404
 from pinning_middleware.pins import Pins
 from pinning_middleware.routing.outgoing import (
     asave_keys,
@@ -158,18 +159,25 @@ class PinningMiddleware:
         """Load the stores that depend on the user, after every other middleware."""
         if conf.enabled and (scope := entered_scope()) is not None:
             self.set_offload_predicate(scope, request)
+            self.allow_retry_404(scope, request)
             self.load_pins(scope, request, conf.stores_at_view)
 
     async def aprepare_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
         """Async version of ``prepare_view()``."""
         if conf.enabled and (scope := entered_scope()) is not None:
             self.set_offload_predicate(scope, request)
+            self.allow_retry_404(scope, request)
             await self.aload_pins(scope, request, conf.stores_at_view)
 
     def set_offload_predicate(self, scope: Scope, request: HttpRequest) -> None:
         """If PINNING_OFFLOAD is a function, let the first read call it."""
         if callable(conf.offload):
             scope.offload_predicate = functools.partial(_may_offload, request)
+
+    def allow_retry_404(self, scope: Scope, request: HttpRequest) -> None:
+        """If PINNING_RETRY_404 is set, let the view be run again on the primary after a 404."""
+        if conf.retry_404 and request.method in RETRIED_METHODS:
+            scope.wrap_view = retry_404
 
     def close_scope(self, scope: Scope, request: HttpRequest, response: Any) -> None:
         """End the scope of a request, or let the body and the end of the response belong to it."""

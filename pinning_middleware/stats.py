@@ -379,6 +379,10 @@ def get_stats() -> dict[str, Any]:
     - ``retries``: pool → alias that failed → alias that served → number of reads.
     - ``refusals``: pool → name of a table, a statement or a role → number of reads that went to the
       primary because every standby refuses them.
+    - ``retry_404``: number of views that ended in 404 on a replica and were ``found`` or
+      ``missing`` on the primary, or ``refused`` since the budget was spent.
+    - ``task_retries``: number of tasks that were ``put_back`` until a replica has caught up, or
+      that read the ``primary`` in the end.
     - ``waits``: pool → ``count`` of scopes that waited for a replica, ``reached`` of those that got
       one, and the total ``seconds``.
     """
@@ -415,6 +419,8 @@ def get_stats() -> dict[str, Any]:
         "fallbacks": fallbacks,
         "retries": retries,
         "refusals": refusals,
+        "retry_404": {name: counters.retries_404[name] for name in ("found", "missing", "refused")},
+        "task_retries": {name: counters.task_retries[name] for name in ("put_back", "primary")},
         "waits": waits,
     }
 

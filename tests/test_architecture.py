@@ -37,6 +37,7 @@ LAYERS: list[tuple[str, ...]] = [
         "decorators",
         "scope_blocks",
         "handoff",
+        "misses",
         "api",
         "managers",
         "routers",

@@ -79,6 +79,7 @@ BAD: list[tuple[str, list[Any], str]] = [
     ("PINNING_MAX_LAG", [value for value in NOT_SECONDS if value is not None], "E005"),
     ("PINNING_POSITIONS", ["False", "wal", 0, 1, None, []], "E015"),
     ("PINNING_OFFLOAD", ["typo", "no.such", None, 5, 0, 1], "E016"),
+    ("PINNING_RETRY_404", [0, 5, -0.1, 1.5, "True", None, [], float("nan")], "E026"),
     ("PINNING_PRIMARY_MODELS", NOT_STRINGS, "E017"),
     ("PINNING_PRIMARY_MODELS", [["aut"], ["app.Boook"], ["nothing"]], "E018"),
     ("PINNING_OFFLOAD_OUTSIDE_REQUESTS", NOT_BOOL, "E006"),
@@ -150,6 +151,7 @@ GOOD: list[tuple[str, list[Any]]] = [
     ("PINNING_PRIMARY_METHODS", [(), ["POST"], {"POST"}]),
     ("PINNING_IGNORED_TABLES", [(), ["app_hits"], ["public.app_hits"]]),
     ("PINNING_WRITING_FUNCTIONS", [(), ["log_access"], ("audit.log_access", "F$1")]),
+    ("PINNING_RETRY_404", [True, False, 0.05, 1, 1.0]),
     ("PINNING_SESSION_SETUP", [None, "tests.test_checks.found"]),
 ]
 # The IDs whose message names the wrong entry in place of the whole value.
@@ -558,6 +560,65 @@ def test_package_that_stores_every_request_is_reported_with_its_tables() -> None
         assert set(re.findall(r"'(\w+)'", message.hint)) == SILK_TABLES
         with override_settings(PINNING_IGNORED_TABLES=sorted(SILK_TABLES)):
             assert found() == []
+
+
+SHARED = {"default": {"BACKEND": "django.core.cache.backends.redis.RedisCache"}}
+OF_CONSTANCE = {
+    "CONSTANCE_BACKEND": "constance.backends.database.DatabaseBackend",
+    "CONSTANCE_DATABASE_CACHE_BACKEND": "default",
+}
+
+
+@pytest.mark.parametrize(
+    ("app", "values", "labels"),
+    [
+        ("django.contrib.sites", {}, ["sites.Site"]),
+        ("constance", OF_CONSTANCE, ["constance.Constance"]),
+        ("waffle", {}, ["waffle.Flag", "waffle.Switch", "waffle.Sample"]),
+    ],
+)
+def test_models_that_are_cached_for_everybody_are_reported(
+    app: str, values: dict[str, Any], labels: list[str]
+) -> None:
+    with (
+        modify_settings(INSTALLED_APPS={"append": app}),
+        override_settings(CACHES=SHARED, **values),
+    ):
+        (message,) = found()
+        assert message.id == f"{W}022"
+        assert re.findall(r"'([\w.]+)'", message.hint) == labels
+        for silent in (
+            {"PINNING_PRIMARY_MODELS": labels},
+            {"PINNING_PRIMARY_MODELS": [app.rpartition(".")[2]]},
+            {"PINNING_REPLICAS": []},
+            {"PINNING_REPLICAS": {"users": ["users_replica"]}},
+        ):
+            with override_settings(**silent):
+                assert found() == []
+
+
+@pytest.mark.parametrize(
+    ("app", "values"),
+    [
+        (
+            "waffle",
+            {"CACHES": {"default": {"BACKEND": "django.core.cache.backends.dummy.DummyCache"}}},
+        ),
+        ("waffle", {"WAFFLE_CACHE_NAME": "local"}),
+        ("waffle", {"WAFFLE_READ_FROM_WRITE_DB": True}),
+        ("constance", {}),
+        ("constance", {**OF_CONSTANCE, "CONSTANCE_DATABASE_CACHE_BACKEND": None}),
+        (
+            "constance",
+            {**OF_CONSTANCE, "CONSTANCE_BACKEND": "constance.backends.memory.MemoryBackend"},
+        ),
+    ],
+)
+def test_models_without_a_shared_cache_are_not_reported(app: str, values: dict[str, Any]) -> None:
+    local = {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}
+    caches = {"CACHES": {**SHARED, "local": local}, **values}
+    with modify_settings(INSTALLED_APPS={"append": app}), override_settings(**caches):
+        assert found() == []
 
 
 def test_hint_does_not_suggest_another_warning() -> None:

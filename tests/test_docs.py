@@ -76,7 +76,7 @@ def test_documented_replacements_exist(name: str) -> None:
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
 def test_mentioned_settings_exist(page: Path) -> None:
-    named = set(re.findall(r"(?<![A-Z_])PINNING_[A-Z_]+[A-Z]", page.read_text()))
+    named = set(re.findall(r"(?<![A-Z_])PINNING_[A-Z0-9_]*[A-Z0-9]", page.read_text()))
     assert named <= set(DEFAULTS)
 
 

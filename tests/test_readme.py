@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from django.core.checks import run_checks
 from django.http import HttpResponse
+from django.shortcuts import get_object_or_404
 from django.test import override_settings
 from django.utils.module_loading import import_string
 
@@ -44,6 +45,7 @@ def test_readme_block_runs(block: str, shop: None) -> None:
         "__name__": "tests.app.readme",
         "HttpResponse": HttpResponse,
         "Order": Book,
+        "get_object_or_404": get_object_or_404,
     }
     exec(compile(block, "README.md", "exec"), namespace)
     settings = settings_of(namespace)

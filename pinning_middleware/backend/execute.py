@@ -34,6 +34,7 @@ from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.overrides import failover_suppressed
 from pinning_middleware.scopes.scope import current_scope
+from pinning_middleware.scopes.write_watch import is_watching, note_write
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.probe import failover_disabled, state_of
 from pinning_middleware.sql import Kind
@@ -52,6 +53,8 @@ def execute_wrapper(execute: Any, sql: Any, params: Any, many: bool, context: An
     known = pools()
     pool = known.by_connection.get(connection.alias)
     if is_setting_up() or (pool is None and connection.alias not in known.same_as_primary):
+        if is_watching() and classify(connection, sql).kind is Kind.WRITE:
+            note_write()
         return execute(sql, params, many, context)
     statement = classify(connection, sql)
     if statement.begins_transaction or statement.ends_transaction:

@@ -23,7 +23,9 @@ def mark_view_transactions(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def make_view_atomic(self: Any, view: Callable[..., Any]) -> Callable[..., Any]:
         atomic = original(self, view)
-        return atomic if atomic is view else _marked(view, atomic)
+        callback = atomic if atomic is view else _marked(view, atomic)
+        scope = entered_scope()
+        return callback if scope is None or scope.wrap_view is None else scope.wrap_view(callback)
 
     return make_view_atomic
 

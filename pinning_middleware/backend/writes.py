@@ -21,6 +21,7 @@ from pinning_middleware.routing.outgoing import announce
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.overrides import writes_ignored
 from pinning_middleware.scopes.scope import Scope, Write, current_scope, entered_scope
+from pinning_middleware.scopes.write_watch import note_write
 from pinning_middleware.servers.registry import registry
 from pinning_middleware.sql import (
     Kind,
@@ -143,6 +144,7 @@ def record_write_started(connection: BaseDatabaseWrapper, alias: str, sql: Any) 
         return None
     for observe in tuple(write_observers):
         observe(alias, sql_text(connection, sql))
+    note_write()
     if _is_ignored(connection, sql):
         return None
     scope = current_scope()

@@ -51,6 +51,11 @@ DATABASE_SESSIONS: Final = (
 )
 # Apps that store every request: their package, and the middleware that does it.
 REQUEST_RECORDERS: Final = {"silk": ("django-silk", "silk.middleware.SilkyMiddleware")}
+CONSTANCE_BACKEND: Final = "constance.backends.database.DatabaseBackend"
+_WAFFLE_HINT: Final = (
+    " The users and groups of a flag are cached too, by reads of their own models: call "
+    "flag_is_active() inside use_primary."
+)
 _MODEL_LABEL: Final = re.compile(r"[a-z_]\w*\.[A-Z]\w*")
 
 
@@ -327,6 +332,69 @@ def check_recorded_requests(**kwargs: Any) -> list[CheckMessage]:
                 )
             )
     return messages
+
+
+# What is cached for everybody
+
+
+@register(TAG)
+def check_shared_caches(**kwargs: Any) -> list[CheckMessage]:
+    """
+    A value that is cached for everybody must not be read from a lagging replica: a stranger's read
+    would refill the cache with the old value just after a write, and it would stay there.
+    """
+    labels = value_of("PINNING_PRIMARY_MODELS")
+    listed = {label.lower() for label in labels} if is_strings(labels) else set()
+    return [
+        warning(
+            "W022",
+            f"{package} caches {', '.join(missing)} for everybody, and a lagging replica can "
+            "refill the cache with an old value.",
+            f"Add {', '.join(map(repr, missing))} to PINNING_PRIMARY_MODELS.{also}",
+        )
+        for package, models, also in _cached_for_everybody()
+        if (missing := [label for label in models if not _is_listed(label, listed)])
+    ]
+
+
+def _cached_for_everybody() -> Iterator[tuple[str, list[str], str]]:
+    """Yield packages that cache models for all users, with the models and a further hint."""
+    if apps.is_installed("django.contrib.sites"):
+        # SITE_CACHE, a dict of each process.
+        yield "django.contrib.sites", ["sites.Site"], ""
+    if (
+        apps.is_installed("constance")
+        and _is_instance(getattr(settings, "CONSTANCE_BACKEND", None), CONSTANCE_BACKEND)
+        and _is_shared(getattr(settings, "CONSTANCE_DATABASE_CACHE_BACKEND", None))
+    ):
+        yield "django-constance", ["constance.Constance"], ""
+    if apps.is_installed("waffle") and _is_shared(
+        getattr(settings, "WAFFLE_CACHE_NAME", DEFAULT_CACHE_ALIAS)
+    ):
+        names = ("Flag", "Switch", "Sample")
+        models = [
+            getattr(settings, f"WAFFLE_{name.upper()}_MODEL", f"waffle.{name}") for name in names
+        ]
+        if not getattr(settings, "WAFFLE_READ_FROM_WRITE_DB", False):
+            yield "django-waffle", models, _WAFFLE_HINT
+
+
+def _is_shared(alias: Any) -> bool:
+    """Return whether the processes of a site share this cache."""
+    backend = str(settings.CACHES.get(alias, {}).get("BACKEND", ""))
+    return bool(backend) and not backend.endswith((".LocMemCache", ".DummyCache"))
+
+
+def _is_listed(label: str, listed: Container[str]) -> bool:
+    """Return whether a model always reads the primary, also since its pool has no replicas."""
+    label = label.lower()
+    if label in listed or label.partition(".")[0] in listed:
+        return True
+    try:
+        return not parsed_replicas().get(router.db_for_write(apps.get_model(label)))
+    except Exception:
+        # A router that needs hints cannot be asked.
+        return not _replicas()
 
 
 # Databases

@@ -62,6 +62,10 @@ def is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+def is_share(value: Any) -> bool:
+    return is_bool(value) or (is_seconds(value) and 0 < value <= 1)
+
+
 def is_one_of(*choices: Any) -> Callable[[Any], bool]:
     # By type as well, since 1 == True.
     return lambda value: any(type(value) is type(c) and value == c for c in choices)
@@ -217,6 +221,13 @@ RULES: Final = (
         is_strings,
         "a list of app labels and model labels",
         'Set a list such as ("auth", "shop.Order").',
+    ),
+    Rule(
+        "PINNING_RETRY_404",
+        "E026",
+        is_share,
+        "True, False or a number above 0 and at most 1",
+        "Set True, or the share of requests that may be run again, for example 0.05 for 5 %.",
     ),
     Rule(
         "PINNING_WRITING_FUNCTIONS",

@@ -176,8 +176,9 @@ def is_former_primary(
 
 
 def _follow_override(pool: Pool, scope: Scope, override: Override) -> Decision:
-    if override.kind is Kind.PRIMARY:
-        return Decision(pool.primary, None, Reason.USE_PRIMARY)
+    if override.kind is not Kind.REPLICA:
+        # The kind has the name of its reason.
+        return Decision(pool.primary, None, Reason(override.kind.value))
     state = scope.state(pool.key)
     if override.max_lag is None:
         alias = _next_replica(pool, scope, state)

@@ -36,8 +36,12 @@ class Kind(Enum):
     OFFLOAD = "offload"
     NO_FAILOVER = "no_failover"
     IGNORE_WRITES = "ignore_writes"
+    RETRY_404 = "retry_404"
     # Model.save(): what it reads is part of the write.
     SAVING = "save"
+
+
+_ROUTING = (Kind.PRIMARY, Kind.REPLICA, Kind.RETRY_404)
 
 
 class Override(NamedTuple):
@@ -92,9 +96,12 @@ def pop(owner: object) -> None:
 
 
 def innermost_override(override: Override | None, primary: str) -> Override | None:
-    """Return the innermost ``use_primary`` or ``use_replica`` for this primary's pool."""
+    """
+    Return the innermost ``use_primary``, ``use_replica`` or repetition of a view for this
+    primary's pool.
+    """
     while override is not None:
-        if override.kind in (Kind.PRIMARY, Kind.REPLICA) and override.applies_to(primary):
+        if override.kind in _ROUTING and override.applies_to(primary):
             return override
         override = override.outer
     return None

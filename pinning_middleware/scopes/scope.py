@@ -204,6 +204,9 @@ class Scope:
     # The connections on which Django has opened a transaction for the view that is running
     # (ATOMIC_REQUESTS), by alias.
     view_transactions: Mapping[str, Any] = _NOTHING
+    # What to wrap the view in, and whether it was run again after a 404, or must not be.
+    wrap_view: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    retried_404 = False
     # Keys to pin when it ends, each with the primary's alias that it was given with.
     keys: tuple[tuple[str, str | None], ...] = ()
     # Where its reads went and why, without repetition; the fallbacks that were signalled.

@@ -20,6 +20,8 @@ __all__ = [
     "refusals",
     "rejected_tokens",
     "retries",
+    "retries_404",
+    "task_retries",
     "write_observers",
 ]
 
@@ -63,10 +65,19 @@ retries: Counter[tuple[str, str, str]] = Counter()
 # Reads that every standby refuses for being one, by the pool's primary and the name of the table,
 # the statement or the role.
 refusals: Counter[tuple[str, str]] = Counter()
+# Views that ended in 404 on a replica, by what the primary answered (found, missing), or because
+# the budget was spent (refused).
+retries_404: Counter[str] = Counter()
+# Tasks that found no replica which had caught up, and were put back (put_back) or, at last, ran on
+# the primary (primary).
+task_retries: Counter[str] = Counter()
 
 
 def _clear() -> None:
-    for counted in (reads, pin_events, rejected_tokens, fallbacks, retries, refusals):
+    for counted in (
+        *(reads, pin_events, rejected_tokens, fallbacks, retries, refusals),
+        *(retries_404, task_retries),
+    ):
         counted.clear()
 
 

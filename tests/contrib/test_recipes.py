@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,7 @@ import strawberry
 from asgiref.sync import async_to_sync
 from django.apps import apps
 from django.contrib.auth import get_user_model
+from django.core.cache import cache
 from django.db import connections
 from django.http import HttpResponse
 from django.test import AsyncClient, Client
@@ -28,8 +30,9 @@ from rest_framework.routers import SimpleRouter
 from strawberry.django.views import AsyncGraphQLView
 from strawberry.django.views import GraphQLView as StrawberryView
 
+from pinning_middleware import pinning_scope
 from pinning_middleware.scopes.scope import enter
-from pinning_middleware.testing import replicas
+from pinning_middleware.testing import StaleRead, forbid_stale_reads, replicas
 from tests.app.models import Book
 from tests.conftest import change_behind, is_replica, where
 
@@ -47,7 +50,7 @@ def given(name: str, **values: Any) -> None:
     module.__dict__.update(values)
 
 
-given("shop.models", Book=Book)
+given("shop.models", Book=Book, Price=Book)
 
 
 # GraphQL by operation: Strawberry
@@ -310,3 +313,49 @@ def test_offload_by_a_waffle_flag(settings: Any, users: list[Any], waffle: Any) 
     assert is_replica(get(other))
     post(other, "/books/", title="x")
     assert get(other) == "default"
+
+
+# What is cached for everybody
+
+cached: Any = load("recipes.md", "What is cached for everybody")["shop/prices"]
+
+
+def read_anywhere() -> list[str]:
+    return list(Book.objects.values_list("title", flat=True))
+
+
+@pytest.mark.parametrize(
+    ("fill", "prices"), [(read_anywhere, []), (cached.read_prices, ["new"])], ids=["naive", "page"]
+)
+def test_stranger_refills_a_shared_cache_from_the_primary_by_the_recipe(
+    monkeypatch: pytest.MonkeyPatch, fill: Any, prices: list[str]
+) -> None:
+    """The replicas of these tests never have the write."""
+    monkeypatch.setattr(cached, "read_prices", fill)
+    with pinning_scope(isolated=True):
+        assert cached.prices() == []
+    with pinning_scope(isolated=True) as writer:
+        Book.objects.create(title="new")
+        cache.delete("prices")
+    with pinning_scope(isolated=True):
+        cached.prices()
+    with pinning_scope(writer.token, isolated=True):
+        assert cached.prices() == prices
+
+
+@pytest.mark.parametrize(
+    ("fill", "expected"),
+    [
+        (read_anywhere, pytest.raises(StaleRead, match="app_book")),
+        (cached.read_prices, nullcontext()),
+    ],
+    ids=["naive", "page"],
+)
+def test_test_kit_finds_a_shared_cache_that_a_lagging_replica_fills(
+    fill: Any, expected: Any
+) -> None:
+    with expected, replicas.lag(), forbid_stale_reads():
+        with pinning_scope(isolated=True):
+            Book.objects.create(title="new")
+        with pinning_scope(isolated=True):
+            assert cache.get_or_set("prices", fill) == ["new"]

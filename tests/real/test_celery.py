@@ -22,6 +22,7 @@ from django.test import override_settings
 from pinning_middleware import celery as carrying
 from pinning_middleware import pin_this_request, pinning_scope
 from pinning_middleware.scopes.scope import entered_scope
+from pinning_middleware.utils import counters
 from tests.app.models import Book
 from tests.conftest import Browser
 from tests.real import worker as tasks
@@ -303,6 +304,48 @@ def test_task_with_the_wait_policy_times_out(pg: PostgreSQL, worker: Worker) -> 
         assert answer(tasks.see_soon.delay("new")) == (True, "pg")
 
 
+def test_task_with_the_retry_policy_is_put_back_until_a_replica_has_caught_up(
+    pg: PostgreSQL, worker: Worker
+) -> None:
+    pg.pause()
+    with pinning_scope():
+        write()
+        sent = tasks.see_by_retry.delay("new")
+        followed = chain(tasks.same.si(0), tasks.see_by_retry.si("new")).apply_async()
+    assert eventually(lambda: (sent.state, followed.state) == ("RETRY", "RETRY"), LONG)
+    # The worker is free meanwhile.
+    assert result(tasks.same.delay("other work")) == "other work"
+    pg.resume("pg1")
+    for one in (sent, followed):
+        assert answer(one) == (True, "pg1")
+        assert result(one)["put_back"] >= 1
+        assert result(one)["retries"] == 0, "these are the task's own"
+
+
+def test_task_with_the_retry_policy_reads_the_primary_at_last(
+    pg: PostgreSQL, worker: Worker
+) -> None:
+    pg.pause()
+    with pinning_scope():
+        write()
+        sent = tasks.see_by_one_retry.delay("new")
+    assert answer(sent) == (True, "pg")
+    found = result(sent)
+    assert found["put_back"] == 1
+    assert found["stats"]["put_back"] >= found["stats"]["primary"] == 1
+
+
+def test_task_with_the_retry_policy_without_lag_is_not_put_back(
+    pg: PostgreSQL, worker: Worker
+) -> None:
+    with pinning_scope():
+        write()
+        pg.wait_for()
+        sent = tasks.see_by_retry.delay("new")
+    seen, alias = answer(sent)
+    assert (seen, alias in REPLICAS, result(sent)["put_back"]) == (True, True, None)
+
+
 def test_task_sent_on_commit(
     pg: PostgreSQL, worker: Worker, in_request: Callable[..., Any]
 ) -> None:
@@ -369,6 +412,16 @@ def test_eager_retry_reads_writes_of_the_first_attempt(pg: PostgreSQL, eager: No
         assert entered_scope() is before
 
 
+def test_eager_task_with_the_retry_policy_reads_the_primary(pg: PostgreSQL, eager: None) -> None:
+    counters.task_retries.clear()
+    pg.pause()
+    with pinning_scope(isolated=True) as earlier:
+        write()
+    with pinning_scope(earlier.token, isolated=True):
+        assert answer(tasks.see_by_retry.delay("new")) == (True, "pg")
+    assert not counters.task_retries
+
+
 def test_eager_chain_and_chord(pg: PostgreSQL, eager: None) -> None:
     pg.pause()
     with pinning_scope():
@@ -409,22 +462,33 @@ def test_task_without_a_write_has_no_pins(
     assert [carrying.HEADER in headers for headers in sent_headers] == [False, False, True, False]
 
 
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (
+            {"pinning": "sometimes"},
+            "pinning must be one of 'sticky', 'primary', 'wait', 'retry', not 'sometimes'",
+        ),
+        (
+            {"pinning": "retry", "pinning_retries": "3"},
+            "pinning_retries must be an integer, 0 or more, not '3'",
+        ),
+    ],
+)
 def test_invalid_policy_is_a_check_error_and_reads_the_primary(
-    pg: PostgreSQL, caplog: pytest.LogCaptureFixture
+    pg: PostgreSQL, caplog: pytest.LogCaptureFixture, options: dict[str, Any], problem: str
 ) -> None:
     before = set(checks.registry.registry.registered_checks)
     app = Celery("wrong", set_as_current=False)
     try:
         carrying.propagate_pins(app)
 
-        @app.task(pinning="sometimes", name="wrong.task", shared=False)
+        @app.task(name="wrong.task", shared=False, **options)
         def wrong() -> str:
             return server()
 
         app.finalize()
-        says = (
-            "Task wrong.task: pinning must be one of 'sticky', 'primary', 'wait', not 'sometimes'"
-        )
+        says = f"Task wrong.task: {problem}"
         assert says in caplog.text
         (error,) = [one for one in checks.run_checks() if one.id == "pinning_middleware.E101"]
         assert says in error.msg

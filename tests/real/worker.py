@@ -64,6 +64,21 @@ def see_soon(*titles: str) -> dict[str, Any]:
     return look(*titles)
 
 
+@app.task(pinning="retry", pinning_retries=20, max_retries=0)
+def see_by_retry(*titles: str) -> dict[str, Any]:
+    request = see_by_retry.request
+    put_back = request.get("pinning_put_back")
+    return {**look(*titles), "put_back": put_back, "retries": request.retries}
+
+
+@app.task(pinning="retry", pinning_retries=1, max_retries=0)
+def see_by_one_retry(*titles: str) -> dict[str, Any]:
+    from pinning_middleware.stats import get_stats
+
+    retries = see_by_one_retry.request.get("pinning_put_back")
+    return {**look(*titles), "put_back": retries, "stats": get_stats()["task_retries"]}
+
+
 @app.task
 def add(title: str) -> str:
     from tests.app.models import Book

@@ -78,6 +78,18 @@ class Instruments:
                 _fallbacks,
             ),
             ("retries", "{retry}", "Reads that were retried on another server.", _retries),
+            (
+                "retry_404",
+                "{request}",
+                "Views that ended in 404 on a replica, by the answer of the primary.",
+                _retries_404,
+            ),
+            (
+                "task_retries",
+                "{task}",
+                "Tasks that found no replica which had caught up, by what became of them.",
+                _task_retries,
+            ),
         ):
             meter.create_observable_counter(
                 f"{NAME}.{name}", [_counter_callback(count)], unit=unit, description=description
@@ -176,6 +188,16 @@ def _retries() -> Measurements:
         for alias, served in failed.items():
             for other, number in served.items():
                 yield number, {"pool": pool, "failed": alias, "served": other}
+
+
+def _retries_404() -> Measurements:
+    for result, number in stats.get_stats()["retry_404"].items():
+        yield number, {"result": result}
+
+
+def _task_retries() -> Measurements:
+    for result, number in stats.get_stats()["task_retries"].items():
+        yield number, {"result": result}
 
 
 _running: Instruments | None = None
