@@ -29,6 +29,7 @@ from pinning_middleware.routing.outgoing import (
 )
 from pinning_middleware.scopes.overrides import Override, current_overrides, set_overrides
 from pinning_middleware.scopes.scope import Scope, enter, entered_scope
+from pinning_middleware.stores.balance_key import BalanceKey
 from pinning_middleware.stores.base import log_store_error
 from pinning_middleware.utils import counters
 
@@ -158,18 +159,25 @@ class PinningMiddleware:
         """Load the stores that depend on the user, after every other middleware."""
         if conf.enabled and (scope := entered_scope()) is not None:
             self.set_offload_predicate(scope, request)
+            self.set_balance_key(scope, request)
             self.load_pins(scope, request, conf.stores_at_view)
 
     async def aprepare_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
         """Async version of ``prepare_view()``."""
         if conf.enabled and (scope := entered_scope()) is not None:
             self.set_offload_predicate(scope, request)
+            self.set_balance_key(scope, request)
             await self.aload_pins(scope, request, conf.stores_at_view)
 
     def set_offload_predicate(self, scope: Scope, request: HttpRequest) -> None:
         """If PINNING_OFFLOAD is a function, let the first read call it."""
         if callable(conf.offload):
             scope.offload_predicate = functools.partial(_may_offload, request)
+
+    def set_balance_key(self, scope: Scope, request: HttpRequest) -> None:
+        """If PINNING_BALANCE_BY is "user", let reads go to the user's replica from now on."""
+        if conf.balance_by_user:
+            scope.balance_key = BalanceKey(request)
 
     def close_scope(self, scope: Scope, request: HttpRequest, response: Any) -> None:
         """End the scope of a request, or let the body and the end of the response belong to it."""

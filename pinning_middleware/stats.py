@@ -78,6 +78,8 @@ class ServerState(NamedTuple):
     - ``age``: time since the last probe (seconds).
     - ``retry_in``: time until the next probe of a server that is out of rotation (seconds).
     - ``error``: why it is unreachable, or a problem of a server that is in rotation.
+    - ``tier``: the tier in the settings, or ``None`` for a primary.
+    - ``groups``: the groups in the settings; only their reads go to it.
     """
 
     pool: str
@@ -96,6 +98,17 @@ class ServerState(NamedTuple):
     age: float | None = None
     retry_in: float | None = None
     error: str = ""
+    tier: int | None = None
+    groups: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> str | None:
+        """The weight, with the tier and the groups if there are any, or None for a primary."""
+        if self.weight is None:
+            return None
+        tier = f", tier {self.tier}" if self.tier not in (None, 1) else ""
+        groups = f", for {' and '.join(self.groups)}" if self.groups else ""
+        return f"{self.weight}{tier}{groups}"
 
 
 class Event(NamedTuple):
@@ -176,7 +189,7 @@ def _rows_of(pool: Pool, endpoint: Endpoint, reads: Reads) -> Iterator[ServerSta
 
 def _row(pool: Pool, endpoint: Endpoint, server: Server | None, reads: int) -> ServerState:
     is_primary = endpoint is pool.endpoint
-    weight = None if is_primary else pool.replica_set.rotation.weights.get(endpoint.alias)
+    weight = None if is_primary else pool.replica_set.rotations.weights.get(endpoint.alias)
     fault, since = endpoint.out_of_rotation, endpoint.status_since
     if server is not None and fault in {each.out_of_rotation for each in endpoint.recent_servers}:
         fault, since = server.out_of_rotation, server.status_since
@@ -198,6 +211,8 @@ def _row(pool: Pool, endpoint: Endpoint, server: Server | None, reads: int) -> S
         reason=reason,
         since=since or None,
         weight=weight,
+        tier=None if is_primary else pool.spec.placement(endpoint.alias).tier,
+        groups=pool.spec.placement(endpoint.alias).groups,
         reads=reads,
         position=None if server is None else format_position(server, _vendor(endpoint.alias)),
         behind_bytes=None if server is None or is_primary else _bytes_behind(pool, server),

@@ -17,7 +17,8 @@ from django.utils.module_loading import import_string
 
 from pinning_middleware.checks.messages import TAG, error, warning
 from pinning_middleware.checks.settings import is_strings, value_of
-from pinning_middleware.conf import conf, parse_replicas
+from pinning_middleware.conf import conf
+from pinning_middleware.pool_specs import parse_replicas
 from pinning_middleware.routing.compatibility import is_interchangeable
 
 __all__: list[str] = []

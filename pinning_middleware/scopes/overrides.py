@@ -43,7 +43,8 @@ class Override(NamedTuple):
     An active override.
 
     ``owner`` is the object that pushed it, ``using`` the alias of the primary it applies to (None:
-    every pool), ``max_lag`` in seconds (None: no limit), ``outer`` the override around it.
+    every pool), ``max_lag`` in seconds (None: no limit), ``outer`` the override around it,
+    ``group`` that of the replicas to read from (None: those without groups).
     """
 
     kind: Kind
@@ -51,6 +52,7 @@ class Override(NamedTuple):
     using: str | None
     max_lag: float | None
     outer: Override | None
+    group: str | None = None
 
     def applies_to(self, primary: str) -> bool:
         """Return whether the override applies to the pool of this primary."""
@@ -64,9 +66,15 @@ current_overrides = _overrides.get
 set_overrides = _overrides.set
 
 
-def push(kind: Kind, owner: object, using: str | None = None, max_lag: float | None = None) -> None:
+def push(
+    kind: Kind,
+    owner: object,
+    using: str | None = None,
+    max_lag: float | None = None,
+    group: str | None = None,
+) -> None:
     """Activate an override inside those that are active."""
-    _overrides.set(Override(kind, owner, using, max_lag, _overrides.get()))
+    _overrides.set(Override(kind, owner, using, max_lag, _overrides.get(), group))
 
 
 def pop(owner: object) -> None:
