@@ -79,7 +79,7 @@ class ServerState(NamedTuple):
     - ``retry_in``: time until the next probe of a server that is out of rotation (seconds).
     - ``error``: why it is unreachable, or a problem of a server that is in rotation.
     - ``tier``: the tier in the settings, or ``None`` for a primary.
-    - ``groups``: the groups in the settings; only their reads go to it.
+    - ``groups``: the groups in the settings, whose reads alone go to it, or ``None``.
     """
 
     pool: str
@@ -99,7 +99,7 @@ class ServerState(NamedTuple):
     retry_in: float | None = None
     error: str = ""
     tier: int | None = None
-    groups: tuple[str, ...] = ()
+    groups: tuple[str, ...] | None = None
 
     @property
     def share(self) -> str | None:
@@ -212,7 +212,7 @@ def _row(pool: Pool, endpoint: Endpoint, server: Server | None, reads: int) -> S
         since=since or None,
         weight=weight,
         tier=None if is_primary else pool.spec.placement(endpoint.alias).tier,
-        groups=pool.spec.placement(endpoint.alias).groups,
+        groups=pool.spec.placement(endpoint.alias).groups or None,
         reads=reads,
         position=None if server is None else format_position(server, _vendor(endpoint.alias)),
         behind_bytes=None if server is None or is_primary else _bytes_behind(pool, server),

@@ -1,0 +1,103 @@
+"""Tiers and groups on PostgreSQL, with replicas that are stopped and started again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from django.test import override_settings
+
+from pinning_middleware import use_replica
+
+from .conftest import (
+    PostgreSQL,
+    endpoint,
+    eventually,
+    make_retry_due,
+    pool,
+    server,
+    server_for,
+    unrelated_scope,
+    write,
+)
+
+pytestmark = pytest.mark.real
+
+
+@contextmanager
+def placed(**replicas: Any) -> Iterator[None]:
+    with override_settings(PINNING_REPLICAS={"pg": replicas}):
+        yield
+
+
+@contextmanager
+def stopped(pg: PostgreSQL, *aliases: str) -> Iterator[None]:
+    """Stop replicas; afterwards start them, and wait until they are back in rotation."""
+    for alias in aliases:
+        pg[alias].stop()
+    try:
+        yield
+    finally:
+        for alias in aliases:
+            pg[alias].start()
+        pg.wait_for(*aliases)
+        for alias in aliases:
+            make_retry_due(alias)
+        assert eventually(lambda: not any(endpoint(alias).out_of_rotation for alias in aliases))
+
+
+def of_group(max_lag: float | None = None) -> str:
+    with unrelated_scope(), use_replica(group="reports", max_lag=max_lag):
+        return server()
+
+
+def seen(read: Callable[[], str]) -> set[str]:
+    return {read() for _ in range(4)}
+
+
+def test_higher_tier_serves_while_the_lower_one_is_stopped(pg: PostgreSQL) -> None:
+    with placed(pg1=3, pg2={"weight": 1, "tier": 2}):
+        assert seen(lambda: server_for(None)) == {"pg1"}
+        with stopped(pg, "pg1"):
+            assert seen(lambda: server_for(None)) == {"pg2"}
+        assert seen(lambda: server_for(None)) == {"pg1"}
+
+
+def test_primary_comes_before_a_higher_tier_for_a_pinned_read(pg: PostgreSQL) -> None:
+    with placed(pg1=1, pg2={"tier": 2}):
+        token = write()
+        pg.wait_for()
+        assert eventually(lambda: server_for(token) == "pg1")
+        with stopped(pg, "pg1"):
+            # The first read fails over, the others are decided.
+            assert seen(lambda: server_for(token)) == {"pg"}
+            assert server_for(None) == "pg2"
+        assert eventually(lambda: server_for(token) == "pg1")
+
+
+def test_group_fails_over_inside_the_group_and_then_like_use_replica(pg: PostgreSQL) -> None:
+    reports = {"groups": ["reports"]}
+    with placed(pg1=reports, pg2=reports):
+        assert seen(of_group) == {"pg1", "pg2"}
+        assert server_for(None) == "pg"
+        with stopped(pg, "pg1"):
+            assert seen(of_group) == {"pg2"}
+    with placed(pg1=1, pg2=reports):
+        assert seen(of_group) == {"pg2"}
+        assert seen(lambda: server_for(None)) == {"pg1"}
+        with stopped(pg, "pg2"):
+            assert seen(of_group) == {"pg1"}
+        assert seen(of_group) == {"pg2"}
+
+
+def test_group_is_stale_unless_max_lag_limits_it(pg: PostgreSQL) -> None:
+    with placed(pg1=1, pg2={"groups": ["reports"]}):
+        pg.pause("pg2")
+        token = write()
+        with unrelated_scope(token), use_replica(group="reports"):
+            assert server() == "pg2"
+        assert eventually(lambda: (pool().replica_set.lag("pg2") or 0) > 0.1 or of_group(60) == "")
+        assert of_group(60) == "pg2"
+        assert of_group(0.05) == "pg1"
