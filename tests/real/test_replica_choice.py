@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 from django.test import override_settings
 
-from pinning_middleware import use_replica
+from pinning_middleware import pin_this_request, use_replica
+from pinning_middleware.scopes.scope import current_scope
 
 from .conftest import (
     PostgreSQL,
     endpoint,
     eventually,
     make_retry_due,
+    mark_unreachable,
     pool,
+    probe_replicas,
     server,
     server_for,
     unrelated_scope,
@@ -101,3 +104,32 @@ def test_group_is_stale_unless_max_lag_limits_it(pg: PostgreSQL) -> None:
         assert eventually(lambda: (pool().replica_set.lag("pg2") or 0) > 0.1 or of_group(60) == "")
         assert of_group(60) == "pg2"
         assert of_group(0.05) == "pg1"
+
+
+@override_settings(PINNING_PRIMARY_DOWN="stale")
+def test_replica_of_a_group_does_not_substitute_for_the_primary(pg: PostgreSQL) -> None:
+    """Although it is the freshest one."""
+    with placed(pg2={"groups": ["reports"]}, pg1=1):
+        pg.pause("pg1")
+        write()
+        pg.wait_for("pg2")
+        mark_unreachable("pg")
+        with unrelated_scope():
+            pin_this_request()
+            assert server() == "pg1"
+
+
+@override_settings(PINNING_BALANCE_BY="user")
+def test_pinned_user_reads_their_own_replica_once_it_has_caught_up(pg: PostgreSQL) -> None:
+    def read(user: str) -> str:
+        with unrelated_scope(token):
+            current_scope().balance_key = lambda: user
+            return server()
+
+    token = write()
+    pg.wait_for()
+    probe_replicas()
+    for user in map(str, range(8)):
+        own = pool().replica_set.rotation.next(key=user)
+        assert eventually(lambda user=user, own=own: read(user) == own)
+        assert {read(user) for _ in range(3)} == {own}
