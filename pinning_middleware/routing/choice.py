@@ -40,7 +40,7 @@ def replica_caught_up(
 ) -> str | None:
     """Return a replica that has caught up, that of the scope or of its user first, or None."""
     replicas, key = pool.replica_set, balance_key(scope)
-    kept = state.replica if key is None else replicas.rotation.next(key=key)
+    kept = state.replica if key is None else None
     # For a pinned read the primary comes before a higher tier.
     if kept and not replicas.rotation.is_fallback(kept) and replicas.caught_up(kept, wanted):
         return kept

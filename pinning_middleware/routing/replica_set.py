@@ -252,7 +252,7 @@ class ReplicaSet:
         # In an open transaction the rows stay as they were.
         names = self.rotation.order(fallback=bool(self.health.endpoint.out_of_rotation))
         order = tuple(a for a in names if not connections[a].in_atomic_block)
-        if self._would_wait_in_vain(order, wanted, seconds):
+        if not order or self._would_wait_in_vain(order, wanted, seconds):
             return None
 
         def found() -> str | None:

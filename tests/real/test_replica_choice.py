@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from django.db import connections
 from django.test import override_settings
 
-from pinning_middleware import pin_this_request, use_replica
+from pinning_middleware import pin_this_request, tokens, use_replica
+from pinning_middleware.pins import PoolKey
 from pinning_middleware.scopes.scope import current_scope
 
 from .conftest import (
@@ -56,6 +58,11 @@ def of_group(max_lag: float | None = None) -> str:
         return server()
 
 
+def choose(alias: str) -> None:
+    """Let the scope have read from this replica."""
+    current_scope().update(PoolKey("pg"), lambda state: state._replace(replica=alias))
+
+
 def seen(read: Callable[[], str]) -> set[str]:
     return {read() for _ in range(4)}
 
@@ -68,15 +75,20 @@ def test_higher_tier_serves_while_the_lower_one_is_stopped(pg: PostgreSQL) -> No
         assert seen(lambda: server_for(None)) == {"pg1"}
 
 
-def test_primary_comes_before_a_higher_tier_for_a_pinned_read(pg: PostgreSQL) -> None:
-    with placed(pg1=1, pg2={"tier": 2}):
+@pytest.mark.parametrize("wait", [0, 0.3])
+def test_primary_comes_before_a_higher_tier_for_a_pinned_read(pg: PostgreSQL, wait: float) -> None:
+    with placed(pg1=1, pg2={"tier": 2}), override_settings(PINNING_WAIT=wait):
         token = write()
         pg.wait_for()
         assert eventually(lambda: server_for(token) == "pg1")
         with stopped(pg, "pg1"):
             # The first read fails over, the others are decided.
             assert seen(lambda: server_for(token)) == {"pg"}
-            assert server_for(None) == "pg2"
+            with unrelated_scope():
+                assert server() == "pg2"
+                assert pool().health.probe(connections["pg2"])
+                current_scope().inherit(tokens.loads(token))
+                assert server() == "pg"
         assert eventually(lambda: server_for(token) == "pg1")
 
 
@@ -121,8 +133,9 @@ def test_replica_of_a_group_does_not_substitute_for_the_primary(pg: PostgreSQL) 
 
 @override_settings(PINNING_BALANCE_BY="user")
 def test_pinned_user_reads_their_own_replica_once_it_has_caught_up(pg: PostgreSQL) -> None:
-    def read(user: str) -> str:
+    def read(user: str, own: str) -> str:
         with unrelated_scope(token):
+            choose("pg1" if own == "pg2" else "pg2")
             current_scope().balance_key = lambda: user
             return server()
 
@@ -130,6 +143,6 @@ def test_pinned_user_reads_their_own_replica_once_it_has_caught_up(pg: PostgreSQ
     pg.wait_for()
     probe_replicas()
     for user in map(str, range(8)):
-        own = pool().replica_set.rotation.next(key=user)
-        assert eventually(lambda user=user, own=own: read(user) == own)
-        assert {read(user) for _ in range(3)} == {own}
+        own = pool().replica_set.rotation.next(key=user) or ""
+        assert eventually(lambda user=user, own=own: read(user, own) == own)
+        assert {read(user, own) for _ in range(3)} == {own}
