@@ -3,6 +3,8 @@ Twelve clients while a replica at a time is killed for two seconds, and all back
 terminated every 0.7 s. The other replica is up and caught up.
 
     python -m benchmarks faults [--asgi] [--pool] [--age 0] [--role plain|monitor]
+
+``FAULT=stop``: a replica at a time is stopped for two seconds (SIGSTOP) instead.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from psycopg import Error
 
 from .fleet import OURS, Sight, meanwhile, run, site, variant
 
+# What no read should take (seconds).
+LONG = 1.5
 READS = int(os.environ.get("READS", "20000"))
+FAULT = os.environ.get("FAULT", "kill")
 TERMINATE = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()
@@ -47,9 +52,20 @@ def main() -> None:
                 except Error:
                     continue  # the replica that was killed
 
-        with meanwhile(kill, terminate):
+        def stop(over: threading.Event) -> None:
+            for node in itertools.cycle(cluster.replicas):
+                with sight.without(node):
+                    node.freeze()
+                    over.wait(2)
+                    node.thaw()
+                if over.wait(2):
+                    return
+
+        with meanwhile(*((stop,) if FAULT == "stop" else (kill, terminate))):
             tally = run(OURS, READS, cluster, sight, how.asgi)
         print(tally.line(cluster))
+        took = tally.seconds["read"]
+        print(f"  longest read {max(took):.2f} s, {sum(t > LONG for t in took)} over {LONG} s")
 
 
 if __name__ == "__main__":

@@ -3,14 +3,15 @@ Pins, which a scope that has written propagates to later scopes.
 
 A position maps the name of a log to an offset in it. One log is a history in which a larger
 offset includes every smaller one: a PostgreSQL timeline, a MariaDB domain as one server wrote it, a
-MySQL server's UUID. Offsets of different logs are never compared, so merging takes the maximum
-for each log, and nothing here depends on the database that a position came from.
+MySQL UUID. What follows a gap in the numbers is a log by itself ("uuid/7"). Offsets of different
+logs are never compared, so merging takes the maximum for each log, and nothing here depends on the
+database that a position came from.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -24,6 +25,7 @@ __all__ = [
     "PoolKey",
     "Position",
     "live",
+    "logs_of",
     "merge_optional",
     "merge_pins",
     "merge_points",
@@ -132,7 +134,7 @@ class Pin(NamedTuple):
         """
         older, newer = sorted((self, other), key=_age)
         end = max(self.primary_only_end, other.primary_only_end)
-        if not _comparable(self.position, other.position):
+        if not _includes_logs(newer.position, older.position):
             # Replicas may never follow the older log again, so only its window ends the pin.
             end = max(end, older.until)
             return _pin(newer.until, end, newer.position)
@@ -171,8 +173,16 @@ def merge_positions(one: Position | None, other: Position | None) -> Position | 
     return Position(points, frozenset(points.keys() - required))
 
 
-def _comparable(one: Position | None, other: Position | None) -> bool:
-    return one is None or other is None or one.points.keys() == other.points.keys()
+def _includes_logs(newer: Position | None, older: Position | None) -> bool:
+    """Return whether the newer position has every log that the older one requires."""
+    if newer is None or older is None:
+        return True
+    return logs_of(older.points.keys() - older.optional) <= logs_of(newer.points)
+
+
+def logs_of(names: Iterable[str]) -> set[str]:
+    """Return the logs; the part of a log after a gap is named "log/first"."""
+    return {name.partition("/")[0] for name in names}
 
 
 def merge_optional(one: Pin | None, other: Pin | None) -> Pin | None:

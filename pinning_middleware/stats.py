@@ -78,6 +78,7 @@ class ServerState(NamedTuple):
     - ``age``: time since the last probe (seconds).
     - ``retry_in``: time until the next probe of a server that is out of rotation (seconds).
     - ``error``: why it is unreachable, or a problem of a server that is in rotation.
+    - ``reads_bounded``: whether a read ends if the server does not answer, or ``None`` if unknown.
     - ``tier``: the tier in the settings, or ``None`` for a primary.
     - ``groups``: the groups in the settings, whose reads alone go to it, or ``None``.
     """
@@ -98,6 +99,7 @@ class ServerState(NamedTuple):
     age: float | None = None
     retry_in: float | None = None
     error: str = ""
+    reads_bounded: bool | None = None
     tier: int | None = None
     groups: tuple[str, ...] | None = None
 
@@ -220,6 +222,7 @@ def _row(pool: Pool, endpoint: Endpoint, server: Server | None, reads: int) -> S
         age=now - server.last_probed if server is not None and server.last_probed else None,
         retry_in=max(0.0, endpoint.retry_at - now) if endpoint.out_of_rotation else None,
         error=endpoint.error if endpoint.out_of_rotation else _misdirection(pool, endpoint),
+        reads_bounded=endpoint.reads_are_bounded,
     )
 
 
@@ -274,8 +277,14 @@ def format_position(server: Server, vendor: str = "postgresql") -> str | None:
             else str(server.replayed_offset)
         )
     points = dict(sorted(server.position.items()))
-    between = {"mariadb": "-", "mysql": ":1-"}.get(server.system, ":")
-    return ",".join(f"{log}{between}{point}" for log, point in points.items()) or None
+    if server.system == "mysql":
+        points_of = (log.partition("/") for log in points)
+        starts = [f"{log}:{first or 1}" for log, _, first in points_of]
+        return (
+            ",".join(f"{start}-{end}" for start, end in zip(starts, points.values(), strict=True))
+            or None
+        )
+    return ",".join(f"{log}-{point}" for log, point in points.items()) or None
 
 
 def _format_lsn(point: int) -> str:

@@ -661,4 +661,4 @@ def test_ids_are_unique() -> None:
     parts = re.split(r"^(?:def |RULES)", source, flags=re.MULTILINE)
     used = [number for part in parts for number in set(re.findall(r'"([EW]\d{3})"', part))]
     assert sorted(used) == sorted(set(used))
-    assert {f"E{n:03}" for n in range(1, 25)} | {f"W{n:03}" for n in range(1, 19)} <= set(used)
+    assert {f"E{n:03}" for n in range(1, 26)} | {f"W{n:03}" for n in range(1, 20)} <= set(used)

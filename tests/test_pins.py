@@ -268,6 +268,23 @@ def test_merge_of_other_logs_is_primary_only_until_the_older_window_ends() -> No
     assert old.merge(new) == new.merge(old) == Pin(105.0, 100.0, Position({"ff-2": 3}))
 
 
+@pytest.mark.parametrize(
+    ("older", "newer", "merged"),
+    [
+        # A promoted server has a log of its own, and all of the former primary's.
+        ({"a": 5}, {"a": 5, "b": 1}, {"a": 5, "b": 1}),
+        # Transactions that were running at the time have committed since.
+        ({"a": 5, "a/7": 8}, {"a": 9}, {"a": 9, "a/7": 8}),
+        ({"a": 5}, {"a/7": 9}, {"a": 5, "a/7": 9}),
+    ],
+)
+def test_merge_with_a_position_that_has_every_required_log_counts_at_once(
+    older: dict[str, int], newer: dict[str, int], merged: dict[str, int]
+) -> None:
+    pin = Pin(10.0, None, Position(older)).merge(Pin(20.0, None, Position(newer)))
+    assert pin == Pin(20.0, None, Position(merged))
+
+
 def test_merge_optional_returns_none_without_any_pin() -> None:
     assert merge_optional(None, None) is None
     assert merge_optional(Pin(1.0), None) == merge_optional(None, Pin(1.0)) == Pin(1.0)

@@ -15,8 +15,9 @@ from django.db import DatabaseError, OperationalError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
+from pinning_middleware.backend.call import UnopenedCursor
 from pinning_middleware.backend.execute import execute_wrapper
-from pinning_middleware.backend.failover import UnopenedCursor, discard
+from pinning_middleware.backend.former_primary import discard
 from pinning_middleware.backend.session_setup import set_up_session, undo_session_setup
 from pinning_middleware.backend.writes import record_session_end, record_transaction_end
 from pinning_middleware.conf import conf

@@ -8,8 +8,9 @@ from typing import Any, Final
 
 from django.db.backends.utils import CursorWrapper
 
+from pinning_middleware.backend.call import UnopenedCursor
 from pinning_middleware.backend.execute import intended_alias
-from pinning_middleware.backend.failover import UnopenedCursor, admit_cursor
+from pinning_middleware.backend.failover import admit_cursor
 from pinning_middleware.backend.session_setup import set_up_session
 from pinning_middleware.backend.writes import classify, recording_write
 from pinning_middleware.conf import conf

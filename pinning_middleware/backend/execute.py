@@ -10,15 +10,9 @@ from typing import Any, Final
 from django.db import DatabaseError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from pinning_middleware.backend.failover import (
-    Call,
-    UnopenedCursor,
-    execute_on_primary,
-    execute_read,
-    leave_former_primary,
-    may_move,
-    record_rejected_write,
-)
+from pinning_middleware.backend.call import Call, UnopenedCursor, may_move
+from pinning_middleware.backend.failover import execute_on_primary, execute_read
+from pinning_middleware.backend.former_primary import leave_former_primary, record_rejected_write
 from pinning_middleware.backend.session_setup import (
     is_setting_up,
     undo_session_setup,

@@ -62,10 +62,27 @@ def sql_text(connection: BaseDatabaseWrapper, sql: Any) -> str:
     if hasattr(sql, "as_string"):
         # psycopg's composed statements.
         return str(sql.as_string(connection.connection))
-    if hasattr(sql, "strings"):
-        # A template string of Python 3.14, as psycopg 3.3 takes it.
-        return "%s".join(sql.strings)
+    if hasattr(sql, "interpolations"):
+        return _template_text(connection, sql)
     return _UNREADABLE
+
+
+def _template_text(connection: BaseDatabaseWrapper, template: Any) -> str:
+    """
+    Return the text of a template string (Python 3.14, psycopg 3.3), with placeholders for values.
+
+    https://www.psycopg.org/psycopg3/docs/basic/tstrings.html
+    """
+    parts = []
+    for part in template:
+        if isinstance(part, str):
+            parts.append(part)
+        elif part.format_spec == "q":
+            # A part of the statement: another template, or a composed one.
+            parts.append(sql_text(connection, part.value))
+        else:
+            parts.append(f'"{part.value}"' if part.format_spec == "i" else "%s")
+    return "".join(parts)
 
 
 class Statement(NamedTuple):

@@ -16,9 +16,8 @@ from django.db import connections, router
 from django.utils.module_loading import import_string
 
 from pinning_middleware.checks.messages import TAG, error, warning
-from pinning_middleware.checks.settings import is_strings, value_of
+from pinning_middleware.checks.settings import is_strings, parsed_replicas, value_of
 from pinning_middleware.conf import conf
-from pinning_middleware.pool_specs import parse_replicas
 from pinning_middleware.routing.compatibility import is_interchangeable
 
 __all__: list[str] = []
@@ -55,17 +54,9 @@ REQUEST_RECORDERS: Final = {"silk": ("django-silk", "silk.middleware.SilkyMiddle
 _MODEL_LABEL: Final = re.compile(r"[a-z_]\w*\.[A-Z]\w*")
 
 
-def _pools() -> dict[str, dict[str, int]]:
-    """Return PINNING_REPLICAS, or {} if it is invalid (which E001 reports)."""
-    try:
-        return parse_replicas(value_of("PINNING_REPLICAS"))
-    except ValueError:
-        return {}
-
-
 def _replicas() -> dict[str, str]:
     """Return replica's alias → its primary's alias."""
-    return {alias: primary for primary, weights in _pools().items() for alias in weights}
+    return {alias: primary for primary, weights in parsed_replicas().items() for alias in weights}
 
 
 def _vendor(alias: str) -> str:
@@ -349,7 +340,7 @@ def check_weights_not_all_zero(**kwargs: Any) -> list[CheckMessage]:
             f"Every replica of {primary!r} has the weight 0, so all reads go to the primary.",
             "Set a weight above 0 for one of them; 0 is for a replica that is drained or warmed.",
         )
-        for primary, weights in _pools().items()
+        for primary, weights in parsed_replicas().items()
         if weights and not any(weights.values())
     ]
 
@@ -378,7 +369,7 @@ def check_position_method(**kwargs: Any) -> list[CheckMessage]:
             "its pins last the full window.",
             "Set True for the best method of each database.",
         )
-        for primary, weights in _pools().items()
+        for primary, weights in parsed_replicas().items()
         # A SQLite database, as in development, has no replicas of its own.
         if weights and vendors and (vendor := _vendor(primary)) in DEFAULT_PORTS
         if vendor not in vendors
@@ -405,7 +396,7 @@ def check_interchangeable_aliases(**kwargs: Any) -> list[CheckMessage]:
 
 @register(TAG)
 def check_other_aliases_of_primaries(**kwargs: Any) -> list[CheckMessage]:
-    pools = _pools()
+    pools = parsed_replicas()
     legacy = getattr(settings, "SLAVE_DATABASES", None)
     in_pools = {*pools, *_replicas(), *(legacy if legacy and is_strings(legacy) else ())}
     primaries = {_database(primary): primary for primary, weights in pools.items() if weights}

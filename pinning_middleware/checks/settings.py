@@ -16,7 +16,7 @@ from django.utils.module_loading import import_string
 
 from pinning_middleware.checks.messages import TAG, error, warning
 from pinning_middleware.conf import DEFAULTS, conf
-from pinning_middleware.pool_specs import PoolSpec, parse_pools
+from pinning_middleware.pool_specs import PoolSpec, parse_pools, parse_replicas
 from pinning_middleware.routers import PinningRouter
 from pinning_middleware.stores import BaseStore
 
@@ -31,6 +31,14 @@ _FUNCTION_NAME: Final = re.compile(r"(?:[A-Za-z_][\w$]*\.)?[A-Za-z_][\w$]*")
 def value_of(name: str) -> Any:
     """Return the value in the site's settings, also under a name of `MULTIDB_ALIASES`."""
     return getattr(settings, conf.effective_name(name), DEFAULTS.get(name))
+
+
+def parsed_replicas() -> dict[str, dict[str, int]]:
+    """Return PINNING_REPLICAS, or {} if it is invalid (which E001 reports)."""
+    try:
+        return parse_replicas(value_of("PINNING_REPLICAS"))
+    except ValueError:
+        return {}
 
 
 # Predicates

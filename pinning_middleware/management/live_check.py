@@ -27,6 +27,8 @@ __all__ = ["MissingPrivilege", "ReplicaResult", "Sample", "check_pool", "missing
 # Pause between two samples of a replica, and the time that the last one may take (seconds).
 PAUSE: Final = 0.01
 GRACE: Final = 4.0
+# Reads of a primary behind a pooler that balances them.
+BALANCED_READS: Final = 20
 
 
 class Sample(NamedTuple):
@@ -90,7 +92,29 @@ def check_pool(pool: Pool, seconds: float) -> list[ReplicaResult]:
         finally:
             for watcher in watchers:
                 watcher.until = 0.0
-        return [watcher.result for watcher in watchers]
+        own = [_primary_result(pool, table, committed)] if pool.endpoint.is_balanced else []
+        return [*own, *(watcher.result for watcher in watchers)]
+
+
+def _primary_result(pool: Pool, table: str, committed: float) -> ReplicaResult:
+    """
+    Read the row on new connections of the primary's alias, behind a pooler that balances reads:
+    where it is missing, a replica has answered.
+    """
+    connection, samples = connections[pool.primary], []
+    sql = f"SELECT count(*) FROM {connection.ops.quote_name(table)}"
+    for _ in range(BALANCED_READS):
+        connection.close()
+        visible = False
+        with contextlib.suppress(DatabaseError), no_failover(), connection.cursor() as cursor:
+            cursor.execute(sql)
+            visible = bool(cursor.fetchone()[0])
+        served = "primary" if visible else "replica"
+        samples.append(Sample(time.monotonic() - committed, served, Reason.WROTE, visible))
+    first = next((sample.at for sample in samples if sample.visible), None)
+    wrong = tuple(sample for sample in samples if not sample.correct)
+    address = address_of(pool.primary, pool.endpoint.server)
+    return ReplicaResult(pool.primary, address, first, first, wrong)
 
 
 @contextlib.contextmanager
@@ -242,7 +266,7 @@ def missing_privileges(pool: Pool) -> list[MissingPrivilege]:
         if connections[alias].vendor == "mysql" and alias != pool.primary:
             try:
                 with no_failover(), connections[alias].cursor() as cursor:
-                    cursor.execute("SHOW SLAVE STATUS")
+                    cursor.execute("SHOW REPLICA STATUS")
             except DatabaseError as error:
                 if pool.dialect is not None and pool.dialect.error_code(error) == 1227:
                     privilege = "REPLICATION CLIENT"

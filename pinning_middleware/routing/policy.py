@@ -145,7 +145,7 @@ def admit(pool: Pool, connection: BaseDatabaseWrapper, scope: Scope) -> Rejectio
     # In a transaction the server that it is open on answers, whatever its status.
     if pool.dialect is not None and not connection.in_atomic_block:
         if is_primary:
-            fault = pool.health.reject_primary(connection, requirement)
+            fault = pool.primary_connections.reject(connection, requirement)
         else:
             max_lag = None if override is None else override.max_lag
             rotation = pool.replica_set.rotation
@@ -179,7 +179,7 @@ def is_former_primary(
         return False
     state = PoolState() if scope is None else scope.state(pool.key)
     requirement = state.required(clock.now())
-    return pool.health.reject_primary(connection, requirement) is not None
+    return pool.primary_connections.reject(connection, requirement) is not None
 
 
 def _follow_override(pool: Pool, scope: Scope, override: Override) -> Decision:

@@ -13,6 +13,7 @@ from pinning_middleware.reasons import Reason
 from pinning_middleware.routing.compatibility import is_test_mirror, is_testing
 from pinning_middleware.routing.guarantees import Guarantee
 from pinning_middleware.routing.health import Health
+from pinning_middleware.routing.primary_connections import PrimaryConnections
 from pinning_middleware.routing.refusals import Refusals
 from pinning_middleware.routing.replica_set import ReplicaSet
 from pinning_middleware.servers import monitor
@@ -42,6 +43,9 @@ class Pool:
         self.endpoint = registry.endpoint(self.primary)
         self.endpoints = {a: registry.endpoint(a, self.primary) for a in self.replicas}
         self.health = Health(self.endpoint, self.endpoints, self.dialect)
+        self.primary_connections = PrimaryConnections(
+            self.endpoint, self.dialect, self.health.probe
+        )
         self.replica_set = ReplicaSet(spec, self.health)
         self.refusals = Refusals()
         self.guarantee = guarantee

@@ -214,7 +214,7 @@ class ReplicaSet:
         """
         endpoint = self.endpoints[alias]
         known = endpoint.server
-        if self._cannot_catch_up(endpoint) or (known and known.reports_position is False):
+        if self._cannot_catch_up(endpoint) or (known and not known.should_report_position):
             return False
         connection = connection or connections[alias]
         open_on = None if connection.connection is None else state_of(connection).server

@@ -48,7 +48,7 @@ FIRST_CHECK_AFTER, NEXT_CHECK_AFTER = 0.3, 1.0
 # Seconds after which psycopg resumes a generator that waits.
 WAIT_INTERVAL: Final = 0.1
 # Maximum seconds that a read waits for a lock of recovery if another server may serve it.
-LOCK_TIMEOUT: Final = 1.0
+LOCK_TIMEOUT: Final = 0.8
 
 
 class ServerUnresponsive(OperationalError):
@@ -82,10 +82,22 @@ def watched_wait(wait: Any) -> Any:
 
 def watch_waits(raw: Any, state: ConnectionState) -> None:
     """Watch the waits of a driver connection, if the driver is psycopg 3."""
+    raw = _driver_connection(raw)
     if hasattr(getattr(raw, "wait", None), "pinning_original"):
-        # An agent's proxy around the connection sets it on the connection itself.
         raw.pinning_watched = state
         state.is_watched = True
+
+
+def _driver_connection(raw: Any) -> Any:
+    """
+    Return the connection behind a proxy: of SQLAlchemy's pools, or of an agent that uses wrapt.
+
+    https://docs.sqlalchemy.org/en/20/core/connections.html#working-with-the-dbapi-cursor-directly
+    https://wrapt.readthedocs.io/en/master/wrappers.html#object-proxy
+    """
+    for attribute in ("driver_connection", "__wrapped__"):
+        raw = getattr(raw, attribute, None) or raw
+    return raw
 
 
 def _watch_wait(

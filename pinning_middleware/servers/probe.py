@@ -26,6 +26,7 @@ from pinning_middleware.servers.budget import BudgetExhausted, read_budget
 from pinning_middleware.servers.connection_state import ConnectionState
 from pinning_middleware.servers.dialects import (
     Dialect,
+    Driver,
     Identification,
     PositionUnavailable,
     Query,
@@ -141,10 +142,30 @@ def state_of(connection: BaseDatabaseWrapper, raw: Any = None) -> ConnectionStat
         if state is not None:
             fresh.session_modified = state.session_modified
         watch_waits(raw, fresh)
+        _record_whether_bounded(connection, raw, fresh)
         state = _states[raw] = fresh
     state.session_modified_at_checkout = state.session_modified
     connection.__dict__["pinning_state"] = (raw, state)
     return state
+
+
+def _record_whether_bounded(
+    connection: BaseDatabaseWrapper, raw: Any, state: ConnectionState
+) -> None:
+    """Record whether a read ends if the server of a replica does not answer; log it once if not."""
+    endpoint = state.endpoint
+    if dialect_for(connection) is None or endpoint.alias == endpoint.pool:
+        return
+    was_bounded = endpoint.reads_are_bounded
+    has_timeout = bool(connection.settings_dict["OPTIONS"].get("read_timeout"))
+    endpoint.reads_are_bounded = state.is_watched or has_timeout
+    if was_bounded is not endpoint.reads_are_bounded is False:
+        logger.info(
+            "A read of %s waits for as long as its server does not answer: connections of %s "
+            "cannot be watched. Use psycopg 3, or read_timeout of mysqlclient.",
+            state.alias,
+            type(raw).__module__,
+        )
 
 
 class ProbeResult(NamedTuple):
@@ -233,7 +254,7 @@ def _probe_once(connection: BaseDatabaseWrapper, dialect: Dialect, is_trial: boo
         sent_at = time.monotonic()
         server, row = _identify(connection, dialect, state, query)
         report = None
-        if server.reports_position is not False:
+        if server.should_report_position:
             report = _fetch_report(dialect, server, state, query, row, sent_at)
     except ServerUnresponsive as error:
         if is_trial:
@@ -341,35 +362,53 @@ def _identify(
         registry.register(state.alias, identity, server.system, seen_at)
     server.lacks_timeline_privilege = identification.lacks_timeline_privilege
     endpoint = state.endpoint
-    if (
-        state.behind_pooler
-        and len(endpoint.recent_servers) > 1
-        and not endpoint.pooler_mixes_servers
-    ):
-        endpoint.pooler_mixes_servers = True
-        logger.warning(
-            "%s resolves to several servers behind a connection pooler; positions are ignored and "
-            "pins last the full window.",
-            state.alias,
-        )
+    if state.behind_pooler and not endpoint.pooler_mixes_servers:
+        mixes_servers = len(endpoint.recent_servers) > 1
+        if endpoint.is_balanced is None:
+            _record_whether_balanced(endpoint, dialect, query)
+            # Another server may answer the same statement.
+            again = _fetch_identity(connection, dialect, state, query)[0].identity
+            mixes_servers = mixes_servers or again != identity
+        if mixes_servers and not endpoint.pooler_mixes_servers:
+            endpoint.pooler_mixes_servers = True
+            logger.warning(
+                "%s resolves to several servers behind a connection pooler; positions are ignored "
+                "and pins last the full window.",
+                state.alias,
+            )
     state.server = server
     return server, row
+
+
+def _record_whether_balanced(endpoint: Endpoint, dialect: Dialect, query: Query) -> None:
+    try:
+        endpoint.is_balanced = dialect.balances_reads(query)
+    except DatabaseError as error:
+        if isinstance(error, CONNECTION_ERRORS):
+            raise
+        endpoint.is_balanced = False
+    if endpoint.is_balanced:
+        endpoint.pooler_mixes_servers = True
+        logger.error(
+            "%s resolves to pgpool-II with load_balance_mode = on, so that any of its servers "
+            "answers a read; positions are ignored. Set load_balance_mode = off.",
+            endpoint.alias,
+        )
 
 
 def _fetch_identity(
     connection: BaseDatabaseWrapper, dialect: Dialect, state: ConnectionState, query: Query
 ) -> tuple[Identification, Row]:
-    address = _driver_address(connection)
+    driver = _driver_of(connection)
     # If the statement of the best strategy is refused, the identity alone may be available.
     for strategy in (next(iter(dialect.strategies(conf.positions)), None), None):
         try:
-            return dialect.identify(query, address, strategy)
-        except CONNECTION_ERRORS as error:
-            if dialect.error_code(error) not in dialect.permission_errors:
-                raise
+            return dialect.identify(query, driver, strategy)
         except DatabaseError as error:
+            if isinstance(error, CONNECTION_ERRORS) and not dialect.refuses_probe(error):
+                raise
             logger.debug("%s cannot report its identity: %s", state.alias, error)
-    return Identification(Identity("", *address)), ()
+    return Identification(Identity("", driver.host, driver.port)), ()
 
 
 def _fetch_report(
@@ -396,29 +435,42 @@ def _fetch_report(
             cause = error
             break
         except DatabaseError as error:
-            if dialect.error_code(error) not in dialect.permission_errors:
+            if not dialect.refuses_probe(error):
                 raise
             cause = error
         else:
-            server.strategy, server.reports_position = strategy, True
+            server.strategy = strategy
+            server.record_position_available()
             registry.apply_report(server, report, sent_at)
             return report
-    server.reports_position = False
-    logger.info(
-        "%s cannot report a replication position; pins on it last the full window: %s",
-        state.alias,
-        cause,
-    )
+    if server.record_position_unavailable(str(cause)):
+        if isinstance(cause, DatabaseError) and (
+            dialect.error_code(cause) not in dialect.permission_errors
+        ):
+            logger.warning(
+                "%s refuses the probe for its replication position with an unexpected error; pins "
+                "on it last the full window: %s",
+                state.alias,
+                cause,
+            )
+        else:
+            logger.info(
+                "%s cannot report a replication position; pins on it last the full window: %s",
+                state.alias,
+                cause,
+            )
     return None
 
 
-def _driver_address(connection: BaseDatabaseWrapper) -> tuple[str, int]:
-    """Return host and port, as the driver or the settings report them."""
+def _driver_of(connection: BaseDatabaseWrapper) -> Driver:
+    """Return host and port, as the driver or the settings report them, and the server's version."""
     info = getattr(connection.connection, "info", None)
     settings = connection.settings_dict
     host = getattr(info, "host", None) or settings["HOST"] or ""
     port = getattr(info, "port", None) or settings["PORT"] or 0
-    return str(host), int(port) if str(port).isdigit() else 0
+    # The version as a server of MySQL or MariaDB greets with it.
+    version = getattr(connection.connection, "get_server_info", str)()
+    return Driver(str(host), int(port) if str(port).isdigit() else 0, version)
 
 
 def _driver_session(connection: BaseDatabaseWrapper) -> int | None:

@@ -46,6 +46,8 @@ MAX_SERVERS = 64
 # second. libpq may connect twice for one attempt, with TLS and without.
 # https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNECT-SSLMODE
 LAST_REPLICA_RETRY_INTERVAL, LAST_REPLICA_MAX_INTERVAL = 0.05, 0.5
+# Seconds until a server that could not report a position is asked for it again.
+ASK_AGAIN_AFTER = 30.0
 # Number of reports of a primary that are kept to resolve hidden timelines.
 MAX_PRIMARY_SAMPLES = 32
 # Number of a primary's positions that are kept to measure lag, and minimum seconds between two.
@@ -77,21 +79,28 @@ class Report(NamedTuple):
 
     ``is_replica``: whether it replays another server's log, or None if unknown.
     ``written``: what a primary has written. ``timeline_hidden``: the role may not see to which
-    timeline ``replayed`` belongs.
+    timeline ``replayed`` belongs. ``has_new_history``: it is behind what the server reported
+    before, because its log began anew under the same name; None if the database has no such logs.
+    ``is_complete``: ``replayed`` is all that the server has.
     """
 
     is_replica: bool | None
     replayed: Points
     written: Position | None = None
     timeline_hidden: bool = False
+    has_new_history: bool | None = None
+    is_complete: bool = False
 
 
 class Server:
     """One running database server: its last reports and its status in the rotation."""
 
     __slots__ = (
+        "_disputed",
         "_hidden_timeline",
         "_predecessors",
+        "_unavailable",
+        "ask_again_at",
         "catch_up",
         "checkpoint_timeline",
         "demoted_at",
@@ -145,6 +154,12 @@ class Server:
         # strategy that works.
         self.reports_position: bool | None = None
         self.strategy = 0
+        # Why it cannot report one, and the monotonic time from which it is asked again.
+        self._unavailable = ""
+        self.ask_again_at = 0.0
+        # Positions that the server reported in a history that has ended since. They do not count
+        # for as long as the server reports them unchanged.
+        self._disputed: dict[str, int] = {}
         self.timeline_hidden = False
         # A timeline that the server has reached, so that it is on no older one. None if unknown.
         self.checkpoint_timeline: str | None = None
@@ -156,8 +171,36 @@ class Server:
     def __repr__(self) -> str:
         return f"<Server {self.identity.address}:{self.identity.port}>"
 
+    @property
+    def should_report_position(self) -> bool:
+        """Whether to ask for a position: one that had none may have one some time later."""
+        return self.reports_position is not False or time.monotonic() >= self.ask_again_at
+
+    def record_position_available(self) -> None:
+        self.reports_position, self._unavailable = True, ""
+
+    def record_position_unavailable(self, cause: str) -> bool:
+        """Record that the server reports no position; return whether that is news."""
+        is_news, self._unavailable = cause != self._unavailable, cause
+        self.reports_position, self.ask_again_at = False, time.monotonic() + ASK_AGAIN_AFTER
+        self.position = {}
+        return is_news
+
+    def dispute(self, points: Points) -> None:
+        """Let these points not count until the server reports others, or they are confirmed."""
+        self._disputed |= points
+        self.position = {log: n for log, n in self.position.items() if points.get(log) != n}
+        self.minimum_position = {}
+
+    def confirm(self, points: Points) -> None:
+        """Let disputed points count again that the primary itself has reached by now."""
+        for log, end in tuple(self._disputed.items()):
+            if points.get(log, -1) >= end:
+                del self._disputed[log]
+
     def apply_report(self, report: Report, sent_at: float) -> None:
         """Store a report. ``sent_at``: monotonic time at which the probe was sent."""
+        is_sequential = sent_at >= self.last_probed
         was_primary = bool(self.last_probed) and not self.is_replica
         self.is_replica, self.timeline_hidden = report.is_replica, report.timeline_hidden
         self.last_probed = time.monotonic()
@@ -171,7 +214,17 @@ class Server:
         replayed = report.replayed
         if not report.is_replica and report.written:
             replayed = report.written.points
-        self._advance({log: end for log, end in replayed.items() if not is_unresolved(log)})
+        points = {
+            log: end
+            for log, end in replayed.items()
+            if not is_unresolved(log) and self._disputed.get(log) != end
+        }
+        for log in self._disputed.keys() & points.keys():
+            del self._disputed[log]
+        if is_sequential and (report.is_complete or report.has_new_history):
+            self.position = points
+        else:
+            self._advance(points)
 
     def _advance(self, position: Points) -> None:
         if position:
@@ -246,6 +299,10 @@ class Endpoint:
         self.must_reidentify = False
         # A connection pooler mixes several servers, so that a position is of no use. Logged once.
         self.pooler_mixes_servers = False
+        # Whether a pooler sends reads and writes to different servers; None if unknown.
+        self.is_balanced: bool | None = None
+        # Whether a read ends if the server does not answer; None if no connection was made yet.
+        self.reads_are_bounded: bool | None = None
         # The sessions in which a read waits for an answer.
         self.slow_sessions: set[SlowSession] = set()
         # A read waited for a lock: find out whether replay waits for one.
@@ -417,9 +474,14 @@ class ServerRegistry:
         """
         Store a server's report. A primary's report also resolves hidden timelines of its replicas.
         """
+        has_new_history = report.has_new_history and sent_at >= server.last_probed
         server.apply_report(report, sent_at)
         system = server.system
+        if has_new_history:
+            self._begin_new_history(server)
         if report.written and not report.is_replica:
+            if report.has_new_history is not None:
+                self._compare_with_primary(server, report.written, sent_at)
             samples = self._primary_samples.setdefault(system, deque(maxlen=MAX_PRIMARY_SAMPLES))
             samples.append(PrimarySample(sent_at, server.last_probed, report.written))
             positions = self._lag_samples.setdefault(system, deque(maxlen=MAX_LAG_SAMPLES))
@@ -430,6 +492,48 @@ class ServerRegistry:
                     other.resolve_timeline(tuple(samples))
         elif report.timeline_hidden:
             server.resolve_timeline(tuple(self._primary_samples.get(system, ())))
+
+    def _begin_new_history(self, server: Server) -> None:
+        """
+        Forget what was known of a log that began anew. If it is a primary's, what the others
+        replayed of it is of the history that has ended.
+        """
+        logger.warning(
+            "%s:%s has fewer transactions than before: its log was reset, or a backup restored. "
+            "What was known of its replication position no longer counts.",
+            *server.identity.place,
+        )
+        if server.is_replica:
+            return
+        self._primary_samples.pop(server.system, None)
+        self._lag_samples.pop(server.system, None)
+        for other in self._others_in_pools_of(server):
+            other.dispute(other.position)
+
+    def _compare_with_primary(self, primary: Server, written: Position, sent_at: float) -> None:
+        """A server that reported more of a log than its primary had later is of another history."""
+        for other in self._others_in_pools_of(primary):
+            other.confirm(written.points)
+            if other.last_probed < sent_at:
+                ahead = {
+                    log: end
+                    for log, end in other.position.items()
+                    if end > written.points.get(log, end)
+                }
+                if ahead:
+                    other.dispute(ahead)
+
+    def _others_in_pools_of(self, server: Server) -> set[Server]:
+        # Logs of two clusters of MariaDB may have the same names.
+        endpoints = tuple(self._endpoints.values())
+        pools = {endpoint.pool for endpoint in endpoints if server in endpoint.servers}
+        return {
+            other
+            for endpoint in endpoints
+            if endpoint.pool in pools
+            for other in tuple(endpoint.servers)
+            if other is not server
+        }
 
     def primary_position(self, system: str) -> Position | None:
         """Return the last position that a primary of this system has reported, or None."""

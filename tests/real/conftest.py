@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from sample_site.cluster import Cluster, Node
 from sample_site.wal import INSERTED, REPLAYED, end_of_log
 from tests.app.models import Account, Author, Book, Tag
 
+from . import mariadb, mysql
 from .layouts import Place, database
 from .layouts.waiting import eventually, missing
 
@@ -193,6 +195,64 @@ def own_pg(
         django_on(cluster) as servers,
     ):
         yield servers
+
+
+@pytest.fixture(scope="session")
+def running() -> Iterator[Callable[[type[mariadb.Servers]], mariadb.Servers]]:
+    """Run servers by GTID of each kind that a test asks for."""
+    with ExitStack() as stack:
+        yield cache(lambda kind: stack.enter_context(mariadb.running_servers(kind)))
+
+
+@pytest.fixture(params=[mariadb.Servers, mysql.Servers], ids=["mariadb", "mysql"])
+def product(request: pytest.FixtureRequest) -> type[mariadb.Servers]:
+    """Run the test on each database with GTIDs."""
+    found: type[mariadb.Servers] = request.param
+    return found
+
+
+@pytest.fixture
+def my(
+    running: Callable[[type[mariadb.Servers]], mariadb.Servers],
+    product: type[mariadb.Servers],
+    django_db_setup: None,
+    django_db_blocker: Any,
+) -> Iterator[mariadb.Servers]:
+    """Servers by GTID that tests may break and must repair, with all models on them."""
+    servers = running(product)
+    with django_db_blocker.unblock(), as_databases(servers.entries()):
+        make_tables("my")
+        empty_tables("my")
+        servers.wait_for()
+        enter(None)
+        try:
+            yield servers
+        finally:
+            servers.repair()
+
+
+@pytest.fixture
+def own(
+    product: type[mariadb.Servers], django_db_setup: None, django_db_blocker: Any
+) -> Iterator[mariadb.Servers]:
+    """Servers by GTID that the test may change permanently."""
+    with (
+        django_db_blocker.unblock(),
+        mariadb.running_servers(product) as servers,
+        as_databases(servers.entries()),
+    ):
+        make_tables("my")
+        servers.wait_for()
+        enter(None)
+        yield servers
+
+
+@pytest.fixture
+def one_book(my: mariadb.Servers) -> mariadb.Servers:
+    with unrelated_scope():
+        Book.objects.create(title="one")
+    my.wait_for()
+    return my
 
 
 @contextmanager

@@ -245,7 +245,7 @@ def test_unidentified_connection_to_a_demoted_server_is_replaced_for_a_pin_of_it
     servers, address = my
     with unrelated_scope():
         assert server_number() == number_of(servers, "my")
-    monkeypatch.setattr("pinning_middleware.routing.health.FRESH_FOR", 0.0)
+    monkeypatch.setattr("pinning_middleware.routing.primary_connections.FRESH_FOR", 0.0)
     switch_over(servers, "my", "my1")
     address.point_to(place_of(servers["my1"]), cut=False)
     assert "new" in titles(write_directly(servers["my1"], "new"))

@@ -26,7 +26,6 @@ from tests.testing_utilities.test_project import PYTEST, UNITTEST, project, ran
 
 from .conftest import PostgreSQL, probe_replicas, unrelated_scope, write
 from .mariadb import Servers
-from .test_mariadb import my, shared  # noqa: F401
 
 pytestmark = pytest.mark.real
 
@@ -153,8 +152,8 @@ def test_advance_window_with_positions(pg: PostgreSQL) -> None:
             Book.objects.count()
 
 
-def test_lag_pauses_replay_on_mariadb(my: Servers) -> None:  # noqa: F811
-    my["my"].execute("GRANT REPLICATION SLAVE ADMIN ON *.* TO site")
+def test_lag_pauses_replay_on_mariadb_and_mysql(my: Servers) -> None:
+    my["my"].execute(f"GRANT {my.REPLAY_ADMIN} ON *.* TO site")
     my.wait_for()
     probe_replicas()
     replicas.lag("my1")
@@ -163,7 +162,7 @@ def test_lag_pauses_replay_on_mariadb(my: Servers) -> None:  # noqa: F811
     assert (count("my1"), count("my2")) == (0, 1)
     replicas.catch_up("my1")
     assert count("my1") == 1
-    my["my"].execute("REVOKE REPLICATION SLAVE ADMIN ON *.* FROM site")
+    my["my"].execute(f"REVOKE {my.REPLAY_ADMIN} ON *.* FROM site")
 
 
 # The small site of docs/testing.md, on PostgreSQL

@@ -13,6 +13,7 @@ from pinning_middleware.pins import Points, Position, merge_positions
 from pinning_middleware.servers.dialects import (
     DIALECTS,
     Dialect,
+    Driver,
     PositionUnavailable,
     Query,
     Row,
@@ -21,7 +22,6 @@ from pinning_middleware.servers.dialects import (
 from pinning_middleware.servers.dialects.mysql import (
     MySQL,
     parse_gtids,
-    parse_last,
     parse_mariadb,
 )
 from pinning_middleware.servers.dialects.postgresql import (
@@ -177,7 +177,7 @@ def test_postgresql_identity_without_a_strategy_has_no_report() -> None:
 
 def test_postgresql_identity_over_a_unix_socket_uses_the_drivers_address() -> None:
     query = query_returning(("then", None, None, 99, True, True, "0/10", "1"))
-    identification, row = PostgreSQL().identify(query, ("/run", 5433), LSN)
+    identification, row = PostgreSQL().identify(query, Driver("/run", 5433), LSN)
     assert identification.identity == Identity("then", "/run", 5433)
     assert not identification.lacks_timeline_privilege
     assert row == (True, "0/10", "1")
@@ -330,43 +330,65 @@ def test_mariadb_compares_sequence_numbers_as_numbers() -> None:
         ("", {}),
         (f"{A}:1-5", {A: 5}),
         (f"{A}:1", {A: 1}),
-        (f"{A}:1-5:9-12", {A: 5}),
+        (f"{A}:1-5:9-12", {A: 5, f"{A}/9": 12}),
         (f"{A.upper()}:1-5,\n{B}:1-7", {A: 5, B: 7}),
-        # The set is incomplete beyond a gap, also beyond one at the beginning.
-        (f"{A}:7", {}),
-        (f"{A}:5-9,{B}:1-2", {B: 2}),
+        (f"{A}:7", {f"{A}/7": 7}),
+        (f"{A}:5-9,{B}:1-2", {f"{A}/5": 9, B: 2}),
         # Each tag (8.3) is a log of its own.
         (f"{A}:1-5:backup:1-3", {A: 5, f"{A}:backup": 3}),
         (f"{A}:backup:1-3", {f"{A}:backup": 3}),
-        (f"{A}:1-5:backup:2-3:x:1,{B}:1", {A: 5, f"{A}:x": 1, B: 1}),
+        (
+            f"{A}:1-5:backup:2-3:x:1,{B}:1",
+            {A: 5, f"{A}:backup/2": 3, f"{A}:x": 1, B: 1},
+        ),
     ],
 )
-def test_mysql_gtids_end_at_the_first_gap(text: str, position: dict[str, int]) -> None:
+def test_mysql_gtids_are_parsed_by_interval(text: str, position: dict[str, int]) -> None:
     assert parse_gtids(text) == position
 
 
-def mysql(executed: str, uuid: str, read_only: int, mode: str = "ON") -> Report:
-    return MySQL().read((executed, uuid, read_only, mode), server("mysql"), 0)
+def mysql(
+    executed: str, uuid: str, read_only: int, mode: str = "ON", group: str | None = None
+) -> Report:
+    return MySQL().read((executed, uuid, read_only, mode, group), server("mysql"), 0)
 
 
 @pytest.mark.parametrize(
     ("executed", "position"),
     [
-        (f"{A}:1-5", {A: 5}),
-        (f"{A}:1-5:9,{B}:1-700", {A: 9}),
+        (f"{A}:1-5", Position({A: 5})),
+        # Number 9 has committed before those below it, or they were skipped.
+        (f"{A}:1-5:9", Position({A: 5, f"{A}/9": 9})),
+        # A former primary's log, or that of a group.
+        (f"{A}:1-5,{B}:1-7", Position({A: 5, B: 7}, frozenset({B}))),
         (f"{B}:1-700", None),
         ("", None),
-        (f"{B}:1-700,\n{A.upper()}:1-5:backup:1-3", {A: 5, f"{A}:backup": 3}),
+        (f"{A.upper()}:1-5:backup:1-3", Position({A: 5, f"{A}:backup": 3})),
     ],
 )
-def test_mysql_primary_reports_the_last_gtid_of_its_own_uuid(executed: str, position: Any) -> None:
-    assert parse_last(executed, A.upper()) == position
-    assert mysql(executed, A, 0).written == (position and Position(position))
+def test_mysql_primary_requires_its_own_logs(executed: str, position: Any) -> None:
+    assert mysql(executed, A, 0).written == position
 
 
-def test_mysql_under_group_replication_reports_no_position() -> None:
+def test_mysql_position_with_many_gaps_is_unavailable() -> None:
+    executed = f"{A}:" + ":".join(str(n) for n in range(1, 40, 2))
+    with pytest.raises(PositionUnavailable):
+        mysql(executed, A, 0)
+    assert mysql(executed, B, 1).replayed == parse_gtids(executed)
+
+
+@pytest.mark.parametrize(
+    ("read_only", "group", "is_replica"),
+    [(0, f"{B},ON", False), (1, None, True), (0, f"{B},OFF", None)],
+)
+def test_mysql_role_and_position_in_a_group(
+    read_only: int, group: str | None, is_replica: bool | None
+) -> None:
     """All members write under the UUID of the group."""
-    assert mysql(f"{B}:1-700", A, 0).written is None
+    report = mysql(f"{B}:1-700:1001-1005", A, read_only, "ON", group)
+    assert report.is_replica is is_replica
+    points = {B: 700, f"{B}/1001": 1005}
+    assert report.written == (None if is_replica else Position(points))
 
 
 def test_mysql_position_is_unavailable_without_gtid_mode() -> None:
@@ -395,6 +417,10 @@ def test_mysql_reached_requires_the_set_without_gaps() -> None:
     assert reached(dialect, {A: 5}, parse_gtids(f"{A}:1-5"))
     assert reached(dialect, {A: 5}, parse_gtids(f"{A}:1-10,{B}:1-3"))
     assert not reached(dialect, {A: 6}, parse_gtids(f"{A}:1-5:7-9"))
+    assert reached(dialect, {A: 5, f"{A}/8": 9}, parse_gtids(f"{A}:1-5:7-9"))
+    assert reached(dialect, {A: 5, f"{A}/7": 8}, parse_gtids(f"{A}:1-9"))
+    assert not reached(dialect, {f"{A}/7": 10}, parse_gtids(f"{A}:1-5:7-9"))
+    assert not reached(dialect, {f"{A}/6": 8}, parse_gtids(f"{A}:1-5:7-9"))
     assert not reached(dialect, {A: 5}, parse_gtids(f"{B}:1-10"))
     assert not reached(dialect, {A: 5}, parse_gtids(f"{A}:7"))
     assert not reached(dialect, {f"{A}:backup": 2}, parse_gtids(f"{A}:1-10"))
@@ -419,24 +445,40 @@ def test_mysql_error_without_a_number_has_no_code() -> None:
 # Choosing a dialect
 
 
-def test_mariadb_is_identified_by_the_first_statement() -> None:
+@pytest.mark.parametrize("version", ["11.8.2-MariaDB-log", "5.5.5-10.11.19-MariaDB", ""])
+def test_mariadb_is_identified_by_its_version(version: str) -> None:
     dialect = MySQL()
-    query = query_returning(("db1", 3306, 12, 7, 1700000000))
-    identification, row = dialect.identify(query, ("", 0), None)
-    assert identification == (Identity("mariadb 7 1700000000", "db1", 3306), 12, False)
+    rows: list[tuple[Any, ...]] = [] if version else [("11.8.2-MariaDB",)]
+    query = query_returning(*rows, ("db1", 3306, 12, 7, 1700000000))
+    identification, row = dialect.identify(query, Driver("", 0, version), None)
+    assert identification.identity.started == "mariadb 7 1700000000"
     assert row == ()
     assert dialect.system(query_returning(), identification.identity) == "mariadb"
 
 
-def test_mysql_is_identified_after_the_mariadb_statement_has_failed() -> None:
+def test_mysql_is_identified_by_its_version() -> None:
     dialect = MySQL()
-    query = query_returning(
-        OperationalError(1193, "Unknown system variable"), ("db1", 3306, 12, A, 17, "x")
-    )
-    identification, row = dialect.identify(query, ("", 0), 0)
-    assert identification.identity.started == f"mysql {A} 17"
+    query = query_returning(("db1", 3306, 12, A, 17, "x"))
+    identification, row = dialect.identify(query, Driver("", 0, "9.7.4-2"), 0)
+    assert identification == (Identity(f"mysql {A} 17", "db1", 3306), 12, False)
     assert row == ("x",)
     assert dialect.system(query_returning(), identification.identity) == "mysql"
+
+
+def test_mysql_server_that_was_not_identified_has_no_position() -> None:
+    with pytest.raises(PositionUnavailable):
+        MySQL().report(query_returning(), server(""), 0)
+
+
+@pytest.mark.parametrize(
+    ("code", "is_refusal"),
+    [(1142, True), (1305, True), (2013, False), (1040, False), (1317, False)],
+)
+def test_mysql_error_of_a_probe_is_a_refusal_unless_it_may_pass(
+    code: int, is_refusal: bool
+) -> None:
+    assert MySQL().refuses_probe(OperationalError(code, "")) is is_refusal
+    assert not MySQL().refuses_probe(OperationalError("gone"))
 
 
 def test_mysql_and_mariadb_positions_are_compared_without_a_connection() -> None:

@@ -16,6 +16,7 @@ from django.core.checks import ERROR, WARNING, CheckMessage, run_checks
 from django.core.management.base import BaseCommand, CommandError
 from django.db import Error
 
+from pinning_middleware.checks.servers import check_balanced_by_a_pooler
 from pinning_middleware.checks.settings import TAG
 from pinning_middleware.conf import conf
 from pinning_middleware.management.live_check import (
@@ -61,6 +62,7 @@ class Command(BaseCommand):
             with _sigterm_as_exit(), silence_server_logs(), ServerPoll() as server_poll:
                 # Do not wait for a primary that the poll has found unresponsive.
                 states = {row.alias: row for row in server_poll.poll()}
+                messages += check_balanced_by_a_pooler(databases=_balanced(chosen))
                 results = {
                     pool.primary: _check_live(
                         pool,
@@ -154,6 +156,11 @@ def _check_live(
     else:
         status = OK
     return {"status": status, "error": problem, "replicas": results, "missing_privileges": missing}
+
+
+def _balanced(pools: list[Pool]) -> list[str]:
+    endpoints = [each for pool in pools for each in (pool.endpoint, *pool.endpoints.values())]
+    return [endpoint.alias for endpoint in endpoints if endpoint.is_balanced]
 
 
 def _primary_problem(row: ServerState | None) -> str:

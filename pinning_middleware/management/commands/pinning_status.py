@@ -221,6 +221,8 @@ def _details(row: ServerState) -> dict[str, str]:
         details["retry in"] = format_duration(row.retry_in)
     if row.error:
         details["error"] = " ".join(row.error.split())
+    if row.reads_bounded is False:
+        details["reads"] = "may hang: use psycopg 3, or read_timeout of mysqlclient"
     return details
 
 

@@ -14,6 +14,7 @@ from django.utils.module_loading import import_string
 
 from pinning_middleware.servers.dialects.base import (
     Dialect,
+    Driver,
     Identification,
     PositionUnavailable,
     Query,
@@ -24,6 +25,7 @@ from pinning_middleware.servers.dialects.base import (
 __all__ = [
     "DIALECTS",
     "Dialect",
+    "Driver",
     "Identification",
     "PositionUnavailable",
     "Query",

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 from pinning_middleware.pins import Points, Position
 from pinning_middleware.servers.registry import Identity, Report, Server
 
-__all__ = ["Dialect", "Identification", "PositionUnavailable", "Query", "Refusal", "Row"]
+__all__ = ["Dialect", "Driver", "Identification", "PositionUnavailable", "Query", "Refusal", "Row"]
 
 Row: TypeAlias = tuple[Any, ...]
 # Runs one statement on one connection and returns its first row, or `()` if there is none.
@@ -15,6 +15,18 @@ Query: TypeAlias = Callable[[str], Row]
 
 class PositionUnavailable(Exception):
     """The server reports no position, although it answers. Not a failure of the server."""
+
+
+class Driver(NamedTuple):
+    """
+    What the driver knows of the server at the other end.
+
+    ``version``: as the server reported it when it was connected to, or an empty string.
+    """
+
+    host: str
+    port: int
+    version: str = ""
 
 
 class Identification(NamedTuple):
@@ -76,13 +88,12 @@ class Dialect:
         return (0,)
 
     def identify(
-        self, query: Query, driver: tuple[str, int], strategy: int | None
+        self, query: Query, driver: Driver, strategy: int | None
     ) -> tuple[Identification, Row]:
         """
         Return the identity of a server, and the row for ``read``, fetched by one statement.
 
-        ``driver``: host and port as reported by the driver. With ``strategy`` None the row is
-        empty.
+        With ``strategy`` None the row is empty.
         """
         raise NotImplementedError("subclasses of Dialect must provide an identify() method")
 
@@ -93,6 +104,13 @@ class Dialect:
     def checkpoint_timeline(self, query: Query) -> str | None:
         """Return a timeline that the server has reached, or None if unknown."""
         return None
+
+    def balances_reads(self, query: Query) -> bool:
+        """
+        Return whether a pooler of this database sends reads and writes to different servers. It is
+        called behind a pooler; an error of the statement means that it does not.
+        """
+        return False
 
     def report(self, query: Query, server: Server, strategy: int) -> Row:
         """Return the row for ``read``."""
@@ -129,6 +147,10 @@ class Dialect:
     def error_code(self, error: BaseException) -> Any:
         """Return the driver's code of an error that Django has wrapped, or None."""
         raise NotImplementedError("subclasses of Dialect must provide an error_code() method")
+
+    def refuses_probe(self, error: BaseException) -> bool:
+        """Return whether the server refused a probe, and will refuse it again for some time."""
+        return self.error_code(error) in self.permission_errors
 
     def is_lost(self, error: BaseException) -> bool:
         """Return whether the connection is lost after an error."""

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Final
 from pinning_middleware.pins import Points, Position
 from pinning_middleware.servers.dialects.base import (
     Dialect,
+    Driver,
     Identification,
     PositionUnavailable,
     Query,
@@ -67,6 +68,7 @@ REPORTS: Final = {
     XID_ALONE: f"pg_is_in_recovery(), {_XID}, NULL",
 }
 
+PGPOOL_BALANCES: Final = "PGPOOL SHOW load_balance_mode"
 # Errors of a standby for being one: a table without WAL (unlogged), or an isolation level that it
 # does not have; a write; a function that needs a primary, or a sequence that the session has not
 # used. Other causes raise the same, so that the server is asked whether it is a standby; messages
@@ -145,12 +147,12 @@ class PostgreSQL(Dialect):
         return () if setting == "gtid" or not setting else (LSN, XID, XID_ALONE)
 
     def identify(
-        self, query: Query, driver: tuple[str, int], strategy: int | None
+        self, query: Query, driver: Driver, strategy: int | None
     ) -> tuple[Identification, Row]:
         columns = IDENTITY if strategy is None else f"{IDENTITY}, {REPORTS[strategy]}"
         started, address, port, pid, sees_all, *row = query(f"SELECT {columns}")
         # inet_server_addr() is NULL over a Unix socket.
-        identity = Identity(started, address or driver[0], int(port or driver[1]))
+        identity = Identity(started, address or driver.host, int(port or driver.port))
         return Identification(identity, int(pid), not _is_true(sees_all)), tuple(row)
 
     def system(self, query: Query, identity: Identity) -> str:
@@ -158,6 +160,13 @@ class PostgreSQL(Dialect):
 
     def checkpoint_timeline(self, query: Query) -> str | None:
         return str(int(query(CHECKPOINT_TIMELINE)[0]))
+
+    def balances_reads(self, query: Query) -> bool:
+        # Only pgpool-II answers these, and only without parameters. It sends a SELECT of a function
+        # to the primary, and another one to any of its servers.
+        # https://www.pgpool.net/docs/latest/en/html/runtime-config-load-balancing.html
+        query("SHOW pool_version")
+        return bool(query(PGPOOL_BALANCES)[0] == "on")
 
     def report(self, query: Query, server: Server, strategy: int) -> Row:
         return query(f"SELECT {REPORTS[strategy]}")

@@ -9,7 +9,7 @@ These modules need neither Django nor the package.
 from __future__ import annotations
 
 from .addresses import Address, Forwarder, Place, black_hole, database
-from .daemons import Bouncer, Proxy, haproxy, pgbouncer
+from .daemons import Bouncer, PgPool, Proxy, haproxy, pgbouncer, pgpool
 from .postgres import (
     copy_data,
     follows,
@@ -30,6 +30,7 @@ __all__ = [
     "Address",
     "Bouncer",
     "Forwarder",
+    "PgPool",
     "Place",
     "Proxy",
     "black_hole",
@@ -44,6 +45,7 @@ __all__ = [
     "make_role",
     "missing",
     "pgbouncer",
+    "pgpool",
     "promote",
     "rejoin",
     "repoint",

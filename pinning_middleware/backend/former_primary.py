@@ -1,0 +1,71 @@
+"""Connections of the primary's alias that lead to a former primary."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from pinning_middleware.backend.call import Call, may_move, rejected
+from pinning_middleware.reasons import Fault
+from pinning_middleware.routing.policy import Rejection, is_former_primary
+from pinning_middleware.routing.pool import Pool
+from pinning_middleware.scopes.scope import current_scope
+from pinning_middleware.servers.dialects import dialect_for
+from pinning_middleware.servers.probe import endpoint_for, state_of, without_failover
+from pinning_middleware.servers.psycopg_pool import has_pool
+
+__all__ = ["discard", "is_superseded", "leave_former_primary", "record_rejected_write"]
+
+_DEMOTED: Final = Rejection(Fault.DEMOTED)
+
+
+def leave_former_primary(pool: Pool, call: Call, rejection: Rejection = _DEMOTED) -> None:
+    """
+    Reopen the connection of a statement that must not run on a former primary.
+
+    Raise OperationalError if it cannot be reopened, or if the alias still resolves to that server.
+    """
+    connection = call.cursor.db
+    if not may_move(connection):
+        raise rejected(connection.alias, rejection, "a transaction is open")
+    began, superseded, is_old = time.monotonic(), True, True
+    while superseded and is_old:
+        discard(connection)
+        call.move_to(connection)
+        superseded = is_superseded(pool, connection)
+        # A pool may have more connections of the same age.
+        raw = connection.connection
+        is_old = raw is not None and state_of(connection).opened_at < began
+    if superseded:
+        raise rejected(
+            connection.alias, rejection, "its address still resolves to the former primary"
+        )
+
+
+def record_rejected_write(connection: BaseDatabaseWrapper, error: Exception) -> None:
+    """
+    Note that a server rejected a write because it is read-only: if it is a former primary, a new
+    connection leads to another server.
+    """
+    dialect = dialect_for(connection)
+    if dialect is None or connection.connection is None:
+        return
+    state = state_of(connection)
+    if not state.session_modified and dialect.error_code(error) in dialect.read_only_errors:
+        state.rejected_write = True
+
+
+def discard(connection: BaseDatabaseWrapper) -> None:
+    """Close a connection to a former primary for good, also one that belongs to a pool."""
+    if connection.connection is not None and has_pool(connection):
+        connection.connection.close()
+    connection.close()
+    endpoint_for(connection).must_reidentify = True
+
+
+def is_superseded(pool: Pool, connection: BaseDatabaseWrapper) -> bool:
+    """Return whether a new connection of the primary's alias is to a former primary, too."""
+    with without_failover():
+        return is_former_primary(pool, connection, current_scope())

@@ -1,0 +1,133 @@
+"""What an error of a read says of its server, and what becomes of the read."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from pinning_middleware.backend.call import (
+    Call,
+    may_fail_over,
+    may_run_on_primary,
+    state_modified,
+)
+from pinning_middleware.backend.read_timeouts import answers_probe, has_timed_out
+from pinning_middleware.reasons import Fault
+from pinning_middleware.routing.pool import Pool
+from pinning_middleware.servers.budget import BudgetExhausted
+from pinning_middleware.servers.dialects import Refusal, dialect_for
+from pinning_middleware.servers.liveness import ReplayWaits, ServerUnresponsive
+from pinning_middleware.servers.probe import (
+    CONNECTION_ERRORS,
+    endpoint_for,
+    refusal_of,
+    state_of,
+    without_failover,
+)
+from pinning_middleware.servers.registry import registry
+
+__all__ = ["Verdict", "is_unresponsive", "judge"]
+
+
+class Verdict(Enum):
+    """What becomes of a read after an error."""
+
+    # The error is the site's: another server would raise the same, or nothing may take over.
+    RAISE = auto()
+    # The connection was lost, perhaps while it was idle: open it anew, once.
+    REOPEN = auto()
+    # Another server may succeed.
+    ELSEWHERE = auto()
+    # The server cannot be reached, or does not answer.
+    TAKE_OUT = auto()
+
+
+def judge(
+    pool: Pool,
+    call: Call,
+    connection: BaseDatabaseWrapper,
+    error: Exception,
+    ran_for: float | None,
+) -> Verdict | Refusal:
+    """
+    Return what becomes of a read, or why a standby refuses it for being one.
+
+    ``ran_for``: seconds that the statement ran, or None if it was not sent. A connection that
+    cannot be used any more is closed.
+    """
+    has_run = ran_for is not None
+    if isinstance(error, (BudgetExhausted, ReplayWaits)):
+        connection.close()
+        if isinstance(error, ReplayWaits):
+            _suspect_replay(connection)
+        return Verdict.ELSEWHERE
+    if connection.in_atomic_block or call.many:
+        return Verdict.RAISE
+    refusal = None
+    if has_run and may_run_on_primary(pool, call):
+        refusal = refusal_of(connection, error)
+    if refusal is not None:
+        return refusal
+    if not isinstance(error, CONNECTION_ERRORS):
+        return Verdict.RAISE
+    if ran_for is not None and has_timed_out(connection, error, ran_for):
+        if state_modified(connection) or answers_probe(connection, error):
+            return Verdict.RAISE
+        connection.close()
+        return Verdict.ELSEWHERE
+    if has_run and _waited_for_lock(pool, connection, error):
+        if not may_fail_over(connection, call):
+            return Verdict.RAISE
+        _suspect_replay(connection)
+        return Verdict.ELSEWHERE
+    if not _is_lost(connection, error):
+        is_sites_own = has_run and not _is_retryable(connection, error)
+        return Verdict.RAISE if is_sites_own else Verdict.ELSEWHERE
+    if has_run and state_modified(connection):
+        return Verdict.RAISE
+    was_made = connection.connection is not None
+    connection.close()
+    can_reopen = was_made and not is_unresponsive(connection, error)
+    return Verdict.REOPEN if can_reopen else Verdict.TAKE_OUT
+
+
+def _waited_for_lock(pool: Pool, connection: BaseDatabaseWrapper, error: Exception) -> bool:
+    """Return whether a timeout of the server's ended a wait for a lock on a standby."""
+    dialect = dialect_for(connection)
+    if dialect is None or connection.alias == pool.primary or connection.connection is None:
+        return False
+    code = dialect.error_code(error)
+    is_timeout = code in dialect.timeout_errors and state_of(connection).waits_for_lock
+    return is_timeout or code in dialect.lock_errors
+
+
+def _suspect_replay(connection: BaseDatabaseWrapper) -> None:
+    """Have the monitor find out whether the server's replay waits for a lock."""
+    endpoint = endpoint_for(connection)
+    endpoint.replay_suspected = True
+    registry.request_attention(endpoint)
+
+
+def is_unresponsive(connection: BaseDatabaseWrapper, error: Exception) -> bool:
+    """Return whether the server of a connection did not answer."""
+    is_marked = endpoint_for(connection).out_of_rotation is Fault.UNRESPONSIVE
+    return isinstance(error, ServerUnresponsive) or is_marked
+
+
+def _is_lost(connection: BaseDatabaseWrapper, error: Exception) -> bool:
+    if isinstance(error, ServerUnresponsive) or connection.connection is None:
+        return True
+    dialect = dialect_for(connection)
+    if dialect is not None and dialect.is_lost(error):
+        return True
+    with without_failover():
+        try:
+            return not connection.is_usable()
+        except ServerUnresponsive:
+            return True
+
+
+def _is_retryable(connection: BaseDatabaseWrapper, error: Exception) -> bool:
+    dialect = dialect_for(connection)
+    return dialect is not None and dialect.is_retryable(error)

@@ -1,0 +1,65 @@
+"""
+Reads that the driver gave up after ``read_timeout`` of OPTIONS (MySQL and MariaDB).
+
+The driver reports them like a lost connection (error 2013), whether the server is frozen or the
+statement is slow. A probe over a new connection distinguishes the two.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Final
+
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from pinning_middleware.conf import conf
+from pinning_middleware.reasons import Fault
+from pinning_middleware.servers.connect import dedicated_connection
+from pinning_middleware.servers.dialects import dialect_for
+from pinning_middleware.servers.probe import (
+    CONNECTION_ERRORS,
+    endpoint_for,
+    probe,
+    state_of,
+    without_failover,
+)
+from pinning_middleware.servers.registry import registry
+
+__all__ = ["answers_probe", "has_timed_out"]
+
+# The driver's shortest timeout (seconds), for connecting, and for each answer to the probe.
+PROBE_TIMEOUT: Final = 1
+
+
+def has_timed_out(connection: BaseDatabaseWrapper, error: Exception, seconds: float) -> bool:
+    """Return whether a read that failed after so many seconds exceeded ``read_timeout``."""
+    limit = connection.settings_dict["OPTIONS"].get("read_timeout")
+    dialect = dialect_for(connection)
+    if not limit or dialect is None or seconds < float(limit):
+        return False
+    return dialect.error_code(error) in dialect.connection_lost_errors
+
+
+def answers_probe(connection: BaseDatabaseWrapper, error: Exception) -> bool:
+    """
+    Return whether the server of a connection answers a probe over a new connection.
+
+    Otherwise it is taken out of rotation. Another server behind the alias is judged by nothing.
+    """
+    endpoint, server = endpoint_for(connection), state_of(connection).server
+    with closing(dedicated_connection(connection.alias)) as fresh, without_failover():
+        timeouts = ("connect_timeout", "read_timeout", "write_timeout")
+        fresh.settings_dict["OPTIONS"].update(dict.fromkeys(timeouts, PROBE_TIMEOUT))
+        try:
+            result = probe(fresh, is_trial=True)
+            if result is None:
+                # Positions are disabled.
+                fresh.ensure_connection()
+                return fresh.is_usable()
+            return server is None or result.server is server
+        except CONNECTION_ERRORS:
+            if server is not None:
+                registry.set_status(server, Fault.UNRESPONSIVE, conf.retry_after, error)
+            if not endpoint.is_down and (server is None or len(endpoint.recent_servers) < 2):
+                registry.mark_down(endpoint, Fault.UNRESPONSIVE, conf.retry_after, error)
+            return False

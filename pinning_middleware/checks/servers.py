@@ -1,0 +1,54 @@
+"""What only the servers can tell: these checks connect to the databases that they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
+
+from django.core.checks import CheckMessage, Tags, register
+from django.db import DatabaseError, InterfaceError
+
+from pinning_middleware.checks.messages import TAG, error, warning
+from pinning_middleware.checks.settings import parsed_replicas
+from pinning_middleware.servers.connect import dedicated_connection
+from pinning_middleware.servers.probe import endpoint_for, probe
+
+__all__: list[str] = []
+
+
+@register(TAG, Tags.database)
+def check_balanced_by_a_pooler(
+    databases: Sequence[str] | None = None, **kwargs: Any
+) -> list[CheckMessage]:
+    messages: list[CheckMessage] = []
+    pools = parsed_replicas()
+    replicas = {alias for weights in pools.values() for alias in weights}
+    for alias in databases or ():
+        if alias not in pools.keys() | replicas or not _is_balanced(alias):
+            continue
+        what = f"{alias!r} resolves to pgpool-II with load_balance_mode = on"
+        hint = "Set load_balance_mode = off in pgpool-II for this alias"
+        if alias in pools:
+            messages.append(
+                error(
+                    "E025",
+                    f"{what}, so a standby answers reads that were sent to the primary.",
+                    f"{hint}, or begin every read of the primary with /*NO LOAD BALANCE*/.",
+                )
+            )
+        else:
+            messages.append(
+                warning("W019", f"{what}, so its replication position is ignored.", f"{hint}.")
+            )
+    return messages
+
+
+def _is_balanced(alias: str) -> bool:
+    """Return whether a pooler sends reads to any of its servers. An unreachable one is no error."""
+    with closing(dedicated_connection(alias)) as connection:
+        try:
+            probe(connection, is_trial=True)
+        except (DatabaseError, InterfaceError):
+            return False
+        return bool(endpoint_for(connection).is_balanced)

@@ -1,0 +1,37 @@
+"""Statements that are no text: what is classified is what the driver will send."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+from django.db import connection
+
+from pinning_middleware.backend.writes import classify, sql_text
+from pinning_middleware.sql import Kind
+
+# Template strings are a syntax error for an older Python.
+TEMPLATES = {
+    't"SELECT {number}::int"': ("SELECT %s::int", Kind.READ),
+    't"SELECT {number:l}"': ("SELECT %s", Kind.READ),
+    't"INSERT INTO {table:i} VALUES ({number})"': ('INSERT INTO "app_tag" VALUES (%s)', Kind.WRITE),
+    't"WITH gone AS ({delete:q}) SELECT 1"': (
+        "WITH gone AS (DELETE FROM app_tag WHERE id = %s RETURNING 1) SELECT 1",
+        Kind.WRITE,
+    ),
+    't"{composed:q} LIMIT {number}"': ("SELECT 1 LIMIT %s", Kind.READ),
+}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="template strings need Python 3.14")
+@pytest.mark.parametrize("source", TEMPLATES)
+def test_template_string_is_classified_with_the_parts_it_contains(source: str) -> None:
+    from psycopg import sql
+
+    names: dict[str, Any] = {"number": 1, "table": "app_tag", "composed": sql.SQL("SELECT 1")}
+    names["delete"] = eval('t"DELETE FROM app_tag WHERE id = {number} RETURNING 1"', names)
+    template = eval(source, names)
+    text, kind = TEMPLATES[source]
+    assert sql_text(connection, template) == text
+    assert classify(connection, template).kind is kind
