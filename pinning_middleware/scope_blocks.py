@@ -16,6 +16,7 @@ from pinning_middleware.pins import Pins
 from pinning_middleware.routing.outgoing import announce, asave_keys, outgoing_pins, save_keys
 from pinning_middleware.scopes.overrides import Override, current_overrides, set_overrides
 from pinning_middleware.scopes.scope import Scope, current_scope, enter, entered_scope
+from pinning_middleware.scopes.threads import not_inherited
 
 __all__ = ["PinningScope", "pinning_scope", "propagate_scope"]
 
@@ -24,6 +25,7 @@ R = TypeVar("R")
 
 # The innermost pinning_scope() of this context.
 _innermost: ContextVar[PinningScope | None] = ContextVar("pinning_scope_block", default=None)
+not_inherited(_innermost)
 
 
 class PinningScope:

@@ -387,7 +387,8 @@ def get_stats() -> dict[str, Any]:
 
     - ``reads``: pool → alias that served → address of its server (``""`` if unknown) → reason →
       number of reads.
-    - ``pins``: number of pins ``set``, ``inherited`` and of tokens ``rejected``.
+    - ``pins``: number of pins ``set``, ``inherited``, of tokens ``rejected``, and of pins ``lost``
+      that the cache of ``CacheStore`` did not accept.
     - ``rejected``: reason → number of ignored tokens.
     - ``fallbacks``: pool → reason → number of scopes that read from another role than intended.
     - ``retries``: pool → alias that failed → alias that served → number of reads.
@@ -420,6 +421,7 @@ def get_stats() -> dict[str, Any]:
         "set": counters.pin_events["set"],
         "inherited": counters.pin_events["inherited"],
         "rejected": sum(rejected.values()),
+        "lost": counters.pin_events["lost"],
     }
     return {
         "reads": reads,

@@ -610,6 +610,18 @@ def databases(monkeypatch: pytest.MonkeyPatch, **entries: dict[str, Any]) -> Ite
             del connections[alias]
 
 
+def test_engine_that_sets_a_schema_on_one_connection_is_reported_without_session_setup(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("django_tenants")
+    tenants = postgresql(ENGINE="django_tenants.postgresql_backend")
+    with databases(monkeypatch, pg=tenants, pg1={**tenants, "HOST": "replica.example.com"}):
+        (message,) = found()
+        assert message.id == f"{W}024"
+        with override_settings(PINNING_SESSION_SETUP="tests.test_checks.postgresql"):
+            assert found() == []
+
+
 def test_interchangeable_aliases_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     with databases(monkeypatch):
         assert found() == []

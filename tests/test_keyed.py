@@ -23,6 +23,7 @@ from pinning_middleware.pins import Pin, PinKey, Pins, Position, merge_pins
 from pinning_middleware.stores import cache as keyed
 from pinning_middleware.stores import circuit_breaker
 from pinning_middleware.stores.redis_pins import _with_timeouts, redis_pins
+from pinning_middleware.utils import counters
 from tests.caches import calls
 from tests.valkey import LOCMEM, on_valkey, pins_in, redis_cache, running, valkey
 
@@ -626,6 +627,19 @@ def test_pins_are_merged_without_scripts(
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "does not run scripts" in record.getMessage()
+
+
+def test_pin_that_a_full_server_refuses_is_counted(keep: Callable[..., None]) -> None:
+    with running() as server:
+        admin = Redis.from_url(server.connection_url)
+        admin.config_set("maxmemory-policy", "noeviction")
+        with pins_in(redis_cache(server.connection_url)):
+            before = counters.pin_events["lost"]
+            keep(["a"], {DEFAULT: pin(5, 1)})
+            assert counters.pin_events["lost"] == before
+            admin.config_set("maxmemory", 1)
+            keep(["a"], {DEFAULT: pin(5, 2)})
+            assert counters.pin_events["lost"] == before + 1
 
 
 def test_client_that_decodes_responses(valkey: str) -> None:

@@ -22,7 +22,7 @@ from pinning_middleware.conf import conf, on_change
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.overrides import Kind, pop, push
 
-__all__ = ["install", "read_primary_while_saving"]
+__all__ = ["fetch_peers_by_route", "install", "read_primary_while_saving"]
 
 
 class _Homes(dict[str, str]):
@@ -92,3 +92,23 @@ def read_primary_while_saving(original: Callable[..., Any]) -> Callable[..., Any
             pop(owner)
 
     return save_base
+
+
+def fetch_peers_by_route(original: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    Wrap ``DeferredAttribute.fetch_many()``, which reads deferred fields from the database that the
+    first instance belongs to and asks no router, unlike ``fetch_one()``.
+    """
+
+    def fetch_many(self: Any, instances: list[Model]) -> Any:
+        first = instances[0]
+        home = first._state.db
+        if pools().by_alias.get(home or "") is None:
+            return original(self, instances)
+        first._state.db = router.db_for_read(type(first), instance=first)
+        try:
+            return original(self, instances)
+        finally:
+            first._state.db = home
+
+    return fetch_many

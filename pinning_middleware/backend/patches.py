@@ -40,7 +40,7 @@ class Patch(NamedTuple):
 
     ``owner``: dotted path of its class or module; ``names``: the attributes; ``wrap``: makes the
     replacement of the original; ``app``: the app without which there is nothing to replace;
-    ``is_optional``: whether the module may be missing.
+    ``is_optional``: whether the module, or the attribute, may be missing.
     """
 
     owner: str
@@ -114,6 +114,15 @@ PATCHES = (
         "tests/backend/test_instances.py",
     ),
     Patch(
+        "django.db.models.query_utils.DeferredAttribute",
+        ("fetch_many",),
+        instances.fetch_peers_by_route,
+        "FETCH_PEERS of Django 6.1 asks no router for the database of a deferred field.",
+        "",
+        "tests/backend/test_instances.py",
+        is_optional=True,
+    ),
+    Patch(
         "django.db.models.lookups.In",
         ("process_rhs",),
         lookups.accept_pool_aliases,
@@ -161,6 +170,8 @@ def install() -> None:
                     continue
                 raise
             for name in patch.names:
+                if patch.is_optional and not hasattr(owner, name):
+                    continue
                 replace(owner, name, patch.wrap)
     # Classes that override these methods themselves.
     instances.install()

@@ -427,6 +427,23 @@ def _database(alias: str) -> tuple[str, ...] | None:
     return vendor, host, str(entry["PORT"]) or DEFAULT_PORTS.get(vendor, ""), name
 
 
+@register(TAG)
+def check_schema_of_tenants(**kwargs: Any) -> list[CheckMessage]:
+    if value_of("PINNING_SESSION_SETUP") is not None:
+        return []
+    return [
+        warning(
+            "W024",
+            f"The ENGINE of {primary!r} sets a tenant's schema on one connection only, so replicas "
+            "answer from another schema.",
+            "Set PINNING_SESSION_SETUP to a function that sets the same schema on the connections "
+            "of the replicas. docs/recipes.md has one for django-tenants.",
+        )
+        for primary, weights in parsed_replicas().items()
+        if weights and _vendor(primary) and hasattr(connections[primary], "set_schema")
+    ]
+
+
 # Tables and guarantees
 
 

@@ -26,6 +26,7 @@ from pinning_middleware.servers.probe import CONNECTION_ERRORS, probing_allowed,
 from pinning_middleware.servers.psycopg_pool import fail_waiting_reads
 from pinning_middleware.servers.registry import Endpoint, Server, registry
 from pinning_middleware.signals import replica_wait_finished
+from pinning_middleware.utils import clock
 from pinning_middleware.utils.forks import ForkSafeLock
 from pinning_middleware.utils.transactions import is_transaction_open
 
@@ -35,7 +36,7 @@ logger = logging.getLogger("pinning_middleware.pins")
 
 # Seconds that the first read under a `max_lag` waits until a lag has been measured.
 FIRST_LAG_TIMEOUT: Final = 0.25
-# Seconds after which a read tries a replica whose monitor has not, because no threads run.
+# Seconds after which a read starts the monitor of a replica again: its thread may have failed to.
 MONITOR_OVERDUE: Final = 5.0
 # How often a connection is opened anew to reach another server behind its alias.
 MAX_RECONNECTS: Final = 6
@@ -91,11 +92,8 @@ class ReplicaSet:
         now = time.monotonic()
         for name in self.out_of_rotation:
             endpoint = self.endpoints[name]
-            is_overdue = endpoint.retry_at + MONITOR_OVERDUE < now
-            if is_overdue and endpoint.is_down and rotation.weights.get(name):
-                endpoint.must_reidentify = True
-                registry.mark_up(endpoint)
-                return name
+            if endpoint.is_down and endpoint.retry_at + MONITOR_OVERDUE < now:
+                monitor.retry_until_up(name, self.primary, self.health.update_status)
         if alias is None and rotation is self.rotation:
             # Every replica lags. An unpinned read may be stale, and the primary may not have the
             # capacity for the reads of all replicas.
@@ -263,14 +261,14 @@ class ReplicaSet:
                     monitor.resolve_timeline(alias, self.primary, self.health.update_status)
             return None
 
-        update, began = self.health.update_status, time.monotonic()
+        update, began = self.health.update_status, clock.unfrozen()
         alias: str | None = monitor.wait_for(order, self.primary, update, seconds, found)
         if alias is None and not self._would_wait_in_vain(order, wanted, seconds):
             self._in_vain = wanted, seconds
         replica_wait_finished.send_robust(
             self.primary,
             replica=alias or next(iter(self.endpoints)),
-            seconds=time.monotonic() - began,
+            seconds=clock.unfrozen() - began,
             reached=alias is not None,
         )
         return alias

@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from enum import Enum
 from typing import NamedTuple
 
+from pinning_middleware.scopes.threads import clear_inherited, not_inherited
+
 __all__ = [
     "Kind",
     "Override",
@@ -60,10 +62,16 @@ class Override(NamedTuple):
 
 
 _overrides: ContextVar[Override | None] = ContextVar("pinning_overrides", default=None)
+not_inherited(_overrides)
 
-current_overrides = _overrides.get
 # Replace the whole chain, for example by that of another context.
 set_overrides = _overrides.set
+
+
+def current_overrides() -> Override | None:
+    """Return the innermost override that is active, with those around it."""
+    clear_inherited()
+    return _overrides.get()
 
 
 def push(
@@ -74,7 +82,7 @@ def push(
     group: str | None = None,
 ) -> None:
     """Activate an override inside those that are active."""
-    _overrides.set(Override(kind, owner, using, max_lag, _overrides.get(), group))
+    _overrides.set(Override(kind, owner, using, max_lag, current_overrides(), group))
 
 
 def pop(owner: object) -> None:
@@ -83,7 +91,7 @@ def pop(owner: object) -> None:
 
     Does nothing if the context has moved on, as for a generator that is collected later.
     """
-    override = _overrides.get()
+    override = current_overrides()
     while override is not None:
         if override.owner is owner:
             _overrides.set(override.outer)
@@ -112,12 +120,12 @@ def is_saving(override: Override | None, primary: str) -> bool:
 
 def failover_suppressed() -> bool:
     """Return whether ``no_failover`` is active."""
-    return _find(_overrides.get(), Kind.NO_FAILOVER)
+    return _find(current_overrides(), Kind.NO_FAILOVER)
 
 
 def writes_ignored() -> bool:
     """Return whether ``ignore_writes`` is active."""
-    return _find(_overrides.get(), Kind.IGNORE_WRITES)
+    return _find(current_overrides(), Kind.IGNORE_WRITES)
 
 
 def _find(override: Override | None, kind: Kind, primary: str | None = None) -> bool:

@@ -26,6 +26,7 @@ from pinning_middleware.pins import (
     merge_positions,
     pins_of,
 )
+from pinning_middleware.scopes.threads import clear_inherited, not_inherited
 from pinning_middleware.utils import clock
 from pinning_middleware.utils.forks import ForkSafeLock
 
@@ -377,6 +378,7 @@ class Scope:
 
 
 _scope: ContextVar[Scope | None] = ContextVar("pinning_scope", default=None)
+not_inherited(_scope)
 
 # Enter a scope by `enter(scope)` and leave it by `enter(the previous one)`: `reset(token)` raises
 # if a scope is left in another context than it was entered in.
@@ -385,6 +387,7 @@ enter = _scope.set
 
 def entered_scope() -> Scope | None:
     """Return the scope of this unit of work, None outside any."""
+    clear_inherited()
     scope = _scope.get()
     if scope is not None and scope.expires_at is not None and clock.monotonic() >= scope.expires_at:
         # A background task that outlives the request which started it.

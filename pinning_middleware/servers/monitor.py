@@ -5,8 +5,8 @@ until the replicas have them.
 
 One lazily started daemon thread per alias, with its own connection, so that an unresponsive server
 cannot block the others. The thread and its connection end after IDLE seconds without work; no error
-ends them. Where threads do not run, callers wait no longer than their own limit, and a read retries
-a replica whose retry is overdue.
+ends them. If a thread cannot be started, callers wait no longer than their own limit, and a read of
+the pool starts it when a retry is overdue.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from pinning_middleware.servers.registry import (
     Server,
     registry,
 )
+from pinning_middleware.utils import clock
 from pinning_middleware.utils.forks import ForkSafeLock
 from pinning_middleware.utils.logging import log_rate_limited
 
@@ -116,7 +117,7 @@ class Monitor:
         return registry.endpoint(self.alias, self.primary)
 
     def start(self) -> None:
-        # Thread.start() waits until the thread runs, which under uWSGI may never happen.
+        # threading.Thread begins with the caller's context on free-threaded builds.
         _thread.start_new_thread(self._run, ())
 
     # Called from other threads. Return False if the monitor is shutting down and did not accept
@@ -580,7 +581,7 @@ def wait_for(
 
     Return its last result. However many callers wait, each replica is probed once for all.
     """
-    until = time.monotonic() + seconds
+    until = clock.unfrozen() + seconds
     monitors = [
         _assign(alias, primary, update_status, lambda monitor: monitor.add_waiter(1))
         for alias in aliases
@@ -589,7 +590,7 @@ def wait_for(
         return condition()
     try:
         first = monitors[0]
-        while not (result := condition()) and (left := until - time.monotonic()) > 0:
+        while not (result := condition()) and (left := until - clock.unfrozen()) > 0:
             with first.condition:
                 # The first monitor does not notify of the others' probes.
                 first.condition.wait(left if len(monitors) == 1 else min(left, MAX_PAUSE))

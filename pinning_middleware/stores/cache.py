@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
@@ -23,7 +23,7 @@ from pinning_middleware.stores.base import BaseStore, loaded_pins, remember_load
 from pinning_middleware.stores.circuit_breaker import CircuitBreaker
 from pinning_middleware.stores.redis_pins import is_redis, lifetime, redis_pins
 from pinning_middleware.stores.user_key import auser_key, user_key
-from pinning_middleware.utils import clock
+from pinning_middleware.utils import clock, counters
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
@@ -84,9 +84,10 @@ def save_pins(
     """Merge pins into those of each key, and remove those of `forget` that did not change."""
     names = _names(namespace, keys)
     if not breaker.allows_saves:
+        counters.pin_events["lost"] += bool(pins)
         return
     pins = within_window(pins, clock.now())
-    with breaker.guard(), _context():
+    with breaker.guard(), _counting_lost(pins), _context():
         cache, redis = caches[conf.cache], redis_pins()
         for name in names:
             if redis is not None:
@@ -106,12 +107,24 @@ async def asave_pins(
         return
     names = _names(namespace, keys)
     if not breaker.allows_saves:
+        counters.pin_events["lost"] += bool(pins)
         return
     pins = within_window(pins, clock.now())
     async with breaker.aguard():
-        for name in names:
-            merged = _merged(await cache.aget(name), pins, forget or {})
-            await cache.aset(name, pack(merged), lifetime(merged))
+        with _counting_lost(pins):
+            for name in names:
+                merged = _merged(await cache.aget(name), pins, forget or {})
+                await cache.aset(name, pack(merged), lifetime(merged))
+
+
+@contextmanager
+def _counting_lost(pins: Pins) -> Iterator[None]:
+    """Count pins that a cache does not accept, one that is full and evicts nothing for example."""
+    try:
+        yield
+    except Exception:
+        counters.pin_events["lost"] += bool(pins)
+        raise
 
 
 def _is_async(cache: BaseCache) -> bool:

@@ -8,12 +8,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-__all__ = ["monotonic", "now", "set_ahead"]
+__all__ = ["monotonic", "now", "set_ahead", "unfrozen"]
 
 # Seconds since the epoch, and of the monotonic clock. The functions of ``time`` themselves: they
 # cost no extra call, and freezegun and time-machine replace them.
 now: Callable[[], float] = time.time
 monotonic: Callable[[], float] = time.monotonic
+
+# freezegun replaces the functions of ``time`` that are attributes of a module.
+_SYSTEM = (time.monotonic,)
+
+
+def unfrozen() -> float:
+    """Return the system's monotonic clock (seconds), also while freezegun stops it: for waits."""
+    return _SYSTEM[0]()
 
 
 def set_ahead(seconds: float) -> None:

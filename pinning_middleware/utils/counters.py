@@ -52,7 +52,7 @@ write_observers: list[Callable[[str, str], None]] = []
 
 # By the pool's primary, the alias that served the read, its server (None: unknown), and the reason.
 reads: defaultdict[tuple[str, str, Any, str], int] = defaultdict(int)
-# By event of a pin: set, inherited, rejected.
+# By event of a pin: set, inherited, rejected; lost, if the cache did not accept it.
 pin_events: Counter[str] = Counter()
 # By the reason that a token was ignored for.
 rejected_tokens: Counter[str] = Counter()

@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import django
 import pytest
 from asgiref.sync import async_to_sync
 from django.db.models import Model
@@ -14,7 +15,7 @@ from django.db.models.signals import post_save, pre_save
 from pinning_middleware import pinning_scope
 from pinning_middleware.testing import capture_reads
 from tests.app.models import Author, Book, OwnBook, Tag
-from tests.conftest import is_replica, saved, where
+from tests.conftest import change_behind, is_replica, saved, where
 
 pytestmark = pytest.mark.django_db(transaction=True, databases="__all__")
 
@@ -137,3 +138,22 @@ def test_instance_from_a_replica_is_added_to_a_relation_of_the_primary() -> None
     book.tags.clear()
     book.tags.add(Tag.objects.using("replica1").get(pk=1))
     assert book.tags.using("default").count() == 1
+
+
+def peers() -> list[Book]:
+    """Read two books whose titles are deferred, and fetched for all together."""
+    from django.db.models import FETCH_PEERS  # type: ignore[attr-defined]
+
+    for alias in ("default", "replica1", "replica2"):
+        change_behind(alias, f"INSERT INTO app_book (id, title) VALUES (2, '{alias}')")
+    return list(Book.objects.only("pk").fetch_mode(FETCH_PEERS))  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(django.VERSION < (6, 1), reason="needs Django 6.1")
+def test_fetch_peers_reads_where_the_scope_reads() -> None:
+    with capture_reads() as reads:
+        books = peers()
+        titles = {book.title for book in books}
+    assert [read.role for read in reads] == ["replica", "replica"]
+    assert titles == {reads[0].served}
+    assert {saved(book) for book in books} == {"default"}

@@ -147,7 +147,7 @@ def test_other_counters(watch: Watch) -> None:
     signals.fell_back_to_primary.send("default", served="default", reason="not_caught_up")
     signals.read_retried.send("default", failed="replica1", served="replica2", error="gone")
     found = Metrics(reader)
-    assert found.values("pins") == {("set",): 3, ("inherited",): 0, ("rejected",): 2}
+    assert found.values("pins") == {("set",): 3, ("inherited",): 0, ("rejected",): 2, ("lost",): 0}
     assert found.values("fallbacks") == {("default", "not_caught_up"): 1}
     assert found.values("retries") == {("replica1", "default", "replica2"): 1}
     units = {name: found[f"pinning_middleware.{name}"].unit for name in ("pins", "retries")}

@@ -215,7 +215,7 @@ def test_get_stats_pins_and_tokens() -> None:
     counters.pin_events["set"] += 2
     counters.rejected_tokens["signature"] += 1
     known = stats.get_stats()
-    assert known["pins"] == {"set": 2, "inherited": 0, "rejected": 1}
+    assert known["pins"] == {"set": 2, "inherited": 0, "rejected": 1, "lost": 0}
     assert known["rejected"] == {"signature": 1}
 
 

@@ -10,6 +10,7 @@ from django.urls import path
 
 wsgi, asgi = get_wsgi_application(), get_asgi_application()
 
+from pinning_middleware import is_pinned  # noqa: E402
 from tests.app.models import Book  # noqa: E402
 
 
@@ -39,7 +40,28 @@ async def aread(request: HttpRequest, title: str) -> JsonResponse:
     return JsonResponse({"found": found, "port": await sync_to_async(port)()})
 
 
+# What closers of responses found: whether the request was pinned, and the port of their reads.
+closed: list[tuple[bool, int]] = []
+
+
+def write_and_close(request: HttpRequest, title: str) -> JsonResponse:
+    response = write(request, title)
+    response._resource_closers.append(lambda: closed.append((is_pinned(), port())))
+    return response
+
+
+async def awrite_and_close(request: HttpRequest, title: str) -> JsonResponse:
+    return await sync_to_async(write_and_close)(request, title)
+
+
+def list_closed(request: HttpRequest) -> JsonResponse:
+    return JsonResponse({"closed": closed})
+
+
 urlpatterns = [
+    path("sync/close/<title>/", write_and_close),
+    path("async/close/<title>/", awrite_and_close),
+    path("closed/", list_closed),
     path("sync/write/<title>/", write),
     path("sync/read/<title>/", read),
     path("async/write/<title>/", awrite),

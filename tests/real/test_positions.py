@@ -13,6 +13,7 @@ from asgiref.sync import async_to_sync
 from django.core.management import BaseCommand, call_command
 from django.db import connections, transaction
 from django.test import Client, override_settings
+from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware import (
@@ -377,6 +378,18 @@ def test_wait_times_out(pg: PostgreSQL, sent_signals: SentSignals) -> None:
     assert not waited["reached"]
     assert waited["seconds"] >= 0.05
     assert [one["reason"] for one in sent_signals.of("fell_back_to_primary")] == ["not_caught_up"]
+
+
+@override_settings(PINNING_WAIT=0.05)
+def test_wait_times_out_while_freezegun_stops_the_clock(
+    pg: PostgreSQL, sent_signals: SentSignals
+) -> None:
+    pg.pause()
+    token = write()
+    with freeze_time(), unrelated_scope(token):
+        assert read() == ("pg", ["new"])
+    (waited,) = sent_signals.of("replica_wait_finished")
+    assert not waited["reached"]
 
 
 def test_read_does_not_wait_if_nothing_can_catch_up(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,16 @@ COMMANDS = {
         "tests.real.served_site:asgi",
     ),
 }
+OTHER_COMMANDS = {
+    "daphne": ("daphne", "--port", "{port}", "tests.real.served_site:asgi"),
+    "granian": (
+        *("granian", "--interface", "asgi", "--port", "{port}", "--no-ws"),
+        "tests.real.served_site:asgi",
+    ),
+    "hypercorn": ("hypercorn", "--bind", "127.0.0.1:{port}", "tests.real.served_site:asgi"),
+}
 # A thread of gunicorn keeps its connections; under ASGI each request has its own threads.
-CONN_MAX_AGE = {"gunicorn": None, "uvicorn": 0}
+CONN_MAX_AGE = {"gunicorn": None}
 
 
 class Served:
@@ -44,7 +53,7 @@ class Served:
         databases = {
             "default" if node == "primary" else node: {
                 **pg.cluster.database(node, "site"),
-                "CONN_MAX_AGE": CONN_MAX_AGE[kind],
+                "CONN_MAX_AGE": CONN_MAX_AGE.get(kind, 0),
             }
             for node in NODES.values()
         }
@@ -53,7 +62,7 @@ class Served:
             "DJANGO_SETTINGS_MODULE": "tests.real.served_settings",
             "SERVED_DATABASES": json.dumps(databases),
         }
-        command = [part.format(port=self.port) for part in COMMANDS[kind]]
+        command = [part.format(port=self.port) for part in (COMMANDS | OTHER_COMMANDS)[kind]]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-W", "error", "-W", "ignore::ResourceWarning", "-m", *command],
@@ -62,6 +71,13 @@ class Served:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
+
+    def stop(self) -> None:
+        """Stop the server, and the processes that it started."""
+        if self.process.poll() is None:
+            # granian's processes end with their parent only if it may tell them.
+            self.process.terminate() if self.kind == "granian" else self.process.kill()
+        self.process.wait(30)
 
     @property
     def names(self) -> dict[int, str]:
@@ -78,22 +94,26 @@ class Served:
         return found["found"], self.names[found["port"]]
 
 
-@pytest.fixture(params=COMMANDS)
-def served(pg: PostgreSQL, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
+@contextmanager
+def running_site(kind: str, pg: PostgreSQL, folder: Path) -> Iterator[Served]:
     try:
-        __import__(request.param)
+        __import__(kind)
     except ImportError:
-        missing(f"{request.param} is missing: pip install {request.param}")
-    site = Served(request.param, pg, tmp_path / "log")
+        missing(f"{kind} is missing: pip install {kind}")
+    site = Served(kind, pg, folder / "log")
     try:
         assert eventually(lambda: is_listening(site.port) or site.process.poll() is not None)
         assert site.process.poll() is None, site.log.read_text()
         yield site
     finally:
-        if site.process.poll() is None:
-            site.process.kill()
-        site.process.wait(30)
+        site.stop()
         empty_tables("pg")
+
+
+@pytest.fixture(params=COMMANDS)
+def served(pg: PostgreSQL, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
+    with running_site(request.param, pg, tmp_path) as site:
+        yield site
 
 
 def views(served: Served) -> tuple[str, ...]:
@@ -227,3 +247,20 @@ def test_server_shuts_down_cleanly(served: Served) -> None:
         cursor.execute("SELECT pg_backend_pid()")
         (own,) = cursor.fetchone()
     assert eventually(lambda: served.pg["pg"].execute(used, (own,)) == [(0,)])
+
+
+@pytest.mark.parametrize("kind", ["uvicorn", *OTHER_COMMANDS])
+def test_closer_of_a_response_belongs_to_its_request(
+    pg: PostgreSQL, kind: str, tmp_path: Path
+) -> None:
+    """ASGI servers close a response in another thread, without the context of the view."""
+    with running_site(kind, pg, tmp_path) as site:
+        for view in views(site):
+            assert site.ask(site.client(), f"/{view}/close/{view}/") == (True, "primary")
+
+        def closed() -> list[tuple[bool, str]]:
+            found = site.client().get("/closed/").json()["closed"]
+            return [(is_pinned, site.names[port]) for is_pinned, port in found]
+
+        assert eventually(lambda: len(closed()) == 2)
+        assert closed() == [(True, "primary")] * 2
