@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ParamSpec, TypeVar, overload
 
 from pinning_middleware.decorators import Block
@@ -127,6 +128,15 @@ def _check_primary(using: str | None) -> tuple[Pool, ...]:
     return pools().of_primary(using)
 
 
+def _check_group(group: str, using: str | None) -> None:
+    # A site without replicas, as on a developer's machine, has no groups either.
+    found = [pool.spec for pool in pools().of_primary(using) if pool.replicas]
+    groups = {name for spec in found for name in spec.groups}
+    if found and group not in groups:
+        known = ", ".join(map(repr, sorted(groups))) or "none is configured"
+        raise ValueError(f"{group!r} is not a group of PINNING_REPLICAS ({known})")
+
+
 @overload
 def use_primary(using: Callable[P, R]) -> Callable[P, R]: ...
 @overload
@@ -146,15 +156,18 @@ def use_primary(using: Any = None) -> Any:
 @overload
 def use_replica(using: Callable[P, R]) -> Callable[P, R]: ...
 @overload
-def use_replica(using: str | None = None, max_lag: float | None = None) -> Block: ...
-def use_replica(using: Any = None, max_lag: float | None = None) -> Any:
+def use_replica(
+    using: str | None = None, max_lag: float | None = None, group: str | None = None
+) -> Block: ...
+def use_replica(using: Any = None, max_lag: float | None = None, group: str | None = None) -> Any:
     """
     Read from a replica inside the block or the decorated function, pinned or not, also inside a
     transaction: for reads that may be stale. The innermost one wins.
 
     ``using`` as in ``use_primary()``. ``max_lag``: seconds that a replica may lag; the primary
     serves if every replica lags more. Raise TypeError or ValueError for anything but a number of
-    seconds.
+    seconds. ``group``: read from a replica of this group, and only if none is usable from one
+    without groups. Raise ValueError, on entry, for a group that no pool with replicas has.
     """
     if callable(using):
         return Block(Kind.REPLICA)(using)
@@ -163,7 +176,9 @@ def use_replica(using: Any = None, max_lag: float | None = None) -> Any:
             raise TypeError(f"max_lag must be a number of seconds, not {max_lag!r}")
         if not max_lag >= 0:
             raise ValueError(f"max_lag must be a number of seconds, 0 or more, not {max_lag!r}")
-    return Block(Kind.REPLICA, using, max_lag, check=_check_primary)
+    if group is None:
+        return Block(Kind.REPLICA, using, max_lag, check=_check_primary)
+    return Block(Kind.REPLICA, using, max_lag, partial(_check_group, group), group)
 
 
 @overload

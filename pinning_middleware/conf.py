@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from django.conf import global_settings, settings
 from django.core.signals import setting_changed
@@ -13,6 +13,7 @@ from django.db import DEFAULT_DB_ALIAS
 from django.utils.module_loading import import_string
 
 from pinning_middleware.pins import PoolKey
+from pinning_middleware.pool_specs import PoolSpec, parse_pools
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("pinning_middleware")
 
-__all__ = ["DEFAULTS", "RETRY_404_SHARE", "Conf", "PoolSpec", "conf", "on_change", "parse_replicas"]
+__all__ = ["DEFAULTS", "RETRY_404_SHARE", "Conf", "conf", "on_change"]
 
 DEFAULTS: dict[str, Any] = {
     "PINNING_REPLICAS": [],
@@ -73,44 +74,6 @@ MULTIDB_DEFAULTS: dict[str, Any] = {
 RETRY_404_SHARE: Final = 0.05
 
 
-class PoolSpec(NamedTuple):
-    """A pool as described by the settings. Its key in a scope begins with the primary's alias."""
-
-    key: PoolKey
-    weights: Mapping[str, int]
-
-
-def parse_replicas(value: object) -> dict[str, dict[str, int]]:
-    """
-    Return PINNING_REPLICAS in its most explicit form: primary's alias → {replica's alias: weight}.
-
-    Raise ValueError, with a message that completes "PINNING_REPLICAS …", for any other value.
-    """
-    if isinstance(value, (list, tuple)):
-        value = {DEFAULT_DB_ALIAS: value} if value else {}
-    if not isinstance(value, Mapping):
-        raise ValueError("should be a list of aliases, or map primaries' aliases to such lists")
-    pools: dict[str, dict[str, int]] = {}
-    for primary, replicas in value.items():
-        if isinstance(replicas, (list, tuple)):
-            if not all(isinstance(alias, str) for alias in replicas):
-                raise ValueError("should contain aliases as strings")
-            if len(set(replicas)) != len(replicas):
-                raise ValueError(
-                    f"should list each replica of {primary!r} once, or map it to a weight"
-                )
-            replicas = dict.fromkeys(replicas, 1)
-        if not isinstance(replicas, Mapping):
-            raise ValueError(f"should have a list or {{alias: weight}} for {primary!r}")
-        for alias, weight in replicas.items():
-            if not isinstance(alias, str) or not isinstance(primary, str):
-                raise ValueError("should contain aliases as strings")
-            if not isinstance(weight, int) or isinstance(weight, bool) or weight < 0:
-                raise ValueError(f"should have an integer of 0 or more as the weight of {alias!r}")
-        pools[primary] = dict(replicas)
-    return pools
-
-
 class Conf:
     """
     The settings as the package uses them. Each attribute is computed once, until a setting is
@@ -151,12 +114,17 @@ class Conf:
 
     @cached_property
     def replicas(self) -> dict[str, dict[str, int]]:
+        """Primary's alias → {replica's alias: weight}."""
+        return {spec.key.primary: dict(spec.weights) for spec in self._specs}
+
+    @cached_property
+    def _specs(self) -> tuple[PoolSpec, ...]:
         try:
-            return parse_replicas(self._get("PINNING_REPLICAS"))
+            return parse_pools(self._get("PINNING_REPLICAS"))
         except ValueError as error:
             # Raised here, it would prevent the system check from reporting it with a hint.
             logger.error("PINNING_REPLICAS %s. All reads go to the primary.", error)
-            return {}
+            return ()
 
     @cached_property
     def slave_databases(self) -> list[str] | None:
@@ -166,7 +134,7 @@ class Conf:
 
     @cached_property
     def pools(self) -> tuple[PoolSpec, ...]:
-        return tuple(PoolSpec(PoolKey(primary), w) for primary, w in self.replicas.items() if w)
+        return tuple(spec for spec in self._specs if spec.weights)
 
     @cached_property
     def legacy_pool(self) -> PoolSpec:
@@ -175,7 +143,7 @@ class Conf:
         if self.slave_databases is None:
             return own or PoolSpec(PoolKey(DEFAULT_DB_ALIAS), {})
         weights = dict.fromkeys(self.slave_databases, 1)
-        if own is not None and own.weights == weights:
+        if own is not None and own.weights == weights and not own.placements:
             return own
         # A separate rotation needs a separate state in the scope. The pins are the same.
         return PoolSpec(PoolKey(DEFAULT_DB_ALIAS, legacy=True), weights)
@@ -256,6 +224,10 @@ class Conf:
         return f"{session}-{name}"
 
     @cached_property
+    def session_cookie_name(self) -> str:
+        return str(settings.SESSION_COOKIE_NAME)
+
+    @cached_property
     def cookie(self) -> dict[str, Any]:
         """The constant keyword arguments of `HttpResponse.set_cookie`."""
         return {
@@ -286,6 +258,10 @@ class Conf:
     @cached_property
     def balance_by_query(self) -> bool:
         return bool(self._get("PINNING_BALANCE_BY") == "query")
+
+    @cached_property
+    def balance_by_user(self) -> bool:
+        return bool(self._get("PINNING_BALANCE_BY") == "user")
 
     @cached_property
     def ignored_tables(self) -> frozenset[str]:

@@ -35,14 +35,16 @@ class Block(AbstractContextManager[None]):
         using: str | None = None,
         max_lag: float | None = None,
         check: Callable[[str | None], object] | None = None,
+        group: str | None = None,
     ) -> None:
         self._kind, self._using, self._max_lag, self._check = kind, using, max_lag, check
+        self._group = group
 
     def __enter__(self) -> None:
         if self._check is not None:
             # On entry, since decorators run before the settings are complete.
             self._check(self._using)
-        push(self._kind, self, self._using, self._max_lag)
+        push(self._kind, self, self._using, self._max_lag, self._group)
 
     def __exit__(
         self,

@@ -30,6 +30,7 @@ from pinning_middleware.routing.outgoing import (
 )
 from pinning_middleware.scopes.overrides import Override, current_overrides, set_overrides
 from pinning_middleware.scopes.scope import Scope, enter, entered_scope
+from pinning_middleware.stores.balance_key import BalanceKey
 from pinning_middleware.stores.base import log_store_error
 from pinning_middleware.utils import counters
 
@@ -159,6 +160,7 @@ class PinningMiddleware:
         """Load the stores that depend on the user, after every other middleware."""
         if conf.enabled and (scope := entered_scope()) is not None:
             self.set_offload_predicate(scope, request)
+            self.set_balance_key(scope, request)
             self.allow_retry_404(scope, request)
             self.load_pins(scope, request, conf.stores_at_view)
 
@@ -166,6 +168,7 @@ class PinningMiddleware:
         """Async version of ``prepare_view()``."""
         if conf.enabled and (scope := entered_scope()) is not None:
             self.set_offload_predicate(scope, request)
+            self.set_balance_key(scope, request)
             self.allow_retry_404(scope, request)
             await self.aload_pins(scope, request, conf.stores_at_view)
 
@@ -178,6 +181,11 @@ class PinningMiddleware:
         """If PINNING_RETRY_404 is set, let the view be run again on the primary after a 404."""
         if conf.retry_404 and request.method in RETRIED_METHODS:
             scope.wrap_view = retry_404
+
+    def set_balance_key(self, scope: Scope, request: HttpRequest) -> None:
+        """If PINNING_BALANCE_BY is "user", let reads go to the user's replica from now on."""
+        if conf.balance_by_user:
+            scope.balance_key = BalanceKey(request)
 
     def close_scope(self, scope: Scope, request: HttpRequest, response: Any) -> None:
         """End the scope of a request, or let the body and the end of the response belong to it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from django.apps import apps
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from django.db.models import Model
 
 __all__ = ["PinningRouter"]
+
+
+logger = logging.getLogger("pinning_middleware")
+
+# Names of other routers' methods, each with the replica that it returned, that were logged.
+_logged: set[tuple[str, str]] = set()
 
 
 class PinningRouter:
@@ -67,6 +74,8 @@ class PinningRouter:
             method = getattr(router, action, None)
             answer = None if method is None else method(model, **hints)
             if answer:
+                if answer in conf.readonly_aliases:
+                    _log_replica(router, action, str(answer))
                 return str(answer)
         return None
 
@@ -76,6 +85,23 @@ class PinningRouter:
             if router is self:
                 return routers[place + 1 :]
         return []
+
+
+def _log_replica(router: Any, action: str, alias: str) -> None:
+    """
+    Log, once in a process, that another router returns a replica. It may do so in some requests
+    only, where system checks do not see it.
+    """
+    name = f"{type(router).__name__}.{action}()"
+    if (name, alias) in _logged:
+        return
+    _logged.add((name, alias))
+    logger.warning(
+        "%s returns the replica %r. PinningRouter reads it as the primary %r, and selects the "
+        "replica itself. Let %s return the primary.",
+        *(name, alias, conf.readonly_aliases[alias], name),
+        extra={"router": name, "alias": alias},
+    )
 
 
 def _origin(hints: dict[str, Any]) -> str | None:

@@ -79,6 +79,8 @@ class ServerState(NamedTuple):
     - ``retry_in``: time until the next probe of a server that is out of rotation (seconds).
     - ``error``: why it is unreachable, or a problem of a server that is in rotation.
     - ``reads_bounded``: whether a read ends if the server does not answer, or ``None`` if unknown.
+    - ``tier``: the tier in the settings, or ``None`` for a primary.
+    - ``groups``: the groups in the settings, whose reads alone go to it, or ``None``.
     """
 
     pool: str
@@ -98,6 +100,17 @@ class ServerState(NamedTuple):
     retry_in: float | None = None
     error: str = ""
     reads_bounded: bool | None = None
+    tier: int | None = None
+    groups: tuple[str, ...] | None = None
+
+    @property
+    def share(self) -> str | None:
+        """The weight, with the tier and the groups if there are any, or None for a primary."""
+        if self.weight is None:
+            return None
+        tier = f", tier {self.tier}" if self.tier not in (None, 1) else ""
+        groups = f", for {' and '.join(self.groups)}" if self.groups else ""
+        return f"{self.weight}{tier}{groups}"
 
 
 class Event(NamedTuple):
@@ -178,7 +191,7 @@ def _rows_of(pool: Pool, endpoint: Endpoint, reads: Reads) -> Iterator[ServerSta
 
 def _row(pool: Pool, endpoint: Endpoint, server: Server | None, reads: int) -> ServerState:
     is_primary = endpoint is pool.endpoint
-    weight = None if is_primary else pool.replica_set.rotation.weights.get(endpoint.alias)
+    weight = None if is_primary else pool.replica_set.rotations.weights.get(endpoint.alias)
     fault, since = endpoint.out_of_rotation, endpoint.status_since
     if server is not None and fault in {each.out_of_rotation for each in endpoint.recent_servers}:
         fault, since = server.out_of_rotation, server.status_since
@@ -200,6 +213,8 @@ def _row(pool: Pool, endpoint: Endpoint, server: Server | None, reads: int) -> S
         reason=reason,
         since=since or None,
         weight=weight,
+        tier=None if is_primary else pool.spec.placement(endpoint.alias).tier,
+        groups=pool.spec.placement(endpoint.alias).groups or None,
         reads=reads,
         position=None if server is None else format_position(server, _vendor(endpoint.alias)),
         behind_bytes=None if server is None or is_primary else _bytes_behind(pool, server),

@@ -228,7 +228,7 @@ def _server(row: ServerState) -> dict[str, Any]:
             COLUMNS[1:],
             role if role == row.configured else f"{role}, configured as {row.configured}",
             f"{state}. {row.error}" if row.error else state,
-            NONE if row.weight is None else str(row.weight),
+            row.share or NONE,
             str(row.reads),
             row.position or NONE,
             NONE if row.behind_bytes is None else format_size(row.behind_bytes),

@@ -28,7 +28,7 @@ MODULES = {
 # From the bottom up: each layer may use itself and those below it.
 LAYERS: list[tuple[str, ...]] = [
     ("utils",),
-    ("pins", "reasons", "exceptions", "signals", "conf", "tokens", "sql"),
+    ("pins", "reasons", "exceptions", "signals", "conf", "pool_specs", "tokens", "sql"),
     ("servers", "stores", "scopes"),
     ("routing",),
     ("backend",),
@@ -66,6 +66,7 @@ LEAVES = (
 PURE = (
     "pins",
     "reasons",
+    "routing.affinity",
     "routing.rotation",
     "scopes.overrides",
     "scopes.threads",

@@ -51,6 +51,15 @@ BAD: list[tuple[str, list[Any], str]] = [
             {"default": {"replica1": "2"}},
             {"default": [None]},
             {5: ["replica1"]},
+            {"replica1": {"groups": ["reports"]}},
+            {"default": {"replica1": {"weight": "2"}}},
+            {"default": {"replica1": {"tier": 0}}},
+            {"default": {"replica1": {"tier": "2"}}},
+            {"default": {"replica1": {"tier": True}}},
+            {"default": {"replica1": {"groups": "reports"}}},
+            {"default": {"replica1": {"groups": [""]}}},
+            {"default": {"replica1": {"groups": None}}},
+            {"default": {"replica1": {"group": ["reports"]}}},
         ],
         "E001",
     ),
@@ -126,13 +135,15 @@ GOOD: list[tuple[str, list[Any]]] = [
             {"default": ("replica1", "replica2"), "users": {"users_replica": 3}},
             {"default": {"replica1": 1, "replica2": 0}},
             {"default": {"replica1": 2000, "replica2": 1000}},
+            {"default": {"replica1": {}, "replica2": {"weight": 0, "tier": 2}}},
+            {"default": {"replica1": 1, "replica2": {"groups": ("reports", "exports")}}},
         ],
     ),
     ("SLAVE_DATABASES", [[], ["slave"], ("slave",), ["replica1"]]),
     ("PINNING_SECONDS", [0, 0.5, 3600]),
     ("PINNING_WAIT", [0, 0.05]),
     ("PINNING_MAX_LAG", [None, 0, 5]),
-    ("PINNING_BALANCE_BY", ["query"]),
+    ("PINNING_BALANCE_BY", ["query", "user"]),
     ("PINNING_PRIMARY_DOWN", ["stale"]),
     ("PINNING_CONSISTENCY", ["monotonic-reads"]),
     (
@@ -154,6 +165,7 @@ GOOD: list[tuple[str, list[Any]]] = [
     ("PINNING_RETRY_404", [True, False, 0.05, 1, 1.0]),
     ("PINNING_SESSION_SETUP", [None, "tests.test_checks.found"]),
 ]
+DRAINED_REPORTS = {"weight": 0, "groups": ["reports"]}
 # The IDs whose message names the wrong entry in place of the whole value.
 NAMES_AN_ENTRY = {"E002", "E003", "E018", "E021"}
 
@@ -472,6 +484,8 @@ FITS: list[tuple[str, dict[str, Any]]] = [
     ("W016", {"PINNING_IGNORED_TABLES": ["app.book"]}),
     ("W016", {"PINNING_IGNORED_TABLES": ["shop.Order"]}),
     ("E024", {"PINNING_REPLICAS": {"users": ["default"]}}),
+    ("W030", {"PINNING_REPLICAS": {"default": {"replica1": {"groups": ["reports"]}}}}),
+    ("W031", {"PINNING_REPLICAS": {"default": {"replica1": 1, "replica2": DRAINED_REPORTS}}}),
     ("E020", {"PINNING_HEADER_NAME": "Set-Cookie"}),
     ("E020", {"PINNING_HEADER_NAME": "cache-control"}),
     ("E020", {"PINNING_HEADER_NAME": "Content-Encoding"}),

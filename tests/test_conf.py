@@ -7,7 +7,8 @@ from django.conf import settings
 from django.test import override_settings
 
 from pinning_middleware import stores
-from pinning_middleware.conf import DEFAULTS, conf, parse_replicas
+from pinning_middleware.conf import DEFAULTS, conf
+from pinning_middleware.pool_specs import parse_replicas
 from tests.app.stores import RecordingStore
 from tests.conftest import where
 

@@ -33,7 +33,7 @@ from pinning_middleware.routing.policy import Decision, is_former_primary
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.overrides import failover_suppressed
-from pinning_middleware.scopes.scope import current_scope
+from pinning_middleware.scopes.scope import PoolState, current_scope
 from pinning_middleware.scopes.write_watch import is_watching, note_write
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.probe import failover_disabled, state_of
@@ -173,7 +173,7 @@ def _record_read(pool: Pool, cursor: Any, alias: str, kind: Kind, sql: Any) -> N
     current_scope().record_route((connection.alias, reason), MAX_ROUTES)
     if conf.balance_by_query:
         # Django may ask the router several times for one read; the next read gets another replica.
-        current_scope().update(pool.key, lambda state: state._replace(replica=None))
+        current_scope().update(pool.key, PoolState.without_replica)
     server = None if pool.dialect is None else state_of(connection).server
     reads[pool.primary, connection.alias, server, reason] += 1
     if observers:

@@ -36,6 +36,7 @@ from pinning_middleware.backend.read_errors import Verdict, is_unresponsive, jud
 from pinning_middleware.backend.writes import sql_text
 from pinning_middleware.conf import conf
 from pinning_middleware.reasons import Fault, Reason
+from pinning_middleware.routing.choice import balance_key
 from pinning_middleware.routing.compatibility import is_interchangeable
 from pinning_middleware.routing.policy import Decision, Rejection, admit
 from pinning_middleware.routing.pool import Pool
@@ -51,6 +52,7 @@ from pinning_middleware.servers.probe import (
 )
 from pinning_middleware.servers.registry import registry
 from pinning_middleware.signals import fell_back_to_primary, fell_back_to_replica, read_retried
+from pinning_middleware.utils import clock
 from pinning_middleware.utils.counters import refusals
 from pinning_middleware.utils.logging import log_rate_limited
 from pinning_middleware.utils.transactions import is_transaction_open
@@ -105,7 +107,7 @@ def _execute_read(pool: Pool, call: Call) -> Any:
     if first.alias == pool.primary:
         # Nothing else is left that could serve.
         read_budget.renew()
-    for alias in _alternatives(pool, first.alias, outcome):
+    for alias in _alternatives(pool, scope, first.alias, outcome):
         if not is_interchangeable(first.alias, alias):
             continue
         if alias != pool.primary and read_budget.left < MIN_LEFT:
@@ -307,7 +309,7 @@ def execute_on_primary(pool: Pool, call: Call, reason: Reason) -> Any:
     return cursor.execute(call.sql, call.params)
 
 
-def _alternatives(pool: Pool, failed: str, rejection: Rejection) -> Iterator[str]:
+def _alternatives(pool: Pool, scope: Scope, failed: str, rejection: Rejection) -> Iterator[str]:
     """Yield the aliases that may serve instead, each once, and the primary last."""
     if failed == pool.primary:
         if conf.primary_down == "stale":
@@ -315,8 +317,11 @@ def _alternatives(pool: Pool, failed: str, rejection: Rejection) -> Iterator[str
         return
     if rejection.reason not in _PRIMARY_ONLY:
         override = innermost_override(current_overrides(), pool.primary)
-        max_lag = override.max_lag if override else None
-        for alias in pool.replica_set.rotation.order():
+        max_lag, group = (override.max_lag, override.group) if override else (None, None)
+        # For a pinned read the primary comes before a higher tier.
+        is_pinned = override is None and scope.state(pool.key).is_bound(clock.now())
+        rotations = pool.replica_set.rotations
+        for alias in rotations.alternatives(group, balance_key(scope), fallback=not is_pinned):
             lag = pool.replica_set.lag(alias) if max_lag is not None else 0.0
             if alias != failed and (max_lag is None or (lag is not None and lag <= max_lag)):
                 yield alias
@@ -334,7 +339,8 @@ def _report_failover(
         decision = Decision(failed, None if failed == pool.primary else failed, reason)
     cursor.pinning_decision = decision._replace(reason=reason)
     cursor.__dict__.setdefault("pinning_alias", failed)
-    if failed in pool.replica_set.out_of_rotation or reason is Reason.NOT_CAUGHT_UP:
+    may_keep = served == pool.primary or served in pool.replica_set.rotation.weights
+    if may_keep and (failed in pool.replica_set.out_of_rotation or reason is Reason.NOT_CAUGHT_UP):
         scope.update(pool.key, lambda state: state._replace(replica=replica))
     if reason in _BY_POLICY:
         logger.debug("Read %s instead of %s: %s", served, failed, reason.description)

@@ -15,7 +15,8 @@ from django.db import DEFAULT_DB_ALIAS, router
 from django.utils.module_loading import import_string
 
 from pinning_middleware.checks.messages import TAG, error, warning
-from pinning_middleware.conf import DEFAULTS, conf, parse_replicas
+from pinning_middleware.conf import DEFAULTS, conf
+from pinning_middleware.pool_specs import PoolSpec, parse_pools, parse_replicas
 from pinning_middleware.routers import PinningRouter
 from pinning_middleware.stores import BaseStore
 
@@ -126,7 +127,7 @@ RULES: Final = (
             f"Set one of them; the default is {DEFAULTS[name]!r}.",
         )
         for name, choices in {
-            "PINNING_BALANCE_BY": ("request", "query"),
+            "PINNING_BALANCE_BY": ("request", "query", "user"),
             "PINNING_PRIMARY_DOWN": ("error", "stale"),
             "PINNING_CONSISTENCY": ("read-your-writes", "monotonic-reads"),
         }.items()
@@ -275,7 +276,7 @@ def _import_error(rule: Rule, value: Any) -> str:
 def check_replicas(**kwargs: Any) -> list[CheckMessage]:
     value, name = value_of("PINNING_REPLICAS"), conf.effective_name("PINNING_REPLICAS")
     try:
-        pools = parse_replicas(value)
+        specs = parse_pools(value)
     except ValueError as problem:
         return [
             error(
@@ -285,10 +286,12 @@ def check_replicas(**kwargs: Any) -> list[CheckMessage]:
                 '{"default": ["replica1"], "users": {"users_replica": 2}} for several.',
             )
         ]
+    pools = {spec.key.primary: dict(spec.weights) for spec in specs}
     return [
         *_check_aliases(name, pools),
         *_check_places(name, pools),
         *_check_weights(name, pools),
+        *_check_groups(name, specs),
     ]
 
 
@@ -331,6 +334,26 @@ def _check_weights(name: str, pools: dict[str, dict[str, int]]) -> Iterator[Chec
                     "in lowest terms.",
                     "Set smaller weights: only their ratio counts, for example 2 and 1 in place of "
                     "2003 and 1001.",
+                )
+
+
+def _check_groups(name: str, specs: tuple[PoolSpec, ...]) -> Iterator[CheckMessage]:
+    for spec in specs:
+        if any(spec.weights.values()) and not any(spec.weights_of(None).values()):
+            yield warning(
+                "W030",
+                f"{name} has no replica of {spec.key.primary!r} without groups and with a weight "
+                "above 0, so every read outside use_replica(group=…) goes to the primary.",
+                "Remove the groups of a replica, or add one without groups. Ignore this warning "
+                "if only reads of groups should leave the primary.",
+            )
+        for group in spec.groups:
+            if any(spec.weights.values()) and not any(spec.weights_of(group).values()):
+                yield warning(
+                    "W031",
+                    f"{name} has no replica with a weight above 0 in the group {group!r} of "
+                    f"{spec.key.primary!r}, so its reads go to the replicas without groups.",
+                    "Set the weight of a replica of this group.",
                 )
 
 

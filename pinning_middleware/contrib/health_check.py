@@ -53,7 +53,7 @@ class Replicas(HealthCheck):  # type: ignore[misc]
             raise ServiceUnavailable(f"{self.pool!r} is not a primary in PINNING_REPLICAS")
         if not pool.has_replicas:
             raise ServiceWarning(f"The settings send every read of {self.pool!r} to the primary")
-        used = [alias for alias, weight in pool.replica_set.rotation.weights.items() if weight]
+        used = [alias for alias, weight in pool.replica_set.rotations.weights.items() if weight]
         with ThreadPoolExecutor(len(used)) as threads:
             results = threads.map(lambda alias: _probe(pool, alias), used)
             faults = dict(zip(used, results, strict=True))

@@ -167,7 +167,7 @@ class ReplicaWatcher(threading.Thread):
         self.pool, self.alias, self.position, self.committed = pool, alias, position, committed
         self.sql = f"SELECT count(*) FROM {connections[pool.primary].ops.quote_name(table)}"
         # Why the settings send no reads to this replica, or "".
-        self.excluded_by = "" if pool.replica_set.rotation.weights[alias] else DRAINED
+        self.excluded_by = "" if pool.replica_set.rotations.weights[alias] else DRAINED
         if not conf.enabled:
             self.excluded_by = Reason.DISABLED
         self.until = 0.0

@@ -19,6 +19,11 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Pin, Position, merge_optional, merge_positions
 from pinning_middleware.reasons import Fault, Reason
+from pinning_middleware.routing.choice import (
+    next_replica,
+    replica_caught_up,
+    replica_for_override,
+)
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.scopes.overrides import (
     Kind,
@@ -109,7 +114,7 @@ def decide(pool: Pool, scope: Scope, model: object = None) -> Decision:
     if wanted is not None:
         return _find_replica(pool, scope, state, wanted)
     # Rule 7: the next replica.
-    alias = _next_replica(pool, scope, state)
+    alias = next_replica(pool, scope, state)
     if alias is None:
         return _primary(pool, Reason.NO_REPLICA)
     try:
@@ -143,7 +148,9 @@ def admit(pool: Pool, connection: BaseDatabaseWrapper, scope: Scope) -> Rejectio
             fault = pool.primary_connections.reject(connection, requirement)
         else:
             max_lag = None if override is None else override.max_lag
-            fault = pool.health.reject(connection, max_lag, not pool.replica_set.rotation)
+            rotation = pool.replica_set.rotation
+            is_last = not rotation and alias in rotation.weights
+            fault = pool.health.reject(connection, max_lag, is_last)
         if fault is not None:
             return Rejection(fault)
     if may_be_stale:
@@ -179,11 +186,7 @@ def _follow_override(pool: Pool, scope: Scope, override: Override) -> Decision:
     if override.kind is not Kind.REPLICA:
         # The kind has the name of its reason.
         return Decision(pool.primary, None, Reason(override.kind.value))
-    state = scope.state(pool.key)
-    if override.max_lag is None:
-        alias = _next_replica(pool, scope, state)
-    else:
-        alias = pool.replica_set.within_lag(override.max_lag, state.replica)
+    alias = replica_for_override(pool, scope, scope.state(pool.key), override)
     if alias is None:
         return Decision(pool.primary, None, Reason.NO_REPLICA)
     return _replica(pool, alias, Reason.USE_REPLICA)
@@ -255,9 +258,7 @@ def _find_replica(pool: Pool, scope: Scope, state: PoolState, wanted: Position) 
     last = state.last_searched
     may_probe = last is None or now - last > SEARCH_INTERVAL
     replicas = pool.replica_set
-    alias = state.replica if state.replica and replicas.caught_up(state.replica, wanted) else None
-    if alias is None:
-        alias = replicas.find_caught_up(wanted, probe=may_probe)
+    alias = replica_caught_up(pool, scope, state, wanted, probe=may_probe)
     max_wait = conf.wait if scope.max_wait is None else scope.max_wait
     if alias is None and may_probe and max_wait and probing_allowed(connections[pool.primary]):
         alias = replicas.wait_caught_up(wanted, max_wait)
@@ -268,18 +269,6 @@ def _find_replica(pool: Pool, scope: Scope, state: PoolState, wanted: Position) 
     if alias != state.replica:
         scope.update(pool.key, lambda state: state._replace(replica=alias))
     return _replica(pool, alias, Reason.CAUGHT_UP)
-
-
-def _next_replica(pool: Pool, scope: Scope, state: PoolState) -> str | None:
-    """Return the replica that the scope reads from, choosing the next one if necessary."""
-    alias, now = state.replica, clock.monotonic()
-    # Outside any scope a replica is kept for a window only.
-    is_kept = not scope.is_ambient or now - state.replica_since < conf.seconds
-    if alias is not None and is_kept and alias not in pool.replica_set.out_of_rotation:
-        return alias
-    alias = pool.replica_set.next(after=alias)
-    scope.update(pool.key, lambda state: state._replace(replica=alias, replica_since=now))
-    return alias
 
 
 def _replica(pool: Pool, alias: str, reason: Reason) -> Decision:

@@ -6,8 +6,9 @@ import logging
 
 from django.db import connections
 
-from pinning_middleware.conf import PoolSpec, conf
+from pinning_middleware.conf import conf
 from pinning_middleware.pins import Position
+from pinning_middleware.pool_specs import PoolSpec
 from pinning_middleware.reasons import Reason
 from pinning_middleware.routing.compatibility import is_test_mirror, is_testing
 from pinning_middleware.routing.guarantees import Guarantee
@@ -34,6 +35,7 @@ class Pool:
     """
 
     def __init__(self, spec: PoolSpec, guarantee: Guarantee) -> None:
+        self.spec = spec
         self.key, self.primary, self.replicas = spec.key, spec.key.primary, tuple(spec.weights)
         self.is_legacy = spec.key.legacy
         self.has_replicas = conf.enabled and any(spec.weights.values())
@@ -44,7 +46,7 @@ class Pool:
         self.primary_connections = PrimaryConnections(
             self.endpoint, self.dialect, self.health.probe
         )
-        self.replica_set = ReplicaSet(spec.weights, self.health)
+        self.replica_set = ReplicaSet(spec, self.health)
         self.refusals = Refusals()
         self.guarantee = guarantee
         self.supports_positions = self.health.supports_positions
@@ -75,7 +77,7 @@ class Pool:
     def follow(self, position: Position) -> None:
         """Have the replicas probed until they have reached what was just written. Does no I/O."""
         weights = self.replica_set.rotation.weights
-        aliases = tuple(alias for alias in self._monitored() if weights[alias])
+        aliases = tuple(alias for alias in self._monitored() if weights.get(alias))
         monitor.follow(position, self.primary, aliases, self.health.update_status)
 
     def sample_lag(self) -> None:

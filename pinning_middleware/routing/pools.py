@@ -6,7 +6,8 @@ import os
 
 from django.db import DEFAULT_DB_ALIAS, connections
 
-from pinning_middleware.conf import PoolSpec, conf, on_change
+from pinning_middleware.conf import conf, on_change
+from pinning_middleware.pool_specs import PoolSpec
 from pinning_middleware.routing.compatibility import is_same_database
 from pinning_middleware.routing.guarantees import MonotonicReads, ReadYourWrites
 from pinning_middleware.routing.pool import Pool
@@ -95,11 +96,7 @@ def _forget() -> None:
     scope = entered_scope()
     for key in scope.pools if scope is not None else ():
         # The replica was chosen under the previous settings.
-        scope.update(key, _without_replica)  # type: ignore[union-attr]
-
-
-def _without_replica(state: PoolState) -> PoolState:
-    return state._replace(replica=None)
+        scope.update(key, PoolState.without_replica)  # type: ignore[union-attr]
 
 
 def _begin_after_fork() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from typing import ClassVar, Final
@@ -15,8 +15,10 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Position
+from pinning_middleware.pool_specs import PoolSpec
 from pinning_middleware.reasons import Fault
 from pinning_middleware.routing.compatibility import is_interchangeable, is_test_mirror
+from pinning_middleware.routing.groups import Rotations
 from pinning_middleware.routing.health import Health
 from pinning_middleware.routing.rotation import Rotation
 from pinning_middleware.servers import monitor
@@ -44,15 +46,17 @@ class ReplicaSet:
     """
     The replicas of one primary.
 
-    ``weights``: alias → weight. ``health`` judges the servers that the aliases resolve to.
+    ``rotations`` has one for each group, ``rotation`` is that of the replicas without groups, which
+    serve all other reads. ``health`` judges the servers that the aliases resolve to.
     """
 
     # Set by the test utilities: replicas that lack every recent write, and that are unreachable.
     behind_in_tests: ClassVar[frozenset[str]] = frozenset()
     unreachable_in_tests: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, weights: Mapping[str, int], health: Health) -> None:
-        self.rotation = Rotation(weights)
+    def __init__(self, spec: PoolSpec, health: Health) -> None:
+        self.rotations = Rotations(spec)
+        self.rotation = self.rotations.default
         self.primary, self.endpoints, self.health = health.primary, health.endpoints, health
         # The aliases out of rotation; replaced as a whole.
         self.out_of_rotation: frozenset[str] = frozenset()
@@ -71,23 +75,30 @@ class ReplicaSet:
 
     # Rotation
 
-    def next(self, after: str | None = None) -> str | None:
-        """Return the next replica, after the one that the caller had; None if none is usable."""
+    def next(
+        self, after: str | None = None, key: str | None = None, group: str | None = None
+    ) -> str | None:
+        """
+        Return the next replica, after the one that the caller had, or that of a user's ``key``;
+        None if none is usable.
+        """
         if self._max_lag is not None:
             self.health.sample_lag()
-        alias = self.rotation.next(after)
-        return self._next_of_degraded(alias) if self.out_of_rotation else alias
+        rotation = self.rotations.of(group)
+        alias = rotation.next(after, key)
+        return self._next_of_degraded(rotation, alias) if self.out_of_rotation else alias
 
-    def _next_of_degraded(self, alias: str | None) -> str | None:
+    def _next_of_degraded(self, rotation: Rotation, alias: str | None) -> str | None:
         now = time.monotonic()
         for name in self.out_of_rotation:
             endpoint = self.endpoints[name]
             if endpoint.is_down and endpoint.retry_at + MONITOR_OVERDUE < now:
                 monitor.retry_until_up(name, self.primary, self.health.update_status)
-        if alias is None:
+        if alias is None and rotation is self.rotation:
             # Every replica lags. An unpinned read may be stale, and the primary may not have the
             # capacity for the reads of all replicas.
-            lagging = [e for e in self.endpoints.values() if e.out_of_rotation is Fault.LAG]
+            endpoints = [self.endpoints[name] for name in rotation.weights]
+            lagging = [e for e in endpoints if e.out_of_rotation is Fault.LAG]
             alias = min(lagging, key=_lag_of).alias if lagging else None
         return alias
 
@@ -99,7 +110,7 @@ class ReplicaSet:
             if self._max_lag is not None:
                 out |= self.behind_in_tests
             self.out_of_rotation = frozenset(out & self.endpoints.keys())
-            self.rotation.exclude(self.out_of_rotation)
+            self.rotations.exclude(self.out_of_rotation)
 
     def _on_status_change(self, endpoint: Endpoint) -> None:
         is_primary = endpoint is self.health.endpoint
@@ -110,7 +121,7 @@ class ReplicaSet:
         elif not is_primary:
             return
         if endpoint.out_of_rotation:
-            if not self.rotation:
+            if self.rotations.any_exhausted:
                 self._readmit_reachable()
             if is_primary:
                 # No replica can substitute for it for long.
@@ -131,7 +142,7 @@ class ReplicaSet:
 
     def begin_after_fork(self) -> None:
         """Start with a rotation and retry times of its own."""
-        self.rotation.draw()
+        self.rotations.draw()
         for endpoint in self.endpoints.values():
             endpoint.draw_jitter()
             if endpoint.out_of_rotation:
@@ -169,9 +180,14 @@ class ReplicaSet:
                 return None
         return all(self._has_reached(server, wanted) for server in servers) or None
 
-    def find_caught_up(self, wanted: Position, *, probe: bool) -> str | None:
-        """Return a replica that has caught up; if none is known to have, probe each once."""
-        order = self.rotation.order()
+    def find_caught_up(
+        self, wanted: Position, key: str | None = None, *, probe: bool
+    ) -> str | None:
+        """
+        Return a replica that has caught up, of the lowest tier while the primary is there; if none
+        is known to have, probe each once.
+        """
+        order = self.rotation.order(key, fallback=bool(self.health.endpoint.out_of_rotation))
         for alias in order:
             if self.caught_up(alias, wanted):
                 return alias
@@ -232,8 +248,9 @@ class ReplicaSet:
     def wait_caught_up(self, wanted: Position, seconds: float) -> str | None:
         """Wait at most so many seconds until a replica has caught up; return its alias or None."""
         # In an open transaction the rows stay as they were.
-        order = tuple(a for a in self.rotation.order() if not connections[a].in_atomic_block)
-        if self._would_wait_in_vain(order, wanted, seconds):
+        names = self.rotation.order(fallback=bool(self.health.endpoint.out_of_rotation))
+        order = tuple(a for a in names if not connections[a].in_atomic_block)
+        if not order or self._would_wait_in_vain(order, wanted, seconds):
             return None
 
         def found() -> str | None:
@@ -318,9 +335,11 @@ class ReplicaSet:
         lags = self._lags(alias)
         return None if not lags or None in lags else max(lag for lag in lags if lag is not None)
 
-    def within_lag(self, max_lag: float, preferred: str | None) -> str | None:
+    def within_lag(
+        self, max_lag: float, preferred: str | None, group: str | None = None
+    ) -> str | None:
         """Return a replica that lags at most so many seconds, the preferred one first, or None."""
-        order = self.rotation.order()
+        order = self.rotations.of(group).order()
         if preferred in order:
             order = (preferred, *order)
         if any(is_test_mirror(self.primary, alias) for alias in order):
@@ -379,7 +398,8 @@ class ReplicaSet:
     def freshest_first(self) -> list[str]:
         """Probe the reachable replicas and return them, the one that has replayed most first."""
         serving = (None, Fault.LAG)
-        usable = [e for e in self.endpoints.values() if e.out_of_rotation in serving]
+        replicas = [self.endpoints[alias] for alias in self.rotation.weights]
+        usable = [e for e in replicas if e.out_of_rotation in serving]
         for endpoint in usable:
             with suppress(DatabaseError, InterfaceError):
                 self.health.probe(connections[endpoint.alias])

@@ -1,4 +1,4 @@
-"""Weighted round robin. No I/O: names and weights only."""
+"""Weighted round robin in tiers. No I/O: names and weights only."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import itertools
 import random
 from collections.abc import Collection, Iterator, Mapping
 from math import gcd
+
+from pinning_middleware.routing.affinity import ranking
 
 __all__ = ["Rotation", "spread"]
 
@@ -40,16 +42,24 @@ class Rotation:
     Endless round robin over weighted names. The start is random, so that many processes that start
     together do not all begin with the same name.
 
+    Only those of the lowest of the ``tiers`` (1 if not given) that is left take part: ``names``.
+    With the ``key`` of a user, the order is that of ``affinity.ranking()``.
+
     Thread-safe without a lock: the counter advances atomically, and the round is a tuple that is
     only ever replaced as a whole.
     """
 
-    __slots__ = ("_count", "_round", "weights")
+    __slots__ = ("_count", "_first_tier", "_round", "_tiers", "_weights", "names", "weights")
 
-    def __init__(self, weights: Mapping[str, int]) -> None:
-        self.weights = dict(weights)
-        self._round = spread(self.weights)
+    def __init__(self, weights: Mapping[str, int], tiers: Mapping[str, int] | None = None) -> None:
+        self.weights, self._tiers = dict(weights), dict(tiers or {})
+        self.exclude(())
+        self._first_tier = self.names
         self.draw()
+
+    def is_fallback(self, name: str) -> bool:
+        """Return whether a name is of a tier above the lowest."""
+        return name not in self._first_tier
 
     def __bool__(self) -> bool:
         return bool(self._round)
@@ -61,9 +71,12 @@ class Rotation:
 
     def exclude(self, names: Collection[str]) -> None:
         """Continue without these names; an empty collection takes all of them back."""
-        self._round = spread({n: w for n, w in self.weights.items() if n not in names})
+        left = {name: w for name, w in self.weights.items() if w and name not in names}
+        lowest = min((self._tiers.get(name, 1) for name in left), default=1)
+        left = {name: w for name, w in left.items() if self._tiers.get(name, 1) == lowest}
+        self._round, self.names, self._weights = spread(left), frozenset(left), (*left.items(),)
 
-    def next(self, after: str | None = None) -> str | None:
+    def next(self, after: str | None = None, key: str | None = None) -> str | None:
         """
         Return the next name, None if none is left.
 
@@ -71,6 +84,8 @@ class Rotation:
         each be given the same name again and again; that one is skipped, unless its weight repeats
         it.
         """
+        if key is not None:
+            return next(iter(ranking(key, self._weights)), None)
         names = self._round
         if not names:
             return None
@@ -79,8 +94,16 @@ class Rotation:
             place = next(self._count) % len(names)
         return names[place]
 
-    def order(self) -> tuple[str, ...]:
-        """Return every name in the rotation once, beginning with the next one."""
+    def order(self, key: str | None = None, *, fallback: bool = True) -> tuple[str, ...]:
+        """
+        Return every name in the rotation once, beginning with the next one.
+
+        Unless ``fallback`` is true, only names of the lowest tier.
+        """
+        if not fallback and self.names.isdisjoint(self._first_tier):
+            return ()
+        if key is not None:
+            return ranking(key, self._weights)
         names = self._round
         if not names:
             return ()

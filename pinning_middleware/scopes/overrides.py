@@ -49,7 +49,8 @@ class Override(NamedTuple):
     An active override.
 
     ``owner`` is the object that pushed it, ``using`` the alias of the primary it applies to (None:
-    every pool), ``max_lag`` in seconds (None: no limit), ``outer`` the override around it.
+    every pool), ``max_lag`` in seconds (None: no limit), ``outer`` the override around it,
+    ``group`` that of the replicas to read from (None: those without groups).
     """
 
     kind: Kind
@@ -57,6 +58,7 @@ class Override(NamedTuple):
     using: str | None
     max_lag: float | None
     outer: Override | None
+    group: str | None = None
 
     def applies_to(self, primary: str) -> bool:
         """Return whether the override applies to the pool of this primary."""
@@ -76,9 +78,15 @@ def current_overrides() -> Override | None:
     return _overrides.get()
 
 
-def push(kind: Kind, owner: object, using: str | None = None, max_lag: float | None = None) -> None:
+def push(
+    kind: Kind,
+    owner: object,
+    using: str | None = None,
+    max_lag: float | None = None,
+    group: str | None = None,
+) -> None:
     """Activate an override inside those that are active."""
-    _overrides.set(Override(kind, owner, using, max_lag, current_overrides()))
+    _overrides.set(Override(kind, owner, using, max_lag, current_overrides(), group))
 
 
 def pop(owner: object) -> None:

@@ -110,6 +110,8 @@ class PoolState(NamedTuple):
     # The aliases that it has read from, oldest first, each with the state of the connection;
     # recorded under monotonic-reads only.
     read_from: tuple[tuple[str, Any], ...] = ()
+    # The replica of each group that the scope reads from.
+    group_replicas: Mapping[str, str] = _NOTHING
 
     @property
     def is_pinned(self) -> bool:
@@ -120,6 +122,10 @@ class PoolState(NamedTuple):
     def has_open_write(self) -> bool:
         """Whether it has written in a transaction that has not ended."""
         return any(write.is_open for write in self.writes.values())
+
+    def without_replica(self) -> PoolState:
+        """Return the state with the next replica still to be chosen."""
+        return self._replace(replica=None, group_replicas=_NOTHING)
 
     def own_pin_end(self, window: float, now: float) -> float | None:
         """Return until when what this scope did pins it (seconds since the epoch), or None."""
@@ -144,6 +150,10 @@ class PoolState(NamedTuple):
                 return Requirement(True, None)
             position = merge_positions(position, pin.position)
         return Requirement(False, position)
+
+    def is_bound(self, now: float) -> bool:
+        """Return whether inherited pins require anything at this time."""
+        return self.required(now) != _NO_REQUIREMENT
 
     def inherit(self, pin: Pin | None, observed: Pin | None) -> PoolState:
         """Return the state with further pins of earlier scopes."""
@@ -201,6 +211,8 @@ class Scope:
     offload_predicate: Callable[[], bool] | None = None
     # Seconds to wait for a replica to catch up, None: PINNING_WAIT.
     max_wait: float | None = None
+    # Returns the key by which a user stays on one replica, None: unknown, so round robin.
+    balance_key: Callable[[], str | None] | None = None
     # The connections on which Django has opened a transaction for the view that is running
     # (ATOMIC_REQUESTS), by alias.
     view_transactions: Mapping[str, Any] = _NOTHING
@@ -303,6 +315,7 @@ class Scope:
                 replica=state.replica,
                 replica_since=state.replica_since,
                 read_from=state.read_from,
+                group_replicas=state.group_replicas,
             )
 
         self.update(key, change)
@@ -334,6 +347,7 @@ class Scope:
             self.offloaded = self.offloaded or parent.offloaded
             self.may_offload, self.offload_predicate = parent.may_offload, parent.offload_predicate
             self.view_transactions = parent.view_transactions
+            self.balance_key = parent.balance_key
 
     def merge_into(self, outer: Scope) -> None:
         """Report what this scope did to a scope around it."""

@@ -13,7 +13,7 @@ from django.utils.functional import empty
 if TYPE_CHECKING:
     from django.http import HttpRequest
 
-__all__ = ["auser_key", "user_key"]
+__all__ = ["access_unrecorded", "auser_key", "evaluated_user", "user_key"]
 
 
 def user_key(request: HttpRequest) -> str | None:
@@ -23,17 +23,17 @@ def user_key(request: HttpRequest) -> str | None:
     The session contains the ID, so the user is not read from the database. A request without a
     session loads nothing. A session engine need not be derived from Django's.
     """
-    if (user := _evaluated_user(request)) is not None or not _has_session(request):
+    if (user := evaluated_user(request)) is not None or not _has_session(request):
         return user
-    with _access_unrecorded(request.session) as session:
+    with access_unrecorded(request.session) as session:
         return _text(session.get(SESSION_KEY))
 
 
 async def auser_key(request: HttpRequest) -> str | None:
     """Return `user_key(request)`, in async code."""
-    if (user := _evaluated_user(request)) is not None or not _has_session(request):
+    if (user := evaluated_user(request)) is not None or not _has_session(request):
         return user
-    with _access_unrecorded(request.session) as session:
+    with access_unrecorded(request.session) as session:
         if hasattr(session, "aget"):
             return _text(await session.aget(SESSION_KEY))
         return _text(await sync_to_async(session.get)(SESSION_KEY))
@@ -44,7 +44,7 @@ def _text(user_id: Any) -> str | None:
 
 
 @contextmanager
-def _access_unrecorded(session: Any) -> Iterator[Any]:
+def access_unrecorded(session: Any) -> Iterator[Any]:
     """Read the session without making the response vary by the cookie."""
     accessed = getattr(session, "accessed", None)
     try:
@@ -60,7 +60,7 @@ def _has_session(request: HttpRequest) -> bool:
     return session is not None and bool(getattr(session, "session_key", True))
 
 
-def _evaluated_user(request: HttpRequest) -> str | None:
+def evaluated_user(request: HttpRequest) -> str | None:
     """Return the ID of the user if `request.user` is known already, for example by a token."""
     user = getattr(request, "user", None)
     # A lazy user that was not evaluated comes from the session.

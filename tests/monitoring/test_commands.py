@@ -14,7 +14,7 @@ from django.test import override_settings
 
 from pinning_middleware.management import poll
 from pinning_middleware.management.commands import pinning_check, pinning_status
-from pinning_middleware.stats import DEGRADED, DOWN, ServerState
+from pinning_middleware.stats import DEGRADED, DOWN, ServerState, servers
 from pinning_middleware.testing import replicas
 from pinning_middleware.utils import counters
 
@@ -67,6 +67,25 @@ OUT = OK._replace(
     lag=5.1,
     error="connection timeout\nexpired",
 )
+
+
+@pytest.mark.parametrize(
+    ("placement", "text"),
+    [({"tier": 1}, "1"), ({"tier": 2}, "1, tier 2"), ({"groups": ("a", "b")}, "1, for a and b")],
+)
+def test_weight_is_shown_with_tier_and_groups(placement: dict[str, Any], text: str) -> None:
+    assert OK._replace(**placement).share == text
+
+
+def test_servers_of_a_pool_have_tier_and_groups() -> None:
+    members = {"replica1": {"tier": 2}, "replica2": {"groups": ["reports"]}}
+    with override_settings(PINNING_REPLICAS={"default": members}):
+        found = {row.alias: (row.tier, row.groups, row.share) for row in servers()}
+    assert found == {
+        "default": (None, None, None),
+        "replica1": (2, None, "1, tier 2"),
+        "replica2": (1, ("reports",), "1, for reports"),
+    }
 
 
 @pytest.fixture

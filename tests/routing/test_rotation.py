@@ -89,3 +89,34 @@ def test_threads_share_one_rotation() -> None:
     for thread in threads:
         thread.join()
     assert Counter(turns) == {"a": 2000, "b": 2000}
+
+
+TIERS = {"far": 2, "last": 9}
+
+
+def test_higher_tier_serves_only_while_all_of_the_lower_ones_are_excluded() -> None:
+    rotation = Rotation({"near1": 3, "near2": 1, "far": 1, "last": 1}, TIERS)
+    assert Counter(rotation.next() for _ in range(8)) == {"near1": 6, "near2": 2}
+    rotation.exclude({"near1"})
+    assert rotation.order() == ("near2",)
+    rotation.exclude({"near1", "near2"})
+    assert rotation.order() == ("far",)
+    rotation.exclude({"near1", "near2", "far"})
+    assert rotation.order() == ("last",)
+    rotation.exclude({"far"})
+    assert set(rotation.order()) == {"near1", "near2"}
+
+
+def test_order_without_fallback_has_the_lowest_tier_only() -> None:
+    rotation = Rotation({"near": 1, "far": 1, "drained": 0}, {**TIERS, "drained": 1})
+    assert rotation.order(fallback=False) == ("near",)
+    rotation.exclude({"near"})
+    assert rotation.order(fallback=False) == ()
+    assert rotation.order("user", fallback=False) == ()
+    assert rotation.is_fallback("far")
+    assert not rotation.is_fallback("near")
+
+
+def test_tier_of_drained_names_is_skipped() -> None:
+    rotation = Rotation({"near": 0, "far": 1}, TIERS)
+    assert rotation.order(fallback=False) == ("far",)

@@ -207,7 +207,7 @@ def _cells(row: ServerState) -> tuple[str, ...]:
         row.alias,
         role if role in (row.configured, "?") else f"{role}!",
         state,
-        "-" if row.weight is None else str(row.weight),
+        row.share or "-",
         str(row.reads),
         row.position or "-",
         ", ".join(behind) or "-",
