@@ -139,7 +139,9 @@ def serve(server: ThreadedWSGIServer, signals: EndSignals) -> None:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     signals.say(WELCOME.format(url=f"http://{HOST}:{server.server_port}/"))
-    signals.received.wait()
+    # Python runs a handler in the main thread, which a signal to another thread does not wake.
+    while not signals.received.wait(0.5):
+        pass
     server.shutdown()
 
 

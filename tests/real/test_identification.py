@@ -120,6 +120,9 @@ def test_replica_restarted_behind_is_out_of_rotation_until_it_catches_up(
         for _ in range(4):
             titles()
         assert pool().replica_set.out_of_rotation == {"pg1"}
+        # Its monitor may have met it while it was down, and retries it later.
+        make_retry_due("pg1")
+        assert eventually(lambda: endpoint("pg1").out_of_rotation == "stale_restart")
         assert sent_signals.of("replica_removed")[-1]["reason"] == "stale_restart"
         assert {server_for(None) for _ in range(4)} == {"pg2"}
     finally:
