@@ -9,7 +9,7 @@ from typing import Any
 from django.core.checks import CheckMessage, Tags, register
 from django.db import DatabaseError, InterfaceError
 
-from pinning_middleware.checks.messages import TAG, error, warning
+from pinning_middleware.checks.messages import error, warning
 from pinning_middleware.checks.settings import parsed_replicas
 from pinning_middleware.servers.connect import dedicated_connection
 from pinning_middleware.servers.probe import endpoint_for, probe
@@ -17,7 +17,7 @@ from pinning_middleware.servers.probe import endpoint_for, probe
 __all__: list[str] = []
 
 
-@register(TAG, Tags.database)
+@register(Tags.database)
 def check_balanced_by_a_pooler(
     databases: Sequence[str] | None = None, **kwargs: Any
 ) -> list[CheckMessage]:

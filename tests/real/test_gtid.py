@@ -72,6 +72,8 @@ def test_reads_use_the_primary_until_one_replica_has_caught_up(my: Servers, visi
     visit(create)
     assert [visit(read) for _ in range(3)] == [("my", ["new"])] * 3
     my.resume("my2")
+    # It is probed at growing pauses while it is behind.
+    assert eventually(lambda: visit(read) == ("my2", ["new"]))
     assert [visit(read) for _ in range(4)] == [("my2", ["new"])] * 4
     my.resume("my1")
     probe_replicas()
