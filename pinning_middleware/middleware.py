@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction, sync_to_async
 
-from pinning_middleware.apps import require_app
+from pinning_middleware.backend.patches import require_app
 from pinning_middleware.backend.responses import close_within
 from pinning_middleware.conf import conf
 from pinning_middleware.decorators import aiterate_within, async_body_of, iterate_within

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from django.db import router as django_router
 
-from pinning_middleware.apps import require_app
+from pinning_middleware.backend.patches import require_app
 from pinning_middleware.conf import conf
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
