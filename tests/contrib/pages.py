@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 DOCS = Path(__file__).parents[2] / "docs"
+PAGES = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
 _FENCE = re.compile(r"^( *)```python\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _FILE = re.compile(r"# (\S+)\.py\n")
@@ -44,8 +45,13 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(heading, named[1] if named else "", code)
 
 
+def name_of(page: Path) -> str:
+    """Return the path of a page below ``docs``, for the ids of tests."""
+    return str(page.relative_to(DOCS))
+
+
 def load(page: str, heading: str) -> dict[str, ModuleType]:
-    """Run the blocks below a heading; return them by their files, without the ``.py``."""
+    """Run the blocks below a heading of a page in ``docs``; return them by file, without ``.py``."""
     found = [block for block in blocks(DOCS / page) if block.heading == heading]
     assert found, f"{page} has no code below {heading!r}"
     return {block.file: block.run() for block in found}

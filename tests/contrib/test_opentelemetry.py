@@ -34,7 +34,7 @@ from tests.conftest import is_replica
 
 from .pages import DOCS, load
 
-DASHBOARD = DOCS / "grafana-dashboard.json"
+DASHBOARD = DOCS / "_static" / "grafana-dashboard.json"
 PAGE = (DOCS / "integrations.md").read_text()
 
 with_databases = pytest.mark.django_db(transaction=True, databases="__all__")
