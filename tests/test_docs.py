@@ -23,7 +23,7 @@ from .contrib.pages import DOCS, PAGES, blocks, name_of
 
 ROOT = DOCS.parent
 README = ROOT / "README.md"
-COMING_FROM = (DOCS / "coming-from.md").read_text()
+COMING_FROM = (DOCS / "how-to" / "coming-from.md").read_text()
 OLDER = "multidb."
 NAME = re.compile(r"([A-Za-z_][\w.]*)(\(.*\))?")
 
@@ -50,7 +50,7 @@ def test_settings_blocks_pass_system_checks(settings: Any) -> None:
     """Each block is used as the only settings of a site."""
     del settings.PINNING_REPLICAS
     told = 0
-    for block in blocks(DOCS / "coming-from.md"):
+    for block in blocks(DOCS / "how-to" / "coming-from.md"):
         namespace: dict[str, Any] = {}
         exec(block.code, namespace)
         chosen = {name: value for name, value in namespace.items() if name.isupper()}

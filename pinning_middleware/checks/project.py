@@ -340,8 +340,8 @@ def check_recorded_requests(**kwargs: Any) -> list[CheckMessage]:
 @register(TAG)
 def check_shared_caches(**kwargs: Any) -> list[CheckMessage]:
     """
-    A value that is cached for everybody must not be read from a lagging replica: a stranger's read
-    would refill the cache with the old value just after a write, and it would stay there.
+    A value that is cached for all users must not be read from a lagging replica: the read of
+    another user would refill the cache with the old value just after a write, and it would stay.
     """
     labels = value_of("PINNING_PRIMARY_MODELS")
     listed = {label.lower() for label in labels} if is_strings(labels) else set()
