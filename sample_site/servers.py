@@ -1,4 +1,4 @@
-"""`python -m sample_site.servers`: run a primary and two replicas until Ctrl-C, for a site of yours."""
+"""`python -m sample_site.servers`: run a primary and replicas until Ctrl-C, for a site of yours."""
 
 from __future__ import annotations
 

@@ -505,7 +505,7 @@ def check_schema_of_tenants(**kwargs: Any) -> list[CheckMessage]:
             f"The ENGINE of {primary!r} sets a tenant's schema on one connection only, so replicas "
             "answer from another schema.",
             "Set PINNING_SESSION_SETUP to a function that sets the same schema on the connections "
-            "of the replicas. docs/recipes.md has one for django-tenants.",
+            "of the replicas. docs/how-to/tenants.md has one for django-tenants.",
         )
         for primary, weights in parsed_replicas().items()
         if weights and _vendor(primary) and hasattr(connections[primary], "set_schema")

@@ -405,7 +405,7 @@ def test_metrics_are_documented(watch: Watch, states: None) -> None:
 
 
 def test_app_is_documented() -> None:
-    assert load("integrations.md", "OpenTelemetry")[""].INSTALLED_APPS == [
+    assert load("how-to/integrations.md", "OpenTelemetry")[""].INSTALLED_APPS == [
         "pinning_middleware",
         "pinning_middleware.contrib.opentelemetry",
     ]

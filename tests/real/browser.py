@@ -106,7 +106,7 @@ class Window:
 
 @contextmanager
 def windows(profiles: Path, url: str) -> Iterator[NewWindow]:
-    """Return a function that opens a site in a browser of its own; skip the test without Chromium."""
+    """Return a function that opens a site in a new browser; skip the test without Chromium."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
     if chromium is None or driver is None:
