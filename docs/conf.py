@@ -1,4 +1,4 @@
-"""Sphinx configuration. ``make docs`` builds the site; it uses nothing from outside this repository."""
+"""Sphinx configuration. ``make docs`` builds the site, without any resource from outside."""
 
 from __future__ import annotations
 

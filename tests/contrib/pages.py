@@ -51,7 +51,7 @@ def name_of(page: Path) -> str:
 
 
 def load(page: str, heading: str) -> dict[str, ModuleType]:
-    """Run the blocks below a heading of a page in ``docs``; return them by file, without ``.py``."""
+    """Run the blocks below a heading; return them by their files, without the ``.py``."""
     found = [block for block in blocks(DOCS / page) if block.heading == heading]
     assert found, f"{page} has no code below {heading!r}"
     return {block.file: block.run() for block in found}
