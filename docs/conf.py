@@ -52,5 +52,7 @@ html_theme_options = {
     "source_branch": "main",
     "source_directory": "docs/",
 }
-# The grammar of code blocks is checked by the tests; console blocks show prompts and output.
-highlight_language = "none"
+# Examples in docstrings are Python, as far as they can be parsed.
+highlight_language = "default"
+# The headings of a page name its functions already.
+toc_object_entries = False
