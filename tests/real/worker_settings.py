@@ -10,9 +10,12 @@ from tests.settings import DATABASES, INSTALLED_APPS
 
 # The SQLite files of the tests cannot be used by another process.
 DATABASES = {"default": {"ENGINE": DATABASES["default"]["ENGINE"], "NAME": ":memory:"}}
-DATABASES |= json.loads(os.environ["WORKER_DATABASES"])
-DATABASE_ROUTERS = ["pinning_middleware.routers.PinningRouter", "tests.real.worker.OnPostgreSQL"]
-PINNING_REPLICAS = {"pg": ["pg1", "pg2"]}
+_servers = json.loads(os.environ["WORKER_DATABASES"])
+DATABASES |= _servers
+# The primary comes first.
+PRIMARY, *_replicas = _servers
+DATABASE_ROUTERS = ["pinning_middleware.routers.PinningRouter", "tests.real.worker.OnServers"]
+PINNING_REPLICAS = {PRIMARY: _replicas}
 PINNING_SECONDS = 600
 
 # For Django's tasks only. The queue is read from the primary, since its worker opens a transaction

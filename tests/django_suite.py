@@ -1,21 +1,19 @@
-#!/usr/bin/env python3
-"""Run Django's own tests on a real PostgreSQL whose replica is a test mirror: django-suite [labels]
+"""
+Run Django's own tests on a real PostgreSQL whose replica is a test mirror:
 
-Twice: with the mirror alone, and with the package beside it. Fails if a test fails only with the package.
-The tests are those of the installed Django, from its sdist. KNOWN lists the tests that cannot pass, and why.
+    python -m tests.django_suite [labels]
+
+Twice: with the mirror alone, and with the package beside it. Fails if a test fails only with the
+package. The tests are those of the installed Django, from its sdist. KNOWN lists the tests that
+cannot pass, each with the reason.
 """
 
 from __future__ import annotations
 
-import sys
-
-# The folder of this script has a package that is called `typing`.
-sys.path[0] = sys.path[0].removesuffix("/tests")
-
 import os
 import re
-import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -23,7 +21,9 @@ from pathlib import Path
 import django
 
 from sample_site.cluster import Cluster
+from tests.real.layouts.versions import NEWEST, installation
 
+ROOT = Path(__file__).resolve().parent.parent
 KNOWN: dict[str, str] = {}
 PROCESSES = os.environ.get("PROCESSES", "2")
 SETTINGS = """
@@ -46,15 +46,11 @@ def sources(folder: Path) -> Path:
     """Return the folder of Django's tests, after downloading them."""
     wanted = f"django=={django.__version__}"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
-    subprocess.run(
-        [*pip, "--no-deps", "--no-binary=:all:", "--dest", folder, wanted], check=True
-    )
+    subprocess.run([*pip, "--no-deps", "--no-binary=:all:", "--dest", folder, wanted], check=True)
     (archive,) = folder.glob("[dD]jango-*.tar.gz")
     with tarfile.open(archive) as opened:
         opened.extractall(folder, filter="data")
     (tests,) = folder.glob("[dD]jango-*/tests")
-    # They need PostgreSQL's contrib modules, which its wheel has not.
-    shutil.rmtree(tests / "postgres_tests")
     # runtests.py sets INSTALLED_APPS and MIDDLEWARE itself.
     text = (tests / "runtests.py").read_text()
     text = text.replace(
@@ -73,7 +69,7 @@ def run(tests: Path, runner: str, settings: str, labels: list[str]) -> set[str]:
     done = subprocess.run(
         [*command, f"--parallel={PROCESSES}", *labels],
         cwd=tests,
-        env=os.environ | {"PYTHONPATH": f"{tests}:{sys.path[0]}"},
+        env=os.environ | {"PYTHONPATH": f"{tests}:{ROOT}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -94,11 +90,9 @@ def main(labels: list[str]) -> None:
         folder = Path(name)
         folder.chmod(0o755)
         tests = sources(folder)
-        with Cluster(folder / "cluster", replicas=0, keep=False) as cluster:
-            # The wheel of PostgreSQL is built without ICU.
-            for collation in ("sv-x-icu", "en-x-icu"):
-                statement = f'CREATE COLLATION "{collation}" FROM "C"'
-                cluster.primary.execute(statement, database="template1")
+        # The wheel of PostgreSQL has neither ICU nor the contrib modules.
+        path = installation(NEWEST)
+        with Cluster(folder / "cluster", 0, keep=False, installation=path) as cluster:
             for database in ("django_default", "django_other"):
                 cluster.create_database(database)
             settings = SETTINGS.format(
