@@ -18,7 +18,16 @@ from django.dispatch import Signal
 from django.utils.module_loading import import_string
 
 import pinning_middleware
-from pinning_middleware import exceptions, managers, pytest_plugin, signals, stats, testing, tokens
+from pinning_middleware import (
+    exceptions,
+    managers,
+    pytest_plugin,
+    signals,
+    stats,
+    stores,
+    testing,
+    tokens,
+)
 from pinning_middleware.conf import DEFAULTS
 from pinning_middleware.management import live_check
 from pinning_middleware.management.commands import pinning_check, pinning_status
@@ -144,6 +153,21 @@ def test_exceptions_are_documented_with_their_base() -> None:
 
 def _is_exception(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, Exception)
+
+
+# Stores
+
+
+def test_stores_are_documented() -> None:
+    shipped = {
+        name
+        for name in stores.__all__
+        if isinstance(store := getattr(stores, name), type)
+        and store not in (stores.BaseStore, stores.TokenStore)
+    }
+    table = page("stores").partition("\n## ")[0]
+    assert {CODE.findall(row[0])[0] for row in rows(table)} == shipped
+    assert shipped <= set(headings(page("stores"), 2))
 
 
 # Functions
