@@ -1,4 +1,4 @@
-"""What PINNING_REPLICAS says of each pool: its replicas, their weights, tiers and groups."""
+"""The pools of PINNING_REPLICAS: their replicas, weights, tiers and groups."""
 
 from __future__ import annotations
 

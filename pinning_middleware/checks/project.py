@@ -340,8 +340,8 @@ def check_recorded_requests(**kwargs: Any) -> list[CheckMessage]:
 @register(TAG)
 def check_shared_caches(**kwargs: Any) -> list[CheckMessage]:
     """
-    A value that is cached for everybody must not be read from a lagging replica: a stranger's read
-    would refill the cache with the old value just after a write, and it would stay there.
+    A value that is cached for all users must not be read from a lagging replica: the read of
+    another user would refill the cache with the old value just after a write, and it would stay.
     """
     labels = value_of("PINNING_PRIMARY_MODELS")
     listed = {label.lower() for label in labels} if is_strings(labels) else set()
@@ -505,7 +505,7 @@ def check_schema_of_tenants(**kwargs: Any) -> list[CheckMessage]:
             f"The ENGINE of {primary!r} sets a tenant's schema on one connection only, so replicas "
             "answer from another schema.",
             "Set PINNING_SESSION_SETUP to a function that sets the same schema on the connections "
-            "of the replicas. docs/recipes.md has one for django-tenants.",
+            "of the replicas. docs/how-to/tenants.md has one for django-tenants.",
         )
         for primary, weights in parsed_replicas().items()
         if weights and _vendor(primary) and hasattr(connections[primary], "set_schema")

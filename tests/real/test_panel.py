@@ -30,7 +30,7 @@ pytestmark = pytest.mark.real
 
 # One process, because the toolbar stores requests in memory.
 COMMAND = ("gunicorn", "--worker-class", "gthread", "--workers", "1", "--threads", "4")
-PICTURE = ROOT / "docs" / "panel.png"
+PICTURE = ROOT / "docs" / "_static" / "panel.png"
 LARGEST = 150_000
 
 

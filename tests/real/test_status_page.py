@@ -21,7 +21,7 @@ __all__ = ["new_window"]
 
 pytestmark = pytest.mark.real
 
-PICTURE = ROOT / "docs" / "status.png"
+PICTURE = ROOT / "docs" / "_static" / "status.png"
 MOST_BYTES = 150_000
 STATUS = "/pinning/"
 # Finds elements that overflow.

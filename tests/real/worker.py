@@ -32,14 +32,6 @@ class OnServers:
     db_for_write = db_for_read
 
 
-class QueueOnPrimary:
-    """A router before the package's router."""
-
-    def db_for_read(self, model: Any, **hints: Any) -> str | None:
-        is_queue = model._meta.app_label == "django_tasks_database"
-        return settings.PRIMARY if is_queue else None
-
-
 def look(*titles: str) -> dict[str, Any]:
     """Return whether these titles exist, and the port of the server."""
     from tests.app.models import Book

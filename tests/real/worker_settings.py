@@ -21,7 +21,7 @@ PINNING_SECONDS = 600
 # For Django's tasks only. The queue is read from the primary, since its worker opens a transaction
 # on the read database and locks rows on the write database.
 if "WORKER_CACHE" in os.environ:
-    DATABASE_ROUTERS.insert(0, "tests.real.worker.QueueOnPrimary")
+    PINNING_PRIMARY_MODELS = ["django_tasks_database"]
     # The worker's update of the queue must not pin the task.
     PINNING_IGNORED_TABLES = ["django_tasks_database_dbtaskresult"]
     INSTALLED_APPS += ["django_tasks_db", "tests.real.queued.Queued"]
