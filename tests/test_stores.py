@@ -137,7 +137,7 @@ def test_cookie_keeps_the_position_of_a_writer_whose_clock_is_behind(
     assert 15 <= cookie["max-age"] <= 16
 
 
-# The example of the README: a custom store.
+# The example of docs/reference/stores.md: a custom store.
 
 
 _example: dict[str, Any] = {"__name__": __name__}
