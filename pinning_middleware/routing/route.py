@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from typing import Final
 
 from pinning_middleware.reasons import Reason
+from pinning_middleware.routing import dry_run
 from pinning_middleware.routing.policy import Decision, decide
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.scopes.scope import Scope, current_scope
@@ -26,8 +27,10 @@ def route(pool: Pool, model: object = None) -> str:
     read_budget.renew()
     scope = current_scope()
     decision = decide(pool, scope, model)
+    if pool.is_dry_run:
+        decision = dry_run.resolve(pool, scope, decision, model)
     _pending.set(decision)
-    if pool.has_replicas:
+    if pool.has_replicas and not pool.is_dry_run:
         _signal_fallback(pool, scope, decision)
     return decision.alias
 
