@@ -147,6 +147,8 @@ class Conf:
         """The pools that have replicas, and those of a dry run."""
         specs = tuple(spec for spec in self._specs if spec.weights)
         real = {spec.key.primary for spec in specs}
+        if self.dry_run and self.slave_databases:
+            real.add(DEFAULT_DB_ALIAS)
         return (
             *specs,
             *(

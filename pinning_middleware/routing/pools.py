@@ -22,8 +22,8 @@ class Pools:
     """
     Every pool of the site, made from the settings at first use.
 
-    ``by_primary`` has the pools of PINNING_REPLICAS and PINNING_DRY_RUN; ``legacy`` is the pool of the legacy
-    interface, which is one of them unless ``SLAVE_DATABASES`` lists other replicas.
+    ``by_primary`` has the pools of PINNING_REPLICAS and PINNING_DRY_RUN; ``legacy`` is the pool of
+    the legacy interface, which is one of them unless ``SLAVE_DATABASES`` lists other replicas.
     """
 
     def __init__(self) -> None:

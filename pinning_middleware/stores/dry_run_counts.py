@@ -123,6 +123,7 @@ def _share_repeatedly() -> None:
                 "Could not add the counts of the dry run to the cache %r: %s",
                 conf.cache,
                 error,
+                extra={"cache": conf.cache, "error": str(error)},
             )
         finally:
             # A cache in the database.
