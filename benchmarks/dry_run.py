@@ -5,15 +5,16 @@ memory, inside a request. Blocks of reads with and without it alternate.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from typing import Any
 
 import django
 
+from . import settings
+
 DATABASE = {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}
-os.environ["BENCHMARK_DATABASES"] = json.dumps({"default": DATABASE})
+settings.DATABASES, settings.PINNING_REPLICAS = {"default": DATABASE}, []
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "benchmarks.settings")
 django.setup()
 
@@ -39,7 +40,7 @@ class Site:
     """The settings and the scope of a site, which can be entered without computing them anew."""
 
     def __init__(self, **settings: Any) -> None:
-        with override_settings(PINNING_REPLICAS=[], **settings):
+        with override_settings(**settings):
             self.scope = Scope()
             enter(self.scope)
             for _ in range(100):
