@@ -115,7 +115,7 @@ class PinnedConnection(BoundedConnect):
         """Return whether a statement may be run elsewhere if this connection cannot be opened."""
         if self.in_atomic_block or failover_disabled.get():
             return False
-        return self.alias != pool.primary or conf.primary_down == "stale"
+        return self.alias != pool.primary or pool.can_replace_primary
 
     # The end of transactions
 

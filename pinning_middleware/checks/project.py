@@ -64,6 +64,12 @@ def _replicas() -> dict[str, str]:
     return {alias: primary for primary, weights in parsed_replicas().items() for alias in weights}
 
 
+def _pools_setting() -> str | None:
+    """Return the name of the setting that the pools of the site come from, or None."""
+    names = ("PINNING_REPLICAS", "PINNING_DRY_RUN")
+    return next((conf.effective_name(name) for name in names if value_of(name)), None)
+
+
 def _vendor(alias: str) -> str:
     """Return the vendor of a database, or "" if the alias or its ENGINE is invalid."""
     with suppress(ImproperlyConfigured):
@@ -101,7 +107,7 @@ def _is_instance(entry: Any, path: str) -> bool:
 
 @register(TAG)
 def check_order(**kwargs: Any) -> list[CheckMessage]:
-    if not value_of("PINNING_REPLICAS"):
+    if _pools_setting() is None:
         return []
     return [
         *_check_first("W002", "MIDDLEWARE", MIDDLEWARE, "so that it sees every read of a request"),
@@ -120,7 +126,7 @@ def _check_first(number: str, setting: str, path: str, why: str) -> list[CheckMe
     return [
         warning(
             number,
-            f"{conf.effective_name('PINNING_REPLICAS')} is set, but {problem} {setting}.",
+            f"{_pools_setting()} is set, but {problem} {setting}.",
             f"Set it as the first entry of {setting}, {why}.",
         )
     ]
@@ -162,7 +168,7 @@ def _answers(replicas: Container[str]) -> Iterator[tuple[Any, str, str, str]]:
 
 @register(TAG)
 def check_stores_not_empty(**kwargs: Any) -> list[CheckMessage]:
-    if not value_of("PINNING_REPLICAS") or value_of("PINNING_STORES") not in ([], ()):
+    if _pools_setting() is None or value_of("PINNING_STORES") not in ([], ()):
         return []
     return [
         warning(
