@@ -38,11 +38,12 @@ from pinning_middleware.scopes.scope import PoolState, current_scope
 from pinning_middleware.scopes.write_watch import is_watching, note_write
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.probe import failover_disabled, state_of
+from pinning_middleware.servers.registry import Server
 from pinning_middleware.sql import Kind
 from pinning_middleware.utils.counters import Read, missed_writes, observers, reads
 from pinning_middleware.utils.transactions import driver_in_transaction
 
-__all__ = ["execute_wrapper", "intended_alias"]
+__all__ = ["execute_wrapper", "intended_alias", "record_read"]
 
 # How many changes of route a scope remembers.
 MAX_ROUTES: Final = 16
@@ -173,15 +174,20 @@ def _execute_control(
 
 
 def _record_read(pool: Pool, cursor: Any, alias: str, kind: Kind, sql: Any) -> None:
-    """Count a completed read under the reason of the routing decision behind it."""
-    connection = cursor.db
     decision = _decision_of(pool, cursor, alias)
+    server = None if pool.dialect is None else state_of(cursor.db).server
+    record_read(pool, cursor.db, decision, kind, sql, server)
+
+
+def record_read(
+    pool: Pool, connection: Any, decision: Decision, kind: Kind, sql: Any, server: Server | None
+) -> None:
+    """Count a completed read under the reason of the routing decision behind it."""
     reason = Reason.LOCK if kind is Kind.LOCK else decision.reason
     current_scope().record_route((connection.alias, reason), MAX_ROUTES)
     if conf.balance_by_query:
         # Django may ask the router several times for one read; the next read gets another replica.
         current_scope().update(pool.key, PoolState.without_replica)
-    server = None if pool.dialect is None else state_of(connection).server
     reads[pool.primary, connection.alias, server, reason] += 1
     if decision.misses_write:
         missed_writes[pool.primary] += 1

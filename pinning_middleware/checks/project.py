@@ -518,6 +518,25 @@ def check_schema_of_tenants(**kwargs: Any) -> list[CheckMessage]:
     ]
 
 
+@register(TAG)
+def check_async_connections(**kwargs: Any) -> list[CheckMessage]:
+    if not apps.is_installed("django_async_backend") or _pools_setting() is None:
+        return []
+    return [
+        warning(
+            "W033",
+            "django_async_backend is installed. Reads of its async connections are routed, their "
+            "writes pin, transactions read the primary, writes on replicas are rejected, and the "
+            "primary replaces a replica that cannot be connected to. But no other failure of a "
+            "read is retried, the role, position and lag of the server behind a connection are "
+            "not checked before a statement, COPY is not detected, and PINNING_SESSION_SETUP is "
+            "not called.",
+            "Use Django's own connections where that matters. Silence this check "
+            "(SILENCED_SYSTEM_CHECKS) if it does not.",
+        )
+    ]
+
+
 # Tables and guarantees
 
 
