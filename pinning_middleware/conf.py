@@ -13,7 +13,7 @@ from django.db import DEFAULT_DB_ALIAS
 from django.utils.module_loading import import_string
 
 from pinning_middleware.pins import PoolKey
-from pinning_middleware.pool_specs import PoolSpec, parse_pools
+from pinning_middleware.pool_specs import PoolSpec, parse_dry_run, parse_pools
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
@@ -49,6 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "PINNING_PRIMARY_DOWN": "error",
     "PINNING_CONSISTENCY": "read-your-writes",
     "PINNING_RETRY_404": False,
+    "PINNING_DRY_RUN": None,
     "PINNING_WRITING_FUNCTIONS": (),
     "PINNING_SESSION_SETUP": None,
     "PINNING_ENABLED": True,
@@ -127,6 +128,15 @@ class Conf:
             return ()
 
     @cached_property
+    def dry_run(self) -> dict[str, float]:
+        """Primary's alias → the lag that PINNING_DRY_RUN assumes (seconds)."""
+        try:
+            return parse_dry_run(self._get("PINNING_DRY_RUN"))
+        except ValueError as error:
+            logger.error("PINNING_DRY_RUN %s. There is no dry run.", error)
+            return {}
+
+    @cached_property
     def slave_databases(self) -> list[str] | None:
         """The legacy interface's list of replicas, or None if not set."""
         value = getattr(settings, "SLAVE_DATABASES", None)
@@ -134,7 +144,19 @@ class Conf:
 
     @cached_property
     def pools(self) -> tuple[PoolSpec, ...]:
-        return tuple(spec for spec in self._specs if spec.weights)
+        """The pools that have replicas, and those of a dry run."""
+        specs = tuple(spec for spec in self._specs if spec.weights)
+        real = {spec.key.primary for spec in specs}
+        if self.dry_run and self.slave_databases:
+            real.add(DEFAULT_DB_ALIAS)
+        return (
+            *specs,
+            *(
+                PoolSpec(PoolKey(primary), {}, assumed_lag=lag)
+                for primary, lag in self.dry_run.items()
+                if primary not in real
+            ),
+        )
 
     @cached_property
     def legacy_pool(self) -> PoolSpec:

@@ -1,7 +1,11 @@
-"""The pools of PINNING_REPLICAS: their replicas, weights, tiers and groups."""
+"""
+The pools of PINNING_REPLICAS: their replicas, weights, tiers and groups; and those of
+PINNING_DRY_RUN.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -9,7 +13,7 @@ from django.db import DEFAULT_DB_ALIAS
 
 from pinning_middleware.pins import PoolKey
 
-__all__ = ["Placement", "PoolSpec", "parse_pools", "parse_replicas"]
+__all__ = ["Placement", "PoolSpec", "parse_dry_run", "parse_pools", "parse_replicas"]
 
 _EXAMPLE: Final = '{"weight": 1, "tier": 2, "groups": ["reports"]}'
 
@@ -29,11 +33,13 @@ class PoolSpec(NamedTuple):
     A pool as described by the settings. Its key in a scope begins with the primary's alias.
 
     ``placements`` has the replicas with a tier or groups; for all others the defaults apply.
+    ``assumed_lag`` is set for a dry run, which has no replicas (seconds).
     """
 
     key: PoolKey
     weights: Mapping[str, int]
     placements: Mapping[str, Placement] = {}
+    assumed_lag: float | None = None
 
     def placement(self, alias: str) -> Placement:
         """Return the tier and the groups of a replica."""
@@ -73,6 +79,25 @@ def parse_pools(value: object) -> tuple[PoolSpec, ...]:
     if not isinstance(value, Mapping):
         raise ValueError("should be a list of aliases, or map primaries' aliases to such lists")
     return tuple(_parse_pool(primary, replicas) for primary, replicas in value.items())
+
+
+def parse_dry_run(value: object) -> dict[str, float]:
+    """
+    Return PINNING_DRY_RUN as primary's alias → assumed lag (seconds).
+
+    Raise ValueError, with a message that completes "PINNING_DRY_RUN …", for an invalid value.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError("should be None, or map primaries' aliases to seconds")
+    for primary, lag in value.items():
+        if not isinstance(primary, str):
+            raise ValueError("should contain aliases as strings")
+        is_number = isinstance(lag, (int, float)) and not isinstance(lag, bool)
+        if not is_number or not math.isfinite(lag) or lag < 0:
+            raise ValueError(f"should have a number of seconds, 0 or more, for {primary!r}")
+    return {primary: float(lag) for primary, lag in value.items()}
 
 
 def _parse_pool(primary: Any, replicas: Any) -> PoolSpec:

@@ -24,7 +24,7 @@ from django.urls import NoReverseMatch, reverse
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_safe
 
-from pinning_middleware import stats
+from pinning_middleware import dry_run_report, stats
 from pinning_middleware.api import use_primary
 from pinning_middleware.conf import conf
 from pinning_middleware.reasons import Fault, Reason
@@ -182,6 +182,9 @@ def _state() -> dict[str, Any]:
         "servers": [_server(row) for row in rows],
         "by_server": _by_server(rows),
         "by_reason": _by_reason(),
+        "dry_run": " ".join(
+            text for run in dry_run_report.of_this_process() for text in run.summary
+        ),
         "events": [_event(event) for event in reversed(stats.recent_events)][:SHOWN_EVENTS],
     }
 

@@ -32,7 +32,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("servers", "stores", "scopes"),
     ("routing",),
     ("backend",),
-    ("stats",),
+    ("stats", "dry_run_report"),
     (
         "decorators",
         "scope_blocks",

@@ -89,6 +89,11 @@ BAD: list[tuple[str, list[Any], str]] = [
     ("PINNING_POSITIONS", ["False", "wal", 0, 1, None, []], "E015"),
     ("PINNING_OFFLOAD", ["typo", "no.such", None, 5, 0, 1], "E016"),
     ("PINNING_RETRY_404", [0, 5, -0.1, 1.5, "True", None, [], float("nan")], "E026"),
+    (
+        "PINNING_DRY_RUN",
+        [2, "default", ["default"], {"users": "2"}, {"users": -1}, {"typo": 2}],
+        "E027",
+    ),
     ("PINNING_PRIMARY_MODELS", NOT_STRINGS, "E017"),
     ("PINNING_PRIMARY_MODELS", [["aut"], ["app.Boook"], ["nothing"]], "E018"),
     ("PINNING_OFFLOAD_OUTSIDE_REQUESTS", NOT_BOOL, "E006"),

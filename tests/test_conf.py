@@ -62,6 +62,7 @@ EFFECTS: list[tuple[str, Any, Any, Any]] = [
     ),
     ("PINNING_RETRY_404", True, lambda: conf.retry_404, 0.05),
     ("PINNING_RETRY_404", 0.5, lambda: conf.retry_404, 0.5),
+    ("PINNING_DRY_RUN", {"default": 2}, lambda: conf.dry_run, {"default": 2.0}),
     ("PINNING_SESSION_SETUP", f"{__name__}.other_key", lambda: conf.session_setup, other_key),
     ("PINNING_ENABLED", False, lambda: conf.enabled, False),
     ("SESSION_COOKIE_NAME", "shop", lambda: conf.cookie_name, "shop-pinning"),

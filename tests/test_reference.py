@@ -344,6 +344,12 @@ def test_json_of_pinning_check_is_documented() -> None:
     assert all(f'"{name}"' in source for name in [*example, *example["checks"][0]])
 
 
+def test_table_of_pinning_status_is_documented() -> None:
+    example = section(page("commands"), "## pinning_status")
+    headings_of_table = " ".join(pinning_status.HEADINGS)
+    assert headings_of_table in {" ".join(line.split()) for line in example.splitlines()}
+
+
 @pytest.mark.parametrize("command", [pinning_status, pinning_check])
 def test_options_of_commands_are_documented(command: Any) -> None:
     name = command.__name__.rpartition(".")[2]

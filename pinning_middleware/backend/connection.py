@@ -15,6 +15,7 @@ from django.db import DatabaseError, OperationalError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
+from pinning_middleware.backend.async_connections import PinnedAsyncConnection
 from pinning_middleware.backend.call import UnopenedCursor
 from pinning_middleware.backend.execute import execute_wrapper
 from pinning_middleware.backend.former_primary import discard
@@ -115,7 +116,7 @@ class PinnedConnection(BoundedConnect):
         """Return whether a statement may be run elsewhere if this connection cannot be opened."""
         if self.in_atomic_block or failover_disabled.get():
             return False
-        return self.alias != pool.primary or conf.primary_down == "stale"
+        return self.alias != pool.primary or pool.can_replace_primary
 
     # The end of transactions
 
@@ -209,6 +210,8 @@ def _on_connection_created(*, connection: Any, **kwargs: Any) -> None:
     # A connection that was made without the handler, by connection.copy() for example.
     if isinstance(connection, BaseDatabaseWrapper):
         pin_connection(connection)
+    elif isinstance(connection, PinnedAsyncConnection):
+        return
     elif connection.alias in pools().by_connection:
         raise ImproperlyConfigured(
             f"The connection {connection.alias!r} is a {type(connection).__qualname__}, which is "

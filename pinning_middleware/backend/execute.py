@@ -15,6 +15,7 @@ from pinning_middleware.backend.failover import execute_on_primary, execute_read
 from pinning_middleware.backend.former_primary import leave_former_primary, record_rejected_write
 from pinning_middleware.backend.session_setup import (
     is_setting_up,
+    set_up_session,
     undo_session_setup,
 )
 from pinning_middleware.backend.writes import (
@@ -37,11 +38,12 @@ from pinning_middleware.scopes.scope import PoolState, current_scope
 from pinning_middleware.scopes.write_watch import is_watching, note_write
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.probe import failover_disabled, state_of
+from pinning_middleware.servers.registry import Server
 from pinning_middleware.sql import Kind
-from pinning_middleware.utils.counters import Read, observers, reads
+from pinning_middleware.utils.counters import Read, missed_writes, observers, reads
 from pinning_middleware.utils.transactions import driver_in_transaction
 
-__all__ = ["execute_wrapper", "intended_alias"]
+__all__ = ["execute_wrapper", "intended_alias", "record_read"]
 
 # How many changes of route a scope remembers.
 MAX_ROUTES: Final = 16
@@ -59,11 +61,17 @@ def execute_wrapper(execute: Any, sql: Any, params: Any, many: bool, context: An
     statement = classify(connection, sql)
     if statement.begins_transaction or statement.ends_transaction:
         execute = functools.partial(_execute_control, execute, statement)
-    call = Call(execute, sql, params, many, context)
     if pool is None:
+        call = Call(execute, sql, params, many, context)
         return _execute_other(call, connection, statement)
     alias = intended_alias(cursor)
-    result = _execute(pool, alias, call, connection, statement)
+    if pool.is_dry_run and statement.kind is Kind.READ:
+        # The primary serves it, and nothing else could.
+        set_up_session(connection)
+        result = execute(sql, params, many, context)
+    else:
+        call = Call(execute, sql, params, many, context)
+        result = _execute(pool, alias, call, connection, statement)
     _record_effects(pool, cursor.db, statement)
     if statement.kind in (Kind.READ, Kind.LOCK):
         _record_read(pool, cursor, alias, statement.kind, sql)
@@ -166,16 +174,23 @@ def _execute_control(
 
 
 def _record_read(pool: Pool, cursor: Any, alias: str, kind: Kind, sql: Any) -> None:
-    """Count a completed read under the reason of the routing decision behind it."""
-    connection = cursor.db
     decision = _decision_of(pool, cursor, alias)
+    server = None if pool.dialect is None else state_of(cursor.db).server
+    record_read(pool, cursor.db, decision, kind, sql, server)
+
+
+def record_read(
+    pool: Pool, connection: Any, decision: Decision, kind: Kind, sql: Any, server: Server | None
+) -> None:
+    """Count a completed read under the reason of the routing decision behind it."""
     reason = Reason.LOCK if kind is Kind.LOCK else decision.reason
     current_scope().record_route((connection.alias, reason), MAX_ROUTES)
     if conf.balance_by_query:
         # Django may ask the router several times for one read; the next read gets another replica.
         current_scope().update(pool.key, PoolState.without_replica)
-    server = None if pool.dialect is None else state_of(connection).server
     reads[pool.primary, connection.alias, server, reason] += 1
+    if decision.misses_write:
+        missed_writes[pool.primary] += 1
     if observers:
         chosen = decision.replica or decision.alias
         role = "primary" if decision.replica is None else "replica"

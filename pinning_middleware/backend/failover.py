@@ -93,7 +93,7 @@ def _execute_read(pool: Pool, call: Call) -> Any:
     known = None if refused.is_empty else refused.find(sql_text(first, call.sql))
     if known is not None and known.is_write:
         call = call.as_write(pool.primary)
-    if first.alias == pool.primary and conf.primary_down != "stale":
+    if first.alias == pool.primary and not pool.can_replace_primary:
         return _execute_on_own_primary(pool, scope, call)
     if known is not None and may_run_on_primary(pool, call):
         refusals[pool.primary, known.name] += 1
@@ -285,7 +285,7 @@ def _run_watched(pool: Pool, call: Call, connection: BaseDatabaseWrapper) -> Any
         return call.run()
     state = state_of(connection)
     if connection.alias == pool.primary:
-        if conf.primary_down != "stale":
+        if not pool.can_replace_primary:
             return call.run()
         state.may_fail_over = not is_transaction_open(connection)
         try:
@@ -312,7 +312,7 @@ def execute_on_primary(pool: Pool, call: Call, reason: Reason) -> Any:
 def _alternatives(pool: Pool, scope: Scope, failed: str, rejection: Rejection) -> Iterator[str]:
     """Yield the aliases that may serve instead, each once, and the primary last."""
     if failed == pool.primary:
-        if conf.primary_down == "stale":
+        if pool.can_replace_primary:
             yield from pool.replica_set.freshest_first()
         return
     if rejection.reason not in _PRIMARY_ONLY:

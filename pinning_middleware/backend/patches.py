@@ -19,6 +19,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
 from pinning_middleware.backend import (
+    async_connections,
     connection,
     cursor_methods,
     generic_relations,
@@ -88,6 +89,15 @@ PATCHES = (
         "",
         "tests/real/test_integrations.py",
         "debug_toolbar",
+    ),
+    Patch(
+        "django_async_backend.db.utils.AsyncConnectionHandler",
+        ("create_connection",),
+        async_connections.pin_created,
+        "Gives each async connection a mixin and an execute wrapper, as those of Django.",
+        "",
+        "tests/real/test_async_backend.py",
+        "django_async_backend",
     ),
     Patch(
         "django.core.handlers.base.BaseHandler",

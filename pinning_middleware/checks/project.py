@@ -64,6 +64,12 @@ def _replicas() -> dict[str, str]:
     return {alias: primary for primary, weights in parsed_replicas().items() for alias in weights}
 
 
+def _pools_setting() -> str | None:
+    """Return the name of the setting that the pools of the site come from, or None."""
+    names = ("PINNING_REPLICAS", "PINNING_DRY_RUN")
+    return next((conf.effective_name(name) for name in names if value_of(name)), None)
+
+
 def _vendor(alias: str) -> str:
     """Return the vendor of a database, or "" if the alias or its ENGINE is invalid."""
     with suppress(ImproperlyConfigured):
@@ -101,7 +107,7 @@ def _is_instance(entry: Any, path: str) -> bool:
 
 @register(TAG)
 def check_order(**kwargs: Any) -> list[CheckMessage]:
-    if not value_of("PINNING_REPLICAS"):
+    if _pools_setting() is None:
         return []
     return [
         *_check_first("W002", "MIDDLEWARE", MIDDLEWARE, "so that it sees every read of a request"),
@@ -120,7 +126,7 @@ def _check_first(number: str, setting: str, path: str, why: str) -> list[CheckMe
     return [
         warning(
             number,
-            f"{conf.effective_name('PINNING_REPLICAS')} is set, but {problem} {setting}.",
+            f"{_pools_setting()} is set, but {problem} {setting}.",
             f"Set it as the first entry of {setting}, {why}.",
         )
     ]
@@ -162,7 +168,7 @@ def _answers(replicas: Container[str]) -> Iterator[tuple[Any, str, str, str]]:
 
 @register(TAG)
 def check_stores_not_empty(**kwargs: Any) -> list[CheckMessage]:
-    if not value_of("PINNING_REPLICAS") or value_of("PINNING_STORES") not in ([], ()):
+    if _pools_setting() is None or value_of("PINNING_STORES") not in ([], ()):
         return []
     return [
         warning(
@@ -509,6 +515,25 @@ def check_schema_of_tenants(**kwargs: Any) -> list[CheckMessage]:
         )
         for primary, weights in parsed_replicas().items()
         if weights and _vendor(primary) and hasattr(connections[primary], "set_schema")
+    ]
+
+
+@register(TAG)
+def check_async_connections(**kwargs: Any) -> list[CheckMessage]:
+    if not apps.is_installed("django_async_backend") or _pools_setting() is None:
+        return []
+    return [
+        warning(
+            "W033",
+            "django_async_backend is installed. Reads of its async connections are routed, their "
+            "writes pin, transactions read the primary, writes on replicas are rejected, and the "
+            "primary replaces a replica that cannot be connected to. But no other failure of a "
+            "read is retried, the role, position and lag of the server behind a connection are "
+            "not checked before a statement, COPY is not detected, and PINNING_SESSION_SETUP is "
+            "not called.",
+            "Use Django's own connections where that matters. Silence this check "
+            "(SILENCED_SYSTEM_CHECKS) if it does not.",
+        )
     ]
 
 

@@ -16,7 +16,7 @@ from django.utils.module_loading import import_string
 
 from pinning_middleware.checks.messages import TAG, error, warning
 from pinning_middleware.conf import DEFAULTS, conf
-from pinning_middleware.pool_specs import PoolSpec, parse_pools, parse_replicas
+from pinning_middleware.pool_specs import PoolSpec, parse_dry_run, parse_pools, parse_replicas
 from pinning_middleware.routers import PinningRouter
 from pinning_middleware.stores import BaseStore
 
@@ -355,6 +355,53 @@ def _check_groups(name: str, specs: tuple[PoolSpec, ...]) -> Iterator[CheckMessa
                     f"{spec.key.primary!r}, so its reads go to the replicas without groups.",
                     "Set the weight of a replica of this group.",
                 )
+
+
+@register(TAG)
+def check_dry_run(**kwargs: Any) -> list[CheckMessage]:
+    value = value_of("PINNING_DRY_RUN")
+    example = 'Set {"default": 2}: the alias of a primary, and the lag of its replicas in seconds'
+    try:
+        lags = parse_dry_run(value)
+    except ValueError as problem:
+        return [error("E027", f"PINNING_DRY_RUN {problem}, not {value!r}.", f"{example}; or None.")]
+    pools, legacy = parsed_replicas(), getattr(settings, "SLAVE_DATABASES", None)
+    primaries = {alias: "PINNING_REPLICAS" for alias, weights in pools.items() if weights}
+    if is_strings(legacy) and legacy:
+        primaries.setdefault(DEFAULT_DB_ALIAS, "SLAVE_DATABASES")
+    replicas = {alias for weights in pools.values() for alias in weights}
+    found: list[CheckMessage] = []
+    for alias in lags:
+        if alias not in settings.DATABASES:
+            known = [each for each in settings.DATABASES if each not in replicas]
+            message = f"PINNING_DRY_RUN contains {alias!r}, which is not an alias of DATABASES."
+            found.append(error("E027", message, _did_you_mean(alias, known, f"{example}.")))
+        elif alias in replicas:
+            message = f"PINNING_DRY_RUN contains {alias!r}, which is a replica."
+            found.append(error("E027", message, f"{example}."))
+        elif alias in primaries:
+            found.append(
+                error(
+                    "E027",
+                    f"PINNING_DRY_RUN contains {alias!r}, which has replicas in "
+                    f"{conf.effective_name(primaries[alias])}, so that there is no dry run.",
+                    f"Remove {alias!r} from PINNING_DRY_RUN, or its replicas.",
+                )
+            )
+    return [*found, *_check_assumed_lags(lags)]
+
+
+def _check_assumed_lags(lags: dict[str, float]) -> Iterator[CheckMessage]:
+    seconds = value_of("PINNING_SECONDS")
+    for alias, lag in lags.items():
+        if is_seconds(seconds) and lag > seconds:
+            yield warning(
+                "W032",
+                f"PINNING_DRY_RUN assumes a lag of {lag:g} s for {alias!r}, and pins without a "
+                f"position end after {seconds:g} s (PINNING_SECONDS), so clients would miss their "
+                "own writes.",
+                f"Set a lag of at most {seconds:g}, or a larger PINNING_SECONDS.",
+            )
 
 
 @register(TAG)

@@ -54,12 +54,14 @@ SEARCH_INTERVAL: Final = 1.0
 class Decision(NamedTuple):
     """
     Where a read goes and why. ``alias`` is returned to Django, ``replica`` the replica that was
-    chosen (None: the primary); they differ if the replica is a test mirror.
+    chosen (None: the primary); they differ if the replica is a test mirror. ``misses_write``: in a
+    dry run, only a pin keeps the read from a replica that lacks the client's own write.
     """
 
     alias: str
     replica: str | None
     reason: Reason
+    misses_write: bool = False
 
 
 class Rejection(NamedTuple):

@@ -31,8 +31,11 @@ class Pool:
     One primary and its replicas.
 
     ``has_replicas`` is false if PINNING_ENABLED is, or if every weight is 0. ``is_legacy``: only
-    ``SLAVE_DATABASES`` names its replicas.
+    ``SLAVE_DATABASES`` names its replicas. ``can_replace_primary``: PINNING_PRIMARY_DOWN allows
+    stale reads.
     """
+
+    is_dry_run = False
 
     def __init__(self, spec: PoolSpec, guarantee: Guarantee) -> None:
         self.spec = spec
@@ -50,6 +53,7 @@ class Pool:
         self.refusals = Refusals()
         self.guarantee = guarantee
         self.supports_positions = self.health.supports_positions
+        self.can_replace_primary = conf.primary_down == "stale"
 
     def __repr__(self) -> str:
         return f"<Pool {self.primary}>"
@@ -69,8 +73,8 @@ class Pool:
 
     @property
     def is_primary_down(self) -> bool:
-        """Whether the primary is unreachable and PINNING_PRIMARY_DOWN allows stale reads."""
-        return bool(self.endpoint.out_of_rotation) and conf.primary_down == "stale"
+        """Whether the primary is unreachable and a replica may substitute for it."""
+        return bool(self.endpoint.out_of_rotation) and self.can_replace_primary
 
     # The monitors of its replicas
 

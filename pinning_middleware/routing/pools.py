@@ -9,6 +9,7 @@ from django.db import DEFAULT_DB_ALIAS, connections
 from pinning_middleware.conf import conf, on_change
 from pinning_middleware.pool_specs import PoolSpec
 from pinning_middleware.routing.compatibility import is_same_database
+from pinning_middleware.routing.dry_run import DryRunPool
 from pinning_middleware.routing.guarantees import MonotonicReads, ReadYourWrites
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.scopes.scope import PoolState, entered_scope
@@ -21,8 +22,8 @@ class Pools:
     """
     Every pool of the site, made from the settings at first use.
 
-    ``by_primary`` has the pools of PINNING_REPLICAS; ``legacy`` is the pool of the legacy
-    interface, which is one of them unless ``SLAVE_DATABASES`` lists other replicas.
+    ``by_primary`` has the pools of PINNING_REPLICAS and PINNING_DRY_RUN; ``legacy`` is the pool of
+    the legacy interface, which is one of them unless ``SLAVE_DATABASES`` lists other replicas.
     """
 
     def __init__(self) -> None:
@@ -69,6 +70,8 @@ class Pools:
 
 
 def _make(spec: PoolSpec) -> Pool:
+    if spec.assumed_lag is not None:
+        return DryRunPool(spec)
     is_monotonic = conf.monotonic_reads and conf.positions
     return Pool(spec, MonotonicReads() if is_monotonic else ReadYourWrites())
 

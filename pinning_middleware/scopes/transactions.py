@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pinning_middleware.utils.transactions import count_open_transactions
@@ -11,7 +12,11 @@ if TYPE_CHECKING:
 
     from pinning_middleware.scopes.scope import Scope
 
-__all__ = ["is_explicit_transaction_open"]
+__all__ = ["elsewhere", "is_explicit_transaction_open"]
+
+# Functions that return whether a transaction is open on an alias, on connections that are not
+# Django's.
+elsewhere: list[Callable[[str], bool]] = []
 
 
 def is_explicit_transaction_open(connection: BaseDatabaseWrapper, scope: Scope) -> bool:
@@ -19,6 +24,8 @@ def is_explicit_transaction_open(connection: BaseDatabaseWrapper, scope: Scope) 
     Return whether the code has opened a transaction. The one that ATOMIC_REQUESTS opens around a
     view does not count.
     """
+    if elsewhere and any(is_open(connection.alias) for is_open in elsewhere):
+        return True
     opened = count_open_transactions(connection)
     if opened == 0:
         return False

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 __all__ = [
     "Read",
     "fallbacks",
+    "missed_writes",
     "observers",
     "pin_events",
     "reads",
@@ -71,12 +72,15 @@ retries_404: Counter[str] = Counter()
 # Tasks that found no replica which had caught up, and were put back (put_back) or, at last, ran on
 # the primary (primary).
 task_retries: Counter[str] = Counter()
+# Reads of a dry run that would have missed a write of their own client without pins, by the pool's
+# primary.
+missed_writes: Counter[str] = Counter()
 
 
 def _clear() -> None:
     for counted in (
         *(reads, pin_events, rejected_tokens, fallbacks, retries, refusals),
-        *(retries_404, task_retries),
+        *(retries_404, task_retries, missed_writes),
     ):
         counted.clear()
 

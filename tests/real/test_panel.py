@@ -21,10 +21,10 @@ from selenium import webdriver
 from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.by import By
 
+from .browser import FLAGS
 from .conftest import NODES, PostgreSQL, empty_tables
 from .layouts.waiting import eventually, missing
 from .sample import ROOT, free_port, is_listening
-from .test_sample_browser import FLAGS
 
 pytestmark = pytest.mark.real
 

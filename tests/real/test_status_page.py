@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from .browser import NewWindow, Window
 from .sample import ROOT, Site, eventually, open_folder
-from .test_sample_browser import NewWindow, Window, new_window
+from .test_sample_browser import new_window
 
 __all__ = ["new_window"]
 

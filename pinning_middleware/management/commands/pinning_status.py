@@ -15,8 +15,11 @@ from typing import Any, Final
 from django.core.management.base import BaseCommand
 from django.db import connections
 
+from pinning_middleware import dry_run_report
 from pinning_middleware.conf import conf
+from pinning_middleware.dry_run_report import DryRun
 from pinning_middleware.management.poll import ServerPoll, silence_server_logs
+from pinning_middleware.reasons import Reason
 from pinning_middleware.stats import (
     DEGRADED,
     DOWN,
@@ -29,6 +32,7 @@ from pinning_middleware.stats import (
     health,
     lag_threshold,
 )
+from pinning_middleware.stores import dry_run_counts
 
 HEADINGS: Final = ("server", "role", "state", "weight", "reads", "position", "behind", "probed")
 # Indices of columns: right-aligned ones, the state, and the position, which may be truncated.
@@ -98,6 +102,10 @@ class Command(BaseCommand):
             "servers": [row._asdict() for row in rows],
             "stats": get_stats(),
         }
+        if conf.dry_run:
+            runs, problem = _dry_runs()
+            report["dry_run"] = {run.pool: run.as_dict() for run in runs}
+            report["dry_run_problem"] = problem
         self.stdout.write(json.dumps(report, indent=indent))
         self.stdout.flush()
 
@@ -108,6 +116,7 @@ class Command(BaseCommand):
             self.stdout.write("\033[H\033[2J", ending="")
         if not rows:
             self.stdout.write("PINNING_REPLICAS is empty: every read goes to the primary.")
+        self._print_dry_runs()
         if not conf.enabled:
             self.stdout.write(
                 self.style.WARNING("PINNING_ENABLED is False: every read goes to the primary.")
@@ -132,6 +141,21 @@ class Command(BaseCommand):
             at = time.strftime("%Y-%m-%d %H:%M:%S %z")
             self.stdout.write(f"{style[status](HEALTH_NAMES[status])} at {at}")
         self.stdout.flush()
+
+    def _print_dry_runs(self) -> None:
+        if not conf.dry_run:
+            return
+        runs, problem = _dry_runs()
+        if problem:
+            self.stdout.write(self.style.WARNING(problem))
+        for run in runs:
+            title, *sentences = run.summary
+            self.stdout.write(f"\n{title}")
+            for sentence in sentences:
+                self.stdout.write(f"  {sentence}")
+            for reason, number in run.reasons.items():
+                share = f"{100 * number / run.reads:.1f} %"
+                self.stdout.write(f"  {share:>8}  {reason}: {Reason(reason).description}")
 
     def _print_table(
         self, table: list[tuple[str, ...]], rows: list[ServerState], width: int | None
@@ -173,6 +197,21 @@ class Command(BaseCommand):
         if row.state == "in":
             return self.style.WARNING if row.error else self.style.SUCCESS
         return self.style.ERROR if row.retry_in is not None else self.style.WARNING
+
+
+def _dry_runs() -> tuple[list[DryRun], str]:
+    """Return what the processes of the site have counted, and why that may not be all of it."""
+    name = f"the cache {conf.cache!r} (PINNING_CACHE)"
+    if not dry_run_counts.is_shared():
+        return dry_run_report.of_this_process(), (
+            f"The site's processes do not share {name}, so this command sees only its own reads: "
+            "see the status page, or use another cache."
+        )
+    try:
+        return dry_run_report.of_all_processes(), ""
+    except Exception as error:  # a cache's client may raise anything
+        problem = f"The reads of the site's processes are in {name}, which fails: {error}"
+        return dry_run_report.of_this_process(), problem
 
 
 def _refused(server_poll: ServerPoll) -> dict[str, list[str]]:

@@ -189,6 +189,7 @@ function show(answer, now) {
   showShares("by-server", answer.by_server, now);
   showShares("by-reason", answer.by_reason, now);
   fill("events", answer.events.map((event) => row(event.cells.map(cell))), 5, "No events.");
+  setText("dry-run-text", answer.dry_run);
   drawLag(now);
   setText("live", "");
 }
