@@ -30,14 +30,18 @@ $(VENV)/bin/python:
 		|| { echo "Python 3.11 or later is needed; choose one by PYTHON=…"; exit 1; }
 	@echo "Creating $(VENV) …"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install --quiet --upgrade 'pip>=25.1' # The first with --group.
 
-$(VENV)/.demo: $(VENV)/bin/python pyproject.toml
+# A folder that was not made here may have an older one. The first with --group is 25.1.
+$(VENV)/.pip: | $(VENV)/bin/python
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --upgrade 'pip>=25.1'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.pip pyproject.toml
 	@echo "Installing the demo: about 10 packages …"
 	$(PIP) install --editable . --group demo
 	@touch $@
 
-$(VENV)/.test: $(VENV)/bin/python pyproject.toml
+$(VENV)/.test: $(VENV)/.pip pyproject.toml
 	@echo "Installing the tests: about 150 packages, a minute or two …"
 	$(PIP) install --editable . --group test --group lint
 	@if pkg-config --exists libmariadb 2>/dev/null || pkg-config --exists mysqlclient 2>/dev/null; \
@@ -45,12 +49,12 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml
 		else echo "MariaDB's headers are missing: see make system-packages."; fi
 	@touch $@
 
-$(VENV)/.docs: $(VENV)/bin/python pyproject.toml
+$(VENV)/.docs: $(VENV)/.pip pyproject.toml
 	@echo "Installing Sphinx …"
 	$(PIP) install --editable . --group docs
 	@touch $@
 
-$(VENV)/.release: $(VENV)/bin/python pyproject.toml
+$(VENV)/.release: $(VENV)/.pip pyproject.toml
 	@echo "Installing the tools that build and check packages …"
 	$(PIP) install --group release
 	@touch $@
@@ -92,7 +96,7 @@ package-check: package
 wheel-test: package
 	tests/against-wheel $(PYTHON) $(TESTS)
 
-benchmarks: $(VENV)/bin/python
+benchmarks: $(VENV)/.pip
 	$(PIP) install --quiet --editable . --group benchmark
 	$(BIN)/python -m benchmarks
 
