@@ -13,6 +13,7 @@ import sys
 
 NAMES = (
     "decisions",
+    "dry_run",
     "memory",
     "overhead",
     "probes",
