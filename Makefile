@@ -7,15 +7,21 @@ PORT ?= 8000
 PROCESSES ?= 3
 BIN = $(VENV)/bin
 
+PIP = $(BIN)/pip --disable-pip-version-check
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format wheel wheel-test benchmarks system-packages clean
+.PHONY: help demo test test-fast lint format docs package package-check wheel-test benchmarks system-packages clean
 
 help:
 	@echo "make demo             a site on a primary and two lagging replicas, on http://127.0.0.1:$(PORT)"
-	@echo "make test             all tests, real servers included"
-	@echo "make lint             ruff and mypy"
+	@echo "make test             all tests, real servers included: about eight minutes"
+	@echo "make test-fast        the tests that need no server: less than a minute"
+	@echo "make lint             ruff, mypy and codespell"
 	@echo "make format           ruff, changing files"
-	@echo "make benchmarks       measurements, among them the figures of the README"
+	@echo "make docs             the documentation, in docs/_build"
+	@echo "make package          the sdist and the wheel, in dist"
+	@echo "make package-check    their metadata and contents, and the workflows"
+	@echo "make benchmarks       measurements, among them the figures of the documentation"
 	@echo "make system-packages  MariaDB, HAProxy, PgBouncer, Chromium, on Debian and Ubuntu"
 	@echo "make clean            remove what the others made"
 
@@ -24,18 +30,29 @@ $(VENV)/bin/python:
 		|| { echo "Python 3.11 or later is needed; choose one by PYTHON=…"; exit 1; }
 	@echo "Creating $(VENV) …"
 	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet --upgrade 'pip>=25.1' # The first with --group.
 
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml
-	@echo "Installing the demo …"
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	@echo "Installing the demo: about 10 packages …"
+	$(PIP) install --editable . --group demo
 	@touch $@
 
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml
-	@echo "Installing the tests …"
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	@echo "Installing the tests: about 150 packages, a minute or two …"
+	$(PIP) install --editable . --group test --group lint
 	@if pkg-config --exists libmariadb 2>/dev/null || pkg-config --exists mysqlclient 2>/dev/null; \
-		then $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[mariadb]'; \
+		then $(PIP) install --group mariadb; \
 		else echo "MariaDB's headers are missing: see make system-packages."; fi
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/bin/python pyproject.toml
+	@echo "Installing Sphinx …"
+	$(PIP) install --editable . --group docs
+	@touch $@
+
+$(VENV)/.release: $(VENV)/bin/python pyproject.toml
+	@echo "Installing the tools that build and check packages …"
+	$(PIP) install --group release
 	@touch $@
 
 demo: $(VENV)/.demo
@@ -44,30 +61,44 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=worksteal $(TESTS)
 
+test-fast: $(VENV)/.test
+	$(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=worksteal -m "not real" $(TESTS)
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check --no-cache .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# In a folder of its own, so that the package comes from the wheel and not from here.
-wheel: $(VENV)/.test
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build --fail-on-warning --nitpicky --keep-going --quiet docs docs/_build/html
+
+package: $(VENV)/.release
 	@rm -rf build dist
-	@$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@$(BIN)/python -m build --quiet .
 	@ls dist
 
-wheel-test: wheel
+package-check: package
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(BIN)/validate-pyproject pyproject.toml
+	$(BIN)/pyproject-fmt --check pyproject.toml
+	$(BIN)/zizmor --offline --pedantic .github
+
+wheel-test: package
 	tests/against-wheel $(PYTHON) $(TESTS)
 
 benchmarks: $(VENV)/bin/python
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[benchmark]'
+	$(PIP) install --quiet --editable . --group benchmark
 	$(BIN)/python -m benchmarks
 
 system-packages:
 	tests/system-packages
 
 clean:
-	rm -rf sample_site/.demo .mypy_cache .pytest_cache .ruff_cache build dist $(VENV) .venv-*
+	rm -rf sample_site/.demo .mypy_cache .pytest_cache .ruff_cache build dist docs/_build *.egg-info $(VENV) .venv-*
+	find . -name __pycache__ -prune -exec rm -r {} +

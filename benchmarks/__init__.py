@@ -1,5 +1,5 @@
 """
-Measurements, among them the figures of the README. Each is taken in one run with its comparison.
+Measurements, among them the figures of docs/benchmarks.md. Each run measures its comparison too.
 
 See ``python -m benchmarks`` (``__main__.py``) for their names.
 """

@@ -1,5 +1,5 @@
 """
-Measurements, among them the figures of the README. Each is taken in one run with its comparison.
+Measurements, among them the figures of docs/benchmarks.md. Each run measures its comparison too.
 
     python -m benchmarks                    all of them
     python -m benchmarks decisions          one of them

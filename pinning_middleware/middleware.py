@@ -14,9 +14,8 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction, sync_to_async
-from django.apps import apps
-from django.core.exceptions import ImproperlyConfigured
 
+from pinning_middleware.backend.patches import require_app
 from pinning_middleware.backend.responses import close_within
 from pinning_middleware.conf import conf
 from pinning_middleware.decorators import aiterate_within, async_body_of, iterate_within
@@ -59,10 +58,7 @@ class PinningMiddleware:
     async_capable = True
 
     def __init__(self, get_response: Callable[[HttpRequest], Any]) -> None:
-        if not apps.is_installed("pinning_middleware"):
-            raise ImproperlyConfigured(
-                "PinningMiddleware requires 'pinning_middleware' in INSTALLED_APPS."
-            )
+        require_app("PinningMiddleware")
         self.get_response = get_response
         self.is_async = iscoroutinefunction(get_response)
         if self.is_async:

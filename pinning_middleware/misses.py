@@ -1,10 +1,10 @@
 """
 A view that finds nothing on a replica is run once more on the primary.
 
-A pin protects the client that has written. Whoever is sent the link to a new row reads a replica
-that may not have it yet: a 404 for something that exists. With ``PINNING_RETRY_404`` a GET or HEAD
-whose view ends in 404 has its view run again, in the same request and inside the same middleware,
-if the view has read a replica and nothing was written. The second answer counts.
+A pin protects the client that has written. Another user who is sent the link to a new row reads a
+replica that may not have it yet: a 404 for something that exists. With ``PINNING_RETRY_404`` a GET
+or HEAD whose view ends in 404 has its view run again, in the same request and inside the same
+middleware, if the view has read a replica and nothing was written. The second answer counts.
 
 A budget for each process bounds the load on the primary, since most 404s are right.
 """
@@ -246,7 +246,7 @@ class _FirstRun(AbstractContextManager[None]):
             logger,
             logging.WARNING,
             "retry_404",
-            "The primary could not be asked for what a replica does not have: %s",
+            "Could not run a view again on the primary; the answer of the replica counts: %s",
             error,
         )
         if first is not None:

@@ -1,6 +1,6 @@
 """
-What PINNING_REPLICAS says of each pool: its replicas, their weights, tiers and groups; and the
-pools of PINNING_DRY_RUN.
+The pools of PINNING_REPLICAS: their replicas, weights, tiers and groups; and those of
+PINNING_DRY_RUN.
 """
 
 from __future__ import annotations

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from django.apps import apps
-from django.core.exceptions import ImproperlyConfigured
 from django.db import router as django_router
 
+from pinning_middleware.backend.patches import require_app
 from pinning_middleware.conf import conf
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
@@ -36,10 +35,7 @@ class PinningRouter:
     """
 
     def __init__(self) -> None:
-        if apps.apps_ready and not apps.is_installed("pinning_middleware"):
-            raise ImproperlyConfigured(
-                "PinningRouter requires 'pinning_middleware' in INSTALLED_APPS."
-            )
+        require_app("PinningRouter")
 
     def db_for_read(self, model: Any, **hints: Any) -> str | None:
         """

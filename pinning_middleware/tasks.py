@@ -11,8 +11,8 @@ ID. Limits:
   commits; enqueue inside ``transaction.atomic()`` there.
 - A task that starts after the cache entry has expired begins without pins.
 - The worker of django-tasks-db opens a transaction on the database for reads and locks a row in the
-  database for writes, so it fails under every router with replicas. Add a router before
-  ``PinningRouter`` that sends reads of the app ``django_tqueries_primary`` to the primary.
+  database for writes, so both must be the primary. Set
+  ``PINNING_PRIMARY_MODELS = ["django_tasks_database"]``.
 - Tasks have no policy. Decorate the function with ``use_primary`` instead.
 """
 

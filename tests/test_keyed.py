@@ -19,6 +19,7 @@ from freezegun.api import FrozenDateTimeFactory
 from redis import Redis
 from redis.exceptions import ResponseError
 
+from pinning_middleware.checks.servers import check_evictions
 from pinning_middleware.pins import Pin, PinKey, Pins, Position, merge_pins
 from pinning_middleware.stores import cache as keyed
 from pinning_middleware.stores import circuit_breaker
@@ -640,6 +641,25 @@ def test_pin_that_a_full_server_refuses_is_counted(keep: Callable[..., None]) ->
             admin.config_set("maxmemory", 1)
             keep(["a"], {DEFAULT: pin(5, 2)})
             assert counters.pin_events["lost"] == before + 1
+
+
+def test_live_check_reports_a_server_that_has_evicted_keys() -> None:
+    with running() as server:
+        admin = Redis.from_url(server.connection_url)
+        stores = ["pinning_middleware.stores.CacheStore"]
+        with pins_in(redis_cache(server.connection_url), PINNING_STORES=stores):
+            assert check_evictions() == []
+            admin.config_set("maxmemory-policy", "allkeys-lru")
+            for number in range(100):
+                admin.set(f"key{number}", "x" * 10_000)
+            admin.config_set("maxmemory", admin.info("memory")["used_memory"] - 100_000)
+            (message,) = check_evictions()
+            assert (message.id, "'pins' has evicted" in message.msg) == (
+                "pinning_middleware.W034",
+                True,
+            )
+            with override_settings(PINNING_STORES=[]):
+                assert check_evictions() == []
 
 
 def test_client_that_decodes_responses(valkey: str) -> None:

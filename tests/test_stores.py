@@ -40,7 +40,7 @@ from pinning_middleware.utils.counters import rejected_tokens
 from tests.app.models import Book
 from tests.caches import calls
 from tests.conftest import MIDDLEWARE, Browser, Visit, is_replica, where
-from tests.test_readme import BLOCKS
+from tests.contrib.pages import load
 from tests.valkey import LOCMEM, pins_in, redis_cache, running, valkey
 
 __all__ = ["valkey"]
@@ -137,12 +137,10 @@ def test_cookie_keeps_the_position_of_a_writer_whose_clock_is_behind(
     assert 15 <= cookie["max-age"] <= 16
 
 
-# The example of the README: a custom store.
+# The example of docs/reference/stores.md: a custom store.
 
 
-_example: dict[str, Any] = {"__name__": __name__}
-exec(next(block for block in BLOCKS if "class SessionStore" in block), _example)
-SessionStore: Any = _example["SessionStore"]
+SessionStore: Any = load("reference/stores.md", "Custom stores")[""].SessionStore
 
 
 class TestSessionStore(StoreContract, TestCase):

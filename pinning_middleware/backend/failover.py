@@ -258,7 +258,7 @@ def _take_out(connection: BaseDatabaseWrapper, error: Exception) -> Rejection:
     """
     Take what an alias resolves to out of rotation, unless it is already.
 
-    Raise the error if only the site's own pool had no connection, which says nothing of the server.
+    Raise the error if only the site's own pool had no connection, which is no fault of the server.
     """
     if is_pool_exhausted(error):
         raise error

@@ -1,4 +1,4 @@
-"""Connections of the primary's alias that lead to a former primary."""
+"""Connections of the primary's alias that are to a former primary."""
 
 from __future__ import annotations
 

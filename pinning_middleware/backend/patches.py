@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from django.apps import apps
+from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
 from pinning_middleware.backend import (
@@ -29,7 +30,7 @@ from pinning_middleware.backend import (
 )
 from pinning_middleware.servers import liveness, psycopg_pool
 
-__all__ = ["PATCHES", "Patch", "install", "replace"]
+__all__ = ["PATCHES", "Patch", "install", "replace", "require_app"]
 
 # Takes the original function and returns its replacement.
 Wrap = Callable[[Any], Any]
@@ -169,8 +170,13 @@ PATCHES = (
 )
 
 
+_is_installed = False
+
+
 def install() -> None:
     """Apply every patch. Idempotent."""
+    global _is_installed
+    _is_installed = True
     for patch in PATCHES:
         if patch.app == "django" or apps.is_installed(patch.app):
             try:
@@ -186,6 +192,17 @@ def install() -> None:
     # Classes that override these methods themselves.
     instances.install()
     connection.install()
+
+
+def require_app(entry: str) -> None:
+    """
+    Raise ImproperlyConfigured if the app is not installed: writes would not be detected.
+
+    ``entry`` is the name of the class that needs it. A test that removes the app from
+    INSTALLED_APPS, or limits the apps by ``available_apps``, does not undo ``install()``.
+    """
+    if apps.apps_ready and not (_is_installed or apps.is_installed("pinning_middleware")):
+        raise ImproperlyConfigured(f"{entry} requires 'pinning_middleware' in INSTALLED_APPS.")
 
 
 def _import(path: str) -> Any:

@@ -1,4 +1,4 @@
-"""What an error of a read says of its server, and what becomes of the read."""
+"""Judge the error of a read: what it means for its server, and what becomes of the read."""
 
 from __future__ import annotations
 

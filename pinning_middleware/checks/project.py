@@ -89,7 +89,7 @@ def _ignored_tables() -> Collection[str]:
     return tables if isinstance(tables, (list, tuple, set, frozenset)) else ()
 
 
-def _has_store(path: str) -> bool:
+def has_store(path: str) -> bool:
     """Return whether this store is used, or one derived from it."""
     return any(_is_instance(own, path) for own in _stores())
 
@@ -185,7 +185,7 @@ def check_stores_not_empty(**kwargs: Any) -> list[CheckMessage]:
 
 @register(TAG)
 def check_cookie_attributes(**kwargs: Any) -> list[CheckMessage]:
-    if not _has_store(COOKIE_STORE):
+    if not has_store(COOKIE_STORE):
         return []
     cookie, name = conf.cookie, conf.cookie_name
     found: list[CheckMessage] = []
@@ -212,7 +212,7 @@ def check_cookie_attributes(**kwargs: Any) -> list[CheckMessage]:
 
 @register(TAG)
 def check_cookie_name_is_unique(**kwargs: Any) -> list[CheckMessage]:
-    if not _has_store(COOKIE_STORE):
+    if not has_store(COOKIE_STORE):
         return []
     names = ("SESSION_COOKIE_NAME", "CSRF_COOKIE_NAME", "LANGUAGE_COOKIE_NAME")
     others = {getattr(settings, other): other for other in names}
@@ -250,7 +250,7 @@ def check_header_name(**kwargs: Any) -> list[CheckMessage]:
 @register(TAG)
 def check_cache_is_shared_and_bounded(**kwargs: Any) -> list[CheckMessage]:
     alias = value_of("PINNING_CACHE")
-    if not _has_store(CACHE_STORE) or alias not in settings.CACHES:
+    if not has_store(CACHE_STORE) or alias not in settings.CACHES:
         return []
     entry = settings.CACHES[alias]
     backend = entry.get("BACKEND", "")
@@ -284,7 +284,7 @@ def check_cache_is_shared_and_bounded(**kwargs: Any) -> list[CheckMessage]:
 
 @register(TAG)
 def check_database_caches(**kwargs: Any) -> list[CheckMessage]:
-    own = value_of("PINNING_CACHE") if _has_store(CACHE_STORE) else DEFAULT_CACHE_ALIAS
+    own = value_of("PINNING_CACHE") if has_store(CACHE_STORE) else DEFAULT_CACHE_ALIAS
     ignored = {str(table).lower() for table in _ignored_tables()}
     return [
         warning(
@@ -350,8 +350,8 @@ def check_recorded_requests(**kwargs: Any) -> list[CheckMessage]:
 @register(TAG)
 def check_shared_caches(**kwargs: Any) -> list[CheckMessage]:
     """
-    A value that is cached for everybody must not be read from a lagging replica: a stranger's read
-    would refill the cache with the old value just after a write, and it would stay there.
+    A value that is cached for all users must not be read from a lagging replica: the read of
+    another user would refill the cache with the old value just after a write, and it would stay.
     """
     labels = value_of("PINNING_PRIMARY_MODELS")
     listed = {label.lower() for label in labels} if is_strings(labels) else set()
@@ -515,7 +515,7 @@ def check_schema_of_tenants(**kwargs: Any) -> list[CheckMessage]:
             f"The ENGINE of {primary!r} sets a tenant's schema on one connection only, so replicas "
             "answer from another schema.",
             "Set PINNING_SESSION_SETUP to a function that sets the same schema on the connections "
-            "of the replicas. docs/recipes.md has one for django-tenants.",
+            "of the replicas. docs/how-to/tenants.md has one for django-tenants.",
         )
         for primary, weights in parsed_replicas().items()
         if weights and _vendor(primary) and hasattr(connections[primary], "set_schema")

@@ -1,4 +1,4 @@
-"""What only the servers can tell: these checks connect to the databases that they are given."""
+"""Checks that connect: to the databases that they are given, and to the cache."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from django.core.checks import CheckMessage, Tags, register
 from django.db import DatabaseError, InterfaceError
 
 from pinning_middleware.checks.messages import error, warning
+from pinning_middleware.checks.project import CACHE_STORE, has_store
 from pinning_middleware.checks.settings import parsed_replicas
+from pinning_middleware.conf import conf
 from pinning_middleware.servers.connect import dedicated_connection
 from pinning_middleware.servers.probe import endpoint_for, probe
+from pinning_middleware.stores.redis_pins import redis_pins
 
 __all__: list[str] = []
 
@@ -42,6 +45,23 @@ def check_balanced_by_a_pooler(
                 warning("W019", f"{what}, so its replication position is ignored.", f"{hint}.")
             )
     return messages
+
+
+def check_evictions() -> list[CheckMessage]:
+    """Called by ``pinning_check --live``: a missing pin does not show that it was evicted."""
+    redis = redis_pins() if has_store(CACHE_STORE) else None
+    evicted = 0 if redis is None else redis.evicted_keys()
+    if not evicted:
+        return []
+    return [
+        warning(
+            "W034",
+            f"The server of cache {conf.cache!r} has evicted {evicted} keys since its start, and "
+            "pins may have been among them.",
+            "Give it more memory, or set PINNING_CACHE to a cache on a server whose "
+            "maxmemory-policy is noeviction.",
+        )
+    ]
 
 
 def _is_balanced(alias: str) -> bool:

@@ -1,4 +1,4 @@
-"""Connections of a primary's alias: which lead to a server that is the primary no more."""
+"""Connections of a primary's alias: which are to a server that is no longer the primary."""
 
 from __future__ import annotations
 

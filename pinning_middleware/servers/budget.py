@@ -22,7 +22,8 @@ READ_BUDGET: Final = 1.4
 
 class BudgetExhausted(OperationalError):
     """
-    A read's budget ended before a server had the usual time to answer, which says nothing of it.
+    A read's budget ended before a server had the usual time to answer, which is no evidence against
+    the server.
     """
 
 

@@ -109,8 +109,8 @@ def probing_allowed(connection: BaseDatabaseWrapper) -> bool:
 
 def is_pool_exhausted(error: BaseException) -> bool:
     """
-    Return whether an error of connecting says that no connection of psycopg's pool became free in
-    time. All may be in use by this process, which says nothing of the server.
+    Return whether an error of connecting means that no connection of psycopg's pool became free in
+    time. All may be in use by this process, which is no fault of the server.
     """
     module = sys.modules.get("psycopg_pool")
     if module is None:

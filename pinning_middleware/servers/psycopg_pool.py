@@ -2,7 +2,7 @@
 Connections from Django's psycopg pool.
 
 A read waits for one as long as the site's own settings of the pool say, since a pool whose
-connections are all in use says nothing of its server. While it waits, a fresh connection outside of
+connections are all in use is no fault of its server. While it waits, a fresh connection outside of
 the pool checks whether the server can be reached. A connection that its server closed while it was
 idle is never returned.
 """

@@ -84,6 +84,13 @@ class RedisPins:
             if not self._run(_MERGE, name, fields, milliseconds):
                 self._merge(name, fields, milliseconds)
 
+    def evicted_keys(self) -> int:
+        """Return how many keys the server has evicted since its start, 0 if it does not report."""
+        try:
+            return int(self.client.info("stats")["evicted_keys"])
+        except Exception:  # An ACL without INFO, a cluster that answers for each node, an outage.
+            return 0
+
     def _run(self, script: str, name: str, fields: Mapping[str, str], *args: int) -> bool:
         """Return False if the server refuses to run scripts, which is logged once."""
         if not self._scripts_allowed:

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 DOCS = Path(__file__).parents[2] / "docs"
+PAGES = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
 _FENCE = re.compile(r"^( *)```python\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _FILE = re.compile(r"# (\S+)\.py\n")
@@ -42,6 +43,11 @@ def blocks(page: Path) -> Iterator[Block]:
         source = "\n" * before.count("\n") + own
         code = compile(source, str(page), "exec", dont_inherit=True)
         yield Block(heading, named[1] if named else "", code)
+
+
+def name_of(page: Path) -> str:
+    """Return the path of a page below ``docs``, for the ids of tests."""
+    return str(page.relative_to(DOCS))
 
 
 def load(page: str, heading: str) -> dict[str, ModuleType]:

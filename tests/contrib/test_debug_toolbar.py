@@ -31,7 +31,7 @@ from .pages import load
 pytestmark = pytest.mark.django_db(transaction=True, databases="__all__")
 
 # The settings of the page.
-PAGE_OF_DOCS = load("integrations.md", "Django Debug Toolbar")[""]
+PAGE_OF_DOCS = load("how-to/integrations.md", "Django Debug Toolbar")[""]
 TOOLBAR = PAGE_OF_DOCS.MIDDLEWARE[1]
 PAGE = "<html><body>done</body></html>"
 APPS = [*INSTALLED_APPS, "django.contrib.staticfiles", PAGE_OF_DOCS.INSTALLED_APPS[1]]
@@ -308,7 +308,7 @@ def test_panel_with_a_store_in_the_database(do: Callable[..., str]) -> None:
     toolbar itself rejects this store.
     """
     browser = Client()
-    page = load("integrations.md", "The toolbar's store in the database")[""]
+    page = load("how-to/integrations.md", "The toolbar's store in the database")[""]
     config = {**SETTINGS["DEBUG_TOOLBAR_CONFIG"], **page.DEBUG_TOOLBAR_CONFIG}
     with override_settings(DEBUG_TOOLBAR_CONFIG=config), override_settings(INSTALLED_APPS=APPS):
         model = apps.get_model("debug_toolbar", "HistoryEntry")

@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 # The URLs of the page.
-PAGE = load("integrations.md", "django-health-check")["shop/urls"]
+PAGE = load("how-to/integrations.md", "django-health-check")["shop/urls"]
 NAME = PAGE.REPLICAS
 
 urlpatterns = [

@@ -1,4 +1,4 @@
-"""``docs/coming-from.md``: the check for leftovers, and how to revert the migration."""
+"""``docs/how-to/coming-from.md``: the check for leftovers, and how to revert the migration."""
 
 from __future__ import annotations
 

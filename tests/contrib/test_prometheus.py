@@ -117,7 +117,9 @@ def test_read_is_counted_once_by_each_package(browser: Browser) -> None:
 
 def test_backends_are_documented() -> None:
     page = [
-        each for each in blocks(DOCS / "integrations.md") if each.heading == "django-prometheus"
+        each
+        for each in blocks(DOCS / "how-to/integrations.md")
+        if each.heading == "django-prometheus"
     ]
     settings = next(each for each in page if not each.file).run()
     for entry in settings.DATABASES.values():
@@ -126,11 +128,12 @@ def test_backends_are_documented() -> None:
 
 def test_documented_provider() -> None:
     """In a subprocess, because providers can be set only once."""
-    page = [each for each in blocks(DOCS / "integrations.md") if each.file == "shop/metrics"]
+    page = [each for each in blocks(DOCS / "how-to/integrations.md") if each.file == "shop/metrics"]
     assert len(page) == 1
     code = (
         "from tests.contrib.pages import DOCS, blocks\n"
-        "next(b for b in blocks(DOCS / 'integrations.md') if b.file == 'shop/metrics').run()\n"
+        "page = blocks(DOCS / 'how-to/integrations.md')\n"
+        "next(block for block in page if block.file == 'shop/metrics').run()\n"
         "from opentelemetry.metrics import get_meter\n"
         "get_meter('test').create_counter('seen').add(1)\n"
         "from prometheus_client import generate_latest\n"

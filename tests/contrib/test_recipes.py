@@ -1,4 +1,4 @@
-"""The code of ``docs/recipes.md``, with the package of each recipe."""
+"""The code of the recipes in ``docs/how-to``, with the package of each recipe."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import strawberry
 from asgiref.sync import async_to_sync
 from django.apps import apps
 from django.contrib.auth import get_user_model
+from django.contrib.auth.models import AnonymousUser
 from django.core.cache import cache
 from django.db import connections
 from django.http import HttpResponse
@@ -24,9 +25,12 @@ from django.utils.module_loading import import_string
 from django.views.decorators.csrf import csrf_exempt
 from graphene_django.views import GraphQLView
 from rest_framework import serializers
+from rest_framework.authentication import BaseAuthentication
 from rest_framework.decorators import action
+from rest_framework.exceptions import AuthenticationFailed
 from rest_framework.response import Response
 from rest_framework.routers import SimpleRouter
+from rest_framework.views import APIView
 from strawberry.django.views import AsyncGraphQLView
 from strawberry.django.views import GraphQLView as StrawberryView
 
@@ -79,7 +83,7 @@ class Mutation:
 
 
 given("shop.types", Query=Query, Mutation=Mutation)
-by_strawberry = load("recipes.md", "Strawberry")["shop/schema"]
+by_strawberry = load("how-to/graphql.md", "Strawberry")["shop/schema"]
 async_strawberries = strawberry.Schema(AsyncQuery, extensions=[by_strawberry.OffloadQueries])
 
 
@@ -109,8 +113,8 @@ class GrapheneMutation(graphene.ObjectType):
 
 
 graphenes = graphene.Schema(query=GrapheneQuery, mutation=GrapheneMutation)
-by_graphene = load("recipes.md", "Graphene")["shop/settings"].GRAPHENE["MIDDLEWARE"]
-one_resolver = load("recipes.md", "One resolver")["shop/search"]
+by_graphene = load("how-to/graphql.md", "Graphene")["shop/settings"].GRAPHENE["MIDDLEWARE"]
+one_resolver = load("how-to/graphql.md", "One resolver")["shop/search"]
 
 
 # Django REST framework by action
@@ -123,7 +127,7 @@ class BookSerializer(serializers.ModelSerializer[Book]):
 
 
 given("shop.serializers", BookSerializer=BookSerializer)
-by_action: Any = load("recipes.md", "Django REST framework by action")["shop/api"]
+by_action: Any = load("how-to/apis.md", "Django REST framework by action")["shop/api"]
 
 
 class Books(by_action.Books):  # type: ignore[misc]
@@ -154,8 +158,8 @@ router.register("books", Books)
 # Predicates of the request
 
 
-by_percentage: Any = load("recipes.md", "A percentage of the users")
-by_flag: Any = load("recipes.md", "A flag of django-waffle")
+by_percentage: Any = load("how-to/turn-on-gradually.md", "A percentage of the users")
+by_flag: Any = load("how-to/turn-on-gradually.md", "A flag of django-waffle")
 
 
 def look(request: Any) -> HttpResponse:
@@ -166,7 +170,42 @@ def graphql(schema: Any, middleware: Any = None) -> Any:
     return csrf_exempt(GraphQLView.as_view(schema=schema, middleware=middleware))
 
 
+class Found(graphene.ObjectType):
+    title = graphene.String()
+
+    def resolve_title(self, info: Any) -> str | None:
+        return Book.objects.values_list("title", flat=True).first()
+
+
+given("shop.schema", schema=graphene.Schema(query=Found))
+retried: Any = load("how-to/graphql.md", "Missing objects")["shop/views"]
+
+
+class TitleAuthentication(BaseAuthentication):
+    """The key is the title of a book."""
+
+    def authenticate(self, request: Any) -> tuple[Any, None]:
+        if not Book.objects.filter(title=request.GET["key"]).exists():
+            raise AuthenticationFailed
+        return AnonymousUser(), None
+
+
+keys: Any = load("how-to/apis.md", "Keys that were made in the browser")["shop/keys"]
+
+
+class Lookup(keys.LookAgain, TitleAuthentication):  # type: ignore[misc]
+    pass
+
+
+class Keyed(APIView):
+    def get(self, request: Any) -> Response:
+        return Response({"where": where()})
+
+
 urlpatterns = [
+    path("found/", retried.graphql),
+    path("keyed/", Keyed.as_view(authentication_classes=[Lookup])),
+    path("unaware/", Keyed.as_view(authentication_classes=[TitleAuthentication])),
     path("strawberry/", csrf_exempt(StrawberryView.as_view(schema=by_strawberry.schema))),
     path("async/", csrf_exempt(AsyncGraphQLView.as_view(schema=async_strawberries))),
     path("bare/", graphql(graphenes)),
@@ -315,9 +354,45 @@ def test_offload_by_a_waffle_flag(settings: Any, users: list[Any], waffle: Any) 
     assert get(other) == "default"
 
 
+# Missing rows: GraphQL by GET, and keys that were made in the browser
+
+
+def test_graphql_query_by_get_is_retried_on_the_primary_if_it_has_null() -> None:
+    """The replicas of these tests never have the write."""
+    change_behind("default", "INSERT INTO app_book (title, author_id) VALUES ('x', NULL)")
+    enter(None)
+    found = Client().get("/found/", {"query": "{ title }"})
+    assert found.json() == {"data": {"title": "x"}}
+
+
+def test_key_that_a_replica_does_not_have_is_looked_up_on_the_primary() -> None:
+    change_behind("default", "INSERT INTO app_book (title, author_id) VALUES ('key', NULL)")
+    client = Client()
+    enter(None)
+    assert client.get("/unaware/", {"key": "key"}).status_code == 403
+    enter(None)
+    assert is_replica(client.get("/keyed/", {"key": "key"}).json()["where"])
+    enter(None)
+    assert client.get("/keyed/", {"key": "other"}).status_code == 403
+
+
+# Locks in a cache
+
+
+def test_work_inside_a_lock_of_the_cache_reads_the_primary() -> None:
+    rename = load("how-to/sessions-and-caches.md", "Locks")["shop/locks"].rename
+    change_behind("default", "INSERT INTO app_book (title, author_id) VALUES ('x', NULL)")
+    number = Book.objects.using("default").get().pk
+    with pinning_scope(isolated=True):
+        assert rename(number, "y")
+    assert Book.objects.using("default").get().title == "y"
+    cache.add(f"rename:{number}", True)
+    assert not rename(number, "z")
+
+
 # What is cached for everybody
 
-cached: Any = load("recipes.md", "What is cached for everybody")["shop/prices"]
+cached: Any = load("how-to/sessions-and-caches.md", "What is cached for everybody")["shop/prices"]
 
 
 def read_anywhere() -> list[str]:

@@ -31,6 +31,7 @@ from tests.app.models import Account, Author, Book, Tag
 from . import mariadb, mysql
 from .layouts import Place, database
 from .layouts.waiting import eventually, missing
+from .ports import ASK_PORT
 
 NODES = {"pg": "primary", "pg1": "replica1", "pg2": "replica2"}
 ROUTERS = ["pinning_middleware.routers.PinningRouter", "tests.real.conftest.OnServers"]
@@ -343,12 +344,6 @@ def pin_in(token: str | None) -> Pin:
 def position_in(token: str | None) -> Any:
     position = pin_in(token).position
     return None if position is None else position.points
-
-
-ASK_PORT = {
-    "postgresql": "SELECT 1 AS id, inet_server_port() AS port",
-    "mysql": "SELECT 1 AS id, @@port AS port",
-}
 
 
 def server() -> str:

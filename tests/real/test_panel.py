@@ -21,16 +21,16 @@ from selenium import webdriver
 from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.by import By
 
+from .browser import FLAGS
 from .conftest import NODES, PostgreSQL, empty_tables
 from .layouts.waiting import eventually, missing
 from .sample import ROOT, free_port, is_listening
-from .test_sample_browser import FLAGS
 
 pytestmark = pytest.mark.real
 
 # One process, because the toolbar stores requests in memory.
 COMMAND = ("gunicorn", "--worker-class", "gthread", "--workers", "1", "--threads", "4")
-PICTURE = ROOT / "docs" / "panel.png"
+PICTURE = ROOT / "docs" / "_static" / "panel.png"
 LARGEST = 150_000
 
 

@@ -14,6 +14,7 @@ from pinning_middleware import no_failover
 from pinning_middleware.testing import capture_reads
 from tests.app.models import Book
 from tests.conftest import Visit
+from tests.contrib.pages import load
 
 from .conftest import PostgreSQL, unrelated_scope
 
@@ -333,3 +334,18 @@ def test_session_is_set_up_for_write_by_copy(of_tenant: Callable[[str], None]) -
         with cursor.copy("COPY app_book (id, title) FROM STDIN") as copy:
             copy.write_row([1, "copied"])
         assert run("pg", "SELECT count(*) FROM north.app_book") == [(2,)]
+
+
+# Row-level security, as in docs/how-to/tenants.md
+
+
+def test_setting_of_policies_is_set_on_the_replica_by_the_recipe(pg: PostgreSQL) -> None:
+    load("how-to/tenants.md", "Row-level security")
+    setup = "shop.policies.set_up_policy"
+    with override_settings(PINNING_SESSION_SETUP=setup), unrelated_scope():
+        with capture_reads() as reads:
+            found = Book.objects.raw("SELECT 1 AS id, current_setting('shop.tenant') AS title")
+            assert [each.title for each in found] == ["7"]
+        assert reads[0].alias in REPLICAS
+    for alias in ALIASES:
+        connections[alias].close()

@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 
+from .browser import NewWindow, Window
 from .sample import ROOT, Site, eventually, open_folder
-from .test_sample_browser import NewWindow, Window, new_window
+from .test_sample_browser import new_window
 
 __all__ = ["new_window"]
 
 pytestmark = pytest.mark.real
 
-PICTURE = ROOT / "docs" / "status.png"
+PICTURE = ROOT / "docs" / "_static" / "status.png"
 MOST_BYTES = 150_000
 STATUS = "/pinning/"
 # Finds elements that overflow.

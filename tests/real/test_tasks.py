@@ -26,6 +26,7 @@ from pinning_middleware.stores import cache as keyed
 from tests.app.models import Book
 from tests.conftest import Browser
 from tests.real.conftest import PostgreSQL, alias_of_port, entries_of, missing, server
+from tests.real.mariadb import Servers
 from tests.real.sample import ROOT
 from tests.valkey import pins_in, redis_cache, valkey
 
@@ -311,8 +312,12 @@ class Processes:
             "WORKER_DATABASES": json.dumps(databases),
         }
 
-    def enqueue(self) -> str:
-        return self._run("-m", "tests.real.queued").strip()
+    def enqueue(self, title: str, command: str = "write") -> str:
+        return self._run("-m", "tests.real.queued", command, title).strip()
+
+    def result(self, key: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._run("-m", "tests.real.queued", "result", key))
+        return found
 
     def work(self) -> None:
         """Run all waiting tasks in a worker."""
@@ -341,9 +346,21 @@ def test_worker_of_the_database_backend(
         missing("The database's tasks are missing: pip install django-tasks-db")
     pg.pause()
     processes = Processes(entries_of(cluster), valkey, carries)
-    key = processes.enqueue()
+    key = processes.enqueue("new", "atomic")
     processes.work()
-    query = "SELECT status, return_value FROM django_tasks_database_dbtaskresult WHERE id = %s"
-    ((status, found),) = pg["pg"].execute(query, (key,), "site")
-    assert status.startswith("SUCCE"), found
+    found = processes.result(key)
     assert (found["seen"], alias_of_port(found["port"]) == "pg") == (carries, carries)
+
+
+def test_worker_on_servers_with_gtids(my: Servers, valkey: str) -> None:
+    processes = Processes(my.entries(), valkey, carries=True)
+    my.pause()
+    key = processes.enqueue("new")
+    processes.work()
+    found = processes.result(key)
+    assert (found["seen"], alias_of_port(found["port"])) == (True, "my")
+    key = processes.enqueue("later")
+    my.resume()
+    processes.work()
+    found = processes.result(key)
+    assert (found["seen"], alias_of_port(found["port"]) in {"my1", "my2"}) == (True, True)

@@ -57,7 +57,7 @@ def recipe(tenants: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     """The recipe's settings."""
     from django_tenants.postgresql_backend import base
 
-    shop = load("recipes.md", "Tenants of django-tenants")
+    shop = load("how-to/tenants.md", "Tenants of django-tenants")
     functions: Any = shop["shop/tenants"]
     functions.REPLICAS = ["pg1", "pg2"]
     # It is imported when the ENGINE is.

@@ -165,7 +165,7 @@ def test_lag_pauses_replay_on_mariadb_and_mysql(my: Servers) -> None:
     my["my"].execute(f"REVOKE {my.REPLAY_ADMIN} ON *.* FROM site")
 
 
-# The small site of docs/testing.md, on PostgreSQL
+# The small site of docs/how-to/testing.md, on PostgreSQL
 
 
 @pytest.fixture

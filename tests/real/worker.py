@@ -6,8 +6,12 @@ import os
 from typing import Any
 
 from celery import Celery
+from django.conf import settings
+from django.db import connections, router
 
 from pinning_middleware.celery import propagate_pins
+
+from .ports import ASK_PORT
 
 app = Celery("tests.real.worker")
 app.conf.update(
@@ -21,18 +25,11 @@ if os.environ.get("WORKER_CARRIES", "1") == "1":
     propagate_pins(app)
 
 
-class OnPostgreSQL:
+class OnServers:
     def db_for_read(self, model: Any, **hints: Any) -> str:
-        return "pg"
+        return settings.PRIMARY  # type: ignore[no-any-return]
 
     db_for_write = db_for_read
-
-
-class QueueOnPrimary:
-    """A router before the package's router."""
-
-    def db_for_read(self, model: Any, **hints: Any) -> str | None:
-        return "pg" if model._meta.app_label == "django_tasks_database" else None
 
 
 def look(*titles: str) -> dict[str, Any]:
@@ -40,7 +37,7 @@ def look(*titles: str) -> dict[str, Any]:
     from tests.app.models import Book
 
     seen = Book.objects.filter(title__in=titles).count() == len(titles)
-    (row,) = Book.objects.raw("SELECT 1 AS id, inet_server_port() AS port")
+    (row,) = Book.objects.raw(ASK_PORT[connections[router.db_for_write(Book)].vendor])
     return {"seen": seen, "port": row.port}
 
 

@@ -1,6 +1,6 @@
 """
-The small site of docs/testing.md, whose blocks are its tests: on SQLite and PostgreSQL, serial and
-parallel, with Django's runner and with pytest.
+The small site of docs/how-to/testing.md, whose blocks are its tests: on SQLite and PostgreSQL,
+serial and parallel, with Django's runner and with pytest.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 
 from pinning_middleware import testing
 
-PAGE = Path(__file__).parents[2] / "docs" / "testing.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "testing.md"
 PROJECT = Path(__file__).parent / "project"
 # In a file, writes of two threads lock it, and a mirror is a second connection to it.
 FILES = "test_files"

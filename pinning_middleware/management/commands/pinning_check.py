@@ -16,7 +16,7 @@ from django.core.checks import ERROR, WARNING, CheckMessage, run_checks
 from django.core.management.base import BaseCommand, CommandError
 from django.db import Error
 
-from pinning_middleware.checks.servers import check_balanced_by_a_pooler
+from pinning_middleware.checks.servers import check_balanced_by_a_pooler, check_evictions
 from pinning_middleware.checks.settings import TAG
 from pinning_middleware.conf import conf
 from pinning_middleware.management.live_check import (
@@ -63,6 +63,7 @@ class Command(BaseCommand):
                 # Do not wait for a primary that the poll has found unresponsive.
                 states = {row.alias: row for row in server_poll.poll()}
                 messages += check_balanced_by_a_pooler(databases=_balanced(chosen))
+                messages += check_evictions()
                 results = {
                     pool.primary: _check_live(
                         pool,

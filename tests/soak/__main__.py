@@ -1,0 +1,126 @@
+"""Run clients against real servers under faults, judge what they saw, and report it."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+from .clients import run
+from .faults import schedule
+from .history import History, Promise, Recorder, load
+from .judge import Violation, judge
+from .rig import LAYOUTS, SERVERS, running
+
+# Seconds: the budget of a read beside its execution, and what a machine of two cores that runs
+# the clients, the site and the servers adds.
+BUDGET = 1.5 + 0.5
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("--layout", choices=LAYOUTS, default="aliases")
+    parser.add_argument("--server", choices=SERVERS, default="gunicorn")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--users", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--age", choices=("0", "none"), default="none", help="CONN_MAX_AGE")
+    parser.add_argument("--monotonic", action="store_true", help="promise monotonic reads")
+    parser.add_argument("--history", type=Path, help="where to write the record")
+    parser.add_argument("--judge", type=Path, help="judge a record instead of running")
+    given = parser.parse_args()
+    if given.judge:
+        return report(load(given.judge))
+    path = given.history or Path(tempfile.gettempdir()) / f"soak-{given.layout}-{given.seed}.jsonl"
+    print(f"{given.layout}, {given.server}, seed {given.seed}, {path}", flush=True)
+    record(given, path)
+    failed = report(load(path))
+    if failed:
+        print(f"Again: python -m tests.soak {' '.join(sys.argv[1:])} --seed {given.seed}")
+    return failed
+
+
+def record(given: argparse.Namespace, path: Path) -> None:
+    promises = {Promise.EVERY_DEVICE}
+    settings = {}
+    if given.monotonic:
+        promises.add(Promise.MONOTONIC_READS)
+        settings["PINNING_CONSISTENCY"] = "monotonic-reads"
+    # Under ASGI a request has threads of its own, which keep no connections for the next one.
+    is_asgi = given.server in ("uvicorn", "granian")
+    age = 0 if given.age == "0" or is_asgi or "pool" in given.layout.split("-") else None
+    with (
+        tempfile.TemporaryDirectory(prefix="soak-") as name,
+        path.open("w", buffering=1) as file,
+    ):
+        folder = Path(name)
+        folder.chmod(0o755)
+        recorder = Recorder(file, promises, BUDGET)
+        options = {"conn_max_age": age}
+        with running(given.layout, given.server, folder, options, settings) as site:
+            over = threading.Event()
+            faults = threading.Thread(target=schedule, args=(site, given.seed, recorder, over))
+            faults.start()
+            devices = run(site.port, given.users, given.seed, recorder, over.is_set)
+            try:
+                wait(given.seconds, path)
+            finally:
+                over.set()
+                for thread in (*devices, faults):
+                    thread.join()
+
+
+def wait(seconds: float, path: Path) -> None:
+    """Wait for the end of the run, with a line of progress."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        print(f"\r{left:6.0f} s left, {path.stat().st_size / 1e6:.1f} MB", end="", flush=True)
+        time.sleep(min(left, 1))
+    print("\r" + " " * 40, end="\r", flush=True)
+
+
+def report(history: History) -> int:
+    """Print what was seen and return the exit status."""
+    operations = history.operations
+    reads = [each for each in operations if each.wrote is None]
+    took = max(reads, key=lambda each: each.ended - each.began, default=None)
+    print(
+        f"{len(operations):,} operations, {len(reads):,} reads by "
+        f"{len({each.session for each in operations})} devices"
+    )
+    if took:
+        print(f"longest read {took.ended - took.began:.2f} s")
+    print("reads by server:", dict(Counter(each.server for each in reads if each.server)))
+    print("faults:", dict(Counter(each.name for each in history.faults)))
+    print(
+        "without success:", dict(Counter(each.status for each in operations if not each.succeeded))
+    )
+    violations = judge(history)
+    for violation in violations[:20]:
+        print(line(violation, history))
+    print("violations:", dict(Counter(each.guarantee for each in violations)) or "none")
+    return 1 if violations else 0
+
+
+def line(violation: Violation, history: History) -> str:
+    operation = violation.operation
+    start = min(each.began for each in history.operations)
+    near = [
+        fault.name
+        for fault in history.faults
+        if fault.began - 5 < operation.ended and operation.began < fault.ended + 5
+    ]
+    return (
+        f"{violation.guarantee}: {operation.session} {operation.kind} at "
+        f"{operation.began - start:.2f} s from {operation.server or '?'}: "
+        f"{violation.why} (near: {', '.join(near) or 'no fault'})"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

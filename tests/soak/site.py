@@ -1,0 +1,133 @@
+"""
+The site: every way to write, and a read that returns what its session may have to see.
+
+``GET /read/?user=…&list=…&list=…`` returns the highest number of each list, the owners of its rows,
+and the server that answered. ``POST /write/<how>/?to=…&number=…&…`` appends a row before it reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from django.db import connection, connections, transaction
+from django.db.models import Max
+from django.db.models.expressions import RawSQL
+from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
+from django.urls import path
+
+from pinning_middleware import pinning_scope
+from pinning_middleware.handoff import token_to_send
+
+from .models import Row
+
+PORT = {"postgresql": "inet_server_port()", "mysql": "@@port"}
+
+
+def user_key(request: HttpRequest) -> str | None:
+    """The key under which CacheStore pins a user's other devices."""
+    return request.GET.get("user")
+
+
+def saw(lists: Iterable[str]) -> dict[str, Any]:
+    """Read the lists by one statement, so that what it shows is one state of one server."""
+    names = list(lists)
+    rows = (
+        Row.objects.filter(list__in=names)
+        .values("list", "owner")
+        .annotate(highest=Max("number"), port=RawSQL(PORT[connection.vendor], ()))
+    )
+    highest = dict.fromkeys(names, 0)
+    owners: dict[str, list[str]] = {name: [] for name in names}
+    server = ""
+    for row in rows:
+        highest[row["list"]] = max(highest[row["list"]], row["highest"])
+        owners[row["list"]].append(row["owner"])
+        server = str(row["port"])
+    return {"saw": highest, "owners": owners, "server": server}
+
+
+def read(request: HttpRequest) -> HttpResponse:
+    return JsonResponse(saw(request.GET.getlist("list")))
+
+
+# Ways to write
+
+
+def by_orm(name: str, number: int) -> None:
+    Row.objects.create(list=name, owner=name, number=number)
+
+
+def in_a_transaction(name: str, number: int) -> None:
+    with transaction.atomic():
+        by_orm(name, number)
+        list(Row.objects.filter(list=name)[:1])
+
+
+def by_a_cursor(name: str, number: int) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO soak_row (list, owner, number) VALUES (%s, %s, %s)", [name, name, number]
+        )
+
+
+def in_bulk(name: str, number: int) -> None:
+    Row.objects.bulk_create([Row(list=name, owner=name, number=number)])
+
+
+WRITES: dict[str, Callable[[str, int], None]] = {
+    "orm": by_orm,
+    "get": by_orm,
+    "transaction": in_a_transaction,
+    "cursor": by_a_cursor,
+    "bulk": in_bulk,
+}
+
+
+def write(request: HttpRequest, how: str) -> HttpResponse:
+    WRITES[how](*row_of(request))
+    return read(request)
+
+
+def row_of(request: HttpRequest) -> tuple[str, int]:
+    return request.GET["to"], int(request.GET["number"])
+
+
+def stream(request: HttpRequest) -> StreamingHttpResponse:
+    """Write when the headers have been sent, so that no cookie can carry the pin."""
+
+    def body() -> Iterator[bytes]:
+        yield b" "
+        by_orm(*row_of(request))
+        yield json.dumps(saw(request.GET.getlist("list"))).encode()
+
+    return StreamingHttpResponse(body())
+
+
+# A worker in the same process, which gets nothing but the token.
+worker = ThreadPoolExecutor(4)
+
+
+def task(request: HttpRequest) -> HttpResponse:
+    """Write, and return what a task that was sent by this request sees."""
+    by_orm(*row_of(request))
+    job = worker.submit(run, token_to_send(), request.GET.getlist("list"))
+    return JsonResponse(job.result(60))
+
+
+def run(token: str | None, lists: list[str]) -> dict[str, Any]:
+    try:
+        with pinning_scope(token, isolated=True):
+            return saw(lists)
+    finally:
+        connections.close_all()
+
+
+urlpatterns = [
+    path("read/", read),
+    path("write/stream/", stream),
+    path("write/task/", task),
+    path("write/<str:how>/", write),
+]
