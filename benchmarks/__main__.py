@@ -14,6 +14,7 @@ import sys
 NAMES = (
     "decisions",
     "dry_run",
+    "misses",
     "memory",
     "overhead",
     "probes",
