@@ -13,6 +13,8 @@ import sys
 
 NAMES = (
     "decisions",
+    "dry_run",
+    "misses",
     "memory",
     "overhead",
     "probes",

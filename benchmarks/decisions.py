@@ -1,4 +1,7 @@
-"""The time of one routing decision, inside a request that has done nothing yet."""
+"""
+The time of one routing decision, inside a request that has done nothing yet: round robin, and with
+a replica for each user.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,25 @@ from .models import Entry  # noqa: E402
 TIMES = 5000
 
 
-def main() -> None:
-    enter(Scope())
+def measure(scope: Scope) -> float:
+    """Return the time of a decision in this scope (seconds)."""
+    enter(scope)
     try:
-        took = [fastest(lambda: router.db_for_read(Entry), TIMES) for _ in range(ROUNDS)]
+        return fastest(lambda: router.db_for_read(Entry), TIMES)
     finally:
         enter(None)
-    print(f"a decision: {statistics.median(took) * 1e6:.2f} µs")
+
+
+def main() -> None:
+    by_user = Scope()
+    by_user.balance_key = lambda: "user"
+    scopes = {"a decision": Scope(), "by user": by_user}
+    took: dict[str, list[float]] = {name: [] for name in scopes}
+    for _ in range(ROUNDS):
+        for name, scope in scopes.items():
+            took[name].append(measure(scope))
+    for name, seconds in took.items():
+        print(f"{name}: {statistics.median(seconds) * 1e6:.2f} µs")
 
 
 if __name__ == "__main__":

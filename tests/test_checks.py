@@ -397,6 +397,15 @@ class ByHand:
         return "replica2"
 
 
+class ByFlag:
+    """A router that returns a replica only while a flag of the request is set."""
+
+    flag = False
+
+    def db_for_read(self, model: Any, **hints: Any) -> str:
+        return "replica2" if self.flag else "default"
+
+
 class UsersOnly:
     """A router that assigns every model to another primary than `default`."""
 
@@ -475,6 +484,7 @@ FITS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("W011", {"DATABASE_ROUTERS": [ROUTER, "tests.test_checks.ByHand"]}),
     ("W011", {"DATABASE_ROUTERS": [ROUTER, "tests.test_checks.ByParts"]}),
+    ("W011", {"DATABASE_ROUTERS": [ROUTER, "tests.test_checks.ByFlag"]}),
     ("W012", {"PINNING_IGNORED_TABLES": ["django_session"]}),
     ("W012", {"PINNING_IGNORED_TABLES": ["auth_user"]}),
     ("W013", {"CACHES": {"default": IN_DATABASE}}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from io import StringIO
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 from asgiref.sync import sync_to_async
+from django.contrib.auth.models import User
 from django.core.cache import caches
 from django.core.checks import run_checks
 from django.core.management import call_command
 from django.db import connection, router, transaction
-from django.test import override_settings
+from django.test import Client, override_settings
 from freezegun.api import FrozenDateTimeFactory
+from health_check.exceptions import ServiceWarning
 
 from pinning_middleware import (
     dry_run_report,
@@ -27,6 +30,7 @@ from pinning_middleware import (
     use_replica,
 )
 from pinning_middleware.conf import DEFAULTS, conf
+from pinning_middleware.contrib.health_check import Replicas
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.stores import dry_run_counts
 from pinning_middleware.utils import counters
@@ -37,6 +41,12 @@ from .conftest import Browser, Visit, saved
 pytestmark = pytest.mark.django_db(databases=["default", "users"], transaction=True)
 
 LAG = 2
+STATUS_PAGE = {
+    "ROOT_URLCONF": "tests.monitoring.urls",
+    "STATIC_URL": "/static/",
+    "SESSION_ENGINE": "django.contrib.sessions.backends.signed_cookies",
+    "TEMPLATES": [{"BACKEND": "django.template.backends.django.DjangoTemplates", "APP_DIRS": True}],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -363,6 +373,26 @@ def test_status_command_without_a_dry_run_has_no_section() -> None:
     with override_settings(PINNING_DRY_RUN=None):
         assert "ry run" not in status()
         assert "dry_run" not in json.loads(status("--json"))
+
+
+def test_status_page_shows_the_dry_run(tag: None) -> None:
+    text = re.compile(r"Of \d+ reads, [\d.]+ % could go to replicas")
+    with pinning_scope(isolated=True):
+        ada = User.objects.create_user("ada", is_staff=True)
+    with override_settings(**STATUS_PAGE):
+        staff = Client()
+        staff.force_login(ada)
+        assert text.search(staff.get("/pinning/").content.decode())
+        assert text.search(staff.get("/pinning/data/").json()["dry_run"])
+        with override_settings(PINNING_DRY_RUN=None):
+            assert staff.get("/pinning/data/").json()["dry_run"] == ""
+            page = staff.get("/pinning/").content.decode()
+            assert '<section aria-labelledby="dry-run" hidden>' in page
+
+
+def test_health_check_warns_that_there_is_no_replica() -> None:
+    with pytest.raises(ServiceWarning, match="every read of 'default' to the primary"):
+        Replicas().run()
 
 
 @pytest.fixture

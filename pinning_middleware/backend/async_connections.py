@@ -90,13 +90,6 @@ class PinnedAsyncConnection:
         """Return a copy of this connection."""
         return _pin(super().copy(alias), self.handler)  # type: ignore[misc]
 
-    async def set_autocommit(self, autocommit: bool, *args: Any, **kwargs: Any) -> None:
-        """Begin or end a transaction as ``async_atomic()`` does."""
-        await super().set_autocommit(autocommit, *args, **kwargs)  # type: ignore[misc]
-        self.in_raw_transaction = False
-        if autocommit:
-            await self._record_transaction_end()
-
     async def _commit(self) -> None:
         try:
             await super()._commit()  # type: ignore[misc]

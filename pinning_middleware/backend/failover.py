@@ -42,8 +42,11 @@ from pinning_middleware.routing.policy import Decision, Rejection, admit
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.scopes.overrides import current_overrides, innermost_override
 from pinning_middleware.scopes.scope import Scope, current_scope
+from pinning_middleware.servers.blocked_reads import watch_read
 from pinning_middleware.servers.budget import BudgetExhausted, read_budget
+from pinning_middleware.servers.connection_state import ConnectionState
 from pinning_middleware.servers.dialects import Refusal
+from pinning_middleware.servers.liveness import ServerUnresponsive
 from pinning_middleware.servers.probe import (
     endpoint_for,
     is_pool_exhausted,
@@ -289,15 +292,31 @@ def _run_watched(pool: Pool, call: Call, connection: BaseDatabaseWrapper) -> Any
             return call.run()
         state.may_fail_over = not is_transaction_open(connection)
         try:
-            return call.run()
+            return _run_blocking(call, connection, state)
         finally:
             state.may_fail_over = False
     state.waits_for_lock = False
     state.may_leave = partial(may_fail_over, connection, call)
     try:
-        return call.run()
+        return _run_blocking(call, connection, state)
     finally:
         state.may_leave = None
+
+
+def _run_blocking(call: Call, connection: BaseDatabaseWrapper, state: ConnectionState) -> Any:
+    """Run the statement; if the driver's waits cannot be watched, look at it from outside."""
+    if state.is_watched or not may_fail_over(connection, call):
+        return call.run()
+    read = watch_read(connection.connection, state)
+    try:
+        return call.run()
+    except (DatabaseError, InterfaceError) as error:
+        if read is not None and read.was_given_up:
+            raise ServerUnresponsive(f"{state.alias} does not answer") from error
+        raise
+    finally:
+        if read is not None:
+            read.end()
 
 
 def execute_on_primary(pool: Pool, call: Call, reason: Reason) -> Any:

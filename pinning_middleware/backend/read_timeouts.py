@@ -7,28 +7,21 @@ statement is slow. A probe over a new connection distinguishes the two.
 
 from __future__ import annotations
 
-from contextlib import closing
 from typing import Final
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.conf import conf
 from pinning_middleware.reasons import Fault
-from pinning_middleware.servers.connect import dedicated_connection
+from pinning_middleware.servers.blocked_reads import is_answering
 from pinning_middleware.servers.dialects import dialect_for
-from pinning_middleware.servers.probe import (
-    CONNECTION_ERRORS,
-    endpoint_for,
-    probe,
-    state_of,
-    without_failover,
-)
+from pinning_middleware.servers.probe import endpoint_for, state_of
 from pinning_middleware.servers.registry import registry
 
 __all__ = ["answers_probe", "has_timed_out"]
 
-# The driver's shortest timeout (seconds), for connecting, and for each answer to the probe.
-PROBE_TIMEOUT: Final = 1
+# Seconds.
+PROBE_TIMEOUT: Final = 1.0
 
 
 def has_timed_out(connection: BaseDatabaseWrapper, error: Exception, seconds: float) -> bool:
@@ -46,20 +39,11 @@ def answers_probe(connection: BaseDatabaseWrapper, error: Exception) -> bool:
 
     Otherwise it is taken out of rotation. Another server behind the alias is judged by nothing.
     """
-    endpoint, server = endpoint_for(connection), state_of(connection).server
-    with closing(dedicated_connection(connection.alias)) as fresh, without_failover():
-        timeouts = ("connect_timeout", "read_timeout", "write_timeout")
-        fresh.settings_dict["OPTIONS"].update(dict.fromkeys(timeouts, PROBE_TIMEOUT))
-        try:
-            result = probe(fresh, is_trial=True)
-            if result is None:
-                # Positions are disabled.
-                fresh.ensure_connection()
-                return fresh.is_usable()
-            return server is None or result.server is server
-        except CONNECTION_ERRORS:
-            if server is not None:
-                registry.set_status(server, Fault.UNRESPONSIVE, conf.retry_after, error)
-            if not endpoint.is_down and (server is None or len(endpoint.recent_servers) < 2):
-                registry.mark_down(endpoint, Fault.UNRESPONSIVE, conf.retry_after, error)
-            return False
+    endpoint, state = endpoint_for(connection), state_of(connection)
+    answering, server = is_answering(state, PROBE_TIMEOUT), state.server
+    if answering is False:
+        if server is not None:
+            registry.set_status(server, Fault.UNRESPONSIVE, conf.retry_after, error)
+        if not endpoint.is_down and (server is None or len(endpoint.recent_servers) < 2):
+            registry.mark_down(endpoint, Fault.UNRESPONSIVE, conf.retry_after, error)
+    return answering is True

@@ -12,6 +12,7 @@ from django.db import DEFAULT_DB_ALIAS, router
 from django.utils.module_loading import import_string
 
 from pinning_middleware.checks.messages import warning
+from pinning_middleware.checks.router_code import aliases_in_code
 from pinning_middleware.conf import MULTIDB_ALIASES, conf
 from pinning_middleware.routers import PinningRouter
 
@@ -111,6 +112,8 @@ def _routers() -> Iterator[CheckMessage]:
             # W011 reports replicas of PINNING_REPLICAS.
             if replicas - conf.primary_by_replica.keys():
                 found.setdefault(primary, set()).update(replicas)
+        if not found and (replicas := _replicas_in_code(other)):
+            found = {DEFAULT_DB_ALIAS: replicas}
         if found:
             pools = {primary: sorted(replicas) for primary, replicas in found.items()}
             value = pools.get(DEFAULT_DB_ALIAS) if len(pools) == 1 else None
@@ -121,6 +124,19 @@ def _routers() -> Iterator[CheckMessage]:
                 f"{REPLACEMENTS['DATABASE_ROUTERS']!r} as the first entry of DATABASE_ROUTERS. "
                 "This router should only return which primary a model belongs to.",
             )
+
+
+def _replicas_in_code(other: Any) -> set[str]:
+    """Return the aliases that a router names for reads only, in some requests for example."""
+    answers = {_ask(other, "db_for_write", model) for model in apps.get_models()}
+    if None in answers:
+        # A database that it does not write may be a separate one.
+        return set()
+    read, written = (
+        set(aliases_in_code(other, action, settings.DATABASES))
+        for action in ("db_for_read", "db_for_write")
+    )
+    return read - written - answers - {DEFAULT_DB_ALIAS} - conf.primary_by_replica.keys()
 
 
 def _ask(other: Any, action: str, model: Any) -> str | None:

@@ -16,6 +16,7 @@ from django.db import connections, router
 from django.utils.module_loading import import_string
 
 from pinning_middleware.checks.messages import TAG, error, warning
+from pinning_middleware.checks.router_code import aliases_in_code
 from pinning_middleware.checks.settings import is_strings, parsed_replicas, value_of
 from pinning_middleware.conf import conf
 from pinning_middleware.routing.compatibility import is_interchangeable
@@ -137,15 +138,15 @@ def check_other_routers(**kwargs: Any) -> list[CheckMessage]:
     return [
         warning(
             "W011",
-            f"{type(other).__name__}.{method}() returns the replica {alias!r} for {label}.",
+            f"{type(other).__name__}.{method}() returns the replica {alias!r} {when}.",
             "Return the primary that a model belongs to; PinningRouter selects the replica.",
         )
-        for other, method, label, alias in _answers(_replicas())
+        for other, method, when, alias in _answers(_replicas())
     ]
 
 
 def _answers(replicas: Container[str]) -> Iterator[tuple[Any, str, str, str]]:
-    """Yield the first replica that each method of the other routers returns, and the model."""
+    """Yield the first replica that each method of the other routers returns, and for what."""
     for other in router.routers:
         if _is_instance(other, ROUTER):
             continue
@@ -159,8 +160,11 @@ def _answers(replicas: Container[str]) -> Iterator[tuple[Any, str, str, str]]:
                     # A router that needs hints cannot be checked.
                     continue
                 if isinstance(alias, str) and alias in replicas:
-                    yield other, name, model._meta.label, alias
+                    yield other, name, f"for {model._meta.label}", alias
                     break
+            else:
+                if named := aliases_in_code(other, name, replicas):
+                    yield other, name, "in some cases, as its code shows", named[0]
 
 
 # Stores

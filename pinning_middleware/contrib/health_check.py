@@ -51,7 +51,7 @@ class Replicas(HealthCheck):  # type: ignore[misc]
         pool = pools().by_primary.get(self.pool)
         if pool is None:
             raise ServiceUnavailable(f"{self.pool!r} is not a primary in PINNING_REPLICAS")
-        if not pool.has_replicas:
+        if not pool.has_replicas or pool.is_dry_run:
             raise ServiceWarning(f"The settings send every read of {self.pool!r} to the primary")
         used = [alias for alias, weight in pool.replica_set.rotations.weights.items() if weight]
         with ThreadPoolExecutor(len(used)) as threads:

@@ -101,11 +101,11 @@ def resolve(pool: DryRunPool, scope: Scope, decision: Decision, model: object) -
     reason = decision.reason
     if reason is Reason.ROUND_ROBIN:
         return pool.round_robin
-    misses_write = reason in _BY_PINS and _misses_write(pool, scope, model)
+    misses_write = reason in _BY_PINS and _misses_write(pool, scope, reason, model)
     return Decision(pool.primary, None, reason, misses_write)
 
 
-def _misses_write(pool: Pool, scope: Scope, model: object) -> bool:
+def _misses_write(pool: Pool, scope: Scope, reason: Reason, model: object) -> bool:
     """
     Return whether the read, if there were no pins, would go to a replica that lacks what the
     client has written.
@@ -113,6 +113,9 @@ def _misses_write(pool: Pool, scope: Scope, model: object) -> bool:
     state, lag = scope.state(pool.key), pool.spec.assumed_lag or 0.0
     if _seconds_since_write(state) >= lag:
         return False
+    if reason is not Reason.WROTE:
+        # An inherited pin decides last, so that nothing else keeps the read on the primary.
+        return True
     unpinned = copy.copy(scope)
     unpinned.pools = {**scope.pools, pool.key: _without_pins(state)}
     is_on_replica = decide(pool, unpinned, model).replica is not None

@@ -117,11 +117,11 @@ class BoundedConnect(Base):  # type: ignore[misc]
         # A pool may hand out another connection of the driver than the last one.
         self.__dict__.pop("pinning_state", None)
         began = time.monotonic()
+        # Django wraps the driver's errors outside of connect().
+        of_driver = (self.Database.OperationalError, self.Database.InterfaceError)
         try:
-            # Django wraps the driver's errors outside of connect().
-            with self.wrap_database_errors:
-                super().connect()
-        except CONNECTION_ERRORS:
+            super().connect()
+        except (*CONNECTION_ERRORS, *of_driver):
             if time.monotonic() - began >= RETRY_IF_FAILED_WITHIN or not _needs_timeout(self):
                 raise
             if self.is_dedicated and endpoint_for(self).is_down:

@@ -9,8 +9,7 @@ If the server does not answer, no longer runs the session, or makes it wait for 
 the read fails with an error that lets it fail over; otherwise it goes on.
 
 psycopg 3 allows its waits to be watched: ``Connection.wait`` resumes its generator every 0.1 s. For
-other drivers a thread shuts down the socket of an unanswered probe, and reads are limited by the
-driver's own option (``read_timeout`` of mysqlclient).
+other drivers a thread shuts down the socket of an unanswered probe or read (see blocked_reads.py).
 """
 
 from __future__ import annotations
@@ -32,9 +31,14 @@ from pinning_middleware.servers.session_check import SessionStatus, check_sessio
 
 __all__ = [
     "DEADLINE",
+    "FIRST_CHECK_AFTER",
+    "NEXT_CHECK_AFTER",
+    "WAIT_INTERVAL",
     "ReplayWaits",
     "ServerUnresponsive",
     "clear_deadline",
+    "driver_connection",
+    "mark_unresponsive",
     "start_deadline",
     "watch_waits",
     "watched_wait",
@@ -82,13 +86,13 @@ def watched_wait(wait: Any) -> Any:
 
 def watch_waits(raw: Any, state: ConnectionState) -> None:
     """Watch the waits of a driver connection, if the driver is psycopg 3."""
-    raw = _driver_connection(raw)
+    raw = driver_connection(raw)
     if hasattr(getattr(raw, "wait", None), "pinning_original"):
         raw.pinning_watched = state
         state.is_watched = True
 
 
-def _driver_connection(raw: Any) -> Any:
+def driver_connection(raw: Any) -> Any:
     """
     Return the connection behind a proxy: of SQLAlchemy's pools, or of an agent that uses wrapt.
 
@@ -174,7 +178,7 @@ class _SlowRead:
         elif seconds < DEADLINE:
             self._give_up(BudgetExhausted(f"{self.state.alias} did not answer in time"))
         else:
-            _mark_unresponsive(self.state)
+            mark_unresponsive(self.state)
             self._give_up(ServerUnresponsive(f"{self.state.alias} does not answer"))
 
     def _found(self, seen_at: float, waits_for_lock: bool) -> None:
@@ -207,7 +211,7 @@ def _is_marked_unresponsive(state: ConnectionState) -> bool:
     )
 
 
-def _mark_unresponsive(state: ConnectionState) -> None:
+def mark_unresponsive(state: ConnectionState) -> None:
     """Take the server out of rotation, or the endpoint if the server is unknown."""
     error = "it does not answer"
     if state.server is not None:

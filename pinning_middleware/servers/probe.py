@@ -38,6 +38,7 @@ from pinning_middleware.servers.liveness import (
     DEADLINE,
     ServerUnresponsive,
     clear_deadline,
+    driver_connection,
     start_deadline,
     watch_waits,
 )
@@ -158,11 +159,12 @@ def _record_whether_bounded(
         return
     was_bounded = endpoint.reads_are_bounded
     has_timeout = bool(connection.settings_dict["OPTIONS"].get("read_timeout"))
-    endpoint.reads_are_bounded = state.is_watched or has_timeout
+    has_socket = hasattr(driver_connection(raw), "fileno")
+    endpoint.reads_are_bounded = state.is_watched or has_timeout or has_socket
     if was_bounded is not endpoint.reads_are_bounded is False:
         logger.info(
             "A read of %s waits for as long as its server does not answer: connections of %s "
-            "cannot be watched. Use psycopg 3, or read_timeout of mysqlclient.",
+            "do not name their socket. Use psycopg or mysqlclient.",
             state.alias,
             type(raw).__module__,
         )

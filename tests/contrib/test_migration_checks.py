@@ -51,6 +51,15 @@ class Several(Chance):
         return "users" if model._meta.model_name == "account" else "default"
 
 
+class Flagged(Chance):
+    """A replica only while a flag of the request is set."""
+
+    flag = False
+
+    def db_for_read(self, model: Any, **hints: Any) -> Any:
+        return "slave" if self.flag else "default"
+
+
 class Broken:
     def db_for_read(self, model: Any, **hints: Any) -> str:
         raise LookupError
@@ -167,6 +176,7 @@ def test_check_reports_derived_routers() -> None:
         ("Chance", "['elsewhere', 'slave']"),
         ("Split", "{'users': ['elsewhere']}"),
         ("Several", "{'default': ['slave'], 'users': ['elsewhere']}"),
+        ("Flagged", "['slave']"),
     ],
 )
 def test_check_reports_custom_routers(name: str, value: str) -> None:

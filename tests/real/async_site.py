@@ -20,7 +20,7 @@ import psycopg
 ENGINE = "django_async_backend.db.backends.postgresql"
 
 
-def configure(primary: dict[str, Any], replica: dict[str, Any], **more: Any) -> None:
+def configure(primary: dict[str, Any], replica: dict[str, Any]) -> None:
     import django
     from django.conf import settings
 
@@ -38,7 +38,6 @@ def configure(primary: dict[str, Any], replica: dict[str, Any], **more: Any) -> 
         ROOT_URLCONF=__name__,
         SECRET_KEY="only for tests",
         USE_TZ=True,
-        **more,
     )
     django.setup()
 
@@ -263,6 +262,28 @@ async def catching_up(site: Site) -> Any:
 
     assert await eventually(read)
     return found[0]
+
+
+async def another_users_write(site: Site) -> Any:
+    """A row that the paused replica does not have, found by another client."""
+    from pinning_middleware import retry_404
+
+    async def find() -> str:
+        note = await site.note.async_objects.aget(text="new")
+        return str(note.text)
+
+    async def find_or_none() -> str | None:
+        try:
+            return await find()
+        except site.note.DoesNotExist:
+            return None
+
+    site.replica("SELECT pg_wal_replay_pause()")
+    try:
+        await site.visit(site.write)
+        return [await site.visit(find_or_none), await site.visit(retry_404(find))]
+    finally:
+        site.replica("SELECT pg_wal_replay_resume()")
 
 
 async def dead_replica(site: Site) -> Any:

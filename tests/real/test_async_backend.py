@@ -85,6 +85,7 @@ def run(scenario: str, site: dict[str, dict[str, Any]]) -> Any:
         ),
         ("instances", ["default", "replica1: round_robin"]),
         ("catching_up", "replica1: caught_up"),
+        ("another_users_write", [None, "new"]),
         ("session_state", "default: session_state"),
     ],
 )

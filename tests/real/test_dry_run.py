@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from django.db import OperationalError, connections
@@ -10,13 +11,14 @@ from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 
 from pinning_middleware import dry_run_report
+from pinning_middleware.routing import primary_connections
 from pinning_middleware.servers import monitor
 from pinning_middleware.stores import dry_run_counts
 from pinning_middleware.testing import advance_window
 from pinning_middleware.testing.clock import reset_window
 from pinning_middleware.utils import counters
 from tests.app.models import Book
-from tests.real.conftest import PostgreSQL, unrelated_scope
+from tests.real.conftest import PostgreSQL, pool, unrelated_scope
 
 pytestmark = pytest.mark.real
 
@@ -92,6 +94,22 @@ def test_primary_that_is_down_raises_its_own_error(pg: PostgreSQL) -> None:
         for _ in range(3):
             with pytest.raises(OperationalError):
                 read()
+            with pytest.raises(OperationalError), connections["pg"].cursor() as cursor:
+                cursor.execute("SHOW server_version")
         pg["pg"].start()
         # It is not out of rotation.
         assert read() == {"round_robin": 1}
+
+
+def test_connections_of_a_pinned_client_are_not_probed(
+    pg: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = write()
+    connections["pg"].close()
+    read()
+    monkeypatch.setattr(primary_connections, "FRESH_FOR", 0.0)
+    probed: list[Any] = []
+    monkeypatch.setattr(pool().primary_connections, "_probe", probed.append)
+    with unrelated_scope(token):
+        Book.objects.create(title="newer")
+    assert not probed

@@ -14,6 +14,8 @@ from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware import use_replica
 from pinning_middleware.exceptions import ReplicaWriteError
+from pinning_middleware.servers import blocked_reads
+from pinning_middleware.servers.connection_state import ConnectionState
 from pinning_middleware.servers.dialects.mysql import MySQL
 from tests.app.models import Book
 from tests.conftest import Visit
@@ -356,6 +358,64 @@ def test_frozen_server_is_unresponsive_after_read_timeout(
             assert read() == (OTHER[first], ["one"])
         assert sent_signals.of("replica_removed")[0]["reason"] == "unresponsive"
         assert [each["served"] for each in sent_signals.of("read_retried")] == [OTHER[first]]
+
+
+def test_frozen_server_is_unresponsive_without_read_timeout(
+    one_book: Servers, sent_signals: SentSignals
+) -> None:
+    with unrelated_scope():
+        first = server()
+        with one_book[first].frozen():
+            assert read() == (OTHER[first], ["one"])
+        assert sent_signals.of("replica_removed")[0]["reason"] == "unresponsive"
+        assert [each["served"] for each in sent_signals.of("read_retried")] == [OTHER[first]]
+
+
+def test_threads_on_a_frozen_server_share_its_probes(
+    one_book: Servers, sent_signals: SentSignals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed: list[str] = []
+    answering = blocked_reads.is_answering
+
+    def counted(state: ConnectionState, seconds: float) -> bool | None:
+        probed.append(state.alias)
+        return answering(state, seconds)
+
+    monkeypatch.setattr(blocked_reads, "is_answering", counted)
+    ready, found = threading.Barrier(5), []
+
+    def work(first: str) -> None:
+        try:
+            with use_replica():
+                assert connections[first].ensure_connection() is None
+                ready.wait(30)
+                ready.wait(30)
+                found.append(Book.objects.using(first).count())
+        finally:
+            connections.close_all()
+
+    threads = [threading.Thread(target=work, args=("my1",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    ready.wait(30)
+    with one_book["my1"].frozen():
+        ready.wait(30)
+        for thread in threads:
+            thread.join(30)
+    assert found == [1, 1, 1, 1]
+    # One for the server, and one for connections whose server is unknown.
+    assert set(probed) == {"my1"}
+    assert len(probed) <= 2
+
+
+def test_slow_read_of_a_server_that_answers_is_left_alone(
+    one_book: Servers, sent_signals: SentSignals
+) -> None:
+    with unrelated_scope():
+        (book,) = Book.objects.raw("SELECT id, title, SLEEP(2) AS slept FROM app_book")
+    assert book.title == "one"
+    assert sent_signals == []
+    assert not pool().replica_set.out_of_rotation
 
 
 @pytest.mark.parametrize("kind", ["timeout", "killed"])

@@ -8,6 +8,7 @@ import pytest
 from django.db import connections
 
 from pinning_middleware import stats
+from pinning_middleware.servers import probe as probing
 
 from .mariadb import Servers
 from .test_status import check, skip_system_checks, status
@@ -18,8 +19,10 @@ pytestmark = pytest.mark.real
 
 
 def test_status_says_whether_reads_are_bounded(
-    my: Servers, caplog: pytest.LogCaptureFixture
+    my: Servers, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Drivers exist whose connections have no `fileno`."""
+    monkeypatch.setattr(probing, "driver_connection", lambda raw: object())
     caplog.set_level("INFO", "pinning_middleware.servers")
     connections.settings["my2"]["OPTIONS"]["read_timeout"] = 5
     for _ in range(2):

@@ -60,9 +60,9 @@ def record(given: argparse.Namespace, path: Path) -> None:
     ):
         folder = Path(name)
         folder.chmod(0o755)
-        recorder = Recorder(file, promises, BUDGET)
         options = {"conn_max_age": age}
         with running(given.layout, given.server, folder, options, settings) as site:
+            recorder = Recorder(file, promises, BUDGET)
             over = threading.Event()
             faults = threading.Thread(target=schedule, args=(site, given.seed, recorder, over))
             faults.start()

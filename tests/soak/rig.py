@@ -95,7 +95,9 @@ def _haproxy(stack: ExitStack, cluster: Cluster) -> dict[str, tuple[Place, ...]]
 def _pgbouncer(mode: str) -> Callable[[ExitStack, Cluster], dict[str, tuple[Place, ...]]]:
     def arrange(stack: ExitStack, cluster: Cluster) -> dict[str, tuple[Place, ...]]:
         def bounced(place: Place) -> tuple[Bouncer]:
-            return (stack.enter_context(pgbouncer(place, pool_mode=mode)),)
+            # Of a session pool each connection of the site takes one, for as long as it is open.
+            settings = {"default_pool_size": f"{2 * THREADS + 16}"}
+            return (stack.enter_context(pgbouncer(place, pool_mode=mode, **settings)),)
 
         replicas = {node.name: bounced(node) for node in cluster.replicas}
         return {"default": bounced(cluster.primary), **replicas}

@@ -261,7 +261,7 @@ def _details(row: ServerState) -> dict[str, str]:
     if row.error:
         details["error"] = " ".join(row.error.split())
     if row.reads_bounded is False:
-        details["reads"] = "may hang: use psycopg 3, or read_timeout of mysqlclient"
+        details["reads"] = "may hang: use psycopg or mysqlclient"
     return details
 
 

@@ -1,0 +1,69 @@
+"""psycopg2 blocks until its server answers, so that its reads are looked at from outside."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from .conftest import PostgreSQL, entries_of, missing
+from .layouts import frozen
+from .sample import ROOT
+
+pytestmark = pytest.mark.real
+
+PROGRAM = """
+import sys
+
+sys.modules["psycopg"] = None
+from tests.real.psycopg2_site import main
+
+main()
+"""
+
+
+@pytest.fixture
+def site(pg: PostgreSQL, cluster: Any) -> Iterator[subprocess.Popen[str]]:
+    if importlib.util.find_spec("psycopg2") is None:
+        missing("psycopg2 is missing: pip install psycopg2-binary")
+    entries = entries_of(cluster)
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        cwd=ROOT,
+        env={**os.environ, "DATABASES_OF_TEST": json.dumps(entries)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def read(site: subprocess.Popen[str], seconds: float = 0) -> int:
+    """Return the port of the server that answered a read of so many seconds."""
+    assert site.stdin is not None
+    assert site.stdout is not None
+    site.stdin.write(f"{seconds}\n")
+    site.stdin.flush()
+    return int(site.stdout.readline())
+
+
+def test_read_of_a_frozen_replica_runs_on_the_primary(
+    pg: PostgreSQL, site: subprocess.Popen[str]
+) -> None:
+    assert read(site) == pg["pg1"].port
+    with frozen(pg["pg1"]):
+        assert read(site) == pg["pg"].port
+
+
+def test_slow_read_of_a_replica_that_answers_is_left_alone(
+    pg: PostgreSQL, site: subprocess.Popen[str]
+) -> None:
+    assert read(site, 2) == pg["pg1"].port
