@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint format docs package package-check wheel-test benchmarks system-packages clean
+.PHONY: help demo test test-fast soak django-suite lint format docs package package-check wheel-test benchmarks system-packages clean
 
 help:
 	@echo "make demo             a site on a primary and two lagging replicas, on http://127.0.0.1:$(PORT)"
@@ -21,6 +21,8 @@ help:
 	@echo "make docs             the documentation, in docs/_build"
 	@echo "make package          the sdist and the wheel, in dist"
 	@echo "make package-check    their metadata and contents, and the workflows"
+	@echo "make soak             clients on real servers under faults, for a minute; SOAK=\"--help\" has the options"
+	@echo "make django-suite     Django's own tests on PostgreSQL, with a router and without"
 	@echo "make benchmarks       measurements, among them the figures of the documentation"
 	@echo "make system-packages  MariaDB, HAProxy, PgBouncer, Chromium, on Debian and Ubuntu"
 	@echo "make clean            remove what the others made"
@@ -95,6 +97,12 @@ package-check: package
 
 wheel-test: package
 	tests/against-wheel $(PYTHON) $(TESTS)
+
+soak: $(VENV)/.test
+	$(BIN)/python -m tests.soak $(SOAK)
+
+django-suite: $(VENV)/.test
+	$(BIN)/python -m tests.django_suite $(TESTS)
 
 benchmarks: $(VENV)/.pip
 	$(PIP) install --quiet --editable . --group benchmark

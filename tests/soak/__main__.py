@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--age", choices=("0", "none"), default="none", help="CONN_MAX_AGE")
     parser.add_argument("--monotonic", action="store_true", help="promise monotonic reads")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for a read")
     parser.add_argument("--history", type=Path, help="where to write the record")
     parser.add_argument("--judge", type=Path, help="judge a record instead of running")
     given = parser.parse_args()
@@ -62,7 +63,7 @@ def record(given: argparse.Namespace, path: Path) -> None:
         folder.chmod(0o755)
         options = {"conn_max_age": age}
         with running(given.layout, given.server, folder, options, settings) as site:
-            recorder = Recorder(file, promises, BUDGET)
+            recorder = Recorder(file, promises, given.budget)
             over = threading.Event()
             faults = threading.Thread(target=schedule, args=(site, given.seed, recorder, over))
             faults.start()
@@ -76,12 +77,15 @@ def record(given: argparse.Namespace, path: Path) -> None:
 
 
 def wait(seconds: float, path: Path) -> None:
-    """Wait for the end of the run, with a line of progress."""
+    """Wait for the end of the run, on a terminal with a line of progress."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
-        print(f"\r{left:6.0f} s left, {path.stat().st_size / 1e6:.1f} MB", end="", flush=True)
         time.sleep(min(left, 1))
-    print("\r" + " " * 40, end="\r", flush=True)
+        if not sys.stdout.isatty():
+            continue
+        print(f"\r{left:6.0f} s left, {path.stat().st_size / 1e6:.1f} MB", end="", flush=True)
+    if sys.stdout.isatty():
+        print("\r" + " " * 40, end="\r", flush=True)
 
 
 def report(history: History) -> int:
