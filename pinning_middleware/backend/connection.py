@@ -59,15 +59,18 @@ class PinnedConnection(BoundedConnect):
         """Open the connection."""
         self.in_raw_transaction = False
         self.is_connecting = True
+        # Django wraps the driver's errors outside of connect().
+        driver: Any = self.Database
+        unreachable = (*CONNECTION_ERRORS, driver.OperationalError, driver.InterfaceError)
         try:
             super().connect()
-        except DatabaseError as error:
-            if isinstance(error, CONNECTION_ERRORS) or self.alias not in conf.primary_by_replica:
+        except (DatabaseError, driver.DatabaseError) as error:
+            if isinstance(error, unreachable) or self.alias not in conf.primary_by_replica:
                 raise
             # A standby refuses to set up the session of a role that is `serializable`. Django would
             # use the connection as it is.
             self.close()
-            raise OperationalError(*error.args) from error.__cause__
+            raise OperationalError(*error.args) from error.__cause__ or error
         finally:
             self.is_connecting = False
         if dialect_for(self) is not None and self.alias in pools().by_connection:
