@@ -18,6 +18,9 @@ from django.db.models import Model
 from django.test import AsyncClient, Client, TransactionTestCase
 from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
+from hypothesis.configuration import set_hypothesis_home_dir
 
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.routing.route import take_decision
@@ -34,6 +37,19 @@ from tests.settings import FOLDER
 REPLICAS = ("replica1", "replica2", "users_replica")
 MIDDLEWARE = "pinning_middleware.middleware.PinningMiddleware"
 ROUTER = "pinning_middleware.routers.PinningRouter"
+
+# `pytest --hypothesis-profile=long` searches for other examples each time, and for more of them.
+set_hypothesis_home_dir(FOLDER / "hypothesis")
+for profile, max_examples in (("ci", 100), ("long", 5000)):
+    hypothesis_settings.register_profile(
+        profile,
+        max_examples=max_examples,
+        derandomize=profile == "ci",
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+hypothesis_settings.load_profile("ci")
 
 
 def where(name: str = "Book") -> str:
