@@ -118,6 +118,8 @@ class Scopes(RuleBasedStateMachine):
         self.pending.append(self.frame)
         if self.atomic is None:
             self.become_visible()
+        else:
+            self.frame.known.add({self.end + 1: self.now + WINDOW})
 
     def become_visible(self) -> None:
         self.end += 1
@@ -149,6 +151,7 @@ class Scopes(RuleBasedStateMachine):
         if rolls_back:
             transaction.set_rollback(True)
             self.pending.clear()
+            self.end += 1
         self.atomic.__exit__(None, None, None)
         self.atomic = None
         if self.pending:
@@ -157,7 +160,7 @@ class Scopes(RuleBasedStateMachine):
     @precondition(lambda self: len(self.frames) < 4)
     @rule(data=st.data(), isolated=st.booleans())
     def enter_scope(self, data: st.DataObject, isolated: bool) -> None:
-        token, known = data.draw(st.sampled_from(self.tokens))
+        token, known = data.draw(st.sampled_from([self.tokens[0], *self.tokens[-3:]]))
         block = pinning_scope(token, isolated)
         block.__enter__()
         outer = None if isolated else self.frame
