@@ -68,6 +68,11 @@ class Frame:
         self.written: dict[int, float] = {}
         self.is_open = True
 
+    @property
+    def lineage(self) -> list[Frame]:
+        """Itself and the scopes around it."""
+        return [self, *(self.outer.lineage if self.outer else ())]
+
 
 class Scopes(RuleBasedStateMachine):
     """
@@ -204,8 +209,11 @@ class Scopes(RuleBasedStateMachine):
     @rule()
     def unpin(self) -> None:
         unpin_this_request()
-        self.frame.known = Known()
         self.frame.written = {}
+        # A scope inside it that has done nothing itself shares its state, also after its end.
+        for frame in (self.frame, *self.left):
+            if self.frame in frame.lineage:
+                frame.known = Known()
         self.pending = [frame for frame in self.pending if frame is not self.frame]
 
     # What happens to it
