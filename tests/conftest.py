@@ -18,7 +18,7 @@ from django.db.models import Model
 from django.test import AsyncClient, Client, TransactionTestCase
 from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
-from hypothesis import HealthCheck
+from hypothesis import HealthCheck, Phase
 from hypothesis import settings as hypothesis_settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
@@ -38,17 +38,19 @@ REPLICAS = ("replica1", "replica2", "users_replica")
 MIDDLEWARE = "pinning_middleware.middleware.PinningMiddleware"
 ROUTER = "pinning_middleware.routers.PinningRouter"
 
-# `pytest --hypothesis-profile=long` searches for other examples each time, and for more of them.
+# `pytest --hypothesis-profile=long` searches for other examples each time, and for more of them;
+# `mutants` does not simplify what it finds.
 set_hypothesis_home_dir(FOLDER / "hypothesis")
-for profile, max_examples in (("ci", 100), ("long", 5000)):
-    hypothesis_settings.register_profile(
-        profile,
-        max_examples=max_examples,
-        derandomize=profile == "ci",
-        deadline=None,
-        database=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-    )
+hypothesis_settings.register_profile(
+    "ci",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+CI = hypothesis_settings.get_profile("ci")
+hypothesis_settings.register_profile("long", CI, max_examples=5000, derandomize=False)
+hypothesis_settings.register_profile("mutants", CI, phases=[Phase.explicit, Phase.generate])
 hypothesis_settings.load_profile("ci")
 
 

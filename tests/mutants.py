@@ -45,7 +45,7 @@ CONFIG: Final = """
 [cosmic-ray]
 module-path = "{module}"
 timeout = 120.0
-test-command = "{python} -m pytest -q -x -p no:cacheprovider -p no:randomly {tests}"
+test-command = "{python} -m pytest -qx -p no:cacheprovider --hypothesis-profile=mutants {tests}"
 [cosmic-ray.distributor]
 name = "local"
 """

@@ -10,7 +10,7 @@ import pytest
 from django.core.signing import Signer, b64_encode
 from django.http import HttpRequest, HttpResponse
 from django.test import RequestFactory, override_settings
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pinning_middleware import handoff, is_pinned, pinning_scope, tokens
@@ -217,7 +217,6 @@ LARGE = st.builds(
 )
 
 
-@settings(max_examples=30)
 @given(LARGE, LARGE)
 def test_token_of_any_pins_is_bounded_and_shortens_none(at: Any, one: Pins, other: Pins) -> None:
     pins = {**one, **other}
