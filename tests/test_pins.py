@@ -26,6 +26,7 @@ from pinning_middleware.pins import (
     pack,
     pins_of,
     unpack,
+    within_window,
 )
 from tests.strategies import KEYS, PINS_OF_SAME_LOGS, REPLAYED, pins, positions
 
@@ -220,6 +221,13 @@ def test_window_longer_than_the_lifetime_of_positions_is_kept() -> None:
     pin = Pin(window, None, Position({"1": 9}))
     assert pin.is_live(window - 1, window)
     assert not pin.is_live(window, window)
+
+
+def test_pin_is_within_its_window_until_its_end_also_with_a_position() -> None:
+    pins = {DEFAULT: Pin(10.0, None, Position({"1": 9})), USERS: Pin(20.0)}
+    assert within_window(pins, 9.9) == pins
+    assert within_window(pins, 10.0) == {USERS: Pin(20.0)}
+    assert within_window(pins, 20.0) == {}
 
 
 @pytest.mark.parametrize(
