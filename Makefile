@@ -10,12 +10,14 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast soak django-suite lint format docs package package-check wheel-test benchmarks system-packages clean
+.PHONY: help demo test test-fast soak django-suite mutants lint format docs package package-check wheel-test \
+	benchmarks system-packages clean
 
 help:
 	@echo "make demo             a site on a primary and two lagging replicas, on http://127.0.0.1:$(PORT)"
 	@echo "make test             all tests, real servers included: about eight minutes"
 	@echo "make test-fast        the tests that need no server: less than a minute"
+	@echo "make mutants          whether the tests notice small changes of central modules: an hour or more"
 	@echo "make lint             ruff, mypy and codespell"
 	@echo "make format           ruff, changing files"
 	@echo "make docs             the documentation, in docs/_build"
@@ -24,7 +26,7 @@ help:
 	@echo "make soak             clients on real servers under faults, for a minute; SOAK=\"--help\" has the options"
 	@echo "make django-suite     Django's own tests on PostgreSQL, with a router and without"
 	@echo "make benchmarks       measurements, among them the figures of the documentation"
-	@echo "make system-packages  MariaDB, HAProxy, PgBouncer, Chromium, on Debian and Ubuntu"
+	@echo "make system-packages  MariaDB, HAProxy, nginx, PgBouncer, Chromium, on Debian and Ubuntu"
 	@echo "make clean            remove what the others made"
 
 $(VENV)/bin/python:
@@ -69,6 +71,10 @@ test: $(VENV)/.test
 
 test-fast: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=worksteal -m "not real" $(TESTS)
+
+mutants: $(VENV)/.test
+	$(PIP) install --quiet --group mutants
+	$(BIN)/python -m tests.mutants $(MUTANTS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --no-cache .

@@ -10,7 +10,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction, sync_to_async
@@ -361,6 +361,10 @@ class _Closing(AbstractContextManager[None]):
         self._late_work.__exit__()
         # Streaming content that was not started, or was abandoned, has not finished the scope.
         self._late_work.finish()
+
+    def __reduce__(self) -> tuple[type[nullcontext[None]], tuple[()]]:
+        # A cache outside this middleware pickles the response.
+        return nullcontext, ()
 
 
 def _seconds() -> float:

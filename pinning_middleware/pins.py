@@ -129,8 +129,11 @@ class Pin(NamedTuple):
 
     def merge(self, other: Pin) -> Pin:
         """
-        Return a pin that includes both: the latest ends and the newest position. The order
-        of two pins does not matter; that of several does only if their logs differ.
+        Return a pin that includes both: the latest ends and the newest position.
+
+        The order of two pins does not matter. That of several does only if their logs differ: it
+        then may decide which position counts after all windows. In any order, each pin counts at
+        least until its own ``until``.
         """
         older, newer = sorted((self, other), key=_age)
         end = max(self.primary_only_end, other.primary_only_end)

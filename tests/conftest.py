@@ -18,6 +18,9 @@ from django.db.models import Model
 from django.test import AsyncClient, Client, TransactionTestCase
 from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
+from hypothesis import HealthCheck, Phase
+from hypothesis import settings as hypothesis_settings
+from hypothesis.configuration import set_hypothesis_home_dir
 
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.routing.route import take_decision
@@ -34,6 +37,21 @@ from tests.settings import FOLDER
 REPLICAS = ("replica1", "replica2", "users_replica")
 MIDDLEWARE = "pinning_middleware.middleware.PinningMiddleware"
 ROUTER = "pinning_middleware.routers.PinningRouter"
+
+# `pytest --hypothesis-profile=long` searches for other examples each time, and for more of them;
+# `mutants` does not simplify what it finds.
+set_hypothesis_home_dir(FOLDER / "hypothesis")
+hypothesis_settings.register_profile(
+    "ci",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+CI = hypothesis_settings.get_profile("ci")
+hypothesis_settings.register_profile("long", CI, max_examples=5000, derandomize=False)
+hypothesis_settings.register_profile("mutants", CI, phases=[Phase.explicit, Phase.generate])
+hypothesis_settings.load_profile("ci")
 
 
 def where(name: str = "Book") -> str:

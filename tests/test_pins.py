@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pinning_middleware.pins import (
     POSITION_LIFETIME,
@@ -25,7 +26,9 @@ from pinning_middleware.pins import (
     pack,
     pins_of,
     unpack,
+    within_window,
 )
+from tests.strategies import KEYS, PINS_OF_SAME_LOGS, REPLAYED, pins, positions
 
 DEFAULT, USERS = PinKey("default"), PinKey("users")
 OBSERVED = PinKey("default", PinKind.OBSERVED)
@@ -220,6 +223,13 @@ def test_window_longer_than_the_lifetime_of_positions_is_kept() -> None:
     assert not pin.is_live(window, window)
 
 
+def test_pin_is_within_its_window_until_its_end_also_with_a_position() -> None:
+    pins = {DEFAULT: Pin(10.0, None, Position({"1": 9})), USERS: Pin(20.0)}
+    assert within_window(pins, 9.9) == pins
+    assert within_window(pins, 10.0) == {USERS: Pin(20.0)}
+    assert within_window(pins, 20.0) == {}
+
+
 @pytest.mark.parametrize(
     ("pin", "end"),
     [
@@ -291,9 +301,11 @@ def test_merge_optional_returns_none_without_any_pin() -> None:
     assert normalised(merge_optional(Pin(1.0), Pin(2.0))) == normalised(Pin(2.0))
 
 
-# Merging as a property
+# Laws of merging
 
 WINDOW = 5.0
+# During all windows, after them, and before the end of a position's life.
+TIMES = [*(t / 2 for t in range(16)), POSITION_LIFETIME - 5, POSITION_LIFETIME - 1]
 
 
 def rejects(pin: Pin, now: float, replayed: Points) -> bool:
@@ -310,103 +322,96 @@ def rejects(pin: Pin, now: float, replayed: Points) -> bool:
     )
 
 
-def random_position(generator: random.Random, logs: list[str]) -> Position:
-    optional = frozenset(log for log in logs if generator.random() < 0.3)
-    return Position({log: generator.randrange(4) for log in logs}, optional)
-
-
-def random_pin(generator: random.Random, logs: Callable[[], list[str]]) -> Pin:
-    until = float(generator.randrange(1, 6))
-    if generator.random() < 0.3:
-        return Pin(until)
-    end = generator.choice([None, float(generator.randrange(1, 6))])
-    return Pin(until, end, random_position(generator, logs()))
-
-
-def same_logs() -> list[str]:
-    return ["a", "b"]
-
-
-def test_merging_positions_is_commutative_associative_and_idempotent() -> None:
-    generator = random.Random(5)
-
-    def draw() -> Position | None:
-        logs = generator.sample(["a", "b", "c"], generator.randrange(4))
-        return random_position(generator, logs) if logs else None
-
-    for _ in range(3000):
-        one, two, three = draw(), draw(), draw()
-        assert merge_positions(one, two) == merge_positions(two, one)
-        left = merge_positions(merge_positions(one, two), three)
-        assert left == merge_positions(one, merge_positions(two, three))
-        assert merge_positions(one, one) == one
-
-
 def normalised(pin: Pin | None) -> Any:
     return pin and (pin.until, pin.primary_only_end, pin.position)
 
 
-def test_merging_pins_of_the_same_logs_is_commutative_associative_and_idempotent() -> None:
-    generator = random.Random(6)
-    for _ in range(3000):
-        one, two, three = (random_pin(generator, same_logs) for _ in range(3))
-        assert normalised(one.merge(two)) == normalised(two.merge(one))
-        left, right = one.merge(two).merge(three), one.merge(two.merge(three))
-        assert normalised(left) == normalised(right)
-        assert normalised(one.merge(one)) == normalised(one)
+@st.composite
+def merged_in_any_order(draw: st.DrawFn, parts: list[Pin]) -> Pin:
+    """Merge pins two at a time, any of them more than once, until one is left."""
+    left = [*parts, *draw(st.lists(st.sampled_from(parts), max_size=2))]
+    while len(left) > 1:
+        left = draw(st.permutations(left))
+        left = [left[0].merge(left[1]), *left[2:]]
+    return left[0]
 
 
-def test_merging_pins_of_other_logs_is_commutative() -> None:
-    one, other = Pin(3.0, None, Position({"ff-1": 9})), Pin(3.0, None, Position({"ff-2": 3}))
-    assert normalised(one.merge(other)) == normalised(other.merge(one))
-
-
-def test_merging_pins_of_the_same_logs_shortens_neither() -> None:
-    """Also after the windows, while positions still count."""
-    generator = random.Random(7)
-    times = [*(float(t) for t in range(8)), POSITION_LIFETIME - 5, POSITION_LIFETIME - 1]
-    for _ in range(1000):
-        one, other = random_pin(generator, same_logs), random_pin(generator, same_logs)
-        assert_shortens_neither(one, other, times, generator)
-
-
-def test_merging_pins_of_other_logs_shortens_neither_inside_its_window() -> None:
-    generator = random.Random(8)
-
-    def some_logs() -> list[str]:
-        return generator.sample(["a", "b", "c"], generator.randrange(1, 3))
-
-    for _ in range(3000):
-        one, other = random_pin(generator, some_logs), random_pin(generator, some_logs)
-        times = [t / 2 for t in range(12) if t / 2 < min(one.until, other.until)]
-        assert_shortens_neither(one, other, times, generator)
-
-
-def assert_shortens_neither(
-    one: Pin, other: Pin, times: list[float], generator: random.Random
+@given(st.none() | positions(), st.none() | positions(), st.none() | positions())
+def test_merging_positions_is_commutative_associative_and_idempotent(
+    one: Position | None, two: Position | None, three: Position | None
 ) -> None:
-    merged = one.merge(other)
-    for now in times:
-        for _ in range(8):
-            logs = generator.sample(["a", "b", "c"], generator.randrange(4))
-            replayed = {log: generator.randrange(4) for log in logs}
-            if rejects(one, now, replayed) or rejects(other, now, replayed):
-                assert rejects(merged, now, replayed), (one, other, merged, now, replayed)
+    assert merge_positions(one, two) == merge_positions(two, one)
+    left = merge_positions(merge_positions(one, two), three)
+    assert left == merge_positions(one, merge_positions(two, three))
+    assert merge_positions(one, one) == one
 
 
-def test_merging_pins_of_many_requests_keeps_each_pool() -> None:
-    generator = random.Random(9)
-    keys = [DEFAULT, OBSERVED, USERS]
+@given(pins(), pins())
+def test_merging_pins_is_commutative_and_idempotent(one: Pin, other: Pin) -> None:
+    assert normalised(one.merge(other)) == normalised(other.merge(one))
+    assert normalised(one.merge(one)) == normalised(one)
 
-    def draw() -> Pins:
-        chosen = generator.sample(keys, generator.randrange(4))
-        return {key: random_pin(generator, same_logs) for key in chosen}
 
-    for _ in range(500):
-        several = [draw() for _ in range(4)]
-        shuffled = generator.sample(several, len(several))
-        merged, other = merge_pins(*several), merge_pins(*shuffled)
-        assert merged.keys() == other.keys() == {key for pins in several for key in pins}
-        assert {k: normalised(p) for k, p in merged.items()} == {
-            k: normalised(p) for k, p in other.items()
-        }
+@given(PINS_OF_SAME_LOGS, PINS_OF_SAME_LOGS, PINS_OF_SAME_LOGS)
+def test_merging_pins_of_the_same_logs_is_associative(one: Pin, two: Pin, three: Pin) -> None:
+    left, right = one.merge(two).merge(three), one.merge(two.merge(three))
+    assert normalised(left) == normalised(right)
+
+
+@given(st.data(), st.lists(PINS_OF_SAME_LOGS, min_size=1, max_size=4), REPLAYED)
+def test_merging_pins_of_the_same_logs_shortens_none(
+    data: st.DataObject, parts: list[Pin], replayed: Points
+) -> None:
+    """Neither within the windows, nor afterwards, while positions still count."""
+    merged = data.draw(merged_in_any_order(parts))
+    for now in TIMES:
+        assert rejects(merged, now, replayed) >= max(rejects(p, now, replayed) for p in parts)
+
+
+@given(st.data(), st.lists(pins(), min_size=1, max_size=4), REPLAYED)
+def test_merging_pins_of_other_logs_shortens_none_within_its_own_window(
+    data: st.DataObject, parts: list[Pin], replayed: Points
+) -> None:
+    """In any order, and although the order may decide which position counts afterwards."""
+    merged = data.draw(merged_in_any_order(parts))
+    assert merged.until == max(part.until for part in parts)
+    for now in TIMES:
+        for part in parts:
+            if now < part.until and rejects(part, now, replayed):
+                assert rejects(merged, now, replayed)
+
+
+@given(st.data(), st.lists(pins(), min_size=1, max_size=4))
+def test_merged_pin_lasts_no_longer_than_the_longest_of_its_parts(
+    data: st.DataObject, parts: list[Pin]
+) -> None:
+    """Nobody gets a longer window, or a position that was not written, by presenting several."""
+    merged = data.draw(merged_in_any_order(parts))
+    assert merged.primary_only_end <= max(
+        end for p in parts for end in (p.until, p.primary_only_until or 0)
+    )
+    known = [part.position.points.items() for part in parts if part.position]
+    for point in merged.position.points.items() if merged.position else ():
+        assert any(point in points for points in known)
+
+
+@given(st.lists(st.dictionaries(KEYS, PINS_OF_SAME_LOGS), max_size=4), st.randoms())
+def test_merging_pins_of_many_requests_keeps_each_pool(
+    several: list[Pins], generator: random.Random
+) -> None:
+    shuffled = generator.sample(several, len(several))
+    merged, other = merge_pins(*several), merge_pins(*shuffled)
+    assert merged.keys() == other.keys() == {key for pins in several for key in pins}
+    assert {k: normalised(p) for k, p in merged.items()} == {
+        k: normalised(p) for k, p in other.items()
+    }
+
+
+@given(st.dictionaries(KEYS, pins(times=st.floats(1, 4e9))))
+def test_serialised_pins_keep_positions_and_times_to_the_millisecond(pins: Pins) -> None:
+    found = unpack(json.loads(json.dumps(pack(pins))))
+    assert found.keys() == pins.keys()
+    for key, pin in pins.items():
+        assert found[key].position == pin.position
+        assert found[key].until == pytest.approx(pin.until, abs=0.00051)
+        assert found[key].primary_only_end == pytest.approx(pin.primary_only_end, abs=0.00051)

@@ -946,7 +946,7 @@ HARMLESS_STATEMENTS = (
     *("DeallocateStmt", "FetchStmt", "ClosePortalStmt", "ListenStmt", "ConstraintsSetStmt"),
 )
 READING_STATEMENTS = ("SelectStmt", "CopyStmt", "DeclareCursorStmt", "RawStmt")
-WRITING_FUNCTIONS, LOCKING_FUNCTIONS = {"nextval"}, {"pg_advisory_lock"}
+WRITING_FUNCTIONS, LOCKING_FUNCTIONS = {"nextval", "setval"}, {"pg_advisory_lock"}
 
 
 def kind_by_grammar(sql: str) -> Kind:

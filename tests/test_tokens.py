@@ -13,7 +13,7 @@ from pinning_middleware.exceptions import InvalidToken
 from pinning_middleware.pins import POSITION_LIFETIME, Pin, PinKey, PinKind, Pins, Position
 from pinning_middleware.signals import token_rejected
 from pinning_middleware.stores import CookieStore
-from pinning_middleware.utils.counters import rejected_tokens
+from pinning_middleware.utils.counters import pin_events, rejected_tokens
 from tests.conftest import Visit, is_replica
 
 SALT = "pinning_middleware.token"
@@ -98,7 +98,7 @@ def test_invalid_token_is_ignored_counted_logged_and_signalled(
     invalid: tuple[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     token, reason = invalid
-    sent_signals = []
+    sent_signals, before = [], pin_events["rejected"]
 
     def hear(sender: Any, reason: str, **kwargs: Any) -> None:
         sent_signals.append((sender, reason))
@@ -110,6 +110,7 @@ def test_invalid_token_is_ignored_counted_logged_and_signalled(
     finally:
         token_rejected.disconnect(hear)
     assert rejected_tokens == {reason: 1}
+    assert pin_events["rejected"] == before + 1
     assert sent_signals == [(CookieStore, reason)]
     assert caplog.messages == [f"Ignored an invalid pinning token ({reason})."]
 

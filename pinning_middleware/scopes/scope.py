@@ -256,8 +256,14 @@ class Scope:
         return state
 
     def has_state_for(self, key: PoolKey) -> bool:
-        """Return whether anything has happened to a pool here or in a scope around this one."""
-        return key in self.pools or (self.parent is not None and self.parent.has_state_for(key))
+        """
+        Return whether anything has happened to a pool here or in a scope around this one, or that
+        one began with pins.
+        """
+        outer = self.parent
+        return key in self.pools or (
+            outer is not None and (bool(outer.inherited_pins) or outer.has_state_for(key))
+        )
 
     # What happens to it
 

@@ -112,6 +112,16 @@ def test_position_of_an_ended_inner_scope_is_left_behind_by_the_outer_one(
     assert outgoing_pins(outer)[DEFAULT].position == primary.position
 
 
+def test_inner_scope_that_has_read_nothing_leaves_the_pins_of_the_outer_one(
+    primary: Primary,
+) -> None:
+    pins = {DEFAULT: Pin(package_clock.now() + 5, None, Position({"ff-1": 1}))}
+    outer, inner, innermost = Scope(pins), Scope(), Scope()
+    inner.attach_to(outer)
+    innermost.attach_to(inner)
+    assert outgoing_pins(inner) == outgoing_pins(innermost) == pins
+
+
 def test_observed_pin_of_an_inner_scope_is_taken_over(primary: Primary) -> None:
     outer, inner = Scope(), Scope()
     inner.attach_to(outer)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import threading
 from collections import Counter
 
@@ -120,3 +121,27 @@ def test_order_without_fallback_has_the_lowest_tier_only() -> None:
 def test_tier_of_drained_names_is_skipped() -> None:
     rotation = Rotation({"near": 0, "far": 1}, TIERS)
     assert rotation.order(fallback=False) == ("far",)
+
+
+# Every place of a round
+
+WEIGHTS = [{"a": 1, "b": 1}, {"a": 2, "b": 1}, {"a": 3, "b": 2, "c": 1}, {"a": 4, "b": 1, "c": 1}]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_next_skips_the_name_before_unless_its_weight_repeats_it(
+    monkeypatch: pytest.MonkeyPatch, weights: dict[str, int]
+) -> None:
+    names = spread(weights)
+    for place, name in enumerate(names):
+        monkeypatch.setattr(random, "randrange", lambda stop, place=place: place)
+        following = name if names[place - 1] == name else names[(place + 1) % len(names)]
+        assert Rotation(weights).next(after=name) == following
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_order_begins_with_the_next_name_each_time(weights: dict[str, int]) -> None:
+    rotation, names = Rotation(weights), spread(weights)
+    firsts = [rotation.order()[0] for _ in range(3 * len(names))]
+    start = next(n for n in range(len(names)) if (names[n:] + names[:n]) * 3 == tuple(firsts))
+    assert 0 <= start < len(names)

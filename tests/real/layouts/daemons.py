@@ -1,4 +1,4 @@
-"""HAProxy and PgBouncer, from the system's packages, in front of servers."""
+"""HAProxy, PgBouncer and nginx, from the system's packages, in front of servers."""
 
 from __future__ import annotations
 
@@ -145,6 +145,56 @@ def haproxy(
 
     with _running(configure, Proxy.answers) as proxy:
         yield proxy
+
+
+# nginx
+
+NGINX: Final = """\
+daemon off;
+master_process off;
+pid {folder}/pid;
+error_log stderr;
+events {{}}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body;
+    fastcgi_temp_path {folder}/fastcgi;
+    proxy_temp_path {folder}/proxy;
+    scgi_temp_path {folder}/scgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    proxy_cache_path {folder}/cache keys_zone=pages:1m;
+    server {{
+        listen {host}:{port};
+        location / {{
+            proxy_pass {site};
+            proxy_cache pages;
+            proxy_cache_valid 200 1h;
+            {ignored}
+        }}
+    }}
+}}
+"""
+
+
+@contextmanager
+def nginx(site: str, *ignored_headers: str) -> Iterator[str]:
+    """Run nginx as a shared cache in front of the URL of a site; return its own URL."""
+    program = _program("nginx")
+    ignored = f"proxy_ignore_headers {' '.join(ignored_headers)};" if ignored_headers else ""
+
+    def configure(folder: Path, port: int) -> tuple[Address, list[str]]:
+        configuration = folder / "nginx.conf"
+        configuration.write_text(
+            NGINX.format(folder=folder, host=HOST, port=port, site=site, ignored=ignored)
+        )
+        return Address(HOST, port), [program, "-e", "stderr", "-c", str(configuration)]
+
+    def answers(address: Address) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(tuple(address)) == 0
+
+    with _running(configure, answers) as address:
+        yield f"http://{address.host}:{address.port}"
 
 
 # PgBouncer
