@@ -1,5 +1,5 @@
 """
-The retry policy for reads: one visible loop with one time budget.
+Retry a read on other servers, within one time budget.
 
 A read runs where it was sent. If the server there must not or cannot serve it, the read is tried
 once on each other replica of the pool and at the end on the primary. It is never moved if that
@@ -42,7 +42,7 @@ from pinning_middleware.routing.policy import Decision, Rejection, admit
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.scopes.overrides import current_overrides, innermost_override
 from pinning_middleware.scopes.scope import Scope, current_scope
-from pinning_middleware.servers.blocked_reads import watch_read
+from pinning_middleware.servers.blocked_reads import track_read
 from pinning_middleware.servers.budget import BudgetExhausted, read_budget
 from pinning_middleware.servers.connection_state import ConnectionState
 from pinning_middleware.servers.dialects import Refusal
@@ -64,7 +64,7 @@ __all__ = ["admit_cursor", "execute_on_primary", "execute_read"]
 
 logger = logging.getLogger("pinning_middleware.reads")
 
-# Seconds of the budget without which no other replica is tried.
+# Minimum seconds of the budget for trying another replica.
 MIN_LEFT: Final = 0.25
 
 # The policy requires the primary: no other replica may serve, and nothing has failed.
@@ -166,7 +166,8 @@ def _run_on(
     for is_last in (False, True):
         was_open, began = connection.connection is not None, None
         try:
-            if is_last or not is_first or isinstance(call.cursor.cursor, UnopenedCursor):
+            is_unopened = isinstance(call.cursor.cursor, UnopenedCursor)
+            if is_last or not is_first or is_unopened or connection.connection is None:
                 _reopen(connection)
                 call.move_to(connection)
             raw = connection.connection
@@ -304,12 +305,16 @@ def _run_watched(pool: Pool, call: Call, connection: BaseDatabaseWrapper) -> Any
 
 
 def _run_blocking(call: Call, connection: BaseDatabaseWrapper, state: ConnectionState) -> Any:
-    """Run the statement; if the driver's waits cannot be watched, look at it from outside."""
+    """Run the statement; if the driver blocks, have a thread track it."""
     if state.is_watched or not may_fail_over(connection, call):
         return call.run()
-    read = watch_read(connection.connection, state)
+    read = track_read(connection.connection, state)
     try:
-        return call.run()
+        result = call.run()
+        if read is not None and read.was_given_up:
+            # It was answered at the same time. The connection is closed before the next request.
+            connection.errors_occurred = True
+        return result
     except (DatabaseError, InterfaceError) as error:
         if read is not None and read.was_given_up:
             raise ServerUnresponsive(f"{state.alias} does not answer") from error
@@ -362,7 +367,7 @@ def _report_failover(
     if may_keep and (failed in pool.replica_set.out_of_rotation or reason is Reason.NOT_CAUGHT_UP):
         scope.update(pool.key, lambda state: state._replace(replica=replica))
     if reason in _BY_POLICY:
-        logger.debug("Read %s instead of %s: %s", served, failed, reason.description)
+        logger.debug("Read from %s instead of %s: %s", served, failed, reason.description)
         return
     cause = rejection.error or rejection.reason.description
     log_rate_limited(

@@ -7,21 +7,17 @@ statement is slow. A probe over a new connection distinguishes the two.
 
 from __future__ import annotations
 
-from typing import Final
-
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.conf import conf
 from pinning_middleware.reasons import Fault
-from pinning_middleware.servers.blocked_reads import is_answering
+from pinning_middleware.servers.blocked_reads import ProbeOutcome, probe_afresh
+from pinning_middleware.servers.connect import CONNECT_TIMEOUT
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.probe import endpoint_for, state_of
 from pinning_middleware.servers.registry import registry
 
 __all__ = ["answers_probe", "has_timed_out"]
-
-# Seconds.
-PROBE_TIMEOUT: Final = 1.0
 
 
 def has_timed_out(connection: BaseDatabaseWrapper, error: Exception, seconds: float) -> bool:
@@ -40,10 +36,10 @@ def answers_probe(connection: BaseDatabaseWrapper, error: Exception) -> bool:
     Otherwise it is taken out of rotation. Another server behind the alias is judged by nothing.
     """
     endpoint, state = endpoint_for(connection), state_of(connection)
-    answering, server = is_answering(state, PROBE_TIMEOUT), state.server
-    if answering is False:
+    outcome, server = probe_afresh(state, CONNECT_TIMEOUT), state.server
+    if outcome is ProbeOutcome.UNANSWERED:
         if server is not None:
             registry.set_status(server, Fault.UNRESPONSIVE, conf.retry_after, error)
         if not endpoint.is_down and (server is None or len(endpoint.recent_servers) < 2):
             registry.mark_down(endpoint, Fault.UNRESPONSIVE, conf.retry_after, error)
-    return answering is True
+    return outcome is ProbeOutcome.ANSWERED

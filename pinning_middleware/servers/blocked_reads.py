@@ -1,91 +1,135 @@
 """
-Reads of drivers whose waits cannot be watched: mysqlclient and psycopg2 block until they have an
-answer.
+Detection of unresponsive servers for drivers that block until they have an answer, as mysqlclient
+and psycopg2 do.
 
-A thread looks at such reads from outside. If one has not been answered for a moment, its server is
-probed over a fresh connection. If the server does not answer that either, it is marked, and the
-sockets of its reads are shut down: the driver then reports a lost connection, and the read fails
-over. A server that answers is left alone, since its query is slow.
+A background thread tracks running reads. If one has had no answer for FIRST_CHECK_AFTER seconds,
+its server is probed over a new connection. If the server does not answer that either, it is taken
+out of rotation, and the sockets of its reads are shut down: the driver then reports a lost
+connection, and the read fails over. If the server answers, its query is slow, and goes on.
 """
 
 from __future__ import annotations
 
 import _thread
 import contextlib
+import itertools
+import logging
 import os
 import socket
 import threading
 import time
+from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from pinning_middleware.servers.budget import read_budget
-from pinning_middleware.servers.connect import dedicated_connection
+from pinning_middleware.servers.connect import ConnectTimeout, dedicated_connection
 from pinning_middleware.servers.connection_state import ConnectionState
+from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.liveness import (
     DEADLINE,
     FIRST_CHECK_AFTER,
     NEXT_CHECK_AFTER,
     WAIT_INTERVAL,
+    ServerUnresponsive,
     driver_connection,
     mark_unresponsive,
 )
 from pinning_middleware.servers.probe import CONNECTION_ERRORS, probe, without_failover
 from pinning_middleware.utils.race import first_result
 
-__all__ = ["BlockedRead", "is_answering", "watch_read"]
+__all__ = ["BlockedRead", "ProbeOutcome", "probe_afresh", "track_read"]
+
+logger = logging.getLogger("pinning_middleware.servers")
+
+# Seconds for a probe that begins with connecting. More than DEADLINE, for servers far away; little
+# enough to leave time for another replica.
+PROBE_TIMEOUT: Final = 0.75
+# The pause between two probes for one read doubles up to this (seconds).
+LONGEST_PAUSE: Final = 16.0
+# New connections until one reaches the server, if the alias has several.
+MAX_ATTEMPTS: Final = 20
+
+
+class ProbeOutcome(Enum):
+    """The outcome of a probe over a new connection."""
+
+    # The server answered, possibly with an error: too many connections, for example.
+    ANSWERED = "answered"
+    # Nothing answered in time, or no server accepted the connection.
+    UNANSWERED = "unanswered"
+    # Other servers behind the alias answered.
+    OTHER_SERVER = "other server"
 
 
 class BlockedRead:
-    """A read that runs, until ``end()`` is called."""
+    """A running read, until ``end()`` is called."""
 
-    __slots__ = ("check_at", "fileno", "last_seen", "state", "was_given_up")
+    __slots__ = (
+        "answered_at",
+        "check_at",
+        "fileno",
+        "inode",
+        "limit",
+        "pause",
+        "state",
+        "was_given_up",
+    )
 
     def __init__(self, state: ConnectionState, fileno: int) -> None:
         self.state, self.fileno = state, fileno
+        # The descriptor may be closed, and reused, before end() is called.
+        self.inode = os.fstat(fileno).st_ino
         # When it began, or when its server last answered a probe (monotonic time).
-        self.last_seen = time.monotonic()
-        self.check_at = self.last_seen + FIRST_CHECK_AFTER
+        self.answered_at = time.monotonic()
+        self.check_at = self.answered_at + FIRST_CHECK_AFTER
+        self.pause = NEXT_CHECK_AFTER
+        # Seconds for the probe.
+        self.limit = min(PROBE_TIMEOUT, max(read_budget.left - FIRST_CHECK_AFTER, WAIT_INTERVAL))
         self.was_given_up = False
 
     @property
-    def server(self) -> object:
-        """Its server, or the endpoint if that is unknown."""
+    def target(self) -> object:
+        """The server, or the endpoint if the server is unknown."""
         return self.state.server or self.state.endpoint
 
     def end(self) -> None:
-        """Stop looking at the read."""
-        _watcher.remove(self)
+        """Stop tracking the read."""
+        _tracker.remove(self)
         if self.was_given_up:
-            read_budget.spend(time.monotonic() - self.last_seen)
+            read_budget.spend(time.monotonic() - self.answered_at)
 
     def give_up(self) -> None:
-        """
-        Shut down the socket. The caller makes sure that the read still runs, so that its file
-        descriptor is that of the socket.
-        """
+        """Shut down the socket."""
         self.was_given_up = True
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.fileno)) as own:
-            own.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            descriptor = os.dup(self.fileno)
+            if os.fstat(descriptor).st_ino != self.inode:
+                os.close(descriptor)
+                return
+            with socket.socket(fileno=descriptor) as own:
+                own.shutdown(socket.SHUT_RDWR)
 
 
-class _Watcher:
-    """The thread that looks at reads. The first one starts it; it sleeps while there are none."""
+class _ReadTracker:
+    """The thread that tracks reads. The first read starts it; it sleeps if there are none."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._reads: set[BlockedRead] = set()
-        self._is_running = False
-        # What is being probed.
+        self._is_running = self._is_asleep = self._has_begun = False
+        # Servers, or endpoints, whose probe is running.
         self._probed: set[object] = set()
 
     def add(self, read: BlockedRead) -> None:
         with self._condition:
             self._reads.add(read)
+            self._has_begun = True
             if not self._is_running:
                 self._is_running = True
                 _thread.start_new_thread(self._run, ())
-            elif len(self._reads) == 1:
+            elif self._is_asleep:
+                self._is_asleep = False
                 self._condition.notify()
 
     def remove(self, read: BlockedRead) -> None:
@@ -95,77 +139,106 @@ class _Watcher:
     def _run(self) -> None:
         while True:
             with self._condition:
-                self._condition.wait(WAIT_INTERVAL if self._reads else None)
+                # A busy process is not notified of each read.
+                self._is_asleep = not self._reads and not self._has_begun
+                self._has_begun = False
+                self._condition.wait(None if self._is_asleep else WAIT_INTERVAL)
+                self._is_asleep = False
                 now = time.monotonic()
-                due = {read.server: read for read in self._reads if read.check_at <= now}
-                due = {server: read for server, read in due.items() if server not in self._probed}
+                due = {read.target: read for read in self._reads if read.check_at <= now}
+                due = {target: read for target, read in due.items() if target not in self._probed}
                 self._probed.update(due)
-            for server, read in due.items():
-                _thread.start_new_thread(self._check, (server, read.state))
+            for target, read in due.items():
+                try:
+                    _thread.start_new_thread(self._check, (target, read.state, read.limit))
+                except RuntimeError:
+                    # No more threads can be started for now.
+                    with self._condition:
+                        self._probed.discard(target)
 
-    def _check(self, server: object, state: ConnectionState) -> None:
-        began = time.monotonic()
-        answering = is_answering(state, DEADLINE)
-        if answering is False:
+    def _check(self, target: object, state: ConnectionState, seconds: float) -> None:
+        began, outcome = time.monotonic(), ProbeOutcome.ANSWERED
+        try:
+            outcome = probe_afresh(state, seconds)
+        except Exception:
+            # A receiver of connection_created, for example.
+            logger.exception("Could not probe the server of a slow read of %s.", state.alias)
+        is_unanswered = outcome is not ProbeOutcome.ANSWERED
+        if outcome is ProbeOutcome.UNANSWERED and seconds >= DEADLINE:
             mark_unresponsive(state)
         with self._condition:
-            self._probed.discard(server)
+            self._probed.discard(target)
             for read in self._reads:
-                if read.server is not server or read.last_seen > began:
+                if read.target is not target or read.answered_at > began:
                     continue
-                if answering is False:
+                if not is_unanswered:
+                    read.answered_at, read.check_at = began, began + read.pause
+                    read.pause = min(2 * read.pause, LONGEST_PAUSE)
+                elif read.limit <= seconds:
                     read.give_up()
-                else:
-                    read.last_seen, read.check_at = began, began + NEXT_CHECK_AFTER
 
 
-def is_answering(state: ConnectionState, seconds: float) -> bool | None:
+class _OtherServer(Exception):
+    """Another server behind the alias answered."""
+
+
+def probe_afresh(state: ConnectionState, seconds: float) -> ProbeOutcome:
     """
-    Return whether the server of a connection answers on a fresh one within so many seconds; None if
-    another server behind the alias did.
+    Probe the server of a connection over a new one, within so many seconds.
+
+    A load balancer may connect to another server: try again to reach the same one.
     """
-    attempt = partial(_probe_afresh, state)
+    attempt = partial(_attempt, state)
+    attempts = itertools.repeat(attempt, MAX_ATTEMPTS)
     try:
-        return first_result((attempt,), seconds=seconds, interval=seconds)
+        return first_result(attempts, seconds=seconds, interval=seconds, retry=_OtherServer)
+    except _OtherServer:
+        return ProbeOutcome.OTHER_SERVER
     except TimeoutError:
-        return False
+        return ProbeOutcome.UNANSWERED
 
 
-def _probe_afresh(state: ConnectionState) -> bool | None:
+def _attempt(state: ConnectionState) -> ProbeOutcome:
     with contextlib.closing(dedicated_connection(state.alias)) as fresh, without_failover():
         try:
             result = probe(fresh, is_trial=True)
             if result is None:
                 # Positions are disabled.
                 fresh.ensure_connection()
-                return fresh.is_usable()
-        except CONNECTION_ERRORS:
-            return False
-        return True if state.server in (None, result.server) else None
+                return ProbeOutcome.ANSWERED if fresh.is_usable() else ProbeOutcome.UNANSWERED
+        except (ConnectTimeout, ServerUnresponsive):
+            return ProbeOutcome.UNANSWERED
+        except CONNECTION_ERRORS as error:
+            dialect = dialect_for(fresh)
+            is_from_server = dialect is not None and dialect.is_from_server(error)
+            return ProbeOutcome.ANSWERED if is_from_server else ProbeOutcome.UNANSWERED
+    if state.server not in (None, result.server):
+        raise _OtherServer
+    return ProbeOutcome.ANSWERED
 
 
-_watcher = _Watcher()
+_tracker = _ReadTracker()
 
 
-def watch_read(raw: Any, state: ConnectionState) -> BlockedRead | None:
+def track_read(raw: Any, state: ConnectionState) -> BlockedRead | None:
     """
-    Look at a read that begins on this driver connection; None if its waits are watched, or if the
-    driver does not name its socket.
+    Track a read that begins on this driver connection; None if the driver does not block, or its
+    connections have no ``fileno()``.
     """
     if state.is_watched:
         return None
-    fileno = getattr(driver_connection(raw), "fileno", None)
-    if fileno is None:
+    try:
+        read = BlockedRead(state, driver_connection(raw).fileno())
+    except Exception:
+        # It is closed, for which the read itself raises the driver's error.
         return None
-    # mysqlclient allows this only while the connection is idle.
-    read = BlockedRead(state, fileno())
-    _watcher.add(read)
+    _tracker.add(read)
     return read
 
 
 def _reset_after_fork() -> None:
-    global _watcher
-    _watcher = _Watcher()
+    global _tracker
+    _tracker = _ReadTracker()
 
 
 os.register_at_fork(after_in_child=_reset_after_fork)

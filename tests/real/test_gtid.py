@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
-from django.db import OperationalError, connections, transaction
+from django.db import OperationalError, ProgrammingError, connections, transaction
+from django.db.backends.signals import connection_created
 from django.test import Client, override_settings
 from freezegun.api import FrozenDateTimeFactory
 
@@ -22,6 +24,7 @@ from tests.conftest import Visit
 
 from .conftest import (
     SentSignals,
+    alias_of_port,
     endpoint,
     eventually,
     in_thread,
@@ -375,13 +378,13 @@ def test_threads_on_a_frozen_server_share_its_probes(
     one_book: Servers, sent_signals: SentSignals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probed: list[str] = []
-    answering = blocked_reads.is_answering
+    probe_afresh = blocked_reads.probe_afresh
 
-    def counted(state: ConnectionState, seconds: float) -> bool | None:
+    def counted(state: ConnectionState, seconds: float) -> blocked_reads.ProbeOutcome:
         probed.append(state.alias)
-        return answering(state, seconds)
+        return probe_afresh(state, seconds)
 
-    monkeypatch.setattr(blocked_reads, "is_answering", counted)
+    monkeypatch.setattr(blocked_reads, "probe_afresh", counted)
     ready, found = threading.Barrier(5), []
 
     def work(first: str) -> None:
@@ -416,6 +419,59 @@ def test_slow_read_of_a_server_that_answers_is_left_alone(
     assert book.title == "one"
     assert sent_signals == []
     assert not pool().replica_set.out_of_rotation
+
+
+def test_slow_read_of_a_server_without_free_connections_is_left_alone(
+    one_book: Servers, sent_signals: SentSignals
+) -> None:
+    """An error of the server is an answer."""
+    driver = pytest.importorskip("MySQLdb")
+    with unrelated_scope(), ExitStack() as stack:
+        first = server()
+        ((limit,),) = one_book[first].execute("SELECT @@max_connections")
+        stack.callback(one_book[first].execute, f"SET GLOBAL max_connections = {limit}")
+        one_book[first].execute("SET GLOBAL max_connections = 10")
+        entry = connections.settings[first]
+        with suppress(driver.OperationalError):
+            for _ in range(20):
+                # One more is left for an administrator.
+                filler = driver.connect(
+                    host=entry["HOST"],
+                    port=int(entry["PORT"]),
+                    user=entry["USER"],
+                    password=entry["PASSWORD"],
+                )
+                stack.callback(filler.close)
+        (book,) = Book.objects.raw("SELECT id, @@port AS port, SLEEP(1.5) AS slept FROM app_book")
+    assert alias_of_port(book.port) == first
+    assert sent_signals.of("replica_removed") == []
+
+
+def test_error_of_one_probe_does_not_end_the_detection(one_book: Servers) -> None:
+    failed: list[str] = []
+
+    def fail_once(connection: Any, **kwargs: Any) -> None:
+        if getattr(connection, "is_dedicated", False) and not failed:
+            failed.append(connection.alias)
+            raise ProgrammingError("once")
+
+    with unrelated_scope():
+        first = server()
+        connection_created.connect(fail_once)
+        try:
+            list(Book.objects.raw("SELECT id, title, SLEEP(0.8) AS slept FROM app_book"))
+        finally:
+            connection_created.disconnect(fail_once)
+        with one_book[first].frozen():
+            assert read() == (OTHER[first], ["one"])
+
+
+def test_read_on_a_connection_that_the_code_closed_opens_it_again(one_book: Servers) -> None:
+    with use_replica(), connections["my1"].cursor() as cursor:
+        cursor.execute("SELECT 1")
+        connections["my1"].close()
+        cursor.execute("SELECT 2")
+        assert cursor.fetchall() == ((2,),)
 
 
 @pytest.mark.parametrize("kind", ["timeout", "killed"])

@@ -152,6 +152,10 @@ class Dialect:
         """Return whether the server refused a probe, and will refuse it again for some time."""
         return self.error_code(error) in self.permission_errors
 
+    def is_from_server(self, error: BaseException) -> bool:
+        """Return whether a server raised an error of connecting, rather than the network."""
+        return False
+
     def is_lost(self, error: BaseException) -> bool:
         """Return whether the connection is lost after an error."""
         return self.error_code(error) in self.connection_lost_errors

@@ -258,6 +258,11 @@ class MySQL(Dialect):
     def error_code(self, error: BaseException) -> Any:
         return error.args[0] if error.args and isinstance(error.args[0], int) else None
 
+    def is_from_server(self, error: BaseException) -> bool:
+        # https://dev.mysql.com/doc/mysql-errors/8.4/en/error-reference-introduction.html
+        code = self.error_code(error)
+        return code is not None and code not in CLIENT_ERRORS
+
     def refuses_probe(self, error: BaseException) -> bool:
         code = self.error_code(error)
         if code is None or code in CLIENT_ERRORS:

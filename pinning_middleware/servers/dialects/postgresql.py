@@ -208,6 +208,12 @@ class PostgreSQL(Dialect):
         cause = error.__cause__ if error.__cause__ is not None else error
         return getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
 
+    def is_from_server(self, error: BaseException) -> bool:
+        # psycopg2 has no code for errors of connecting. In every language, only those that a server
+        # sent have two blanks after the severity.
+        code = self.error_code(error)
+        return ":  " in str(error) if code is None else not code.startswith("08")
+
     def is_lost(self, error: BaseException) -> bool:
         code = self.error_code(error)
         return code in self.connection_lost_errors or str(code).startswith("08")
