@@ -394,7 +394,7 @@ def test_recorded_history_is_the_same_when_it_is_read() -> None:
         (WITHOUT_FAULTS - 1, [], [], False),
         (WITHOUT_FAULTS + 1, [], [], True),
         (WITHOUT_FAULTS + 1, [Fault("lag", 1, 2)], [], False),
-        (WITHOUT_FAULTS + 1, [Fault("lag", 1, 2, [], refused=True)], [], True),
+        (WITHOUT_FAULTS + 1, [Fault("lag", 1, 2, [], failed=True)], [], True),
         (WITHOUT_FAULTS + 1, [Fault("lag", 1, 2)], [Error("a fault", "AssertionError")], True),
     ],
 )
@@ -460,11 +460,11 @@ def test_unexpected_error_of_a_fault_is_recorded_and_ends_the_run(
     assert "planted" in history.errors[0].text
     assert over.is_set()
     (fault,) = history.faults
-    assert fault.refused
+    assert fault.failed
     assert fault.ended is not None
 
 
-def test_error_of_a_server_that_still_starts_is_a_refused_fault(
+def test_error_of_a_server_that_still_starts_is_a_failed_fault(
     faults: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(context: Any) -> None:
@@ -474,7 +474,7 @@ def test_error_of_a_server_that_still_starts_is_a_refused_fault(
     monkeypatch.setattr(faults, "_errors_of", lambda servers: faults.psycopg.Error)
     history, _ = scheduled(faults, monkeypatch, refuse)
     assert not history.errors
-    assert [fault.refused for fault in history.faults] == [True]
+    assert [fault.failed for fault in history.faults] == [True]
 
 
 def test_fault_is_recorded_before_it_ends(faults: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def report(history: History) -> int:
     for what, them in (("read", reads), ("write", writes)):
         print(f"longest {what} {max((each.ended - each.began for each in them), default=0):.2f} s")
     print("reads by server:", dict(Counter(each.server for each in reads if each.server)))
-    faults = Counter(each.name for each in history.faults if not each.refused)
+    faults = Counter(each.name for each in history.faults if not each.failed)
     print("faults:", dict(faults))
     print(
         "without success:", dict(Counter(each.status for each in operations if not each.succeeded))

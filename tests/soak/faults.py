@@ -244,14 +244,14 @@ def _cause_faults(running: Running, seed: int, recorder: Recorder, over: threadi
         cause = draw.choices(names, weights)[0]
         fault = Fault(cause.__name__, time.monotonic(), None, known[cause][0])
         recorder.add(fault)
-        refused = True
+        failed = True
         try:
             # A server that still starts may refuse to be terminated or paused.
             with suppress(_errors_of(running.rig.servers)):
                 cause(context)
-                refused = False
+                failed = False
         finally:
-            recorder.add(fault._replace(ended=time.monotonic(), refused=refused))
+            recorder.add(fault._replace(ended=time.monotonic(), failed=failed))
         context.wait(*PAUSES)
 
 

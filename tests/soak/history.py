@@ -62,14 +62,14 @@ class Fault(NamedTuple):
     meanwhile, "reads" or "writes", and whether pins that no cookie carries may be lost, "pins".
 
     A fault is recorded when it begins, with ``ended`` None, and again when it has ended.
-    ``refused``: a server that still started refused it.
+    ``failed``: an error prevented or ended it, such as that of a server that still starts.
     """
 
     name: str
     began: float
     ended: float | None
     excuses: list[str] = []  # noqa: RUF012
-    refused: bool = False
+    failed: bool = False
 
     @property
     def end(self) -> float:

@@ -62,7 +62,7 @@ def problems(history: History) -> list[str]:
     found = [f"error in {error.where}: {error.text}" for error in history.errors]
     if not history.operations:
         found.append("no operation was recorded")
-    if history.seconds > WITHOUT_FAULTS and all(fault.refused for fault in history.faults):
+    if history.seconds > WITHOUT_FAULTS and all(fault.failed for fault in history.faults):
         found.append(f"no fault succeeded in {history.seconds:.0f} s")
     return found
 
