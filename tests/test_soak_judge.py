@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import io
 import random
+import threading
 from collections import defaultdict
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
-from tests.soak.history import Fault, History, Operation, Promise, Recorder, parse
-from tests.soak.judge import AFTERMATH, judge
+from tests.soak import clients
+from tests.soak.history import Error, Fault, History, Operation, Promise, Recorder, parse
+from tests.soak.judge import AFTERMATH, WITHOUT_FAULTS, judge, problems
 
 USERS = {"ada": ("ada/1", "ada/2"), "bob": ("bob/1", "bob/2")}
 PEERS = {"ada": "bob", "bob": "ada"}
 ALL = frozenset(Promise)
+BUDGET, WRITE_BUDGET = 1.5, 5.0
 
 
 def correct(seed: int, promises: frozenset[Promise] = ALL) -> History:
@@ -31,11 +36,20 @@ def correct(seed: int, promises: frozenset[Promise] = ALL) -> History:
         else:
             asked = (*USERS[user], *USERS[PEERS[user]])
             extra = {
+                "asked": list(asked),
                 "saw": {each: written[each] for each in asked},
+                "rows": {each: written[each] for each in asked},
+                "numbers": {each: written[each] for each in asked},
                 "owners": {each: [each] for each in asked},
             }
         operations.append(Operation(user, session, "orm", number, number + 0.5, 200, **extra))
-    return History(promises, 1.5, operations, [])
+    return recorded(operations, promises=promises)
+
+
+def recorded(
+    operations: list[Operation], *faults: Fault, promises: frozenset[Promise] = ALL
+) -> History:
+    return History(promises, BUDGET, WRITE_BUDGET, operations, list(faults), [])
 
 
 def replaced(history: History, old: Operation, **changes: object) -> History:
@@ -115,7 +129,43 @@ def fail_a_write(history: History) -> History:
 
 def be_slow(history: History) -> History:
     old = last_read(history, lambda each: True)
-    return replaced(history, old, ended=old.began + 1.6)
+    return replaced(history, old, ended=old.began + BUDGET + 0.1)
+
+
+def write_slowly(history: History) -> History:
+    old = [each for each in history.operations if each.wrote][-1]
+    return replaced(history, old, ended=old.began + WRITE_BUDGET + 0.1)
+
+
+def answer_nothing(history: History) -> History:
+    old = last_read(history, lambda each: True)
+    return replaced(history, old, saw={}, rows={}, numbers={}, owners={})
+
+
+def leave_out_a_list(history: History) -> History:
+    old = last_read(history, lambda each: True)
+    saw = {owner: number for owner, number in old.saw.items() if owner != old.session}
+    return replaced(history, old, saw=saw)
+
+
+def leave_out_the_counts(history: History) -> History:
+    return replaced(history, last_read(history, lambda each: True), rows={}, numbers={})
+
+
+def lose_a_write_before_the_last(history: History) -> History:
+    old = last_read(history, lambda each: each.saw["ada/1"] > 1)
+    fewer = {**old.numbers, "ada/1": old.numbers["ada/1"] - 1}
+    return replaced(history, old, rows=fewer, numbers=fewer)
+
+
+def apply_a_write_twice(history: History) -> History:
+    old = last_read(history, lambda each: each.saw["ada/1"] > 0)
+    return replaced(history, old, rows={**old.rows, "ada/1": old.rows["ada/1"] + 1})
+
+
+def lose_one_write_and_apply_another_twice(history: History) -> History:
+    old = last_read(history, lambda each: each.saw["ada/1"] > 1)
+    return replaced(history, old, numbers={**old.numbers, "ada/1": old.numbers["ada/1"] - 1})
 
 
 PLANTED = {
@@ -131,6 +181,13 @@ PLANTED = {
     give_no_answer: "availability",
     fail_a_write: "availability",
     be_slow: "budget",
+    write_slowly: "budget",
+    answer_nothing: "incomplete answer",
+    leave_out_a_list: "incomplete answer",
+    leave_out_the_counts: "incomplete answer",
+    lose_a_write_before_the_last: "lost write",
+    apply_a_write_twice: "duplicate write",
+    lose_one_write_and_apply_another_twice: "lost write",
 }
 
 
@@ -169,7 +226,7 @@ def test_read_that_overlaps_the_write_need_not_show_it() -> None:
         Operation("ada", "ada/1", "orm", 0, 2, 200, wrote=1),
         Operation("ada", "ada/2", "orm", 1, 1.5, 200, saw={"ada/1": 0}),
     ]
-    assert judge(History(ALL, 1.5, operations, [])) == []
+    assert judge(recorded(operations)) == []
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -178,8 +235,22 @@ def test_write_without_an_answer_may_have_happened_or_not(number: int) -> None:
         Operation("ada", "ada/1", "orm", 0, 1, 0, wrote=1),
         Operation("ada", "ada/1", "orm", 2, 3, 200, saw={"ada/1": number}),
     ]
-    faults = [Fault("primary killed", 0, 1, ["writes"])]
-    assert judge(History(ALL, 1.5, operations, faults)) == []
+    assert judge(recorded(operations, Fault("primary killed", 0, 1, ["writes"]))) == []
+
+
+@pytest.mark.parametrize(("numbers", "found"), [(1, {"lost write"}), (2, set()), (3, set())])
+def test_write_without_an_answer_may_be_missing_among_those_acknowledged(
+    numbers: int, found: set[str]
+) -> None:
+    count = {"ada/1": numbers}
+    operations = [
+        Operation("ada", "ada/1", "orm", 0, 1, 200, wrote=1),
+        Operation("ada", "ada/1", "orm", 2, 3, 0, wrote=2),
+        Operation("ada", "ada/1", "orm", 4, 5, 200, wrote=3),
+        Operation("ada", "ada/1", "read", 6, 7, 200, saw={"ada/1": 3}, rows=count, numbers=count),
+    ]
+    killed = Fault("primary killed", 2, 3, ["writes"])
+    assert guarantees(recorded(operations, killed)) == found
 
 
 @pytest.mark.parametrize(
@@ -198,8 +269,68 @@ def test_fault_of_the_cache_excuses_pins_that_no_cookie_carries(
         Operation("ada", "ada/1", kind, 0, 1, 200, wrote=1),
         Operation("ada", "ada/1", "read", 2, 3, 200, saw={"ada/1": 0}),
     ]
-    faults = [Fault("cache frozen", 0.5, 1.5, excuses)]
-    assert guarantees(History(ALL, 1.5, operations, faults)) == found
+    assert guarantees(recorded(operations, Fault("cache frozen", 0.5, 1.5, excuses))) == found
+
+
+@pytest.mark.parametrize(
+    ("began", "ended", "found"),
+    [
+        (0.5, 0.6, set()),
+        (1 + AFTERMATH - 0.1, 5, set()),
+        (10, 20, {"read your writes"}),
+        (10, 50 - AFTERMATH + 0.1, set()),
+        (50.5, 60, set()),
+        (52, 60, {"read your writes"}),
+    ],
+)
+def test_fault_of_the_cache_excuses_pins_only_during_the_write_or_the_read(
+    began: float, ended: float, found: set[str]
+) -> None:
+    operations = [
+        Operation("ada", "ada/1", "orm", 0, 1, 200, wrote=1),
+        Operation("ada", "ada/2", "read", 50, 51, 200, saw={"ada/1": 0}),
+    ]
+    assert guarantees(recorded(operations, Fault("frozen", began, ended, ["pins"]))) == found
+
+
+@pytest.mark.parametrize(
+    ("kind", "began", "ended", "found"),
+    [
+        ("stream", 0.5, 1.5, set()),
+        ("stream", 50.5, 51, set()),
+        ("stream", 10, 20, {"monotonic reads"}),
+        ("orm", 0.5, 1.5, {"monotonic reads"}),
+        ("orm", 50.5, 51, {"monotonic reads"}),
+    ],
+)
+def test_fault_of_the_cache_excuses_monotonic_reads_that_no_cookie_carries(
+    kind: str, began: float, ended: float, found: set[str]
+) -> None:
+    operations = [
+        Operation("ada", "ada/1", kind, 0, 1, 200, wrote=1, saw={"ada/1": 1, "bob/1": 1}),
+        Operation("bob", "bob/1", "orm", 0, 1, 200, wrote=1),
+        Operation("ada", "ada/1", "read", 50, 51, 200, saw={"bob/1": 0}),
+    ]
+    assert guarantees(recorded(operations, Fault("frozen", began, ended, ["pins"]))) == found
+
+
+@pytest.mark.parametrize(("kind", "found"), [("read", {"monotonic reads"}), ("task", set())])
+def test_what_a_task_saw_binds_no_later_read_of_its_session(kind: str, found: set[str]) -> None:
+    operations = [
+        Operation("bob", "bob/1", "orm", 0, 1, 200, wrote=1),
+        Operation("ada", "ada/1", kind, 2, 3, 200, saw={"bob/1": 1}),
+        Operation("ada", "ada/1", "read", 4, 5, 200, saw={"bob/1": 0}),
+    ]
+    assert guarantees(recorded(operations)) == found
+
+
+def test_task_that_shows_less_than_its_session_has_seen_breaks_monotonic_reads() -> None:
+    operations = [
+        Operation("bob", "bob/1", "orm", 0, 1, 200, wrote=1),
+        Operation("ada", "ada/1", "read", 2, 3, 200, saw={"bob/1": 1}),
+        Operation("ada", "ada/1", "task", 4, 5, 200, saw={"bob/1": 0}),
+    ]
+    assert guarantees(recorded(operations)) == {"monotonic reads"}
 
 
 @pytest.mark.parametrize(
@@ -215,15 +346,195 @@ def test_fault_of_the_cache_excuses_pins_that_no_cookie_carries(
 def test_fault_excuses_what_it_names_while_it_lasts(
     excuses: list[str], at: float, found: set[str]
 ) -> None:
-    operations = [Operation("ada", "ada/1", "orm", at, at + 1.6, 503, saw={})]
-    faults = [Fault("frozen", 0, 2, excuses)]
-    assert guarantees(History(ALL, 1.5, operations, faults)) == found
+    operations = [Operation("ada", "ada/1", "orm", at, at + BUDGET + 0.1, 503, saw={})]
+    assert guarantees(recorded(operations, Fault("frozen", 0, 2, excuses))) == found
+
+
+@pytest.mark.parametrize(("wrote", "budget"), [(None, BUDGET), (1, WRITE_BUDGET)])
+@pytest.mark.parametrize(
+    ("late", "status", "found"),
+    [
+        (-0.1, 200, set()),
+        (-0.1, 0, set()),
+        (0.1, 200, {"budget"}),
+        (0.1, 0, {"availability", "budget"}),
+    ],
+)
+def test_fault_excuses_nothing_that_ends_later_than_its_budget_after_the_fault(
+    wrote: int | None, budget: float, late: float, status: int, found: set[str]
+) -> None:
+    ended = 2 + AFTERMATH + budget + late
+    operations = [Operation("ada", "ada/1", "orm", 1, ended, status, wrote=wrote)]
+    faults = [Fault("frozen", 0, 2, ["reads", "writes"])]
+    assert guarantees(recorded(operations, *faults)) == found
+
+
+def test_fault_that_never_ended_excuses_until_the_end_of_the_record() -> None:
+    operations = [Operation("ada", "ada/1", "read", 100, 120, 0)]
+    assert guarantees(recorded(operations, Fault("frozen", 90, None, ["reads"]))) == set()
+
+
+def record_of(history: History) -> tuple[io.StringIO, Recorder]:
+    file = io.StringIO()
+    return file, Recorder(file, history.promises, history.budget, history.write_budget)
 
 
 def test_recorded_history_is_the_same_when_it_is_read() -> None:
-    history = correct(1)._replace(faults=[Fault("lag", 1.0, 2.0, [])])
-    file = io.StringIO()
-    recorder = Recorder(file, history.promises, history.budget)
-    for entry in (*history.operations, *history.faults):
+    faults = [Fault("lag", 1.0, 2.0, []), Fault("lag", 3.0, None, [])]
+    history = correct(1)._replace(faults=faults, errors=[Error("a fault", "AssertionError")])
+    file, recorder = record_of(history)
+    for entry in (*history.operations, *history.faults, *history.errors):
         recorder.add(entry)
     assert parse(file.getvalue().splitlines()) == history
+
+
+@pytest.mark.parametrize(
+    ("seconds", "faults", "errors", "is_wrong"),
+    [
+        (WITHOUT_FAULTS - 1, [], [], False),
+        (WITHOUT_FAULTS + 1, [], [], True),
+        (WITHOUT_FAULTS + 1, [Fault("lag", 1, 2)], [], False),
+        (WITHOUT_FAULTS + 1, [Fault("lag", 1, 2, [], failed=True)], [], True),
+        (WITHOUT_FAULTS + 1, [Fault("lag", 1, 2)], [Error("a fault", "AssertionError")], True),
+    ],
+)
+def test_run_with_an_error_or_without_faults_proves_nothing(
+    seconds: float, faults: list[Fault], errors: list[Error], is_wrong: bool
+) -> None:
+    operations = [Operation("ada", "ada/1", "read", at, at + 1, 200) for at in (0, seconds - 1)]
+    history = recorded(operations, *faults)._replace(errors=errors)
+    assert bool(problems(history)) is is_wrong
+    soak = pytest.importorskip("tests.soak.__main__")
+    assert soak.report(history) == int(is_wrong)
+
+
+def test_run_without_operations_proves_nothing() -> None:
+    assert problems(recorded([]))
+
+
+def test_error_of_a_client_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients.Device, "act", fail)
+    file, recorder = record_of(recorded([]))
+    for thread in clients.run(1, 1, 1, recorder, lambda: False):
+        thread.join()
+    errors = parse(file.getvalue().splitlines()).errors
+    assert {error.where for error in errors} == {"user0-1", "user0-2"}
+
+
+# The faults
+
+
+def fail(*args: object) -> None:
+    raise AssertionError("planted")
+
+
+@pytest.fixture
+def faults() -> Any:
+    for driver in ("psycopg", "MySQLdb", "redis"):
+        pytest.importorskip(driver)
+    from tests.soak import faults
+
+    return faults
+
+
+def run_of(servers: object) -> Any:
+    return SimpleNamespace(rig=SimpleNamespace(servers=servers), cache=0)
+
+
+def scheduled(
+    faults: Any, monkeypatch: pytest.MonkeyPatch, *causes: Callable[..., None]
+) -> tuple[History, threading.Event]:
+    """Return the record of faults on no servers, and whether the run is over."""
+    known = {cause: (["reads"], 1) for cause in causes}
+    monkeypatch.setattr(faults, "FAULTS", {object: known})
+    file, recorder = record_of(recorded([]))
+    over = threading.Event()
+    faults.schedule(run_of(object()), 1, recorder, over)
+    return parse(file.getvalue().splitlines()), over
+
+
+def test_unexpected_error_of_a_fault_is_recorded_and_ends_the_run(
+    faults: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history, over = scheduled(faults, monkeypatch, fail)
+    assert "planted" in history.errors[0].text
+    assert over.is_set()
+    (fault,) = history.faults
+    assert fault.failed
+    assert fault.ended is not None
+
+
+def test_error_of_a_server_that_still_starts_is_a_failed_fault(
+    faults: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(context: Any) -> None:
+        context.over.set()
+        raise faults.psycopg.OperationalError
+
+    monkeypatch.setattr(faults, "_errors_of", lambda servers: faults.psycopg.Error)
+    history, _ = scheduled(faults, monkeypatch, refuse)
+    assert not history.errors
+    assert [fault.failed for fault in history.faults] == [True]
+
+
+def test_fault_is_recorded_before_it_ends(faults: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = []
+
+    def look(context: Any) -> None:
+        lines.extend(file.getvalue().splitlines())
+        context.over.set()
+
+    monkeypatch.setattr(faults, "FAULTS", {object: {look: (["reads"], 1)}})
+    file, recorder = record_of(recorded([]))
+    faults.schedule(run_of(object()), 1, recorder, threading.Event())
+    (before,) = parse(lines).faults
+    (after,) = parse(file.getvalue().splitlines()).faults
+    assert (before.ended, before.excuses) == (None, ["reads"])
+    assert after.ended is not None
+    assert after.began == before.began
+
+
+class Disturbed:
+    """Takes every order to servers, and keeps those that were not undone."""
+
+    UNDOES: ClassVar = {"resume": "pause", "start": "stop", "repair": "stop", "thaw": "freeze"}
+
+    def __init__(self, fails: bool) -> None:
+        self.fails = fails
+        self.orders: set[str] = set()
+
+    def __getitem__(self, alias: object) -> Disturbed:
+        return self
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def order(*args: object) -> None:
+            if name in self.UNDOES:
+                self.orders.discard(self.UNDOES[name])
+                return
+            self.orders.add(name)
+            if self.fails:
+                fail()
+
+        return order
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("lag", "lag_of_all", "kill_replica", "kill_both_replicas", "kill_primary"),
+        *("freeze_replica", "freeze_primary", "gtid_lag", "gtid_kill_replica"),
+    ],
+)
+@pytest.mark.parametrize("fails", [True, False], ids=["order fails", "wait fails"])
+def test_fault_that_fails_undoes_itself(faults: Any, name: str, fails: bool) -> None:
+    primary, one, two, gtid = servers = [Disturbed(fails) for _ in range(4)]
+    context = SimpleNamespace(
+        primary=primary,
+        replica=one,
+        cluster=SimpleNamespace(replicas=[one, two]),
+        gtid=gtid,
+        wait=fail,
+    )
+    with pytest.raises(AssertionError, match="planted"):
+        getattr(faults, name)(context)
+    assert [server.orders for server in servers] == [set()] * 4

@@ -125,13 +125,13 @@ class Server:
         """Stop the process, so that it accepts connections and answers nothing."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
-        # Its threads stop one after the other.
-        tasks = Path(f"/proc/{self._process.pid}/task")
-        states = [task / "stat" for task in tasks.iterdir()]
-        assert eventually(
-            lambda: all(") T " in state.read_text() for state in states if state.exists())
-        )
         try:
+            # Its threads stop one after the other.
+            tasks = Path(f"/proc/{self._process.pid}/task")
+            states = [task / "stat" for task in tasks.iterdir()]
+            assert eventually(
+                lambda: all(") T " in state.read_text() for state in states if state.exists())
+            )
             yield
         finally:
             self._process.send_signal(signal.SIGCONT)

@@ -5,6 +5,6 @@ Many clients against real servers under faults; what each saw is recorded and ju
     python -m tests.soak --layout haproxy --seconds 3600 --seed 7
 
 ``history`` is the format of the record, ``judge`` judges it and knows nothing of the package,
-``site`` is the Django project, ``servers`` runs it, ``layouts`` and ``faults`` are what happens
-around it, ``clients`` are its users.
+``site`` is the Django project, which ``served`` passes to a web server, ``rig`` runs it with its
+databases and cache, ``faults`` disturbs those, ``clients`` are its users.
 """

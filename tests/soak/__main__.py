@@ -14,12 +14,14 @@ from pathlib import Path
 from .clients import run
 from .faults import schedule
 from .history import History, Promise, Recorder, load
-from .judge import Violation, judge
+from .judge import Violation, judge, problems
 from .rig import LAYOUTS, SERVERS, running
 
 # Seconds: the budget of a read beside its execution, and what a machine of two cores that runs
 # the clients, the site and the servers adds.
 BUDGET = 1.5 + 0.5
+# Seconds that a write may take in addition to the read after it, which waits for the primary.
+WRITE = 3.0
 
 
 def main() -> int:
@@ -63,24 +65,23 @@ def record(given: argparse.Namespace, path: Path) -> None:
         folder.chmod(0o755)
         options = {"conn_max_age": age}
         with running(given.layout, given.server, folder, options, settings) as site:
-            recorder = Recorder(file, promises, given.budget)
+            recorder = Recorder(file, promises, given.budget, given.budget + WRITE)
             over = threading.Event()
             faults = threading.Thread(target=schedule, args=(site, given.seed, recorder, over))
             faults.start()
             devices = run(site.port, given.users, given.seed, recorder, over.is_set)
             try:
-                wait(given.seconds, path)
+                wait(given.seconds, path, over)
             finally:
                 over.set()
                 for thread in (*devices, faults):
                     thread.join()
 
 
-def wait(seconds: float, path: Path) -> None:
+def wait(seconds: float, path: Path, over: threading.Event) -> None:
     """Wait for the end of the run, on a terminal with a line of progress."""
     end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        time.sleep(min(left, 1))
+    while (left := end - time.monotonic()) > 0 and not over.wait(min(left, 1)):
         if not sys.stdout.isatty():
             continue
         print(f"\r{left:6.0f} s left, {path.stat().st_size / 1e6:.1f} MB", end="", flush=True)
@@ -92,15 +93,16 @@ def report(history: History) -> int:
     """Print what was seen and return the exit status."""
     operations = history.operations
     reads = [each for each in operations if each.wrote is None]
-    took = max(reads, key=lambda each: each.ended - each.began, default=None)
+    writes = [each for each in operations if each.wrote is not None]
     print(
         f"{len(operations):,} operations, {len(reads):,} reads by "
         f"{len({each.session for each in operations})} devices"
     )
-    if took:
-        print(f"longest read {took.ended - took.began:.2f} s")
+    for what, them in (("read", reads), ("write", writes)):
+        print(f"longest {what} {max((each.ended - each.began for each in them), default=0):.2f} s")
     print("reads by server:", dict(Counter(each.server for each in reads if each.server)))
-    print("faults:", dict(Counter(each.name for each in history.faults)))
+    faults = Counter(each.name for each in history.faults if not each.failed)
+    print("faults:", dict(faults))
     print(
         "without success:", dict(Counter(each.status for each in operations if not each.succeeded))
     )
@@ -108,7 +110,10 @@ def report(history: History) -> int:
     for violation in violations[:20]:
         print(line(violation, history))
     print("violations:", dict(Counter(each.guarantee for each in violations)) or "none")
-    return 1 if violations else 0
+    wrong = problems(history)
+    for problem in wrong:
+        print(f"The run proves nothing: {problem}")
+    return 1 if violations or wrong else 0
 
 
 def line(violation: Violation, history: History) -> str:
@@ -117,7 +122,7 @@ def line(violation: Violation, history: History) -> str:
     near = [
         fault.name
         for fault in history.faults
-        if fault.began - 5 < operation.ended and operation.began < fault.ended + 5
+        if fault.began - 5 < operation.ended and operation.began < fault.end + 5
     ]
     return (
         f"{violation.guarantee}: {operation.session} {operation.kind} at "

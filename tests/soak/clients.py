@@ -7,12 +7,13 @@ import json
 import random
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from http.cookies import SimpleCookie
 from typing import Any, Final
 from urllib.parse import urlencode
 
-from .history import Operation, Recorder
+from .history import Error, Operation, Recorder
 
 __all__ = ["Device", "run"]
 
@@ -62,7 +63,8 @@ class Device:
             self._connection.close()
             self._connection = self._connect()
             answer, status = {}, 0
-        return Operation(self.user, self.session, kind, began, time.monotonic(), status, **answer)
+        ended, asked = time.monotonic(), query["list"]
+        return Operation(self.user, self.session, kind, began, ended, status, asked=asked, **answer)
 
     def _connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self._port, timeout=TIMEOUT)
@@ -87,8 +89,11 @@ def run(
     lists = {name: [f"{name}-{number}" for number in DEVICES] for name in names}
 
     def work(device: Device, own: list[str], others: list[str]) -> None:
-        while not is_over():
-            recorder.add(device.act(own, others))
+        try:
+            while not is_over():
+                recorder.add(device.act(own, others))
+        except Exception:
+            recorder.add(Error(device.session, traceback.format_exc()))
 
     threads = []
     for name in names:

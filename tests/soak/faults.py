@@ -7,8 +7,9 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any, Final
 
 import psycopg
@@ -16,7 +17,7 @@ import psycopg
 from sample_site.cluster import Cluster, Node
 from tests.real import mariadb
 
-from .history import Fault, Recorder
+from .history import Error, Fault, Recorder
 from .rig import Running
 
 __all__ = ["FAULTS", "schedule"]
@@ -30,7 +31,7 @@ WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()
 """
 
 
-class Act:
+class FaultContext:
     """Acts on the servers of a run; ``wait`` returns early when the run is over."""
 
     def __init__(self, running: Running, draw: random.Random, over: threading.Event) -> None:
@@ -64,119 +65,145 @@ class Act:
 # PostgreSQL
 
 
-def lag(act: Act) -> None:
-    node = act.replica
-    node.pause()
-    act.wait(0.2, 1.5)
-    node.resume()
+def lag(context: FaultContext) -> None:
+    with _paused(context.replica):
+        context.wait(0.2, 1.5)
 
 
-def lag_of_all(act: Act) -> None:
-    for node in act.cluster.replicas:
+def lag_of_all(context: FaultContext) -> None:
+    with _all(_paused, context.cluster.replicas):
+        context.wait(0.2, 1.5)
+
+
+def kill_replica(context: FaultContext) -> None:
+    with _killed(context.replica):
+        context.wait(1, 3)
+
+
+def kill_both_replicas(context: FaultContext) -> None:
+    with _all(_killed, context.cluster.replicas):
+        context.wait(1, 3)
+
+
+def terminate(context: FaultContext) -> None:
+    context.replica.execute(TERMINATE)
+
+
+def freeze_replica(context: FaultContext) -> None:
+    with _frozen(context.replica):
+        context.wait(1, 3)
+
+
+def freeze_primary(context: FaultContext) -> None:
+    with _frozen(context.primary):
+        context.wait(0.5, 2)
+
+
+def kill_primary(context: FaultContext) -> None:
+    with _killed(context.primary):
+        context.wait(0.5, 2)
+
+
+def replayed_lock(context: FaultContext) -> None:
+    """A report holds up the replay of an ALTER TABLE, and all reads of the table queue behind."""
+    node = context.replica
+    with psycopg.connect(node.conninfo("site")) as report:
+        report.execute("SELECT count(*) FROM soak_row")
+        try:
+            context.primary.execute(
+                "ALTER TABLE soak_row ADD COLUMN extra integer", database="site"
+            )
+        finally:
+            context.primary.execute(
+                "ALTER TABLE soak_row DROP COLUMN IF EXISTS extra", database="site"
+            )
+        context.wait(1, 3)
+
+
+@contextmanager
+def _paused(node: Node) -> Iterator[None]:
+    try:
         node.pause()
-    act.wait(0.2, 1.5)
-    for node in act.cluster.replicas:
+        yield
+    finally:
         node.resume()
 
 
-def kill_replica(act: Act) -> None:
-    node = act.replica
-    node.stop("immediate")
-    act.wait(1, 3)
-    node.start()
-
-
-def kill_both_replicas(act: Act) -> None:
-    for node in act.cluster.replicas:
+@contextmanager
+def _killed(node: Node) -> Iterator[None]:
+    try:
         node.stop("immediate")
-    act.wait(1, 3)
-    for node in act.cluster.replicas:
+        yield
+    finally:
         node.start()
-
-
-def terminate(act: Act) -> None:
-    act.replica.execute(TERMINATE)
-
-
-def freeze_replica(act: Act) -> None:
-    with _frozen(act.replica):
-        act.wait(1, 3)
-
-
-def freeze_primary(act: Act) -> None:
-    with _frozen(act.primary):
-        act.wait(0.5, 2)
-
-
-def kill_primary(act: Act) -> None:
-    act.primary.stop("immediate")
-    act.wait(0.5, 2)
-    act.primary.start()
-
-
-def replayed_lock(act: Act) -> None:
-    """A report holds up the replay of an ALTER TABLE, and all reads of the table queue behind."""
-    node = act.replica
-    with psycopg.connect(node.conninfo("site")) as report:
-        report.execute("SELECT count(*) FROM soak_row")
-        act.primary.execute("ALTER TABLE soak_row ADD COLUMN extra integer", database="site")
-        act.primary.execute("ALTER TABLE soak_row DROP COLUMN extra", database="site")
-        act.wait(1, 3)
 
 
 @contextmanager
 def _frozen(node: Node) -> Iterator[None]:
-    node.freeze()
     try:
+        node.freeze()
         yield
     finally:
         node.thaw()
 
 
+@contextmanager
+def _all(
+    disturbed: Callable[[Node], AbstractContextManager[None]], nodes: Iterable[Node]
+) -> Iterator[None]:
+    with ExitStack() as stack:
+        for node in nodes:
+            stack.enter_context(disturbed(node))
+        yield
+
+
 # The cache
 
 
-def freeze_cache(act: Act) -> None:
-    os.kill(act.running.cache, signal.SIGSTOP)
+def freeze_cache(context: FaultContext) -> None:
     try:
-        act.wait(0.5, 2)
+        os.kill(context.running.cache, signal.SIGSTOP)
+        context.wait(0.5, 2)
     finally:
-        os.kill(act.running.cache, signal.SIGCONT)
+        os.kill(context.running.cache, signal.SIGCONT)
 
 
 # MariaDB and MySQL
 
 
-def gtid_lag(act: Act) -> None:
-    alias = act.replica
-    act.gtid.pause(alias)
-    act.wait(0.2, 1.5)
-    act.gtid.resume(alias)
+def gtid_lag(context: FaultContext) -> None:
+    alias = context.replica
+    try:
+        context.gtid.pause(alias)
+        context.wait(0.2, 1.5)
+    finally:
+        context.gtid.resume(alias)
 
 
-def gtid_kill_replica(act: Act) -> None:
-    alias = act.replica
-    act.gtid[alias].stop()
-    act.wait(1, 3)
-    act.gtid.repair()
+def gtid_kill_replica(context: FaultContext) -> None:
+    try:
+        context.gtid[context.replica].stop()
+        context.wait(1, 3)
+    finally:
+        context.gtid.repair()
 
 
-def gtid_freeze_replica(act: Act) -> None:
-    with act.gtid[act.replica].frozen():
-        act.wait(1, 3)
+def gtid_freeze_replica(context: FaultContext) -> None:
+    with context.gtid[context.replica].frozen():
+        context.wait(1, 3)
 
 
-def gtid_terminate(act: Act) -> None:
-    server = act.gtid[act.replica]
+def gtid_terminate(context: FaultContext) -> None:
+    server = context.gtid[context.replica]
     own = f"FROM information_schema.processlist WHERE user = '{mariadb.USER}'"
     for (number,) in server.execute(f"SELECT id {own}"):
-        with suppress(Exception):
-            # It may have ended meanwhile.
+        # It may have ended meanwhile.
+        with suppress(_errors_of(context.gtid)):
             server.execute(f"KILL {number}")
 
 
 # Each with what it excuses, and how often it is drawn.
-FAULTS: Final[Mapping[type, Mapping[Callable[[Act], None], tuple[list[str], int]]]] = {
+FAULTS: Final[Mapping[type, Mapping[Callable[[FaultContext], None], tuple[list[str], int]]]] = {
     Cluster: {
         lag: ([], 8),
         lag_of_all: ([], 4),
@@ -200,17 +227,38 @@ FAULTS: Final[Mapping[type, Mapping[Callable[[Act], None], tuple[list[str], int]
 
 
 def schedule(running: Running, seed: int, recorder: Recorder, over: threading.Event) -> None:
-    """Cause one fault after the other until the run is over."""
+    """Cause one fault after the other until the run is over. An unexpected error ends the run."""
+    try:
+        _cause_faults(running, seed, recorder, over)
+    except Exception:
+        recorder.add(Error("a fault", traceback.format_exc()))
+        over.set()
+
+
+def _cause_faults(running: Running, seed: int, recorder: Recorder, over: threading.Event) -> None:
     draw = random.Random(seed)
-    act = Act(running, draw, over)
+    context = FaultContext(running, draw, over)
     known = next(each for kind, each in FAULTS.items() if isinstance(running.rig.servers, kind))
     names, weights = list(known), [weight for _, weight in known.values()]
     while not over.is_set():
-        fault = draw.choices(names, weights)[0]
-        began = time.monotonic()
-        # A replica that still starts may refuse to be terminated or paused.
-        with suppress(psycopg.Error):
-            fault(act)
-        excuses, _ = known[fault]
-        recorder.add(Fault(fault.__name__, began, time.monotonic(), excuses))
-        act.wait(*PAUSES)
+        cause = draw.choices(names, weights)[0]
+        fault = Fault(cause.__name__, time.monotonic(), None, known[cause][0])
+        recorder.add(fault)
+        failed = True
+        try:
+            # A server that still starts may refuse to be terminated or paused.
+            with suppress(_errors_of(running.rig.servers)):
+                cause(context)
+                failed = False
+        finally:
+            recorder.add(fault._replace(ended=time.monotonic(), failed=failed))
+        context.wait(*PAUSES)
+
+
+def _errors_of(servers: Cluster | mariadb.Servers) -> type[Exception]:
+    """Return the class of the errors of the servers' driver."""
+    if isinstance(servers, Cluster):
+        return psycopg.Error
+    import MySQLdb
+
+    return MySQLdb.Error

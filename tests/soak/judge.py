@@ -6,25 +6,30 @@ Weakly Consistent Replicated Data", 1994). Knows nothing of the package.
 - Monotonic reads: a read shows what its session has seen before.
 - Writes follow reads: who sees a write also sees what its writer had seen before it.
 
-Besides, a read shows rows of the asked list only, no number that nobody wrote, fails only while a
-fault excuses it, and takes no longer than its budget.
+Besides, a read answers for every list that it was asked for, shows rows of these lists only, no
+number that nobody wrote, every acknowledged number up to the highest, and none twice. A request
+fails only while a fault excuses it, and takes no longer than its budget.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from .history import Fault, History, Operation, Promise
 
-__all__ = ["Violation", "judge"]
+__all__ = ["Violation", "judge", "problems"]
 
 # A fault still has consequences for so many seconds: a retry may already wait for its server.
 AFTERMATH = 2.0
-# Kinds of operations that write when the headers of the response have been sent.
+# Kinds of operations that write and read after the headers of the response have been sent.
 WITHOUT_COOKIE = {"stream"}
+# Kinds of operations whose read does not update the pins of their session.
+ISOLATED = {"task"}
+# A run that is longer has faults (seconds).
+WITHOUT_FAULTS = 10.0
 
 
 class Violation(NamedTuple):
@@ -41,13 +46,25 @@ def judge(history: History) -> list[Violation]:
     found = [
         *_read_your_writes(operations, Promise.EVERY_DEVICE in history.promises, history.faults),
         *_writes_follow_reads(operations),
+        *_incomplete_answers(operations),
         *_foreign_rows(operations),
-        *_failures(operations, history.faults),
-        *_budget(operations, history.budget, history.faults),
+        *_lost_and_duplicate_writes(operations),
+        *_failures(operations, history),
+        *_budget(operations, history),
     ]
     if Promise.MONOTONIC_READS in history.promises:
-        found += _monotonic_reads(operations)
+        found += _monotonic_reads(operations, history.faults)
     return sorted(found, key=lambda each: each.operation.ended)
+
+
+def problems(history: History) -> list[str]:
+    """Return why the run proves nothing, whatever its clients saw."""
+    found = [f"error in {error.where}: {error.text}" for error in history.errors]
+    if not history.operations:
+        found.append("no operation was recorded")
+    if history.seconds > WITHOUT_FAULTS and all(fault.failed for fault in history.faults):
+        found.append(f"no fault succeeded in {history.seconds:.0f} s")
+    return found
 
 
 def _read_your_writes(
@@ -60,46 +77,59 @@ def _read_your_writes(
     for operation in operations:
         if operation.wrote is not None and operation.succeeded:
             acknowledged = operation.ended, operation.wrote
-            by_user[operation.session].append(acknowledged)
+            if not _may_lose_pins_saved_by(operation, faults):
+                by_user[operation.session].append(acknowledged)
             if operation.kind not in WITHOUT_COOKIE:
                 by_cookie[operation.session].append(acknowledged)
     for operation in operations:
         if not operation.succeeded:
             continue
+        has_pins = not _overlaps(faults, "pins", operation.began, operation.ended)
         for owner, seen in operation.saw.items():
             is_own = owner == operation.session
             wanted = 0
             if is_own:
-                wanted = operation.wrote or _last_before(by_cookie[owner], operation.began)[1]
-            if every_device and users.get(owner) == operation.user:
-                at, number = _last_before(by_user[owner], operation.began)
-                if not _overlaps(faults, "pins", at, operation.ended):
-                    wanted = max(wanted, number)
+                wanted = operation.wrote or _last_before(by_cookie[owner], operation.began)
+            if every_device and has_pins and users.get(owner) == operation.user:
+                wanted = max(wanted, _last_before(by_user[owner], operation.began))
             if seen < wanted:
                 why = f"saw {seen} of {owner}, had written {wanted}"
                 yield Violation("read your writes", operation, why)
 
 
-def _last_before(numbers: list[tuple[float, int]], time: float) -> tuple[float, int]:
+def _last_before(numbers: list[tuple[float, int]], time: float) -> int:
     index = bisect_left(numbers, (time, 0))
-    return numbers[index - 1] if index else (0.0, 0)
+    return numbers[index - 1][1] if index else 0
 
 
-def _monotonic_reads(operations: list[Operation]) -> Iterator[Violation]:
-    seen: dict[tuple[str, str], int] = {}
+def _may_lose_pins_saved_by(operation: Operation, faults: list[Fault]) -> bool:
+    return _overlaps(faults, "pins", operation.began, operation.ended + AFTERMATH)
+
+
+def _monotonic_reads(operations: list[Operation], faults: list[Fault]) -> Iterator[Violation]:
+    by_cookie: dict[tuple[str, str], int] = defaultdict(int)
+    by_cache: dict[tuple[str, str], int] = defaultdict(int)
     for operation in operations:
         if not operation.succeeded:
             continue
+        has_pins = not _overlaps(faults, "pins", operation.began, operation.ended)
         for owner, number in operation.saw.items():
-            before = seen.get((operation.session, owner), 0)
+            key = operation.session, owner
+            before = max(by_cookie[key], by_cache[key] if has_pins else 0)
             if number < before:
                 why = f"saw {number} of {owner}, had seen {before}"
                 yield Violation("monotonic reads", operation, why)
-            seen[operation.session, owner] = max(number, before)
+            if operation.kind in ISOLATED:
+                continue
+            if operation.kind not in WITHOUT_COOKIE:
+                by_cookie[key] = max(number, by_cookie[key])
+            elif not _may_lose_pins_saved_by(operation, faults):
+                by_cache[key] = max(number, by_cache[key])
 
 
 def _writes_follow_reads(operations: list[Operation]) -> Iterator[Violation]:
-    # For each write, what its session had seen: (session, number) -> {owner: number}.
+    # For each write, what its session had seen: (session, number) -> {owner: number}. This includes
+    # what a task saw: a later write follows it in the log of the primary, whatever the pins are.
     followed: dict[tuple[str, int], dict[str, int]] = {}
     seen: dict[str, dict[str, int]] = defaultdict(dict)
     for operation in operations:
@@ -122,6 +152,16 @@ def _writes_follow_reads(operations: list[Operation]) -> Iterator[Violation]:
                     yield Violation("writes follow reads", operation, why)
 
 
+def _incomplete_answers(operations: list[Operation]) -> Iterator[Violation]:
+    for operation in operations:
+        if not operation.succeeded:
+            continue
+        answered = operation.saw.keys() & operation.rows.keys() & operation.numbers.keys()
+        if missing := set(operation.asked) - answered:
+            why = f"no answer for {', '.join(sorted(missing))}"
+            yield Violation("incomplete answer", operation, why)
+
+
 def _foreign_rows(operations: list[Operation]) -> Iterator[Violation]:
     begun: dict[str, list[tuple[float, int]]] = defaultdict(list)
     for operation in sorted(operations, key=lambda each: each.began):
@@ -132,32 +172,63 @@ def _foreign_rows(operations: list[Operation]) -> Iterator[Violation]:
             if set(owners) - {asked}:
                 yield Violation("foreign row", operation, f"asked for {asked}, got {owners}")
         for asked, number in operation.saw.items():
-            _, written = _last_before(begun[asked], operation.ended)
+            written = _last_before(begun[asked], operation.ended)
             if number > written:
                 why = f"saw {number} of {asked}, which had begun to write {written}"
                 yield Violation("foreign row", operation, why)
 
 
-def _failures(operations: list[Operation], faults: list[Fault]) -> Iterator[Violation]:
+def _lost_and_duplicate_writes(operations: list[Operation]) -> Iterator[Violation]:
+    acknowledged: dict[str, list[int]] = defaultdict(list)
     for operation in operations:
-        if not operation.succeeded and not _is_excused(operation, faults):
+        if operation.wrote is not None and operation.succeeded:
+            acknowledged[operation.session].append(operation.wrote)
+    for operation in operations:
+        if not operation.succeeded:
+            continue
+        for owner, highest in operation.saw.items():
+            # A list is appended to in order: what shows a number shows those acknowledged before.
+            wanted = bisect_right(acknowledged[owner], highest)
+            numbers = operation.numbers.get(owner, wanted)
+            if numbers < wanted:
+                why = f"{numbers} numbers of {owner} up to {highest}, {wanted} were acknowledged"
+                yield Violation("lost write", operation, why)
+            if (rows := operation.rows.get(owner, numbers)) > numbers:
+                why = f"{rows} rows of {owner} with {numbers} numbers"
+                yield Violation("duplicate write", operation, why)
+
+
+def _failures(operations: list[Operation], history: History) -> Iterator[Violation]:
+    for operation in operations:
+        if not operation.succeeded and not _is_excused(operation, history):
             yield Violation("availability", operation, f"status {operation.status}")
 
 
-def _budget(operations: list[Operation], budget: float, faults: list[Fault]) -> Iterator[Violation]:
+def _budget(operations: list[Operation], history: History) -> Iterator[Violation]:
     for operation in operations:
         took = operation.ended - operation.began
-        if operation.wrote is None and took > budget and not _is_excused(operation, faults):
+        if took > _budget_of(operation, history) and not _is_excused(operation, history):
             yield Violation("budget", operation, f"{took:.2f} s")
 
 
-def _is_excused(operation: Operation, faults: list[Fault]) -> bool:
+def _budget_of(operation: Operation, history: History) -> float:
+    return history.budget if operation.wrote is None else history.write_budget
+
+
+def _is_excused(operation: Operation, history: History) -> bool:
     what = "reads" if operation.wrote is None else "writes"
-    return _overlaps(faults, what, operation.began, operation.ended)
+    latest = operation.ended - _budget_of(operation, history)
+    # It may fail or be slow meanwhile, but it also ends soon after the fault.
+    return any(
+        what in fault.excuses
+        and fault.began <= operation.ended
+        and max(operation.began, latest) <= fault.end + AFTERMATH
+        for fault in history.faults
+    )
 
 
 def _overlaps(faults: list[Fault], excused: str, began: float, ended: float) -> bool:
     return any(
-        excused in fault.excuses and fault.began <= ended and began <= fault.ended + AFTERMATH
+        excused in fault.excuses and fault.began <= ended and began <= fault.end + AFTERMATH
         for fault in faults
     )

@@ -78,7 +78,7 @@ def _on_postgresql(
     return layout
 
 
-def _one_alias_a_server(stack: ExitStack, cluster: Cluster) -> dict[str, tuple[Place, ...]]:
+def _one_alias_per_server(stack: ExitStack, cluster: Cluster) -> dict[str, tuple[Place, ...]]:
     replicas = {node.name: (node,) for node in cluster.replicas}
     return {"default": (cluster.primary,), **replicas}
 
@@ -119,7 +119,7 @@ def _with_gtids(kind: type[mariadb.Servers]) -> Layout:
 
 
 LAYOUTS: Final[Mapping[str, Layout]] = {
-    "aliases": _on_postgresql(_one_alias_a_server),
+    "aliases": _on_postgresql(_one_alias_per_server),
     "hosts": _on_postgresql(_list_of_hosts),
     "haproxy": _on_postgresql(_haproxy),
     "pgbouncer-session": _on_postgresql(_pgbouncer("session")),
@@ -129,7 +129,7 @@ LAYOUTS: Final[Mapping[str, Layout]] = {
     "pool-pgbouncer": _on_postgresql(
         _pgbouncer("session"), pool={"min_size": 0, "max_size": THREADS}
     ),
-    "pool": _on_postgresql(_one_alias_a_server, pool={"min_size": 0, "max_size": THREADS}),
+    "pool": _on_postgresql(_one_alias_per_server, pool={"min_size": 0, "max_size": THREADS}),
     "mariadb": _with_gtids(mariadb.Servers),
     "mysql": _with_gtids(mysql.Servers),
 }

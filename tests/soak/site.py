@@ -1,8 +1,9 @@
 """
 The site: every way to write, and a read that returns what its session may have to see.
 
-``GET /read/?user=…&list=…&list=…`` returns the highest number of each list, the owners of its rows,
-and the server that answered. ``POST /write/<how>/?to=…&number=…&…`` appends a row before it reads.
+``GET /read/?user=…&list=…&list=…`` returns the highest number of each list, how many rows and
+different numbers it has, the owners of the rows, and the server that answered.
+``POST /write/<how>/?to=…&number=…&…`` appends a row before it reads.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from django.db import connection, connections, transaction
-from django.db.models import Max
+from django.db.models import Count, Max
 from django.db.models.expressions import RawSQL
 from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
 from django.urls import path
@@ -31,26 +32,40 @@ def user_key(request: HttpRequest) -> str | None:
     return request.GET.get("user")
 
 
-def saw(lists: Iterable[str]) -> dict[str, Any]:
+def read_lists(lists: Iterable[str]) -> dict[str, Any]:
     """Read the lists by one statement, so that what it shows is one state of one server."""
     names = list(lists)
     rows = (
         Row.objects.filter(list__in=names)
         .values("list", "owner")
-        .annotate(highest=Max("number"), port=RawSQL(PORT[connection.vendor], ()))
+        .annotate(
+            highest=Max("number"),
+            rows=Count("number"),
+            numbers=Count("number", distinct=True),
+            port=RawSQL(PORT[connection.vendor], ()),
+        )
     )
     highest = dict.fromkeys(names, 0)
+    count, distinct = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     owners: dict[str, list[str]] = {name: [] for name in names}
     server = ""
     for row in rows:
         highest[row["list"]] = max(highest[row["list"]], row["highest"])
+        count[row["list"]] += row["rows"]
+        distinct[row["list"]] += row["numbers"]
         owners[row["list"]].append(row["owner"])
         server = str(row["port"])
-    return {"saw": highest, "owners": owners, "server": server}
+    return {
+        "saw": highest,
+        "rows": count,
+        "numbers": distinct,
+        "owners": owners,
+        "server": server,
+    }
 
 
 def read(request: HttpRequest) -> HttpResponse:
-    return JsonResponse(saw(request.GET.getlist("list")))
+    return JsonResponse(read_lists(request.GET.getlist("list")))
 
 
 # Ways to write
@@ -96,12 +111,12 @@ def row_of(request: HttpRequest) -> tuple[str, int]:
 
 
 def stream(request: HttpRequest) -> StreamingHttpResponse:
-    """Write when the headers have been sent, so that no cookie can carry the pin."""
+    """Write after the headers have been sent, so that no cookie can carry the pin."""
 
     def body() -> Iterator[bytes]:
         yield b" "
         by_orm(*row_of(request))
-        yield json.dumps(saw(request.GET.getlist("list"))).encode()
+        yield json.dumps(read_lists(request.GET.getlist("list"))).encode()
 
     return StreamingHttpResponse(body())
 
@@ -120,7 +135,7 @@ def task(request: HttpRequest) -> HttpResponse:
 def run(token: str | None, lists: list[str]) -> dict[str, Any]:
     try:
         with pinning_scope(token, isolated=True):
-            return saw(lists)
+            return read_lists(lists)
     finally:
         connections.close_all()
 
