@@ -1,6 +1,7 @@
 """
 The time that PINNING_DRY_RUN adds to a whole read: a query for one row of an SQLite database in
-memory, inside a request. Blocks of reads with and without it alternate.
+memory, inside a request that has written before, or not. Blocks of reads with and without it
+alternate.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pinning_middleware.conf import conf  # noqa: E402
 from pinning_middleware.routing import pools  # noqa: E402
 from pinning_middleware.scopes.scope import Scope, enter  # noqa: E402
 
-from .measure import fastest  # noqa: E402
+from .measure import fastest, ratio  # noqa: E402
 from .models import Entry  # noqa: E402
 
 ROUNDS = int(os.environ.get("ROUNDS", "300"))
@@ -47,11 +48,13 @@ class Site:
                 read()
             self.conf, self.pools = dict(conf.__dict__), pools._pools
 
-    def measure(self) -> float:
+    def measure(self, *, has_written: bool) -> float:
         conf.__dict__.clear()
         conf.__dict__.update(self.conf)
         pools._pools = self.pools
-        enter(self.scope)
+        enter(Scope() if has_written else self.scope)
+        if has_written:
+            Entry.objects.update(number=2)
         read()
         return fastest(read, TIMES)
 
@@ -61,15 +64,16 @@ def main() -> None:
         editor.create_model(Entry)
     Entry.objects.create(client="one", number=1)
     plain, dry = Site(), Site(PINNING_DRY_RUN={"default": 2})
-    rounds = []
-    for number in range(ROUNDS):
-        first, second = (plain, dry) if number % 2 else (dry, plain)
-        took = {first: first.measure(), second: second.measure()}
-        rounds.append((took[plain], took[dry]))
+    for has_written in (False, True):
+        rounds = []
+        for number in range(ROUNDS):
+            first, second = (plain, dry) if number % 2 else (dry, plain)
+            took = {site: site.measure(has_written=has_written) for site in (first, second)}
+            rounds.append((took[dry], took[plain]))
+        added = statistics.median(with_it - without for with_it, without in rounds)
+        name = "a read after a write" if has_written else "a read"
+        print(f"{name} in a dry run: {ratio(rounds)}, {added * 1e6:.1f} µs more")
     enter(None)
-    added = statistics.median(with_it - without for without, with_it in rounds)
-    without = statistics.median(without for without, _ in rounds)
-    print(f"a read: {without * 1e6:.1f} µs; added by a dry run: {added * 1e6:.2f} µs")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
+from django.utils.translation import ngettext
+
 from pinning_middleware.conf import conf
 from pinning_middleware.reasons import Reason
 from pinning_middleware.stats import format_duration
@@ -22,7 +24,7 @@ class DryRun(NamedTuple):
     The reads of one pool in a dry run.
 
     - ``pool``: alias of the primary.
-    - ``assumed_lag``: the lag of the replica that is assumed (seconds).
+    - ``assumed_lag``: the lag of the assumed replica (seconds).
     - ``reasons``: reason → number of reads.
     - ``missed_writes``: reads that only a pin would keep from a replica without the client's write.
     """
@@ -60,9 +62,10 @@ class DryRun(NamedTuple):
             return [begin, "PINNING_ENABLED is False, so nothing is decided."]
         if not self.reads:
             return [begin, "No read has been counted."]
+        reads = ngettext("Of %d read", "Of %d reads", self.reads) % self.reads
         return [
             begin,
-            f"Of {self.reads} reads, {self._percent(self.to_replicas)} could go to replicas, "
+            f"{reads}, {self._percent(self.to_replicas)} could go to replicas, "
             f"{self._percent(self.waiting)} would stay on the primary until a replica has caught "
             f"up with a write, and {self._percent(self.on_primary)} would stay there anyway.",
             f"Without pins, {self.missed_writes} of them ({self._percent(self.missed_writes)}) "
@@ -104,5 +107,5 @@ def _primaries() -> list[str]:
 
 def _made(primary: str, counts: Mapping[str, int]) -> DryRun:
     reasons = {name: number for name, number in counts.items() if name != MISSED_WRITE}
-    most_first = dict(sorted(reasons.items(), key=lambda each: -each[1]))
+    most_first = dict(sorted(reasons.items(), key=lambda each: (-each[1], each[0])))
     return DryRun(primary, conf.dry_run[primary], most_first, counts.get(MISSED_WRITE, 0))

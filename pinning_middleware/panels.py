@@ -169,6 +169,7 @@ def _pin_rows(pins: Pins) -> list[dict[str, Any]]:
             ),
         }
         for key, pin in pins.items()
+        if key.kind is not PinKind.DRY_RUN
     ]
 
 

@@ -67,12 +67,14 @@ class PoolKey(NamedTuple):
 
 class PinKind(StrEnum):
     """
-    What a pin protects: what a client has written, or what it has read (``monotonic-reads``). The
-    value is that of the serialised form.
+    What a pin protects: what a client has written, or what it has read (``monotonic-reads``). That
+    of a dry run protects nothing: it tells when the client wrote. The value is that of the
+    serialised form.
     """
 
     WRITTEN = "w"
     OBSERVED = "o"
+    DRY_RUN = "d"
 
 
 class PinKey(NamedTuple):

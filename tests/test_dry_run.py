@@ -14,6 +14,7 @@ import pytest
 from asgiref.sync import sync_to_async
 from django.contrib.auth.models import User
 from django.core.cache import caches
+from django.core.cache.backends.locmem import LocMemCache
 from django.core.checks import run_checks
 from django.core.management import call_command
 from django.db import connection, router, transaction
@@ -24,14 +25,18 @@ from health_check.exceptions import ServiceWarning
 from pinning_middleware import (
     dry_run_report,
     is_pinned,
+    no_failover,
     offload,
+    pin_this_request,
     pinning_scope,
+    unpin_this_request,
     use_primary,
     use_replica,
 )
 from pinning_middleware.conf import DEFAULTS, conf
 from pinning_middleware.contrib.health_check import Replicas
 from pinning_middleware.routing.pools import pools
+from pinning_middleware.scopes.overrides import Kind, pop, push
 from pinning_middleware.stores import dry_run_counts
 from pinning_middleware.utils import counters
 from tests.app.models import Account, Book, Tag
@@ -51,8 +56,8 @@ STATUS_PAGE = {
 
 @pytest.fixture(autouse=True)
 def dry_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(dry_run_counts, "is_sharing", True)
-    dry_run_counts._shared.clear()
+    monkeypatch.setattr(dry_run_counts, "has_thread", True)
+    monkeypatch.setattr(dry_run_counts, "_progress", dry_run_counts.Progress())
     counters.missed_writes.clear()
     with override_settings(PINNING_REPLICAS=[], PINNING_DRY_RUN={"default": LAG}):
         yield
@@ -146,6 +151,83 @@ def test_read_of_the_request_that_wrote_would_have_missed_it(
     visit(act)
     assert counted() == {"wrote": 1}
     assert report().missed_writes == 1
+
+
+def test_pin_without_a_write_keeps_no_read_from_a_replica_that_lacks_one(
+    tag: None, visit: Visit, counted: Callable[[], dict[str, int]]
+) -> None:
+    for seconds in (None, 600):
+        visit(lambda request, seconds=seconds: pin_this_request(seconds=seconds))
+        visit(read)
+    assert counted() == {"pinned": 2}
+    assert report().missed_writes == 0
+
+
+def test_longer_pin_does_not_make_a_write_more_recent(
+    clock: FrozenDateTimeFactory, tag: None, visit: Visit, counted: Callable[[], dict[str, int]]
+) -> None:
+    def act(request: Any) -> None:
+        write()
+        pin_this_request(seconds=600)
+
+    visit(act)
+    counted()
+    visit(lambda request: Tag.objects.count())
+    assert report().missed_writes == 1
+    for _ in range(3):
+        clock.tick(50)
+        visit(lambda request: Tag.objects.count())
+    assert counted() == {"pinned": 4}
+    assert report().missed_writes == 1
+
+
+def test_write_that_was_forgotten_is_not_missed(
+    tag: None, visit: Visit, counted: Callable[[], dict[str, int]]
+) -> None:
+    visit(write)
+    visit(lambda request: unpin_this_request())
+    visit(lambda request: pin_this_request())
+    counted()
+    visit(lambda request: Tag.objects.count())
+    assert counted() == {"pinned": 1}
+    assert report().missed_writes == 0
+
+
+def test_scope_inside_a_request_would_miss_what_the_client_wrote(
+    tag: None, visit: Visit, counted: Callable[[], dict[str, int]]
+) -> None:
+    def act(request: Any) -> None:
+        with pinning_scope():
+            read()
+
+    visit(lambda request: Tag.objects.update(name="y"))
+    counted()
+    visit(act)
+    assert counted() == {"pinned": 1}
+    assert report().missed_writes == 1
+
+
+def test_read_that_is_part_of_saving_would_have_missed_nothing(
+    tag: None, visit: Visit, counted: Callable[[], dict[str, int]]
+) -> None:
+    def act(request: Any) -> None:
+        Tag.objects.update(name="y")
+        push(Kind.SAVING, act)
+        Tag.objects.count()
+        pop(act)
+
+    visit(act)
+    assert counted() == {"wrote": 1}
+    assert report().missed_writes == 0
+
+
+def test_no_failover_does_not_change_the_reason(
+    tag: None, counted: Callable[[], dict[str, int]]
+) -> None:
+    with pinning_scope(), no_failover():
+        read()
+        Tag.objects.using("default").get()
+    assert counted() == {"round_robin": 1, "explicit": 1}
 
 
 def test_read_of_another_client_is_not_pinned(
@@ -357,7 +439,7 @@ def test_status_command_shows_the_dry_run(tag: None, visit: Visit) -> None:
     assert "No read has been counted." in status()
     visit(read)
     text = status()
-    assert "Of 1 reads, 100.0 % could go to replicas" in text
+    assert "Of 1 read, 100.0 % could go to replicas" in text
     assert "round_robin: the next replica, round robin" in text
     # The cache of the tests is local memory.
     assert "see the status page" in text
@@ -376,7 +458,7 @@ def test_status_command_without_a_dry_run_has_no_section() -> None:
 
 
 def test_status_page_shows_the_dry_run(tag: None) -> None:
-    text = re.compile(r"Of \d+ reads, [\d.]+ % could go to replicas")
+    text = re.compile(r"Of \d+ reads?, [\d.]+ % could go to replicas")
     with pinning_scope(isolated=True):
         ada = User.objects.create_user("ada", is_staff=True)
     with override_settings(**STATUS_PAGE):
@@ -395,50 +477,128 @@ def test_health_check_warns_that_there_is_no_replica() -> None:
         Replicas().run()
 
 
-@pytest.fixture
-def shared_cache(tmp_path: Any) -> Iterator[None]:
+@pytest.fixture(params=["filebased.FileBasedCache", "db.DatabaseCache"])
+def shared_cache(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[None]:
     """A cache that the processes of a site share."""
-    entry = {"BACKEND": "django.core.cache.backends.filebased.FileBasedCache"}
-    with override_settings(CACHES={"default": {**entry, "LOCATION": str(tmp_path)}}):
+    location = "dry_run_cache" if request.param.startswith("db") else str(tmp_path)
+    entry = {"BACKEND": f"django.core.cache.backends.{request.param}", "LOCATION": location}
+    with override_settings(CACHES={"default": entry}):
+        call_command("createcachetable", verbosity=0)
+        counters.reads.clear()
         yield
+        with connection.cursor() as cursor:
+            cursor.execute("DROP TABLE IF EXISTS dry_run_cache")
+
+
+def begin_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    counters.reads.clear()
+    monkeypatch.setattr(dry_run_counts, "_progress", dry_run_counts.Progress())
 
 
 def test_counts_of_processes_add_up_in_the_cache(
-    shared_cache: None, tag: None, visit: Visit
+    tag: None, shared_cache: None, visit: Visit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counters.reads.clear()
     visit(read)
-    dry_run_counts.share()
+    dry_run_counts.flush()
     visit(read)
-    dry_run_counts.share()
-    # Shared already, or not yet: each read counts once.
+    dry_run_counts.flush()
+    # Flushed already, or not yet: each read counts once.
     visit(read)
     (found,) = dry_run_report.of_all_processes()
     assert found.reads == 3
-    # Another process begins with no counts of its own.
-    counters.reads.clear()
-    dry_run_counts._shared.clear()
+    begin_another_process(monkeypatch)
     visit(lambda request: Tag.objects.update(name="y"))
     visit(read)
     assert "Of 3 reads, 66.7 % could go to replicas, 33.3 % would stay" in status()
     assert json.loads(status("--json"))["dry_run"]["default"]["missed_writes"] == 1
 
 
+def reads_of_all_processes() -> int:
+    (found,) = dry_run_report.of_all_processes()
+    return found.reads
+
+
+def test_counts_are_kept_for_a_week(
+    clock: FrozenDateTimeFactory,
+    tag: None,
+    shared_cache: None,
+    visit: Visit,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    visit(read)
+    dry_run_counts.flush()
+    begin_another_process(monkeypatch)
+    for _ in range(2):
+        visit(read)
+        dry_run_counts.flush()
+    assert reads_of_all_processes() == 3
+    clock.tick(86_400)
+    # The process goes on: what it counted yesterday does not count twice.
+    visit(read)
+    assert reads_of_all_processes() == 4
+    dry_run_counts.flush()
+    assert reads_of_all_processes() == 4
+    begin_another_process(monkeypatch)
+    clock.tick(5 * 86_400)
+    assert reads_of_all_processes() == 4
+    clock.tick(86_400)
+    assert reads_of_all_processes() == 1
+    clock.tick(86_400)
+    assert reads_of_all_processes() == 0
+
+
+def test_process_that_is_missing_in_the_index_enters_it_again(
+    tag: None, shared_cache: None, visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visit(read)
+    dry_run_counts.flush()
+    # Another process has entered it at the same instant.
+    with dry_run_counts.cache_context():
+        caches["default"].set(dry_run_counts._index_key(dry_run_counts._today()), ["another"])
+    visit(read)
+    dry_run_counts.flush()
+    begin_another_process(monkeypatch)
+    assert reads_of_all_processes() == 2
+
+
+def test_flush_and_report_count_no_read_of_their_own(
+    tag: None, shared_cache: None, visit: Visit
+) -> None:
+    visit(read)
+    with pinning_scope(isolated=True) as scope:
+        for _ in range(3):
+            visit(read)
+            before = report().reads
+            dry_run_counts.flush()
+            assert reads_of_all_processes() == report().reads == before
+        assert not scope.pins
+
+
+class OwnCache(LocMemCache):
+    """A cache as that of django-prometheus, which adds metrics."""
+
+
+def test_subclass_of_a_local_cache_is_not_shared() -> None:
+    for name in (f"{__name__}.OwnCache", "django.core.cache.backends.dummy.DummyCache"):
+        with override_settings(CACHES={"default": {"BACKEND": name}}):
+            assert not dry_run_counts.is_cache_shared()
+
+
 def test_status_command_if_the_cache_fails(tag: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise ConnectionError("no route to the cache")
 
-    monkeypatch.setattr(dry_run_counts, "is_shared", lambda: True)
+    monkeypatch.setattr(dry_run_counts, "is_cache_shared", lambda: True)
     monkeypatch.setattr(type(caches["default"]), "get_many", fail)
     assert "which fails: no route to the cache" in status()
     assert "no route" in json.loads(status("--json"))["dry_run_problem"]
 
 
-def test_first_read_starts_the_thread_that_shares_counts(
+def test_first_read_starts_the_thread_that_flushes_counts(
     tag: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[bool] = []
-    monkeypatch.setattr(dry_run_counts, "is_sharing", False)
+    monkeypatch.setattr(dry_run_counts, "has_thread", False)
     monkeypatch.setattr(dry_run_counts, "start", lambda: started.append(True))
     with override_settings(PINNING_DRY_RUN=None):
         read()

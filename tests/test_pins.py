@@ -41,6 +41,7 @@ OBSERVED = PinKey("default", PinKind.OBSERVED)
     [
         (PinKey("default"), "w:default"),
         (PinKey("default", PinKind.OBSERVED), "o:default"),
+        (PinKey("default", PinKind.DRY_RUN), "d:default"),
         (PinKey("a:b~?"), "w:a:b~?"),
         (PinKey(""), "w:"),
         (PinKey(None), "w"),

@@ -81,9 +81,12 @@ class PinnedConnection(BoundedConnect):
     def _cursor(self, name: str | None = None) -> Any:
         decision = take_decision(self.alias)
         pool = pools().by_connection.get(self.alias)
-        if pool is None or failover_suppressed():
+        if pool is None:
             return super()._cursor(name)
-        if self.alias != pool.primary and pool.is_mirror(self.alias):
+        cursor: Any
+        if failover_suppressed():
+            cursor = super()._cursor(name)
+        elif self.alias != pool.primary and pool.is_mirror(self.alias):
             # Only the primary's own connection sees the rows of a test's transaction.
             primary: Any = connections[pool.primary]
             cursor = primary._cursor(name)

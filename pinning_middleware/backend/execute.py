@@ -14,7 +14,7 @@ from pinning_middleware.backend.call import Call, UnopenedCursor, may_move
 from pinning_middleware.backend.failover import execute_on_primary, execute_read
 from pinning_middleware.backend.former_primary import leave_former_primary, record_rejected_write
 from pinning_middleware.backend.session_setup import (
-    is_setting_up,
+    is_unmanaged,
     set_up_session,
     undo_session_setup,
 )
@@ -54,7 +54,7 @@ def execute_wrapper(execute: Any, sql: Any, params: Any, many: bool, context: An
     connection, cursor = context["connection"], context["cursor"]
     known = pools()
     pool = known.by_connection.get(connection.alias)
-    if is_setting_up() or (pool is None and connection.alias not in known.same_as_primary):
+    if is_unmanaged() or (pool is None and connection.alias not in known.same_as_primary):
         if is_watching() and classify(connection, sql).kind is Kind.WRITE:
             note_write()
         return execute(sql, params, many, context)
@@ -189,7 +189,7 @@ def record_read(
         # Django may ask the router several times for one read; the next read gets another replica.
         current_scope().update(pool.key, PoolState.without_replica)
     reads[pool.primary, connection.alias, server, reason] += 1
-    if decision.misses_write:
+    if decision.would_miss_write:
         missed_writes[pool.primary] += 1
     if observers:
         chosen = decision.replica or decision.alias

@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from pinning_middleware.conf import conf
 from pinning_middleware.scopes.scope import current_scope
 
-__all__ = ["is_setting_up", "set_up_session", "undo_session_setup"]
+__all__ = ["is_unmanaged", "set_up_session", "undo_session_setup", "unmanaged"]
 
-# PINNING_SESSION_SETUP is running: its own statements are not routed.
-_setting_up: ContextVar[bool] = ContextVar("pinning_setting_up", default=False)
-is_setting_up = _setting_up.get
+# The statements that run are not the site's: they are neither moved nor recorded.
+_unmanaged: ContextVar[bool] = ContextVar("pinning_unmanaged", default=False)
+is_unmanaged = _unmanaged.get
+
+
+@contextmanager
+def unmanaged() -> Iterator[None]:
+    """Run statements as if the package were not there."""
+    outer = _unmanaged.get()
+    _unmanaged.set(True)
+    try:
+        yield
+    finally:
+        _unmanaged.set(outer)
 
 
 def set_up_session(connection: Any) -> None:
     """Set up the session of a connection for the scope, unless that has been done."""
-    if conf.session_setup is None or _setting_up.get() or connection.is_connecting:
+    if conf.session_setup is None or _unmanaged.get() or connection.is_connecting:
         return
     connection.ensure_connection()
     scope, (raw, known) = current_scope(), connection.session_set_up_for
     if raw is connection.connection and known is not None and known() is scope:
         return
     connection.session_set_up_for = connection.connection, weakref.ref(scope)
-    _setting_up.set(True)
-    try:
+    with unmanaged():
         conf.session_setup(connection)
-    finally:
-        _setting_up.set(False)
 
 
 def undo_session_setup(connection: Any) -> None:

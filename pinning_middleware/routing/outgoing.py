@@ -69,6 +69,7 @@ def outgoing_pins(scope: Scope) -> dict[PinKey, Pin]:
         for kind, found in (
             (PinKind.WRITTEN, (_pin_for_writes(scope, pool, state), state.inherited)),
             (PinKind.OBSERVED, (observed, state.observed)),
+            (PinKind.DRY_RUN, (pool.dry_run_pin(state),)),
         ):
             for pin in found:
                 if pin is not None and pin.is_live(now, conf.seconds):

@@ -5,8 +5,6 @@ Where a read goes, and which connections may serve it.
 It applies the seven rules of the documentation; the first that matches wins, and each branch names
 its rule. ``admit()`` judges a connection when a statement is about to run on it, since a cursor may
 be older than the scope's latest write, and an alias may resolve to another server by then.
-
-Nothing else in the package answers either question.
 """
 
 from __future__ import annotations
@@ -45,6 +43,7 @@ __all__ = [
     "decide",
     "is_former_primary",
     "own_pin_reason",
+    "reason_besides_pins",
 ]
 
 # Seconds between two searches of a long scope for a replica that has caught up.
@@ -54,14 +53,14 @@ SEARCH_INTERVAL: Final = 1.0
 class Decision(NamedTuple):
     """
     Where a read goes and why. ``alias`` is returned to Django, ``replica`` the replica that was
-    chosen (None: the primary); they differ if the replica is a test mirror. ``misses_write``: in a
-    dry run, only a pin keeps the read from a replica that lacks the client's own write.
+    chosen (None: the primary); they differ if the replica is a test mirror. ``would_miss_write``:
+    in a dry run, only a pin keeps the read from a replica that lacks the client's own write.
     """
 
     alias: str
     replica: str | None
     reason: Reason
-    misses_write: bool = False
+    would_miss_write: bool = False
 
 
 class Rejection(NamedTuple):
@@ -100,14 +99,8 @@ def decide(pool: Pool, scope: Scope, model: object = None) -> Decision:
         if (reason := own_pin_reason(scope, state)) is not None:
             return _primary(pool, reason)
         state = _age(pool, scope, state)
-    is_offloaded = scope.offloaded or offload_applies(overrides, pool.primary)
-    if scope.prefers_primary and not state.method_ignored and not is_offloaded:
-        return _primary(pool, Reason.HTTP_METHOD)
-    # Rule 5: settings exclude the model, or the scope; or no standby can read the model's table.
-    if pool.refusals.includes_model(model) or (conf.primary_models and _is_primary_model(model)):
-        return _primary(pool, Reason.PRIMARY_MODEL)
-    if not is_offloaded and not _may_offload(scope):
-        return _primary(pool, Reason.NOT_OFFLOADED)
+    if (reason := reason_besides_pins(pool, scope, state, model)) is not None:
+        return _primary(pool, reason)
     # Rule 6: inherited pins.
     requirement = state.required(clock.now())
     wanted = requirement.position
@@ -192,6 +185,20 @@ def _follow_override(pool: Pool, scope: Scope, override: Override) -> Decision:
     if alias is None:
         return Decision(pool.primary, None, Reason.NO_REPLICA)
     return _replica(pool, alias, Reason.USE_REPLICA)
+
+
+def reason_besides_pins(pool: Pool, scope: Scope, state: PoolState, model: object) -> Reason | None:
+    """Return why a read stays on the primary by what follows the scope's own pins, or None."""
+    is_offloaded = scope.offloaded or offload_applies(current_overrides(), pool.primary)
+    # The rest of rule 4.
+    if scope.prefers_primary and not state.method_ignored and not is_offloaded:
+        return Reason.HTTP_METHOD
+    # Rule 5: settings exclude the model, or the scope; or no standby can read the model's table.
+    if pool.refusals.includes_model(model) or (conf.primary_models and _is_primary_model(model)):
+        return Reason.PRIMARY_MODEL
+    if not is_offloaded and not _may_offload(scope):
+        return Reason.NOT_OFFLOADED
+    return None
 
 
 def own_pin_reason(scope: Scope, state: PoolState) -> Reason | None:

@@ -7,7 +7,7 @@ import logging
 from django.db import connections
 
 from pinning_middleware.conf import conf
-from pinning_middleware.pins import Position
+from pinning_middleware.pins import Pin, Position
 from pinning_middleware.pool_specs import PoolSpec
 from pinning_middleware.reasons import Reason
 from pinning_middleware.routing.compatibility import is_test_mirror, is_testing
@@ -16,6 +16,7 @@ from pinning_middleware.routing.health import Health
 from pinning_middleware.routing.primary_connections import PrimaryConnections
 from pinning_middleware.routing.refusals import Refusals
 from pinning_middleware.routing.replica_set import ReplicaSet
+from pinning_middleware.scopes.scope import PoolState
 from pinning_middleware.servers import monitor
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.registry import registry
@@ -101,6 +102,10 @@ class Pool:
             and not self.is_mirror(alias)
             and (not is_testing() or any(s.is_replica for s in endpoint.recent_servers))
         )
+
+    def dry_run_pin(self, state: PoolState) -> Pin | None:
+        """Return the pin that tells a dry run when the scope wrote, None outside a dry run."""
+        return None
 
     def current_position(self) -> Position | None:
         """

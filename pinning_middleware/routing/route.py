@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from typing import Final
 
 from pinning_middleware.reasons import Reason
-from pinning_middleware.routing.dry_run import DryRunPool, resolve
+from pinning_middleware.routing.dry_run import DryRunPool, redirect_to_primary
 from pinning_middleware.routing.policy import Decision, decide
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.scopes.scope import Scope, current_scope
@@ -28,7 +28,7 @@ def route(pool: Pool, model: object = None) -> str:
     scope = current_scope()
     decision = decide(pool, scope, model)
     if isinstance(pool, DryRunPool):
-        decision = resolve(pool, scope, decision, model)
+        decision = redirect_to_primary(pool, scope, decision, model)
     elif pool.has_replicas:
         _signal_fallback(pool, scope, decision)
     _pending.set(decision)

@@ -113,7 +113,7 @@ def _content(pins: Pins) -> dict[Any, Any]:
 
 
 def _written(pins: Pins) -> Pins:
-    return {key: pin for key, pin in pins.items() if key.kind is PinKind.WRITTEN}
+    return {key: pin for key, pin in pins.items() if key.kind is not PinKind.OBSERVED}
 
 
 def _observed(pins: Pins) -> Pins:

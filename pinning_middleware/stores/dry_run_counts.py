@@ -1,53 +1,93 @@
 """
-The counts of a dry run, which the processes of a site add up in the cache.
+The counts of a dry run, which the processes of a site flush to the cache.
 
-A thread adds what its process has counted every few seconds, so that no read waits for the cache.
+Each process has a key for each day, which only it writes, so that no count is lost on a cache that
+cannot add atomically. An index for each day lists the processes. If two processes enter it at the
+same instant, one of them is missing until it flushes again.
+
+A thread flushes every few seconds and at the exit of the process, so that no read waits for the
+cache.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import secrets
 import threading
-import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 from django.core.cache import caches
+from django.core.cache.backends.dummy import DummyCache
+from django.core.cache.backends.locmem import LocMemCache
 from django.db import connections
 
 from pinning_middleware.conf import conf
-from pinning_middleware.reasons import Reason
+from pinning_middleware.utils import clock
 from pinning_middleware.utils.counters import missed_writes, reads
 from pinning_middleware.utils.forks import ForkSafeLock
 from pinning_middleware.utils.logging import log_rate_limited
 
 __all__ = [
     "MISSED_WRITE",
-    "is_shared",
-    "is_sharing",
+    "flush",
+    "has_thread",
+    "is_cache_shared",
     "of_all_processes",
     "of_this_process",
-    "share",
     "start",
 ]
 
 logger = logging.getLogger("pinning_middleware")
 
-# Seconds between two additions to the cache.
-SHARE_EVERY: Final = 5.0
-# Seconds after which the counts in the cache begin anew.
-KEPT_FOR: Final = 7 * 86_400
+# Seconds between two flushes.
+FLUSH_INTERVAL: Final = 5.0
+# Seconds that the exit of a process waits for the last flush.
+EXIT_TIMEOUT: Final = 2.0
+# How many days are reported, today included; the keys expire when they no longer are (seconds).
+DAYS: Final = 7
+KEY_TIMEOUT: Final = DAYS * 86_400
 
 # Counted beside the reasons of the reads.
 MISSED_WRITE: Final = "missed_write"
-_NAMES: Final = (*map(str, Reason), MISSED_WRITE)
 
+# Set by the app: the context in which the cache is used. The queries of one in a database are not
+# those of the site.
+cache_context: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+class Progress:
+    """
+    What of the counts of this process is in the cache, by the pool's primary. ``flushed``: all of
+    it; ``earlier``: what belongs to the days before ``day``.
+    """
+
+    def __init__(self) -> None:
+        self.process = secrets.token_hex(8)
+        self.day = 0
+        self.earlier: dict[str, Counter[str]] = {}
+        self.flushed: dict[str, Counter[str]] = {}
+
+    def begin(self, day: int) -> None:
+        """Let what is flushed from now on belong to this day."""
+        if day != self.day:
+            self.day, self.earlier = day, self.flushed
+
+    def of_day(self, primary: str, day: int) -> Counter[str]:
+        """Return what this process has counted on a day, today."""
+        earlier = self.earlier if day == self.day else self.flushed
+        return of_this_process(primary) - earlier.get(primary, Counter())
+
+
+_progress = Progress()
 _lock = ForkSafeLock()
-# What of the counts is in the cache, by the pool's primary and the name.
-_shared: Counter[tuple[str, str]] = Counter()
-# Whether the thread has been started.
-is_sharing = False
+# The thread that flushes, and what ends it.
+_thread: tuple[threading.Thread, threading.Event] | None = None
+has_thread = False
 
 
 def of_this_process(primary: str) -> Counter[str]:
@@ -62,59 +102,86 @@ def of_this_process(primary: str) -> Counter[str]:
 
 
 def of_all_processes(primary: str) -> Counter[str]:
-    """Return the same of all processes, of at most a week. Raise what the cache raises."""
-    keys = {_key(primary, name): name for name in _NAMES}
-    found = {keys[key]: number for key, number in caches[conf.cache].get_many(keys).items()}
-    return Counter(found) + _unshared(primary)
+    """Return the same of all processes, of the last days. Raise what the cache raises."""
+    today, process = _today(), _progress.process
+    with cache_context():
+        cache = caches[conf.cache]
+        index_keys = {_index_key(day): day for day in range(today - DAYS + 1, today + 1)}
+        keys = [
+            _key(index_keys[index_key], each)
+            for index_key, processes in cache.get_many(index_keys).items()
+            for each in processes
+            if (index_keys[index_key], each) != (today, process)
+        ]
+        rows = cache.get_many(keys)
+    found = _progress.of_day(primary, today)
+    for row in rows.values():
+        found.update(row.get(_pool_name(primary), {}))
+    return found
 
 
-def is_shared() -> bool:
+def is_cache_shared() -> bool:
     """Return whether the processes of the site share the cache."""
-    return type(caches[conf.cache]).__name__ not in ("LocMemCache", "DummyCache")
+    return not isinstance(caches[conf.cache], (LocMemCache, DummyCache))
 
 
-def share() -> None:
-    """Add to the cache what this process has counted since it last did."""
-    cache = caches[conf.cache]
-    for primary in conf.dry_run:
-        for name, number in _unshared(primary).items():
-            key = _key(primary, name)
-            cache.add(key, 0, KEPT_FOR)
-            try:
-                cache.incr(key, number)
-            except ValueError:
-                # It has expired meanwhile.
-                cache.set(key, number, KEPT_FOR)
-            with _lock:
-                _shared[primary, name] += number
+def flush() -> None:
+    """Write what this process has counted today to the cache, if it has counted anything."""
+    today, process = _today(), _progress.process
+    total = {primary: of_this_process(primary) for primary in conf.dry_run}
+    if total == _progress.flushed or not any(total.values()):
+        return
+    _progress.begin(today)
+    row = {
+        _pool_name(primary): dict(counts - _progress.earlier.get(primary, Counter()))
+        for primary, counts in total.items()
+    }
+    with cache_context():
+        cache, index_key = caches[conf.cache], _index_key(today)
+        processes = cache.get(index_key, [])
+        if process not in processes:
+            cache.set(index_key, [*processes, process], KEY_TIMEOUT)
+        cache.set(_key(today, process), row, KEY_TIMEOUT)
+    _progress.flushed = total
 
 
 def start() -> None:
-    """Let a thread share the counts of this process from now on."""
-    global is_sharing
+    """Let a thread flush the counts of this process from now on."""
+    global _thread, has_thread
     with _lock:
-        if is_sharing:
+        if has_thread:
             return
-        is_sharing = True
-    threading.Thread(target=_share_repeatedly, name="pinning-dry-run", daemon=True).start()
+        has_thread = True
+        end = threading.Event()
+        thread = threading.Thread(
+            target=_flush_repeatedly, args=[end], name="pinning-dry-run", daemon=True
+        )
+        _thread = thread, end
+    thread.start()
 
 
-def _unshared(primary: str) -> Counter[str]:
-    with _lock:
-        shared = Counter({name: _shared[primary, name] for name in _NAMES})
-    return of_this_process(primary) - shared
+def _today() -> int:
+    return int(clock.now() // 86_400)
 
 
-def _key(primary: str, name: str) -> str:
+def _index_key(day: int) -> str:
+    return f"pinning-dry-run:{day}"
+
+
+def _key(day: int, process: str) -> str:
+    return f"pinning-dry-run:{day}:{process}"
+
+
+def _pool_name(primary: str) -> str:
     # Counts under another lag are others.
-    return f"pinning-dry-run:{primary}:{conf.dry_run.get(primary)}:{name}"
+    return f"{primary}:{conf.dry_run.get(primary)}"
 
 
-def _share_repeatedly() -> None:
+def _flush_repeatedly(end: threading.Event) -> None:
     while True:
-        time.sleep(SHARE_EVERY)
+        is_last = end.wait(FLUSH_INTERVAL)
         try:
-            share()
+            flush()
         except Exception as error:  # a cache's client may raise anything
             log_rate_limited(
                 logger,
@@ -128,13 +195,22 @@ def _share_repeatedly() -> None:
         finally:
             # A cache in the database.
             connections.close_all()
+        if is_last:
+            return
+
+
+def _flush_at_exit() -> None:
+    if _thread is not None:
+        thread, end = _thread
+        end.set()
+        thread.join(EXIT_TIMEOUT)
 
 
 def _begin_after_fork() -> None:
-    global is_sharing
+    global _progress, _thread, has_thread
     # The counters of the child begin at 0, and the thread does not exist there.
-    is_sharing = False
-    _shared.clear()
+    _progress, _thread, has_thread = Progress(), None, False
 
 
+atexit.register(_flush_at_exit)
 os.register_at_fork(after_in_child=_begin_after_fork)

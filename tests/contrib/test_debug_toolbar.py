@@ -162,6 +162,14 @@ def test_panel_shows_inherited_and_outgoing_pins(
     assert "unchanged" in shown()
 
 
+def test_panel_shows_one_pin_for_a_write_in_a_dry_run(
+    new_browser: Callable[..., Browser], do: Callable[..., str]
+) -> None:
+    with override_settings(PINNING_REPLICAS=[], PINNING_DRY_RUN={"default": 2}):
+        new_browser().get(f"/sync/{do(lambda request: Book.objects.create(title='new'))}/")
+    assert [each["pool"] for each in last()["pins"]["outgoing"]] == ["default"]
+
+
 def test_panel_does_not_change_the_cookie(browser: Browser, do: Callable[..., str]) -> None:
     """The cookie is the same with and without the toolbar."""
     address = f"/sync/{do(write_and_read)}/"

@@ -10,7 +10,7 @@ from django.db import OperationalError, connections
 from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 
-from pinning_middleware import dry_run_report
+from pinning_middleware import dry_run_report, pin_this_request
 from pinning_middleware.routing import primary_connections
 from pinning_middleware.servers import monitor
 from pinning_middleware.stores import dry_run_counts
@@ -27,7 +27,7 @@ LAG = 5
 
 @pytest.fixture(autouse=True)
 def dry_run(pg: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(dry_run_counts, "is_sharing", True)
+    monkeypatch.setattr(dry_run_counts, "has_thread", True)
     with override_settings(PINNING_REPLICAS=[], PINNING_DRY_RUN={"pg": LAG}):
         counters.missed_writes.clear()
         yield
@@ -70,10 +70,25 @@ def test_pinned_read_could_go_to_a_replica_once_the_lag_has_passed(pg: PostgreSQ
     assert missed() == 1
 
 
-def test_read_that_would_wait_is_not_delayed(pg: PostgreSQL) -> None:
+def test_read_that_would_wait_is_not_delayed_and_counts_as_a_missed_write(pg: PostgreSQL) -> None:
     token = write()
     with override_settings(PINNING_WAIT=LAG + 1):
         assert read(token) == {"caught_up": 1}
+        advance_window(LAG - 1)
+        assert read(token) == {"caught_up": 1}
+        assert missed() == 2
+        advance_window(1)
+        assert read(token) == {"caught_up": 1}
+        assert missed() == 2
+
+
+def test_manual_pin_delays_reads_and_is_no_write(pg: PostgreSQL) -> None:
+    with unrelated_scope() as scope:
+        pin_this_request()
+        token = scope.token
+    assert read(token) == {"not_caught_up": 1}
+    advance_window(LAG)
+    assert read(token) == {"caught_up": 1}
     assert missed() == 0
 
 

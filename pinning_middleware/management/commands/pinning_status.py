@@ -202,7 +202,7 @@ class Command(BaseCommand):
 def _dry_runs() -> tuple[list[DryRun], str]:
     """Return what the processes of the site have counted, and why that may not be all of it."""
     name = f"the cache {conf.cache!r} (PINNING_CACHE)"
-    if not dry_run_counts.is_shared():
+    if not dry_run_counts.is_cache_shared():
         return dry_run_report.of_this_process(), (
             f"The site's processes do not share {name}, so this command sees only its own reads: "
             "see the status page, or use another cache."
