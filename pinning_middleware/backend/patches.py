@@ -25,6 +25,7 @@ from pinning_middleware.backend import (
     generic_relations,
     instances,
     lookups,
+    querysets,
     responses,
     view_transactions,
 )
@@ -132,6 +133,14 @@ PATCHES = (
         "",
         "tests/backend/test_instances.py",
         is_optional=True,
+    ),
+    Patch(
+        "django.db.models.query.QuerySet",
+        ("db",),
+        querysets.named_alias,
+        "A read whose alias the code named follows no decision of the router.",
+        "",
+        "tests/backend/test_execute.py",
     ),
     Patch(
         "django.db.models.lookups.In",

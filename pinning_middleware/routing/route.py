@@ -13,7 +13,7 @@ from pinning_middleware.scopes.scope import Scope, current_scope
 from pinning_middleware.servers.budget import read_budget
 from pinning_middleware.signals import fell_back_to_primary, fell_back_to_replica
 
-__all__ = ["route", "take_decision"]
+__all__ = ["forget_decision", "route", "take_decision"]
 
 _FALLBACKS: Final = (Reason.NOT_CAUGHT_UP, Reason.NO_REPLICA, Reason.PRIMARY_DOWN)
 
@@ -35,12 +35,17 @@ def route(pool: Pool, model: object = None) -> str:
     return decision.alias
 
 
+def forget_decision() -> None:
+    """Forget the last decision, because the next read does not follow it."""
+    _pending.set(None)
+
+
 def take_decision(alias: str) -> Decision | None:
     """
     Return the decision that a new cursor of this alias follows; None if the code named the alias.
 
     Django asks the router and opens the cursor in separate calls, so that a decision which no read
-    followed is taken by the next read of the same alias, also if the code named that.
+    followed is taken by the next raw read of the same alias, also if the code named that.
     """
     decision = _pending.get()
     if decision is None:

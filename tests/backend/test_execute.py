@@ -28,6 +28,15 @@ def test_routed_read_is_counted_under_the_reason_of_its_decision() -> None:
     assert read.reason == "round_robin"
 
 
+def test_read_of_an_alias_that_the_router_named_before_is_explicit() -> None:
+    with pinning_scope(isolated=True), capture_reads() as reads:
+        alias = Book.objects.all().db
+        Book.objects.using(alias).first()
+        list(Book.objects.using(alias).iterator())
+        Book.objects.first()
+    assert [read.reason for read in reads] == ["explicit", "explicit", "round_robin"]
+
+
 def test_read_of_an_alias_that_the_code_named_is_explicit() -> None:
     with capture_reads() as reads:
         Book.objects.using("replica1").first()
