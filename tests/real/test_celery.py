@@ -114,6 +114,8 @@ def long_window() -> Iterator[None]:
 
 
 def result(sent: AsyncResult[Any]) -> Any:
+    # get() waits for a message, which it may miss if the result is stored just before.
+    assert eventually(sent.ready, LONG)
     return sent.get(timeout=LONG)
 
 

@@ -369,9 +369,10 @@ def test_frozen_server_is_unresponsive_without_read_timeout(
     with unrelated_scope():
         first = server()
         with one_book[first].frozen():
-            assert read() == (OTHER[first], ["one"])
+            # The primary, if too little of the budget is left.
+            assert read() in [(alias, ["one"]) for alias in (OTHER[first], "my")]
         assert sent_signals.of("replica_removed")[0]["reason"] == "unresponsive"
-        assert [each["served"] for each in sent_signals.of("read_retried")] == [OTHER[first]]
+        assert [each["failed"] for each in sent_signals.of("read_retried")] == [first]
 
 
 def test_threads_on_a_frozen_server_share_its_probes(
@@ -463,7 +464,7 @@ def test_error_of_one_probe_does_not_end_the_detection(one_book: Servers) -> Non
         finally:
             connection_created.disconnect(fail_once)
         with one_book[first].frozen():
-            assert read() == (OTHER[first], ["one"])
+            assert read() in [(alias, ["one"]) for alias in (OTHER[first], "my")]
 
 
 def test_read_on_a_connection_that_the_code_closed_opens_it_again(one_book: Servers) -> None:
