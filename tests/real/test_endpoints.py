@@ -168,6 +168,8 @@ def test_address_that_moves_to_a_restarted_server(pg: PostgreSQL) -> None:
         close_old_connections()
         before = endpoint("moving").server
         pg["pg1"].restart()
+        # It replays its log again, from before the position of the token.
+        pg.wait_for("pg1")
         assert port_for(token) == pg["pg1"].port
         assert endpoint("moving").server not in (None, before)
 
