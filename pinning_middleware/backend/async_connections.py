@@ -4,7 +4,7 @@ Async connections of django-async-backend, which exist beside those of Django.
 Their writes are recorded, writes on replicas are rejected, transactions read the primary, and a
 scope that has written reads no replica. A replica that cannot be connected to is replaced by the
 primary. The server behind a connection is not judged, and a read that fails later is not retried;
-the check W033 says so.
+check W033 reports that.
 
 https://django-async-backend.readthedocs.io/
 """

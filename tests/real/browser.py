@@ -31,18 +31,23 @@ FLAGS = (
 NewWindow = Callable[[], "Window"]
 
 
+def chrome(chromium: str, driver: str, profile: Path) -> webdriver.Chrome:
+    """Start a browser with its own profile, which keeps its console messages."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*FLAGS, f"--user-data-dir={profile}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(executable_path=driver)
+    return webdriver.Chrome(options=options, service=service)
+
+
 class Window:
     """A browser with its own profile, and the actions of the tests."""
 
     def __init__(self, chromium: str, driver: str, profile: Path, url: str) -> None:
-        options = webdriver.ChromeOptions()
-        options.binary_location = chromium
-        for flag in (*FLAGS, f"--user-data-dir={profile}"):
-            options.add_argument(flag)
         # The console messages are checked at the end.
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        service = webdriver.ChromeService(executable_path=driver)
-        self.driver = webdriver.Chrome(options=options, service=service)
+        self.driver = chrome(chromium, driver, profile)
         self.url = url
         self.open("/")
 

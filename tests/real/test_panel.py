@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from selenium import webdriver
 from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.by import By
 
-from .browser import FLAGS
+from .browser import chrome
 from .conftest import NODES, PostgreSQL, empty_tables
 from .layouts.waiting import eventually, missing
 from .sample import ROOT, free_port, is_listening
@@ -73,14 +72,7 @@ class Window:
     """A browser that opens the toolbar's panel."""
 
     def __init__(self, chromium: str, driver: str, profile: Path, url: str) -> None:
-        options = webdriver.ChromeOptions()
-        options.binary_location = chromium
-        for flag in (*FLAGS, f"--user-data-dir={profile}"):
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        self.driver = webdriver.Chrome(
-            options=options, service=webdriver.ChromeService(executable_path=driver)
-        )
+        self.driver = chrome(chromium, driver, profile)
         self.url = url
 
     @property
