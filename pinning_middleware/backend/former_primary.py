@@ -14,7 +14,7 @@ from pinning_middleware.routing.pool import Pool
 from pinning_middleware.scopes.scope import current_scope
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.probe import endpoint_for, state_of, without_failover
-from pinning_middleware.servers.psycopg_pool import has_pool
+from pinning_middleware.servers.psycopg_pool import close_for_good
 
 __all__ = ["discard", "is_superseded", "leave_former_primary", "record_rejected_write"]
 
@@ -59,9 +59,7 @@ def record_rejected_write(connection: BaseDatabaseWrapper, error: Exception) -> 
 
 def discard(connection: BaseDatabaseWrapper) -> None:
     """Close a connection to a former primary for good, also one that belongs to a pool."""
-    if connection.connection is not None and has_pool(connection):
-        connection.connection.close()
-    connection.close()
+    close_for_good(connection)
     endpoint_for(connection).must_reidentify = True
 
 

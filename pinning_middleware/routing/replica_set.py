@@ -23,7 +23,7 @@ from pinning_middleware.routing.health import Health
 from pinning_middleware.routing.rotation import Rotation
 from pinning_middleware.servers import monitor
 from pinning_middleware.servers.probe import CONNECTION_ERRORS, probing_allowed, state_of
-from pinning_middleware.servers.psycopg_pool import fail_waiting_reads
+from pinning_middleware.servers.psycopg_pool import close_for_good, fail_waiting_reads
 from pinning_middleware.servers.registry import Endpoint, Server, registry
 from pinning_middleware.signals import replica_wait_finished
 from pinning_middleware.utils import clock
@@ -242,7 +242,7 @@ class ReplicaSet:
             if not (always or self._claim_probe(others, wanted)):
                 return False
             # A new connection may resolve to one of the others.
-            connection.close()
+            close_for_good(connection)
         return False
 
     def wait_caught_up(self, wanted: Position, seconds: float) -> str | None:

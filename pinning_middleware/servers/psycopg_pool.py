@@ -23,6 +23,7 @@ from pinning_middleware.servers.session_check import is_ready
 __all__ = [
     "apply_pool_timeouts",
     "bounded_getconn",
+    "close_for_good",
     "fail_waiting_reads",
     "get_live_connection",
     "has_pool",
@@ -42,6 +43,14 @@ _pools: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 def has_pool(connection: Any) -> bool:
     return bool(connection.settings_dict["OPTIONS"].get("pool"))
+
+
+def close_for_good(connection: Any) -> None:
+    """Close a connection. One that belongs to a pool is not returned to it, but replaced."""
+    if connection.connection is not None and has_pool(connection):
+        # Closed first, it would be a warning in the pool's log.
+        connection.connection._expire_at = 0.0
+    connection.close()
 
 
 def apply_pool_timeouts(connection: Any, always: bool, timeout: float) -> None:

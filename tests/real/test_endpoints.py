@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from django.db import close_old_connections
 from pinning_middleware.reasons import Fault
 from pinning_middleware.routing.policy import decide
 from pinning_middleware.scopes.scope import current_scope
+from pinning_middleware.servers.connect import dedicated_connection
 from pinning_middleware.servers.registry import registry
 from tests.app.models import Book
 
@@ -75,8 +76,14 @@ def test_own_writes_are_always_visible(pg: PostgreSQL, way: str, conn_max_age: i
                 close_old_connections()
         return seen
 
+    def both_are_known() -> bool:
+        with closing(dedicated_connection("many")) as connection:
+            pool().health.probe(connection)
+        return len(endpoint("many").recent_servers) == 2
+
     pg.pause("pg1")
     with behind(pg, way, conn_max_age):
+        assert eventually(both_are_known)
         seen = [one for several in in_threads(visit, THREADS) for one in several]
     assert len(seen) == THREADS * ROUNDS * 3
     assert all(found for found, _ in seen)
@@ -104,6 +111,29 @@ def test_server_of_the_current_connection_decides(pg: PostgreSQL) -> None:
             assert titles(token) == ["one"]
             assert port_for(token) == second.port
             assert in_thread(lambda: port_for(token)) == second.port
+
+
+def test_pooled_connections_to_a_lagging_server_are_replaced(
+    pg: PostgreSQL, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All connections of Django's pool are to one server, until a pinned read needs the other."""
+    caplog.set_level("WARNING", "psycopg.pool")
+    entry = {"pool": {"min_size": 0, "max_size": 1}}
+    with Forwarder(pg["pg2"]) as address, as_layout(pg, many=database(address, **entry)):
+        probe_replicas()
+        known = endpoint("many").server
+        address.point_to(pg["pg1"], cut=True)
+        close_old_connections()
+        probe_replicas()
+        assert known in endpoint("many").recent_servers
+        pg.pause("pg1")
+        token = write("one")
+        pg.wait_for("pg2")
+        assert port_for(token) == pg["pg"].port
+        caplog.clear()
+        address.point_to(pg["pg2"], cut=False)
+        assert eventually(lambda: close_old_connections() or port_for(token) == pg["pg2"].port)
+        assert caplog.messages == []
 
 
 @pytest.mark.parametrize("is_mute", [False, True])
