@@ -137,7 +137,7 @@ class Pin(NamedTuple):
         then may decide which position counts after all windows. In any order, each pin counts at
         least until its own ``until``.
         """
-        older, newer = sorted((self, other), key=_age)
+        older, newer = sorted((self, other), key=_by_age)
         end = max(self.primary_only_end, other.primary_only_end)
         if not _includes_logs(newer.position, older.position):
             # Replicas may never follow the older log again, so only its window ends the pin.
@@ -146,7 +146,7 @@ class Pin(NamedTuple):
         return _pin(newer.until, end, merge_positions(self.position, other.position))
 
 
-def _age(pin: Pin) -> tuple[float, list[tuple[str, int]]]:
+def _by_age(pin: Pin) -> tuple[float, list[tuple[str, int]]]:
     return pin.until, sorted(pin.position.points.items()) if pin.position else []
 
 

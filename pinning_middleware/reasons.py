@@ -25,7 +25,7 @@ class Reason(StrEnum):
 
     ROUND_ROBIN = "round_robin", "the next replica, round robin"
     WROTE = "wrote", "this request has written to the primary"
-    PINNED = "pinned", "an earlier request has written, and its window has not ended"
+    PINNED = "pinned", "an earlier request has written, and its pin has not expired"
     CAUGHT_UP = "caught_up", "a replica that has replayed what an earlier request wrote"
     NOT_CAUGHT_UP = "not_caught_up", "no replica is known to have replayed the earlier write"
     TRANSACTION = "transaction", "a transaction is open on the primary"

@@ -49,11 +49,11 @@ from pinning_middleware.servers.registry import registry
 from pinning_middleware.sql import Kind
 from pinning_middleware.utils.transactions import count_open_transactions, driver_in_transaction
 
-__all__ = ["PinnedAsyncConnection", "pin_created"]
+__all__ = ["InstrumentedAsyncConnection", "wrap_create_connection"]
 
 
-class PinnedAsyncConnection:
-    """Mixed into the class of async connections; see ``pin_created()``."""
+class InstrumentedAsyncConnection:
+    """Mixed into the class of async connections; see ``wrap_create_connection()``."""
 
     alias: str
     connection: Any
@@ -88,7 +88,7 @@ class PinnedAsyncConnection:
 
     def copy(self, alias: str | None = None) -> Any:
         """Return a copy of this connection."""
-        return _pin(super().copy(alias), self.handler)  # type: ignore[misc]
+        return _instrument(super().copy(alias), self.handler)  # type: ignore[misc]
 
     async def _commit(self) -> None:
         try:
@@ -135,7 +135,7 @@ async def execute_wrapper(execute: Any, sql: Any, params: Any, many: bool, conte
         return await _execute_write(execute, sql, params, many, context)
     if statement.kind is Kind.LOCK:
         record_lock(connection.alias)
-    elif statement.kind is Kind.READ and _must_leave(pool, connection):
+    elif statement.kind is Kind.READ and _must_use_primary(pool, connection):
         fresh = await connection.handler[pool.primary]._cursor(getattr(cursor.cursor, "name", None))
         cursor.cursor, cursor.db, connection = fresh.cursor, fresh.db, fresh.db
         cursor.pinning_decision = Decision(pool.primary, None, Reason.WROTE)
@@ -146,12 +146,14 @@ async def execute_wrapper(execute: Any, sql: Any, params: Any, many: bool, conte
     if statement.modifies_session and connection.alias == pool.primary:
         current_scope().record_session_state(pool.key)
     if statement.kind in (Kind.READ, Kind.LOCK):
-        decision = cursor.__dict__.get("pinning_decision") or _explicit(pool, connection.alias)
+        decision = cursor.__dict__.get("pinning_decision") or _explicit_decision(
+            pool, connection.alias
+        )
         record_read(pool, connection, decision, statement.kind, sql, None)
     return result
 
 
-def _must_leave(pool: Pool, connection: Any) -> bool:
+def _must_use_primary(pool: Pool, connection: Any) -> bool:
     """Return whether the scope has written since a read was routed to this replica."""
     if connection.alias not in conf.readonly_aliases or connection.in_atomic_block:
         return False
@@ -185,7 +187,7 @@ async def _record_control(connection: Any, statement: Statement) -> None:
         await connection._record_transaction_end()
 
 
-def _explicit(pool: Pool, alias: str) -> Decision:
+def _explicit_decision(pool: Pool, alias: str) -> Decision:
     reason = Reason.EXPLICIT if pool.has_replicas else pool.default_reason
     return Decision(alias, None if alias == pool.primary else alias, reason)
 
@@ -195,28 +197,28 @@ _handlers: set[Any] = set()
 
 
 @lru_cache
-def _pinned_class(base: Any) -> Any:
-    return type(base.__name__, (PinnedAsyncConnection, base), {"__module__": base.__module__})
+def _instrumented_class(base: Any) -> Any:
+    return type(base.__name__, (InstrumentedAsyncConnection, base), {"__module__": base.__module__})
 
 
-def _pin(connection: Any, handler: Any) -> Any:
+def _instrument(connection: Any, handler: Any) -> Any:
     """Give a connection the mixin and the execute wrapper, and return it."""
-    if not isinstance(connection, PinnedAsyncConnection):
+    if not isinstance(connection, InstrumentedAsyncConnection):
         kind: Any = type(connection)
-        connection.__class__ = _pinned_class(kind)
+        connection.__class__ = _instrumented_class(kind)
     connection.execute_wrappers.insert(0, execute_wrapper)
     connection.handler = handler
     return connection
 
 
-def pin_created(original: Any) -> Any:
+def wrap_create_connection(original: Any) -> Any:
     """Wrap ``AsyncConnectionHandler.create_connection``."""
 
     def create_connection(self: Any, alias: str) -> Any:
         if not _handlers:
             transactions.elsewhere.append(_is_transaction_open)
         _handlers.add(self)
-        return _pin(original(self, alias), self)
+        return _instrument(original(self, alias), self)
 
     return create_connection
 

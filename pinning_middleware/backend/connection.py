@@ -15,7 +15,7 @@ from django.db import DatabaseError, OperationalError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
-from pinning_middleware.backend.async_connections import PinnedAsyncConnection
+from pinning_middleware.backend.async_connections import InstrumentedAsyncConnection
 from pinning_middleware.backend.call import UnopenedCursor
 from pinning_middleware.backend.execute import execute_wrapper
 from pinning_middleware.backend.former_primary import discard
@@ -36,11 +36,11 @@ from pinning_middleware.utils import clock
 if TYPE_CHECKING:
     from pinning_middleware.pins import Points
 
-__all__ = ["PinnedConnection", "install", "pin_created", "pinned_class"]
+__all__ = ["InstrumentedConnection", "install", "instrumented_class", "wrap_create_connection"]
 
 
-class PinnedConnection(BoundedConnect):
-    """Mixed into the connection class of each ENGINE; see ``pinned_class()``."""
+class InstrumentedConnection(BoundedConnect):
+    """Mixed into the connection class of each ENGINE; see ``instrumented_class()``."""
 
     # The scopes with a write in the transaction that is open.
     uncommitted_scopes: frozenset[Scope] = frozenset()
@@ -185,27 +185,27 @@ class PinnedConnection(BoundedConnect):
 
 
 @lru_cache
-def pinned_class(base: Any) -> Any:
+def instrumented_class(base: Any) -> Any:
     """Return the connection class of an ENGINE with the mixin."""
-    if issubclass(base, PinnedConnection):
+    if issubclass(base, InstrumentedConnection):
         return base
-    return type(base.__name__, (PinnedConnection, base), {"__module__": base.__module__})
+    return type(base.__name__, (InstrumentedConnection, base), {"__module__": base.__module__})
 
 
-def pin_created(original: Any) -> Any:
+def wrap_create_connection(original: Any) -> Any:
     """Wrap ``ConnectionHandler.create_connection``."""
 
     def create_connection(self: Any, alias: str) -> Any:
-        return pin_connection(original(self, alias))
+        return instrument(original(self, alias))
 
     return create_connection
 
 
-def pin_connection(connection: Any) -> Any:
+def instrument(connection: Any) -> Any:
     """Give a connection the mixin and the execute wrapper, and return it. Idempotent."""
     if not getattr(connection, "is_dedicated", False):
         kind: Any = type(connection)
-        connection.__class__ = pinned_class(kind)
+        connection.__class__ = instrumented_class(kind)
         if execute_wrapper not in connection.execute_wrappers:
             # connection.execute_wrapper() appends and pops; this one stays, outermost.
             connection.execute_wrappers.insert(0, execute_wrapper)
@@ -215,8 +215,8 @@ def pin_connection(connection: Any) -> Any:
 def _on_connection_created(*, connection: Any, **kwargs: Any) -> None:
     # A connection that was made without the handler, by connection.copy() for example.
     if isinstance(connection, BaseDatabaseWrapper):
-        pin_connection(connection)
-    elif isinstance(connection, PinnedAsyncConnection):
+        instrument(connection)
+    elif isinstance(connection, InstrumentedAsyncConnection):
         return
     elif connection.alias in pools().by_connection:
         raise ImproperlyConfigured(
@@ -230,4 +230,4 @@ def install() -> None:
     """Pin the connections that exist, and those that are made without the handler. Idempotent."""
     connection_created.connect(_on_connection_created, dispatch_uid="pinning_middleware.connection")
     for connection in connections.all(initialized_only=True):
-        pin_connection(connection)
+        instrument(connection)

@@ -234,7 +234,7 @@ def _run_refused(
             logger,
             logging.WARNING,
             (pool.primary, known.name),
-            "Every standby refuses %s, which goes to the primary from now on; see %s: %s",
+            "No standby can serve %s, which goes to the primary from now on; see %s: %s",
             known.name,
             "PINNING_OFFLOAD" if refusal.all_reads else advice,
             error,
@@ -306,7 +306,7 @@ def _run_watched(pool: Pool, call: Call, connection: BaseDatabaseWrapper) -> Any
 
 def _run_blocking(call: Call, connection: BaseDatabaseWrapper, state: ConnectionState) -> Any:
     """Run the statement; if the driver blocks, have a thread track it."""
-    if state.is_watched or not may_fail_over(connection, call):
+    if state.waits_are_watched or not may_fail_over(connection, call):
         return call.run()
     read = track_read(connection.connection, state)
     try:

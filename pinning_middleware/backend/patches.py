@@ -60,7 +60,7 @@ PATCHES = (
     Patch(
         "django.db.utils.ConnectionHandler",
         ("create_connection",),
-        connection.pin_created,
+        connection.wrap_create_connection,
         "Gives each connection the mixin and the execute wrapper. connection_created is too late "
         "for a connection that cannot be opened.",
         "",
@@ -94,7 +94,7 @@ PATCHES = (
     Patch(
         "django_async_backend.db.utils.AsyncConnectionHandler",
         ("create_connection",),
-        async_connections.pin_created,
+        async_connections.wrap_create_connection,
         "Gives each async connection a mixin and an execute wrapper, as those of Django.",
         "",
         "tests/real/test_async_backend.py",

@@ -2,9 +2,10 @@
 Where a read goes, and which connections may serve it.
 
 ``decide()`` chooses an alias from what the scope has done and from what is known of the servers.
-It applies the seven rules of the documentation; the first that matches wins, and each branch names
-its rule. ``admit()`` judges a connection when a statement is about to run on it, since a cursor may
-be older than the scope's latest write, and an alias may resolve to another server by then.
+It applies the seven rules of docs/explanation/where-a-read-goes.md. The first that matches wins;
+each branch names its rule. ``admit()`` judges a connection when a statement is about to run on it,
+since a cursor may be older than the scope's latest write, and an alias may resolve to another
+server by then.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def decide(pool: Pool, scope: Scope, model: object = None) -> Decision:
     if state.is_pinned:
         if (reason := own_pin_reason(scope, state)) is not None:
             return _primary(pool, reason)
-        state = _age(pool, scope, state)
+        state = _to_inherited_pin(pool, scope, state)
     if (reason := reason_besides_pins(pool, scope, state, model)) is not None:
         return _primary(pool, reason)
     # Rule 6: inherited pins.
@@ -131,10 +132,10 @@ def admit(pool: Pool, connection: BaseDatabaseWrapper, scope: Scope) -> Rejectio
     override = innermost_override(overrides, pool.primary)
     is_primary = alias == pool.primary or pool.is_mirror(alias)
     # `using` has the last word for replicas that only the legacy interface names.
-    may_be_stale = is_primary or alias not in conf.readonly_aliases or pool.is_primary_down
-    may_be_stale = may_be_stale or (override is not None and override.kind is Kind.REPLICA)
+    ignores_pins = is_primary or alias not in conf.readonly_aliases or pool.is_primary_down
+    ignores_pins = ignores_pins or (override is not None and override.kind is Kind.REPLICA)
     state = scope.state(pool.key)
-    if not may_be_stale and own_pin_reason(scope, state) is not None:
+    if not ignores_pins and own_pin_reason(scope, state) is not None:
         return Rejection(Reason.WROTE)
     requirement = state.required(clock.now())
     # In a transaction the server that it is open on answers, whatever its status.
@@ -148,7 +149,7 @@ def admit(pool: Pool, connection: BaseDatabaseWrapper, scope: Scope) -> Rejectio
             fault = pool.health.reject(connection, max_lag, is_last)
         if fault is not None:
             return Rejection(fault)
-    if may_be_stale:
+    if ignores_pins:
         return None
     wanted = requirement.position
     if requirement.primary_only or (wanted is not None and not pool.supports_positions):
@@ -214,7 +215,7 @@ def own_pin_reason(scope: Scope, state: PoolState) -> Reason | None:
     return Reason.WROTE if state.writes else Reason.MANUAL
 
 
-def _age(pool: Pool, scope: Scope, state: PoolState) -> PoolState:
+def _to_inherited_pin(pool: Pool, scope: Scope, state: PoolState) -> PoolState:
     """
     Turn what the scope did into an inherited pin: its window has ended, so that a replica which has
     caught up may serve again. Outside any scope the pin just ends.

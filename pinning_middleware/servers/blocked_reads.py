@@ -225,7 +225,7 @@ def track_read(raw: Any, state: ConnectionState) -> BlockedRead | None:
     Track a read that begins on this driver connection; None if the driver does not block, or its
     connections have no ``fileno()``.
     """
-    if state.is_watched:
+    if state.waits_are_watched:
         return None
     try:
         read = BlockedRead(state, driver_connection(raw).fileno())

@@ -23,7 +23,6 @@ class ConnectionState:
         "can_prepare",
         "deadline",
         "endpoint",
-        "is_watched",
         "may_fail_over",
         "may_leave",
         "next_prepared",
@@ -34,6 +33,7 @@ class ConnectionState:
         "server",
         "session_modified",
         "session_modified_at_checkout",
+        "waits_are_watched",
         "waits_for_lock",
     )
 
@@ -66,7 +66,7 @@ class ConnectionState:
         # Monotonic time by which the current probe must be answered, or None.
         self.deadline: float | None = None
         # Whether the driver allows its waits to be watched.
-        self.is_watched = False
+        self.waits_are_watched = False
         # PostgreSQL 14 and later report a promotion with their next message.
         # https://www.postgresql.org/docs/current/libpq-status.html#LIBPQ-PQPARAMETERSTATUS
         pgconn = getattr(raw, "pgconn", None)

@@ -89,7 +89,7 @@ def watch_waits(raw: Any, state: ConnectionState) -> None:
     raw = driver_connection(raw)
     if hasattr(getattr(raw, "wait", None), "pinning_original"):
         raw.pinning_watched = state
-        state.is_watched = True
+        state.waits_are_watched = True
 
 
 def driver_connection(raw: Any) -> Any:
@@ -213,7 +213,7 @@ def _is_marked_unresponsive(state: ConnectionState) -> bool:
 
 def mark_unresponsive(state: ConnectionState) -> None:
     """Take the server out of rotation, or the endpoint if the server is unknown."""
-    error = "it does not answer"
+    error = "the server does not answer"
     if state.server is not None:
         registry.set_status(state.server, Fault.UNRESPONSIVE, conf.retry_after, error)
     else:
@@ -226,7 +226,7 @@ def start_deadline(raw: Any, state: ConnectionState) -> watchdog.Guard | None:
     the guard to pass on.
     """
     state.deadline = time.monotonic() + DEADLINE
-    return None if state.is_watched else watchdog.guard(raw, state.deadline)
+    return None if state.waits_are_watched else watchdog.guard(raw, state.deadline)
 
 
 def clear_deadline(state: ConnectionState, guard: watchdog.Guard | None) -> None:

@@ -160,11 +160,11 @@ def _record_whether_bounded(
     was_bounded = endpoint.reads_are_bounded
     has_timeout = bool(connection.settings_dict["OPTIONS"].get("read_timeout"))
     has_socket = hasattr(driver_connection(raw), "fileno")
-    endpoint.reads_are_bounded = state.is_watched or has_timeout or has_socket
+    endpoint.reads_are_bounded = state.waits_are_watched or has_timeout or has_socket
     if was_bounded is not endpoint.reads_are_bounded is False:
         logger.info(
             "A read of %s waits for as long as its server does not answer: connections of %s "
-            "do not name their socket. Use psycopg or mysqlclient.",
+            "have no fileno(). Use psycopg or mysqlclient.",
             state.alias,
             type(raw).__module__,
         )

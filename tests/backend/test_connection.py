@@ -9,13 +9,13 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.db.backends.signals import connection_created
 
-from pinning_middleware.backend.connection import PinnedConnection
+from pinning_middleware.backend.connection import InstrumentedConnection
 
 
 def test_copied_connection_has_the_mixin_once_it_is_open() -> None:
     copied = connections["default"].copy()
     connection_created.send(type(copied), connection=copied)
-    assert isinstance(copied, PinnedConnection)
+    assert isinstance(copied, InstrumentedConnection)
 
 
 @pytest.mark.parametrize("alias", ["default", "replica1"])

@@ -37,13 +37,13 @@ from .ports import ASK_PORT
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """
-    In CI, run a test on real servers once more if it has failed, and report that: a busy machine
-    may delay a server beyond a deadline.
+    In CI, run a test on real servers up to twice more if it has failed, and report that: a busy
+    machine may delay a server beyond a deadline.
     """
     if os.environ.get("CI") and config.pluginmanager.hasplugin("rerunfailures"):
         for item in items:
             if item.get_closest_marker("real") is not None:
-                item.add_marker(pytest.mark.flaky(reruns=1))
+                item.add_marker(pytest.mark.flaky(reruns=2))
 
 
 NODES = {"pg": "primary", "pg1": "replica1", "pg2": "replica2"}

@@ -133,7 +133,7 @@ class Command(BaseCommand):
             if not self._print_table(table, of_pool, width):
                 self._print_records(of_pool, width)
             if names := ", ".join(refused.get(pool, ())):
-                text = f"Every standby refuses {names}: see PINNING_PRIMARY_MODELS."
+                text = f"No standby can serve {names}: see PINNING_PRIMARY_MODELS."
                 self.stdout.write("\n".join(_wrap(text, width, "  ")))
             self.stdout.write("")
         if rows:
