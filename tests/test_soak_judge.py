@@ -324,6 +324,20 @@ def test_what_a_task_saw_binds_no_later_read_of_its_session(kind: str, found: se
     assert guarantees(recorded(operations)) == found
 
 
+@pytest.mark.parametrize(
+    ("acknowledged", "found"), [(3.5, {"monotonic reads", "writes follow reads"}), (9, set())]
+)
+def test_write_that_a_standby_has_shown_binds_once_it_is_acknowledged(
+    acknowledged: float, found: set[str]
+) -> None:
+    operations = [
+        Operation("bob", "bob/1", "orm", 0, acknowledged, 200, wrote=1),
+        Operation("ada", "ada/1", "read", 2, 3, 200, saw={"bob/1": 1}),
+        Operation("ada", "ada/1", "orm", 4, 5, 200, wrote=1, saw={"bob/1": 0, "ada/1": 1}),
+    ]
+    assert guarantees(recorded(operations)) == found
+
+
 def test_task_that_shows_less_than_its_session_has_seen_breaks_monotonic_reads() -> None:
     operations = [
         Operation("bob", "bob/1", "orm", 0, 1, 200, wrote=1),

@@ -167,7 +167,7 @@ class _SlowRead:
         left = read_budget.left - (time.monotonic() - self.last_seen)
         seconds = min(DEADLINE, max(left, WAIT_INTERVAL))
         began = time.monotonic()
-        status = check_session(self.raw, self.state, seconds)
+        status = check_session(self.raw, self.state, self.since, seconds)
         if status is SessionStatus.GONE:
             self._give_up(ServerGone(f"{self.state.alias} no longer runs this session"))
         if status is not SessionStatus.UNANSWERED:

@@ -27,6 +27,8 @@ __all__ = ["SessionStatus", "check_session", "is_ready", "session_query"]
 # connect it to the session's server. The second applies if the alias has several servers.
 ATTEMPT_INTERVAL, BALANCED_ATTEMPT_INTERVAL = 0.25, 0.1
 MAX_ATTEMPTS: Final = 20
+# Seconds by which two measurements of how long a read has been running may differ.
+TOLERANCE: Final = 0.3
 
 
 class SessionStatus(Enum):
@@ -53,6 +55,21 @@ def session_query(pid: int) -> str:
     )
 
 
+def _waits_behind_pooler(seconds: float) -> str:
+    """
+    Return an expression for whether a read that has been running for so many seconds waits for a
+    lock of recovery. Behind a connection pooler its process ID is unknown; so it is true only if
+    all reads of this role that have been running for as long wait for a lock.
+    """
+    return (
+        "pg_is_in_recovery() AND (SELECT coalesce(bool_and(EXISTS (SELECT 1 FROM pg_locks WHERE "
+        "pg_locks.pid = session.pid AND NOT granted)), false) FROM pg_stat_activity AS session "
+        "WHERE datname = current_database() AND usename = current_user AND state = 'active' AND "
+        f"abs(extract(epoch FROM clock_timestamp() - query_start) - {seconds}) < {TOLERANCE} "
+        "AND pid <> pg_backend_pid())"
+    )
+
+
 class _OtherServer(Exception):
     """Another server answered, or none accepted the connection."""
 
@@ -73,10 +90,11 @@ _lock = ForkSafeLock()
 _checks: dict[object, _Check] = {}
 
 
-def check_session(raw: Any, state: ConnectionState, seconds: float) -> SessionStatus:
+def check_session(raw: Any, state: ConnectionState, began: float, seconds: float) -> SessionStatus:
     """
-    Return the status of the session of a psycopg connection, on a fresh connection, within so many
-    seconds. Reads that wait for the same server share a check of whether it answers.
+    Return the status of the session of a psycopg connection whose read began at that monotonic
+    time, on a fresh connection, within so many seconds. Reads that wait for the same server share a
+    check of whether it answers.
     """
     key: object = state.server or state.endpoint
     with _lock:
@@ -86,7 +104,7 @@ def check_session(raw: Any, state: ConnectionState, seconds: float) -> SessionSt
             check = _checks[key] = _Check()
     if is_first:
         try:
-            check.status = _check_afresh(raw, state, seconds)
+            check.status = _check_afresh(raw, state, began, seconds)
         finally:
             check.done.set()
             with _lock:
@@ -96,10 +114,10 @@ def check_session(raw: Any, state: ConnectionState, seconds: float) -> SessionSt
     if check.status in (SessionStatus.UNANSWERED, SessionStatus.RUNNING):
         return check.status
     # That of the other session is no answer for this one.
-    return _check_afresh(raw, state, seconds)
+    return _check_afresh(raw, state, began, seconds)
 
 
-def _check_afresh(raw: Any, state: ConnectionState, seconds: float) -> SessionStatus:
+def _check_afresh(raw: Any, state: ConnectionState, began: float, seconds: float) -> SessionStatus:
     from psycopg import conninfo
 
     parameters = {
@@ -109,9 +127,8 @@ def _check_afresh(raw: Any, state: ConnectionState, seconds: float) -> SessionSt
     }
     host = {"host": raw.info.host, "port": raw.info.port, "hostaddr": raw.info.hostaddr or None}
     text = conninfo.make_conninfo(**{**parameters, **host, "password": raw.info.password or None})
-    attempt = partial(
-        _ask_afresh, text.encode(), raw.info.backend_pid, state, time.monotonic() + seconds
-    )
+    until = time.monotonic() + seconds
+    attempt = partial(_ask_afresh, text.encode(), raw.info.backend_pid, state, began, until)
     has_several = len(state.endpoint.servers) > 1
     interval = BALANCED_ATTEMPT_INTERVAL if has_several else ATTEMPT_INTERVAL
     try:
@@ -128,7 +145,9 @@ def _check_afresh(raw: Any, state: ConnectionState, seconds: float) -> SessionSt
         return SessionStatus.UNANSWERED
 
 
-def _ask_afresh(text: bytes, pid: int, state: ConnectionState, until: float) -> SessionStatus:
+def _ask_afresh(
+    text: bytes, pid: int, state: ConnectionState, began: float, until: float
+) -> SessionStatus:
     """
     Return the status of a session, on one fresh connection.
 
@@ -148,10 +167,12 @@ def _ask_afresh(text: bytes, pid: int, state: ConnectionState, until: float) -> 
             if state.behind_pooler:
                 raise _PoolerAnswered
             return SessionStatus.RUNNING
-        row = _fetch_row(connection, f"{session_query(pid)}, {columns}", until)
+        pooled = _waits_behind_pooler(time.monotonic() - began)
+        row = _fetch_row(connection, f"{session_query(pid)}, {columns}, {pooled}", until)
         # A pooler reports a process ID of its own at connect.
-        if state.behind_pooler or (row and row[3] != str(connection.backend_pid)):
-            return SessionStatus.RUNNING
+        if row and (state.behind_pooler or row[3] != str(connection.backend_pid)):
+            waits_for_lock = row[4] == "t"
+            return SessionStatus.WAITS_FOR_LOCK if waits_for_lock else SessionStatus.RUNNING
         if not row:
             # It answers with an error, so the session cannot be looked for.
             return SessionStatus.RUNNING

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import psycopg
@@ -25,7 +25,7 @@ from .conftest import (
     port_for,
     unrelated_scope,
 )
-from .layouts import database, make_role
+from .layouts import database, make_role, pgbouncer
 
 pytestmark = pytest.mark.real
 
@@ -65,6 +65,20 @@ def layout(pg: PostgreSQL, **more: Any) -> dict[str, dict[str, Any]]:
     return {f"r{n}": database(pg[f"pg{n}"], conn_max_age=None, **more) for n in (1, 2)}
 
 
+@contextmanager
+def bounced_layout(pg: PostgreSQL, mode: str) -> Iterator[dict[str, dict[str, Any]]]:
+    """Yield the layout with PgBouncer before each replica, for a role with few privileges."""
+    user = make_role(pg.cluster)
+    with ExitStack() as stack:
+        bouncers = {
+            f"r{n}": stack.enter_context(pgbouncer(pg[f"pg{n}"], pool_mode=mode)) for n in (1, 2)
+        }
+        yield {
+            alias: database(bouncer, conn_max_age=None, user=user)
+            for alias, bouncer in bouncers.items()
+        }
+
+
 def elsewhere(pg: PostgreSQL) -> set[int]:
     """Return the servers that may take over; on a busy machine little of the budget is left."""
     return {pg["pg2"].port, pg["pg"].port}
@@ -91,6 +105,42 @@ def test_read_behind_a_replayed_lock_is_served_elsewhere(
         assert {port_for(None) for _ in range(4)} == {pg["pg2"].port}
         (removed,) = sent_signals.of("replica_removed")
         assert (removed["replica"], removed["reason"]) == ("r1", "replay_waits")
+
+
+@pytest.mark.parametrize("mode", ["session", "transaction"])
+def test_read_behind_a_pooler_and_a_replayed_lock_is_served_elsewhere(
+    pg: PostgreSQL, mode: str
+) -> None:
+    with bounced_layout(pg, mode) as aliases, as_layout(pg, **aliases):
+        read("r1")
+        with migration_behind_a_report(pg, "pg1"):
+            with ThreadPoolExecutor(4) as threads:
+                reads = [threads.submit(in_thread, lambda: read("r1")) for _ in range(4)]
+                assert {each.result(30) for each in reads} <= elsewhere(pg)
+            assert eventually(lambda: pg["pg1"].execute(WAITING) == [(0,)])
+            assert eventually(lambda: pool().replica_set.out_of_rotation == {"r1"})
+
+
+@pytest.mark.parametrize("mode", ["session", "transaction"])
+def test_slow_read_behind_a_pooler_goes_on_beside_one_that_waits_for_a_lock(
+    pg: PostgreSQL, mode: str
+) -> None:
+    """Both have been running for as long, and a pooler does not tell which session is whose."""
+    slow = "SELECT 1 AS id, inet_server_port() AS port FROM pg_sleep(2)"
+
+    def report() -> int:
+        with unrelated_scope():
+            (book,) = Book.objects.using("r1").raw(slow)
+        return int(book.port)
+
+    with bounced_layout(pg, mode) as aliases, as_layout(pg, **aliases):
+        read("r1")
+        conninfo = pg["pg1"].conninfo("site", user=aliases["r1"]["USER"])
+        with psycopg.connect(conninfo) as waiting, ThreadPoolExecutor(2) as threads:
+            with migration_behind_a_report(pg, "pg1"):
+                threads.submit(waiting.execute, "SELECT count(*) FROM app_book")
+                assert threads.submit(in_thread, report).result(30) == pg["pg1"].port
+        assert pool().replica_set.out_of_rotation == set()
 
 
 def test_replica_returns_when_its_replay_goes_on(pg: PostgreSQL) -> None:

@@ -6,6 +6,9 @@ Weakly Consistent Replicated Data", 1994). Knows nothing of the package.
 - Monotonic reads: a read shows what its session has seen before.
 - Writes follow reads: who sees a write also sees what its writer had seen before it.
 
+The last two concern writes that were acknowledged when the read began: PostgreSQL sends a commit to
+its standbys before it shows it on the primary.
+
 Besides, a read answers for every list that it was asked for, shows rows of these lists only, no
 number that nobody wrote, every acknowledged number up to the highest, and none twice. A request
 fails only while a fault excuses it, and takes no longer than its budget.
@@ -70,6 +73,7 @@ def problems(history: History) -> list[str]:
 def _read_your_writes(
     operations: list[Operation], every_device: bool, faults: list[Fault]
 ) -> Iterator[Violation]:
+    faults = [fault for fault in faults if "pins" in fault.excuses]
     users = {operation.session: operation.user for operation in operations}
     # What was acknowledged, by the time; the numbers of a list only grow.
     by_cookie: dict[str, list[tuple[float, int]]] = defaultdict(list)
@@ -97,6 +101,15 @@ def _read_your_writes(
                 yield Violation("read your writes", operation, why)
 
 
+def _acknowledged(operations: list[Operation]) -> dict[str, list[tuple[float, int]]]:
+    """Return the numbers of each list, and when each write ended."""
+    found: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    for operation in operations:
+        if operation.wrote is not None and operation.succeeded:
+            found[operation.session].append((operation.ended, operation.wrote))
+    return found
+
+
 def _last_before(numbers: list[tuple[float, int]], time: float) -> int:
     index = bisect_left(numbers, (time, 0))
     return numbers[index - 1][1] if index else 0
@@ -109,6 +122,7 @@ def _may_lose_pins_saved_by(operation: Operation, faults: list[Fault]) -> bool:
 def _monotonic_reads(operations: list[Operation], faults: list[Fault]) -> Iterator[Violation]:
     by_cookie: dict[tuple[str, str], int] = defaultdict(int)
     by_cache: dict[tuple[str, str], int] = defaultdict(int)
+    acknowledged = _acknowledged(operations)
     for operation in operations:
         if not operation.succeeded:
             continue
@@ -116,6 +130,7 @@ def _monotonic_reads(operations: list[Operation], faults: list[Fault]) -> Iterat
         for owner, number in operation.saw.items():
             key = operation.session, owner
             before = max(by_cookie[key], by_cache[key] if has_pins else 0)
+            before = min(before, _last_before(acknowledged[owner], operation.began))
             if number < before:
                 why = f"saw {number} of {owner}, had seen {before}"
                 yield Violation("monotonic reads", operation, why)
@@ -132,6 +147,7 @@ def _writes_follow_reads(operations: list[Operation]) -> Iterator[Violation]:
     # what a task saw: a later write follows it in the log of the primary, whatever the pins are.
     followed: dict[tuple[str, int], dict[str, int]] = {}
     seen: dict[str, dict[str, int]] = defaultdict(dict)
+    acknowledged = _acknowledged(operations)
     for operation in operations:
         own = seen[operation.session]
         if operation.wrote is not None:
@@ -143,7 +159,8 @@ def _writes_follow_reads(operations: list[Operation]) -> Iterator[Violation]:
         if not operation.succeeded:
             continue
         for writer, number in operation.saw.items():
-            for owner, wanted in followed.get((writer, number), {}).items():
+            for owner, seen_by_writer in followed.get((writer, number), {}).items():
+                wanted = min(seen_by_writer, _last_before(acknowledged[owner], operation.began))
                 if operation.saw.get(owner, wanted) < wanted:
                     why = (
                         f"saw {number} of {writer}, which had seen {wanted} of {owner}, "
@@ -179,16 +196,16 @@ def _foreign_rows(operations: list[Operation]) -> Iterator[Violation]:
 
 
 def _lost_and_duplicate_writes(operations: list[Operation]) -> Iterator[Violation]:
-    acknowledged: dict[str, list[int]] = defaultdict(list)
-    for operation in operations:
-        if operation.wrote is not None and operation.succeeded:
-            acknowledged[operation.session].append(operation.wrote)
+    acknowledged = {
+        owner: [number for _, number in writes]
+        for owner, writes in _acknowledged(operations).items()
+    }
     for operation in operations:
         if not operation.succeeded:
             continue
         for owner, highest in operation.saw.items():
             # A list is appended to in order: what shows a number shows those acknowledged before.
-            wanted = bisect_right(acknowledged[owner], highest)
+            wanted = bisect_right(acknowledged.get(owner, []), highest)
             numbers = operation.numbers.get(owner, wanted)
             if numbers < wanted:
                 why = f"{numbers} numbers of {owner} up to {highest}, {wanted} were acknowledged"
