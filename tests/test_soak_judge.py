@@ -325,7 +325,7 @@ def test_what_a_task_saw_binds_no_later_read_of_its_session(kind: str, found: se
 
 
 @pytest.mark.parametrize(
-    ("acknowledged", "found"), [(3.5, {"monotonic reads", "writes follow reads"}), (9, set())]
+    ("acknowledged", "found"), [(3.5, {"monotonic reads", "writes follow reads"}), (4.9, set())]
 )
 def test_write_that_a_standby_has_shown_binds_once_it_is_acknowledged(
     acknowledged: float, found: set[str]

@@ -136,10 +136,13 @@ def test_slow_read_behind_a_pooler_goes_on_beside_one_that_waits_for_a_lock(
     with bounced_layout(pg, mode) as aliases, as_layout(pg, **aliases):
         read("r1")
         conninfo = pg["pg1"].conninfo("site", user=aliases["r1"]["USER"])
-        with psycopg.connect(conninfo) as waiting, ThreadPoolExecutor(2) as threads:
-            with migration_behind_a_report(pg, "pg1"):
-                threads.submit(waiting.execute, "SELECT count(*) FROM app_book")
-                assert threads.submit(in_thread, report).result(30) == pg["pg1"].port
+        with (
+            psycopg.connect(conninfo) as waiting,
+            ThreadPoolExecutor(2) as threads,
+            migration_behind_a_report(pg, "pg1"),
+        ):
+            threads.submit(waiting.execute, "SELECT count(*) FROM app_book")
+            assert threads.submit(in_thread, report).result(30) == pg["pg1"].port
         assert pool().replica_set.out_of_rotation == set()
 
 
