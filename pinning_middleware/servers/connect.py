@@ -78,6 +78,8 @@ class BoundedConnect(Base):  # type: ignore[misc]
 
     # A connection for the package's own use; see dedicated_connection().
     is_dedicated = False
+    # A read waits for it.
+    spends_read_budget = True
 
     def get_connection_params(self) -> dict[str, Any]:
         """Return the driver's parameters, with a timeout unless OPTIONS has one."""
@@ -154,7 +156,7 @@ def _connect_in_time(
     time left.
     """
     seconds = CONNECT_TIMEOUT
-    if not connection.is_dedicated:
+    if connection.spends_read_budget:
         seconds = min(read_budget.left, CONNECT_TIMEOUT)
     endpoint = endpoint_for(connection)
     has_hung = time.monotonic() - endpoint.hung_at < RECENT_FOR
@@ -217,6 +219,7 @@ def _hosts(params: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _check_reachable(alias: str) -> None:
     with contextlib.closing(dedicated_connection(alias)) as connection:
+        connection.spends_read_budget = True
         connection.ensure_connection()
 
 
@@ -237,6 +240,6 @@ def dedicated_connection(alias: str, host: tuple[str, str] | None = None) -> Bas
     options = {name: value for name, value in settings["OPTIONS"].items() if name != "pool"}
     backend: Any = load_backend(settings["ENGINE"])
     connection = _bounded_class(backend.DatabaseWrapper)({**settings, "OPTIONS": options}, alias)
-    connection.is_dedicated = True
+    connection.is_dedicated, connection.spends_read_budget = True, False
     connection.inc_thread_sharing()
     return connection  # type: ignore[no-any-return]

@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
+from pinning_middleware.servers.budget import read_budget
 from pinning_middleware.servers.probe import endpoint_for, is_pool_exhausted, probing
 from pinning_middleware.servers.session_check import is_ready
 
@@ -31,7 +32,7 @@ __all__ = [
 
 # Seconds that a read waits for a connection until it is checked whether the server can be reached,
 # and until it is checked again; for which one check serves all reads that wait.
-FIRST_CHECK_AFTER: Final = 0.3
+FIRST_CHECK_AFTER: Final = 0.15
 NEXT_CHECK_AFTER: Final = 5.0
 CHECK_SERVES: Final = 1.0
 
@@ -130,7 +131,9 @@ def _get_in_time(
         try:
             return get()
         except Exception as error:
+            waited = time.monotonic() - began
             if not is_pool_exhausted(error):
+                read_budget.spend(waited)
                 raise
             if endpoint.is_down or _claim_check(pool):
                 try:
@@ -138,6 +141,7 @@ def _get_in_time(
                 except Exception:
                     # What follows is not to rely on this check.
                     pool.pinning_checked_at = -math.inf
+                    read_budget.spend(waited)
                     raise
             # Raised at once: as many wait already as the site allows (max_waiting).
             is_refused = time.monotonic() < began + limit

@@ -60,12 +60,14 @@ def both(pg: PostgreSQL, **more: Any) -> dict[str, dict[str, Any]]:
     return {f"r{number}": database(pg[f"pg{number}"], **more) for number in (1, 2)}
 
 
-@pytest.mark.parametrize("conn_max_age", [0, None])
+@pytest.mark.parametrize(
+    "entry", [{}, {"conn_max_age": None}, {"pool": {"min_size": 0, "max_size": 4}}]
+)
 def test_both_replicas_unresponsive_leaves_the_read_to_the_primary(
-    pg: PostgreSQL, conn_max_age: int | None
+    pg: PostgreSQL, entry: dict[str, Any]
 ) -> None:
-    with as_layout(pg, **both(pg, conn_max_age=conn_max_age)):
-        if conn_max_age is None:
+    with as_layout(pg, **both(pg, **entry)):
+        if "conn_max_age" in entry:
             assert {port_of_request() for _ in range(4)} == {pg["pg1"].port, pg["pg2"].port}
         with frozen(pg["pg1"], pg["pg2"]):
             assert port_of_request() == pg["pg"].port
