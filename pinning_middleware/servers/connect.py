@@ -219,7 +219,7 @@ def _hosts(params: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _check_reachable(alias: str) -> None:
     with contextlib.closing(dedicated_connection(alias)) as connection:
-        connection.spends_read_budget = True
+        vars(connection)["spends_read_budget"] = True
         connection.ensure_connection()
 
 
