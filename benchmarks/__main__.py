@@ -20,6 +20,7 @@ NAMES = (
     "probes",
     "instances",
     "latency",
+    "capacity",
     "clients",
     "endpoints",
     "faults",

@@ -105,14 +105,15 @@ def entry(host: str, port: int | str, how: Variant = Variant(), **options: Any) 
 def site(
     how: Variant = Variant(),  # noqa: B008
     more: Mapping[str, Mapping[str, Any]] | Callable[[Cluster], Mapping[str, Any]] | None = None,
+    replicas: int = 2,
 ) -> Iterator[Cluster]:
     """
-    Run the benchmarks' site on a cluster of its own. ``more`` are entries of DATABASES beside the
-    primary and two replicas.
+    Run the benchmarks' site on a cluster of its own. ``more`` are entries of DATABASES beside those
+    of the primary and the replicas, or in their place.
     """
     with (
         tempfile.TemporaryDirectory(prefix="pinning-benchmark-") as folder,
-        Cluster(Path(folder), keep=False) as cluster,
+        Cluster(Path(folder), replicas=replicas, keep=False) as cluster,
     ):
         cluster.create_database("site")
         _make_roles(cluster.primary, ROLES[how.role])

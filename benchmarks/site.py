@@ -44,7 +44,14 @@ def one(request: HttpRequest) -> HttpResponse:
     return HttpResponse(str(Entry.objects.get(pk=1)))
 
 
+def work(request: HttpRequest) -> HttpResponse:
+    """Run a read that takes 0.1 s without using the processor."""
+    slow = Entry.objects.annotate(slept=RawSQL("pg_sleep(0.1)::text", ()))
+    return HttpResponse(str(slow.filter(client="first").get()))
+
+
 urlpatterns = [
+    path("work/", work),
     path("one/", one),
     path("async/<str:client>/", entry_async),
     path("<str:client>/", entry),
