@@ -438,7 +438,7 @@ def faults() -> Any:
 
 
 def run_of(servers: object) -> Any:
-    return SimpleNamespace(rig=SimpleNamespace(servers=servers), cache=0)
+    return SimpleNamespace(rig=SimpleNamespace(servers=servers, links={}), cache=0)
 
 
 def scheduled(

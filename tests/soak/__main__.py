@@ -15,7 +15,7 @@ from .clients import run
 from .faults import schedule
 from .history import History, Promise, Recorder, load
 from .judge import Violation, judge, problems
-from .rig import LAYOUTS, SERVERS, running
+from .rig import LAYOUTS, ROLES, SERVERS, running
 
 # Seconds: the budget of a read beside its execution, and what a machine of two cores that runs
 # the clients, the site and the servers adds.
@@ -32,9 +32,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--layout", choices=LAYOUTS, default="aliases")
     parser.add_argument("--server", choices=SERVERS, default="gunicorn")
+    parser.add_argument("--role", choices=ROLES, default="monitor", help="on PostgreSQL")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--users", type=int, default=8)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument(
+        "--faults", default=[], type=lambda text: text.split(","), help="only these"
+    )
     parser.add_argument("--age", choices=("0", "none"), default="none", help="CONN_MAX_AGE")
     parser.add_argument("--monotonic", action="store_true", help="promise monotonic reads")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for a read")
@@ -58,20 +62,18 @@ def record(given: argparse.Namespace, path: Path) -> None:
     if given.monotonic:
         promises.add(Promise.MONOTONIC_READS)
         settings["PINNING_CONSISTENCY"] = "monotonic-reads"
-    # Under ASGI a request has threads of its own, which keep no connections for the next one.
-    is_asgi = given.server in ("uvicorn", "granian")
-    age = 0 if given.age == "0" or is_asgi or "pool" in given.layout.split("-") else None
     with (
         tempfile.TemporaryDirectory(prefix="soak-") as name,
         path.open("w", buffering=1) as file,
     ):
         folder = Path(name)
         folder.chmod(0o755)
-        options = {"conn_max_age": age}
-        with running(given.layout, given.server, folder, options, settings) as site:
+        with running(given, folder, settings) as site:
             recorder = Recorder(file, promises, given.budget, given.budget + WRITE)
             over = threading.Event()
-            faults = threading.Thread(target=schedule, args=(site, given.seed, recorder, over))
+            faults = threading.Thread(
+                target=schedule, args=(site, given.seed, recorder, over, given.faults)
+            )
             faults.start()
             devices = run(site.port, given.users, given.seed, recorder, over.is_set)
             try:
