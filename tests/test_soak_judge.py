@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import random
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
 from tests.soak import clients
+from tests.soak.clock import Clock, follow
 from tests.soak.history import Error, Fault, History, Operation, Promise, Recorder, parse
 from tests.soak.judge import AFTERMATH, WITHOUT_FAULTS, judge, problems
 
@@ -369,6 +372,85 @@ def test_fault_excuses_nothing_that_ends_later_than_its_budget_after_the_fault(
     assert guarantees(recorded(operations, *faults)) == found
 
 
+def lost(*operations: Operation, began: float = 1, ended: float = 3) -> History:
+    """Return a record of Ada's first four writes, each a second, of which a fault may lose some."""
+    writes = [
+        Operation("ada", "ada/1", "orm", number - 1, number - 0.5, 200, wrote=number)
+        for number in (1, 2, 3, 4)
+    ]
+    fault = Fault("writes lost", began, ended, ["lost writes"])
+    return recorded([*writes, *operations], fault)
+
+
+@pytest.mark.parametrize(
+    ("seen", "began", "ended", "found"),
+    [
+        (4, 2.6, 3.7, set()),
+        (3, 2.6, 3.7, set()),
+        (2, 2.6, 3.7, {"read your writes"}),
+        (2, 1.6, 3.7, set()),
+        # It ended before anything was lost.
+        (3, 2.6, 60, {"read your writes"}),
+        # Whatever was acknowledged before, or begun afterwards, is kept: there is no aftermath.
+        (3, 3.6, 3.8, {"read your writes"}),
+        (3, 2.6, 2.9, {"read your writes"}),
+        (0, 3.1, 3.7, {"read your writes"}),
+    ],
+)
+def test_promotion_excuses_the_loss_of_writes_of_its_time(
+    seen: int, began: float, ended: float, found: set[str]
+) -> None:
+    read = Operation("ada", "ada/1", "read", 4, 5, 200, saw={"ada/1": seen})
+    assert guarantees(lost(read, began=began, ended=ended)) == found
+
+
+@pytest.mark.parametrize(
+    ("seen", "found"), [(3, set()), (2, set()), (1, {"read your writes", "monotonic reads"})]
+)
+def test_lost_write_that_was_seen_binds_later_reads_to_those_before_it(
+    seen: int, found: set[str]
+) -> None:
+    """Bob has seen the third write, which is lost, and so is the fourth."""
+    before = Operation("ada", "ada/2", "read", 2.6, 2.7, 200, saw={"ada/1": 3})
+    later = Operation("ada", "ada/2", "read", 4, 5, 200, saw={"ada/1": seen})
+    assert guarantees(lost(before, later, began=2.1, ended=3.6)) == found
+
+
+@pytest.mark.parametrize(("seen", "found"), [(2, set()), (1, {"writes follow reads"})])
+def test_write_that_followed_a_lost_one_may_be_shown_without_it(seen: int, found: set[str]) -> None:
+    operations = [
+        Operation("bob", "bob/1", "read", 2.6, 2.7, 200, saw={"ada/1": 3}),
+        Operation("bob", "bob/1", "orm", 4, 5, 200, wrote=1),
+        Operation("eve", "eve/1", "read", 6, 7, 200, saw={"bob/1": 1, "ada/1": seen}),
+    ]
+    assert guarantees(lost(*operations, began=2.1, ended=3.6)) == found
+
+
+@pytest.mark.parametrize(
+    ("numbers", "rows", "found"),
+    [
+        (2, 2, set()),
+        (3, 3, set()),
+        (1, 1, {"lost write"}),
+        (2, 3, {"duplicate write"}),
+    ],
+)
+def test_lost_write_may_be_missing_below_a_later_one(
+    numbers: int, rows: int, found: set[str]
+) -> None:
+    """The third write may be lost; the fourth was made after the promotion."""
+    operations = [
+        Operation("ada", "ada/1", "orm", 10, 11, 200, wrote=5),
+        Operation(
+            *("ada", "ada/1", "read", 12, 13, 200),
+            saw={"ada/1": 5},
+            rows={"ada/1": rows + 2},
+            numbers={"ada/1": numbers + 2},
+        ),
+    ]
+    assert guarantees(lost(*operations, began=2.1, ended=2.8)) == found
+
+
 def test_fault_that_never_ended_excuses_until_the_end_of_the_record() -> None:
     operations = [Operation("ada", "ada/1", "read", 100, 120, 0)]
     assert guarantees(recorded(operations, Fault("frozen", 90, None, ["reads"]))) == set()
@@ -419,6 +501,37 @@ def test_error_of_a_client_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
         thread.join()
     errors = parse(file.getvalue().splitlines()).errors
     assert {error.where for error in errors} == {"user0-1", "user0-2"}
+
+
+def test_write_without_an_answer_is_not_missed_among_those_that_were_lost() -> None:
+    """The first two may be lost, of which the second was never acknowledged; the third is kept."""
+    count = {"ada/1": 0}
+    operations = [
+        Operation("ada", "ada/1", "orm", 0, 1, 200, wrote=1),
+        Operation("ada", "ada/1", "orm", 1, 2, 0, wrote=2),
+        Operation("ada", "ada/1", "orm", 4, 5, 200, wrote=3),
+        Operation("ada", "ada/1", "read", 6, 7, 200, saw={"ada/1": 3}, rows=count, numbers=count),
+    ]
+    promoted = Fault("promoted", 0, 3, ["writes", "lost writes"])
+    assert guarantees(recorded(operations, promoted)) == {"lost write"}
+
+
+# The clock
+
+
+def test_stepped_clock_is_that_of_the_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(time, "time", time.time)
+    clock = Clock(tmp_path / "clock")
+    follow(str(clock.path))
+    before = time.time()
+    clock.step(3600)
+    ahead = time.time() - before
+    clock.step(-3600)
+    behind = time.time() - before
+    assert ahead > 3000
+    assert behind < -3000
 
 
 # The faults
