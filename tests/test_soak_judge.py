@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import socket
 import threading
 import time
 from collections import defaultdict
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -18,11 +20,14 @@ from tests.soak import clients
 from tests.soak.clock import Clock, follow
 from tests.soak.history import Error, Fault, History, Operation, Promise, Recorder, parse
 from tests.soak.judge import AFTERMATH, WITHOUT_FAULTS, judge, problems
+from tests.soak.picture import picture
+from tests.soak.shrink import Schedule, schedule_of, shrunk
 
 USERS = {"ada": ("ada/1", "ada/2"), "bob": ("bob/1", "bob/2")}
 PEERS = {"ada": "bob", "bob": "ada"}
 ALL = frozenset(Promise)
 BUDGET, WRITE_BUDGET = 1.5, 5.0
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def correct(seed: int, promises: frozenset[Promise] = ALL) -> History:
@@ -631,23 +636,128 @@ class Disturbed:
         return order
 
 
+class Moved:
+    """An address, and where it leads to."""
+
+    delay, resets = 0.0, False
+
+    def __init__(self, place: object) -> None:
+        self.place = place
+
+    def point_to(self, place: object, cut: bool = True) -> None:
+        self.place = place
+
+
+class Stepped:
+    ahead = 0.0
+
+    def step(self, seconds: float) -> None:
+        self.ahead = seconds
+
+
 @pytest.mark.parametrize(
     "name",
     [
         *("lag", "lag_of_all", "kill_replica", "kill_both_replicas", "kill_primary"),
         *("freeze_replica", "freeze_primary", "gtid_lag", "gtid_kill_replica"),
+        *("move_address", "swap_addresses", "black_hole_replica", "delay_replica"),
+        *("reset_results", "step_clock"),
     ],
 )
 @pytest.mark.parametrize("fails", [True, False], ids=["order fails", "wait fails"])
 def test_fault_that_fails_undoes_itself(faults: Any, name: str, fails: bool) -> None:
     primary, one, two, gtid = servers = [Disturbed(fails) for _ in range(4)]
+    nodes = {"primary": primary, "replica1": one, "replica2": two}
+    links = {"default": Moved(primary), "replica1": Moved(one), "replica2": Moved(two)}
+    clock = Stepped()
     context = SimpleNamespace(
         primary=primary,
         replica=one,
-        cluster=SimpleNamespace(replicas=[one, two]),
+        cluster=SimpleNamespace(nodes=nodes, replicas=[one, two]),
         gtid=gtid,
+        links=links,
+        running=SimpleNamespace(clock=clock),
+        draw=random.Random(1),
         wait=fail,
     )
     with pytest.raises(AssertionError, match="planted"):
-        getattr(faults, name)(context)
+        cause_named(faults, name)(context)
     assert [server.orders for server in servers] == [set()] * 4
+    assert [link.place for link in links.values()] == list(nodes.values())
+    assert {(link.delay, link.resets) for link in links.values()} == {(0.0, False)}
+    assert clock.ahead == 0
+
+
+def cause_named(faults: Any, name: str) -> Callable[[Any], None]:
+    every = [*faults.ADDRESS_FAULTS, *(each for known in faults.FAULTS.values() for each in known)]
+    return next(each for each in every if each.__name__ == name)
+
+
+def test_result_is_reset_in_its_middle() -> None:
+    pytest.importorskip("psycopg")
+    from tests.soak.network import Link
+
+    def answer() -> None:
+        with server.accept()[0] as near:
+            near.sendall(near.recv(100).upper())
+            near.recv(100)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=answer, daemon=True).start()
+        host, port = server.getsockname()
+        with Link(SimpleNamespace(host=host, port=port)) as link:
+            link.resets = True
+            with socket.create_connection((link.host, link.port), timeout=20) as client:
+                client.sendall(b"question")
+                assert client.recv(100, socket.MSG_WAITALL) == b"QUES"
+                with pytest.raises(ConnectionResetError):
+                    client.recv(100)
+
+
+# Smaller schedules
+
+
+def test_schedule_of_a_record_ends_with_its_first_violation() -> None:
+    operations = [
+        Operation("ada", "ada/1", "orm", 0, 1, 200, wrote=1),
+        Operation("bob", "bob/1", "read", 9, 10, 200, saw={"ada/1": 2}),
+        Operation("ada", "ada/1", "read", 90, 91, 500),
+    ]
+    faults = [Fault(name, at, at + 1) for name, at in (("lag", 2), ("a part", 3), ("late", 11))]
+    history = recorded(operations, *faults)
+    assert schedule_of(history, {"lag", "late"}) == Schedule(["lag"], 2)
+
+
+@pytest.mark.parametrize(
+    ("needed", "users", "expected"),
+    [
+        (["kill"], 1, Schedule(["kill"], 1)),
+        (["lag", "kill"], 2, Schedule(["lag", "kill"], 2)),
+        (["lag", "swap", "kill"], 1, Schedule(["lag", "swap", "kill"], 1)),
+        (["none of them"], 1, Schedule(["lag", "swap", "kill", "lag", "freeze"] * 4, 8)),
+    ],
+)
+def test_schedule_is_shrunk_to_what_still_fails(
+    needed: list[str], users: int, expected: Schedule
+) -> None:
+    whole = Schedule(["lag", "swap", "kill", "lag", "freeze"] * 4, 8)
+
+    def fails(schedule: Schedule) -> bool:
+        return set(needed) <= set(schedule.faults) and schedule.users >= users
+
+    found = shrunk(whole, fails)
+    assert (sorted(found.faults), found.users) == (sorted(expected.faults), expected.users)
+
+
+# The picture
+
+
+def test_picture_shows_faults_servers_and_failures() -> None:
+    operations = [
+        Operation("ada", "ada/1", "orm", 0, 1, 200, wrote=1, server="15001"),
+        Operation("ada", "ada/1", "read", 2, 3, 500, server=""),
+    ]
+    drawn = picture(recorded(operations, Fault("lag <1>", 1, None)))
+    titles = [each.text for each in ET.fromstring(drawn).iter(f"{SVG}title")]
+    assert titles == ["lag <1>", "read: status 500"]
+    assert ">15001</text>" in drawn

@@ -25,7 +25,7 @@ from .history import Error, Fault, Recorder
 from .promotions import PROMOTIONS
 from .rig import Rig, Running
 
-__all__ = ["FAULTS", "offered", "schedule"]
+__all__ = ["FAULTS", "NAMES", "schedule"]
 
 # Seconds between two faults.
 PAUSES: Final = (0.5, 2.0)
@@ -228,7 +228,12 @@ FAULTS: Final[Mapping[type, Faults]] = {
 }
 
 
-def offered(rig: Rig) -> Faults:
+NAMES: Final = {
+    cause.__name__ for faults in (*FAULTS.values(), ADDRESS_FAULTS, PROMOTIONS) for cause in faults
+}
+
+
+def _offered(rig: Rig) -> Faults:
     """Return the faults that a layout can have."""
     known = next(each for kind, each in FAULTS.items() if isinstance(rig.servers, kind))
     return {**known, **ADDRESS_FAULTS, **PROMOTIONS} if rig.links else known
@@ -257,7 +262,7 @@ def _cause_faults(
 ) -> None:
     draw = random.Random(seed)
     context = FaultContext(running, draw, over, recorder)
-    known = offered(running.rig)
+    known = _offered(running.rig)
     by_name = {cause.__name__: cause for cause in known}
     given = cycle([by_name[name] for name in names])
     weights = [weight for _, weight in known.values()]
