@@ -749,6 +749,13 @@ def test_schedule_is_shrunk_to_what_still_fails(
     assert (sorted(found.faults), found.users) == (sorted(expected.faults), expected.users)
 
 
+def test_faults_that_recur_are_left_out_together() -> None:
+    tried: list[Schedule] = []
+    whole = Schedule(["lag", "swap"] * 50, 1)
+    assert shrunk(whole, tried.append) == whole  # type: ignore[arg-type]
+    assert tried == [Schedule(["lag", "swap"] * 25, 1)] * 2 + [Schedule(["lag", "swap"], 1)]
+
+
 # The picture
 
 

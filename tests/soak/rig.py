@@ -120,11 +120,16 @@ def _haproxy(stack: ExitStack, cluster: Cluster) -> dict[str, tuple[Place, ...]]
     return {"default": (cluster.primary,), "replicas": (proxy,)}
 
 
-def _pgbouncer(mode: str) -> Callable[[ExitStack, Cluster], dict[str, tuple[Place, ...]]]:
+# Of a session pool each connection of the site takes one, for as long as it is open.
+ENOUGH: Final = 2 * THREADS + 16
+
+
+def _pgbouncer(
+    mode: str, size: int = ENOUGH
+) -> Callable[[ExitStack, Cluster], dict[str, tuple[Place, ...]]]:
     def arrange(stack: ExitStack, cluster: Cluster) -> dict[str, tuple[Place, ...]]:
         def bounced(place: Place) -> tuple[Bouncer]:
-            # Of a session pool each connection of the site takes one, for as long as it is open.
-            settings = {"default_pool_size": f"{2 * THREADS + 16}"}
+            settings = {"default_pool_size": f"{size}"}
             return (stack.enter_context(pgbouncer(place, pool_mode=mode, **settings)),)
 
         replicas = {node.name: bounced(node) for node in cluster.replicas}
@@ -154,6 +159,9 @@ LAYOUTS: Final[Mapping[str, Layout]] = {
     "pgbouncer-session": _on_postgresql(_pgbouncer("session")),
     "pgbouncer-transaction": _on_postgresql(
         _pgbouncer("transaction"), DISABLE_SERVER_SIDE_CURSORS=True
+    ),
+    "pgbouncer-full": _on_postgresql(
+        _pgbouncer("transaction", 2), DISABLE_SERVER_SIDE_CURSORS=True
     ),
     "pool-pgbouncer": _on_postgresql(
         _pgbouncer("session"), pool={"min_size": 0, "max_size": THREADS}
