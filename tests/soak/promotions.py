@@ -7,13 +7,15 @@ from functools import partial
 from typing import Final
 
 from sample_site.cluster import ClusterError, Node
+from sample_site.node import HOST
 from sample_site.wal import REPLAYED
-from tests.real.layouts import eventually, follows, rejoin, wait_replayed
+from tests.real.layouts import Address, eventually, follows, rejoin, wait_replayed
 
 from .context import LOST_WRITES, READS, WRITES, FaultContext
 
 __all__ = ["PROMOTIONS"]
 
+NOWHERE: Final = Address(HOST, 1)
 RECEIVES: Final = "SELECT count(*) FROM pg_stat_wal_receiver"
 HAS_REPLAYED_ALL: Final = (
     "SELECT pg_last_wal_receive_lsn() IS NULL "
@@ -54,11 +56,14 @@ def promote_with_loss(context: FaultContext) -> None:
 
 
 def promote_unfenced(context: FaultContext) -> None:
-    """The former primary still accepts writes, under the alias of the promoted replica."""
+    """The former primary still accepts writes, and appears under the alias of a replica."""
     old = context.primary
     _wait_followed(context)
-    with context.excused("two primaries", READS, WRITES, LOST_WRITES):
-        _disconnect(context)
+    with context.excused("primary unreachable", READS, WRITES):
+        with context.excused("writes lost", LOST_WRITES):
+            _disconnect(context)
+            context.wait(0.1, 0.5)
+            context.links["default"].point_to(NOWHERE)
         alias = _most_advanced(context)
         context.cluster.nodes[alias].promote()
         _lead_to(context, alias)
