@@ -90,7 +90,7 @@ def record(given: argparse.Namespace, path: Path) -> None:
     ):
         folder = Path(name)
         folder.chmod(0o755)
-        with running(given, folder, settings) as site:
+        with running(given, folder, settings, path.with_suffix(".log")) as site:
             recorder = Recorder(file, promises, given.budget, given.budget + WRITE)
             over = threading.Event()
             faults = threading.Thread(

@@ -186,9 +186,9 @@ class Running(NamedTuple):
 
 @contextmanager
 def running(
-    given: argparse.Namespace, folder: Path, settings: Mapping[str, Any]
+    given: argparse.Namespace, folder: Path, settings: Mapping[str, Any], log: Path
 ) -> Iterator[Running]:
-    """Run everything, and stop it at the end, also after an error."""
+    """Run everything, and stop it at the end, also after an error. ``log``: of the site."""
     with ExitStack() as stack:
         rig = LAYOUTS[given.layout](stack, folder, given.role, _age(given))
         clock = Clock(folder / "clock")
@@ -206,7 +206,7 @@ def running(
         }
         migrate = [sys.executable, "-m", "django", "migrate", "--run-syncdb", "--verbosity=0"]
         subprocess.run(migrate, cwd=ROOT, env=environ, check=True)
-        port = stack.enter_context(_served(given.server, environ, folder / "site.log"))
+        port = stack.enter_context(_served(given.server, environ, log))
         process = Redis.from_url(valkey.connection_url).info("server")["process_id"]
         yield Running(rig, port, process, clock)
 
