@@ -112,7 +112,7 @@ def test_connection_to_a_promoted_replica_is_kept_for_pins_of_its_new_timeline(
     own_pg: PostgreSQL,
 ) -> None:
     """It has reported positions on the timeline of the former primary, too."""
-    with swappable(own_pg) as (site, first):
+    with swappable(own_pg) as (site, _):
         write("before")
         own_pg.wait_for()
         probe_replicas()
