@@ -186,6 +186,24 @@ def test_log_of_a_former_primary_ends_with_its_window(
     assert found.position == Position({"2": 3})
 
 
+def test_later_writes_do_not_extend_the_window_of_a_former_primary(
+    cache: BaseCache,
+    fetch: Callable[..., Pins],
+    keep: Callable[..., None],
+    clock: FrozenDateTimeFactory,
+) -> None:
+    keep(["a"], {DEFAULT: pin(5, 9, log="1")})
+    for offset in (3, 4):
+        clock.tick(1 * 60)
+        # Each request saves what it loaded, too.
+        keep(["a"], merge_pins(fetch("a"), {DEFAULT: pin(9, offset, log="2")}))
+    assert fetch("a")[DEFAULT].is_primary_only(time.time())
+    clock.tick(4 * 60)
+    found = fetch("a")[DEFAULT]
+    assert not found.is_primary_only(time.time())
+    assert found.position == Position({"2": 4})
+
+
 def test_position_is_loaded_where_the_clock_is_ahead(
     on_valkey: None, fetch: Callable[..., Pins], clock: FrozenDateTimeFactory
 ) -> None:
@@ -342,16 +360,14 @@ def test_parallel_saves_on_valkey_lose_no_position(on_valkey: None) -> None:
         for step in range(rounds):
             point = step * threads + number + 1
             position = {"shared": point, f"log{number}": point}
-            keyed.save_pins(
-                "key", ["user"], {DEFAULT: Pin(until + point / 1000, None, Position(position))}
-            )
+            keyed.save_pins("key", ["user"], {DEFAULT: Pin(until, None, Position(position))})
 
     in_threads(threads, write)
     highest = threads * rounds
     expected = {f"log{number}": highest - threads + number + 1 for number in range(threads)}
     found = keyed.load_pins("key", ["user"])[DEFAULT]
     assert found.position == Position({"shared": highest, **expected})
-    assert found.until == pytest.approx(until + highest / 1000, abs=0.002)
+    assert found.until == pytest.approx(until, abs=0.002)
 
 
 def test_parallel_forgets_on_valkey_keep_newer_pins(on_valkey: None) -> None:

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import io
 import random
+import socket
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from xml.etree import ElementTree as ET
 
 import pytest
 
 from tests.soak import clients
+from tests.soak.clock import Clock, follow
 from tests.soak.history import Error, Fault, History, Operation, Promise, Recorder, parse
 from tests.soak.judge import AFTERMATH, WITHOUT_FAULTS, judge, problems
+from tests.soak.picture import picture
+from tests.soak.shrink import Schedule, schedule_of, shrunk
 
 USERS = {"ada": ("ada/1", "ada/2"), "bob": ("bob/1", "bob/2")}
 PEERS = {"ada": "bob", "bob": "ada"}
 ALL = frozenset(Promise)
 BUDGET, WRITE_BUDGET = 1.5, 5.0
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def correct(seed: int, promises: frozenset[Promise] = ALL) -> History:
@@ -383,6 +391,85 @@ def test_fault_excuses_nothing_that_ends_later_than_its_budget_after_the_fault(
     assert guarantees(recorded(operations, *faults)) == found
 
 
+def lost(*operations: Operation, began: float = 1, ended: float = 3) -> History:
+    """Return a record of Ada's first four writes, each a second, of which a fault may lose some."""
+    writes = [
+        Operation("ada", "ada/1", "orm", number - 1, number - 0.5, 200, wrote=number)
+        for number in (1, 2, 3, 4)
+    ]
+    fault = Fault("writes lost", began, ended, ["lost writes"])
+    return recorded([*writes, *operations], fault)
+
+
+@pytest.mark.parametrize(
+    ("seen", "began", "ended", "found"),
+    [
+        (4, 2.6, 3.7, set()),
+        (3, 2.6, 3.7, set()),
+        (2, 2.6, 3.7, {"read your writes"}),
+        (2, 1.6, 3.7, set()),
+        # It ended before anything was lost.
+        (3, 2.6, 60, {"read your writes"}),
+        # Whatever was acknowledged before, or begun afterwards, is kept: there is no aftermath.
+        (3, 3.6, 3.8, {"read your writes"}),
+        (3, 2.6, 2.9, {"read your writes"}),
+        (0, 3.1, 3.7, {"read your writes"}),
+    ],
+)
+def test_promotion_excuses_the_loss_of_writes_of_its_time(
+    seen: int, began: float, ended: float, found: set[str]
+) -> None:
+    read = Operation("ada", "ada/1", "read", 4, 5, 200, saw={"ada/1": seen})
+    assert guarantees(lost(read, began=began, ended=ended)) == found
+
+
+@pytest.mark.parametrize(
+    ("seen", "found"), [(3, set()), (2, set()), (1, {"read your writes", "monotonic reads"})]
+)
+def test_lost_write_that_was_seen_binds_later_reads_to_those_before_it(
+    seen: int, found: set[str]
+) -> None:
+    """Bob has seen the third write, which is lost, and so is the fourth."""
+    before = Operation("ada", "ada/2", "read", 2.6, 2.7, 200, saw={"ada/1": 3})
+    later = Operation("ada", "ada/2", "read", 4, 5, 200, saw={"ada/1": seen})
+    assert guarantees(lost(before, later, began=2.1, ended=3.6)) == found
+
+
+@pytest.mark.parametrize(("seen", "found"), [(2, set()), (1, {"writes follow reads"})])
+def test_write_that_followed_a_lost_one_may_be_shown_without_it(seen: int, found: set[str]) -> None:
+    operations = [
+        Operation("bob", "bob/1", "read", 2.6, 2.7, 200, saw={"ada/1": 3}),
+        Operation("bob", "bob/1", "orm", 4, 5, 200, wrote=1),
+        Operation("eve", "eve/1", "read", 6, 7, 200, saw={"bob/1": 1, "ada/1": seen}),
+    ]
+    assert guarantees(lost(*operations, began=2.1, ended=3.6)) == found
+
+
+@pytest.mark.parametrize(
+    ("numbers", "rows", "found"),
+    [
+        (2, 2, set()),
+        (3, 3, set()),
+        (1, 1, {"lost write"}),
+        (2, 3, {"duplicate write"}),
+    ],
+)
+def test_lost_write_may_be_missing_below_a_later_one(
+    numbers: int, rows: int, found: set[str]
+) -> None:
+    """The third write may be lost; the fourth was made after the promotion."""
+    operations = [
+        Operation("ada", "ada/1", "orm", 10, 11, 200, wrote=5),
+        Operation(
+            *("ada", "ada/1", "read", 12, 13, 200),
+            saw={"ada/1": 5},
+            rows={"ada/1": rows + 2},
+            numbers={"ada/1": numbers + 2},
+        ),
+    ]
+    assert guarantees(lost(*operations, began=2.1, ended=2.8)) == found
+
+
 def test_fault_that_never_ended_excuses_until_the_end_of_the_record() -> None:
     operations = [Operation("ada", "ada/1", "read", 100, 120, 0)]
     assert guarantees(recorded(operations, Fault("frozen", 90, None, ["reads"]))) == set()
@@ -435,6 +522,37 @@ def test_error_of_a_client_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {error.where for error in errors} == {"user0-1", "user0-2"}
 
 
+def test_write_without_an_answer_is_not_missed_among_those_that_were_lost() -> None:
+    """The first two may be lost, of which the second was never acknowledged; the third is kept."""
+    count = {"ada/1": 0}
+    operations = [
+        Operation("ada", "ada/1", "orm", 0, 1, 200, wrote=1),
+        Operation("ada", "ada/1", "orm", 1, 2, 0, wrote=2),
+        Operation("ada", "ada/1", "orm", 4, 5, 200, wrote=3),
+        Operation("ada", "ada/1", "read", 6, 7, 200, saw={"ada/1": 3}, rows=count, numbers=count),
+    ]
+    promoted = Fault("promoted", 0, 3, ["writes", "lost writes"])
+    assert guarantees(recorded(operations, promoted)) == {"lost write"}
+
+
+# The clock
+
+
+def test_stepped_clock_is_that_of_the_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(time, "time", time.time)
+    clock = Clock(tmp_path / "clock")
+    follow(str(clock.path))
+    before = time.time()
+    clock.step(3600)
+    ahead = time.time() - before
+    clock.step(-3600)
+    behind = time.time() - before
+    assert ahead > 3000
+    assert behind < -3000
+
+
 # The faults
 
 
@@ -452,7 +570,7 @@ def faults() -> Any:
 
 
 def run_of(servers: object) -> Any:
-    return SimpleNamespace(rig=SimpleNamespace(servers=servers), cache=0)
+    return SimpleNamespace(rig=SimpleNamespace(servers=servers, links={}), cache=0)
 
 
 def scheduled(
@@ -532,23 +650,135 @@ class Disturbed:
         return order
 
 
+class Moved:
+    """An address, and where it leads to."""
+
+    delay, resets = 0.0, False
+
+    def __init__(self, place: object) -> None:
+        self.place = place
+
+    def point_to(self, place: object, cut: bool = True) -> None:
+        self.place = place
+
+
+class Stepped:
+    ahead = 0.0
+
+    def step(self, seconds: float) -> None:
+        self.ahead = seconds
+
+
 @pytest.mark.parametrize(
     "name",
     [
         *("lag", "lag_of_all", "kill_replica", "kill_both_replicas", "kill_primary"),
         *("freeze_replica", "freeze_primary", "gtid_lag", "gtid_kill_replica"),
+        *("move_address", "swap_addresses", "black_hole_replica", "delay_replica"),
+        *("reset_results", "step_clock"),
     ],
 )
 @pytest.mark.parametrize("fails", [True, False], ids=["order fails", "wait fails"])
 def test_fault_that_fails_undoes_itself(faults: Any, name: str, fails: bool) -> None:
     primary, one, two, gtid = servers = [Disturbed(fails) for _ in range(4)]
+    nodes = {"primary": primary, "replica1": one, "replica2": two}
+    links = {"default": Moved(primary), "replica1": Moved(one), "replica2": Moved(two)}
+    clock = Stepped()
     context = SimpleNamespace(
         primary=primary,
         replica=one,
-        cluster=SimpleNamespace(replicas=[one, two]),
+        cluster=SimpleNamespace(nodes=nodes, replicas=[one, two]),
         gtid=gtid,
+        links=links,
+        running=SimpleNamespace(clock=clock),
+        draw=random.Random(1),
         wait=fail,
     )
     with pytest.raises(AssertionError, match="planted"):
-        getattr(faults, name)(context)
+        cause_named(faults, name)(context)
     assert [server.orders for server in servers] == [set()] * 4
+    assert [link.place for link in links.values()] == list(nodes.values())
+    assert {(link.delay, link.resets) for link in links.values()} == {(0.0, False)}
+    assert clock.ahead == 0
+
+
+def cause_named(faults: Any, name: str) -> Callable[[Any], None]:
+    every = [*faults.ADDRESS_FAULTS, *(each for known in faults.FAULTS.values() for each in known)]
+    return next(each for each in every if each.__name__ == name)
+
+
+def test_result_is_reset_in_its_middle() -> None:
+    pytest.importorskip("psycopg")
+    from tests.soak.network import Link
+
+    def answer() -> None:
+        with server.accept()[0] as near:
+            near.sendall(near.recv(100).upper())
+            near.recv(100)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=answer, daemon=True).start()
+        host, port = server.getsockname()
+        with Link(SimpleNamespace(host=host, port=port)) as link:
+            link.resets = True
+            with socket.create_connection((link.host, link.port), timeout=20) as client:
+                client.sendall(b"question")
+                assert client.recv(100, socket.MSG_WAITALL) == b"QUES"
+                with pytest.raises(ConnectionResetError):
+                    client.recv(100)
+
+
+# Smaller schedules
+
+
+def test_schedule_of_a_record_ends_with_its_first_violation() -> None:
+    operations = [
+        Operation("ada", "ada/1", "orm", 0, 1, 200, wrote=1),
+        Operation("bob", "bob/1", "read", 9, 10, 200, saw={"ada/1": 2}),
+        Operation("ada", "ada/1", "read", 90, 91, 500),
+    ]
+    faults = [Fault(name, at, at + 1) for name, at in (("lag", 2), ("a part", 3), ("late", 11))]
+    history = recorded(operations, *faults)
+    assert schedule_of(history, {"lag", "late"}) == Schedule(["lag"], 2)
+
+
+@pytest.mark.parametrize(
+    ("needed", "users", "expected"),
+    [
+        (["kill"], 1, Schedule(["kill"], 1)),
+        (["lag", "kill"], 2, Schedule(["lag", "kill"], 2)),
+        (["lag", "swap", "kill"], 1, Schedule(["lag", "swap", "kill"], 1)),
+        (["none of them"], 1, Schedule(["lag", "swap", "kill", "lag", "freeze"] * 4, 8)),
+    ],
+)
+def test_schedule_is_shrunk_to_what_still_fails(
+    needed: list[str], users: int, expected: Schedule
+) -> None:
+    whole = Schedule(["lag", "swap", "kill", "lag", "freeze"] * 4, 8)
+
+    def fails(schedule: Schedule) -> bool:
+        return set(needed) <= set(schedule.faults) and schedule.users >= users
+
+    found = shrunk(whole, fails)
+    assert (sorted(found.faults), found.users) == (sorted(expected.faults), expected.users)
+
+
+def test_faults_that_recur_are_left_out_together() -> None:
+    tried: list[Schedule] = []
+    whole = Schedule(["lag", "swap"] * 50, 1)
+    assert shrunk(whole, tried.append) == whole  # type: ignore[arg-type]
+    assert tried == [Schedule(["lag", "swap"] * 25, 1)] * 2 + [Schedule(["lag", "swap"], 1)]
+
+
+# The picture
+
+
+def test_picture_shows_faults_servers_and_failures() -> None:
+    operations = [
+        Operation("ada", "ada/1", "orm", 0, 1, 200, wrote=1, server="15001"),
+        Operation("ada", "ada/1", "read", 2, 3, 500, server=""),
+    ]
+    drawn = picture(recorded(operations, Fault("lag <1>", 1, None)))
+    titles = [each.text for each in ET.fromstring(drawn).iter(f"{SVG}title")]
+    assert titles == ["lag <1>", "read: status 500"]
+    assert ">15001</text>" in drawn

@@ -179,16 +179,20 @@ def _pin_of(known: Mapping[str, int]) -> Pin:
     # the cache ends the key.
     ends = {field[3:]: end for field, end in known.items() if field.startswith("to|")}
     latest = min(max(ends.values(), default=0), clock.now() * 1000 + 1)
-    points = {
-        log: offset
-        for field, offset in known.items()
-        if (log := field.removeprefix("at|")) != field and ends.get(log, 0) >= latest
-    }
-    optional = frozenset(log for log in points if f"required|{log}" not in known)
+    logs: dict[int, list[str]] = {}
+    for log, end in ends.items():
+        if end >= latest:
+            logs.setdefault(end, []).append(log)
+    # The logs of one window are those of one position.
+    pin = Pin(0.0)
+    for end, names in logs.items():
+        points = {log: known[f"at|{log}"] for log in names}
+        optional = frozenset(log for log in names if f"required|{log}" not in known)
+        pin = pin.merge(Pin(end / 1000, None, Position(points, optional)))
     return Pin(
         known.get("until", 0) / 1000,
-        known.get("primary", 0) / 1000,
-        Position(points, optional) if points else None,
+        max(known.get("primary", 0) / 1000, pin.primary_only_end),
+        pin.position,
     )
 
 

@@ -27,6 +27,7 @@ from .conftest import (
     pool,
     port,
     port_for,
+    probe_replicas,
     titles,
     unrelated_scope,
     write,
@@ -102,6 +103,31 @@ def test_former_primary_behind_a_replica_alias_is_noticed_without_a_write(
         first.point_to(own_pg["pg"])
         assert eventually(lambda: own_pg["pg"].port not in ports_of_unpinned_reads())
         assert own_pg["pg"].port not in ports_of_unpinned_reads()
+
+
+# The primary's alias after a promotion
+
+
+def test_connection_to_a_promoted_replica_is_kept_for_pins_of_its_new_timeline(
+    own_pg: PostgreSQL,
+) -> None:
+    """It has reported positions on the timeline of the former primary, too."""
+    with swappable(own_pg) as (site, _):
+        write("before")
+        own_pg.wait_for()
+        probe_replicas()
+        own_pg["pg"].stop()
+        own_pg["pg1"].promote()
+        site.point_to(own_pg["pg1"])
+        connections["site"].close()
+        write("new")
+        connection = connections["site"].connection
+        for _ in range(3):
+            # Another process has made the pin.
+            token = write("newer")
+            with unrelated_scope(token), use_primary():
+                assert port() == own_pg["pg1"].port
+        assert connections["site"].connection is connection
 
 
 # A former primary behind the primary's alias

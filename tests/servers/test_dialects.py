@@ -553,3 +553,24 @@ def test_merged_position_requires_what_each_position_requires() -> None:
         if dialect.reached(both, replayed):
             assert dialect.reached(one, replayed)
             assert dialect.reached(other, replayed)
+
+
+@pytest.mark.parametrize(
+    ("points", "other", "expected"),
+    [
+        ({"ff-2": 1}, {"ff-1": 9}, True),
+        ({"ff-1": 9, "ff-2": 1}, {"ff-1": 9}, True),
+        ({"ff-10": 1}, {"ff-1": 9, "ff-9": 9}, True),
+        ({"ff-1": 9}, {"ff-1": 1}, False),
+        ({"ff-1": 9}, {"ff-2": 1}, False),
+        # A promoted server has points of both timelines.
+        ({"ff-2": 9}, {"ff-1": 9, "ff-2": 1}, False),
+        ({"ff-2": 9}, {"ff-1": 9, "ff-3": 1}, False),
+        ({"ff-2": 9}, {"ee-1": 9}, False),
+        ({"ff-2": 9}, {}, False),
+    ],
+)
+def test_later_timeline_than_all_of_a_server_supersedes_it(
+    points: Points, other: Points, expected: bool
+) -> None:
+    assert PostgreSQL().supersedes(points, other) is expected

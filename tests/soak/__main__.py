@@ -12,10 +12,12 @@ from collections import Counter
 from pathlib import Path
 
 from .clients import run
-from .faults import schedule
+from .faults import NAMES, schedule
 from .history import History, Promise, Recorder, load
 from .judge import Violation, judge, problems
-from .rig import LAYOUTS, SERVERS, running
+from .picture import draw
+from .rig import LAYOUTS, ROLES, SERVERS, running
+from .shrink import Schedule, schedule_of, shrunk
 
 # Seconds: the budget of a read beside its execution, and what a machine of two cores that runs
 # the clients, the site and the servers adds.
@@ -32,24 +34,48 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--layout", choices=LAYOUTS, default="aliases")
     parser.add_argument("--server", choices=SERVERS, default="gunicorn")
+    parser.add_argument("--role", choices=ROLES, default="monitor", help="on PostgreSQL")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--users", type=int, default=8)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument(
+        "--faults", default=[], type=lambda text: text.split(","), help="only these"
+    )
     parser.add_argument("--age", choices=("0", "none"), default="none", help="CONN_MAX_AGE")
     parser.add_argument("--monotonic", action="store_true", help="promise monotonic reads")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for a read")
     parser.add_argument("--history", type=Path, help="where to write the record")
     parser.add_argument("--judge", type=Path, help="judge a record instead of running")
+    parser.add_argument("--report", type=Path, help="folder for a picture of the run")
+    parser.add_argument("--shrink", type=Path, help="record of a run with these options that fails")
     given = parser.parse_args()
+    if given.shrink:
+        return shrink(given)
     if given.judge:
-        return report(load(given.judge))
+        return report(load(given.judge), given.report)
     path = given.history or Path(tempfile.gettempdir()) / f"soak-{given.layout}-{given.seed}.jsonl"
     print(f"{given.layout}, {given.server}, seed {given.seed}, {path}", flush=True)
     record(given, path)
-    failed = report(load(path))
+    failed = report(load(path), given.report)
     if failed:
-        print(f"Again: python -m tests.soak {' '.join(sys.argv[1:])} --seed {given.seed}")
+        again = f"python -m tests.soak {' '.join(sys.argv[1:])} --seed {given.seed}"
+        print(f"Again: {again}\nSmaller: {again} --shrink {path}")
     return failed
+
+
+def shrink(given: argparse.Namespace) -> int:
+    """Run smaller and smaller schedules for as long as they fail."""
+    path = Path(tempfile.gettempdir()) / f"soak-{given.layout}-{given.seed}-shrunk.jsonl"
+
+    def fails(smaller: Schedule) -> bool:
+        given.faults, given.users = smaller
+        record(given, path)
+        found = bool(judge(load(path)))
+        print("fails " if found else "passes", smaller, flush=True)
+        return found
+
+    print("The smallest that fails:", shrunk(schedule_of(load(given.shrink), NAMES), fails))
+    return BROKEN
 
 
 def record(given: argparse.Namespace, path: Path) -> None:
@@ -58,20 +84,18 @@ def record(given: argparse.Namespace, path: Path) -> None:
     if given.monotonic:
         promises.add(Promise.MONOTONIC_READS)
         settings["PINNING_CONSISTENCY"] = "monotonic-reads"
-    # Under ASGI a request has threads of its own, which keep no connections for the next one.
-    is_asgi = given.server in ("uvicorn", "granian")
-    age = 0 if given.age == "0" or is_asgi or "pool" in given.layout.split("-") else None
     with (
         tempfile.TemporaryDirectory(prefix="soak-") as name,
         path.open("w", buffering=1) as file,
     ):
         folder = Path(name)
         folder.chmod(0o755)
-        options = {"conn_max_age": age}
-        with running(given.layout, given.server, folder, options, settings) as site:
+        with running(given, folder, settings, path.with_suffix(".log")) as site:
             recorder = Recorder(file, promises, given.budget, given.budget + WRITE)
             over = threading.Event()
-            faults = threading.Thread(target=schedule, args=(site, given.seed, recorder, over))
+            faults = threading.Thread(
+                target=schedule, args=(site, given.seed, recorder, over, given.faults)
+            )
             faults.start()
             devices = run(site.port, given.users, given.seed, recorder, over.is_set)
             try:
@@ -93,8 +117,10 @@ def wait(seconds: float, path: Path, over: threading.Event) -> None:
         print("\r" + " " * 40, end="\r", flush=True)
 
 
-def report(history: History) -> int:
-    """Print what was seen and return the exit status."""
+def report(history: History, folder: Path | None = None) -> int:
+    """Print what was seen, draw it if there is a folder, and return the exit status."""
+    if folder:
+        print(draw(history, folder))
     operations = history.operations
     reads = [each for each in operations if each.wrote is None]
     writes = [each for each in operations if each.wrote is not None]

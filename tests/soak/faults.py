@@ -8,58 +8,31 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from typing import Any, Final
+from itertools import cycle
+from typing import Final
 
 import psycopg
 
 from sample_site.cluster import Cluster, Node
 from tests.real import mariadb
+from tests.real.layouts import copy_data, rejoin, restart_behind
 
+from .address_faults import ADDRESS_FAULTS
+from .context import PINS, READS, WRITES, FaultContext
 from .history import Error, Fault, Recorder
-from .rig import Running
+from .promotions import PROMOTIONS
+from .rig import Rig, Running
 
-__all__ = ["FAULTS", "schedule"]
+__all__ = ["FAULTS", "NAMES", "schedule"]
 
 # Seconds between two faults.
 PAUSES: Final = (0.5, 2.0)
-READS, WRITES, PINS = "reads", "writes", "pins"
 TERMINATE: Final = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()
 """
-
-
-class FaultContext:
-    """Acts on the servers of a run; ``wait`` returns early when the run is over."""
-
-    def __init__(self, running: Running, draw: random.Random, over: threading.Event) -> None:
-        self.running, self.draw, self.over = running, draw, over
-
-    def wait(self, least: float, most: float) -> None:
-        self.over.wait(self.draw.uniform(least, most))
-
-    @property
-    def replica(self) -> Any:
-        """A replica: a node of PostgreSQL's cluster, or the alias of a server with GTIDs."""
-        servers = self.running.rig.servers
-        chosen = servers.replicas if isinstance(servers, Cluster) else ["my1", "my2"]
-        return self.draw.choice(chosen)
-
-    @property
-    def primary(self) -> Node:
-        return self.cluster.primary
-
-    @property
-    def cluster(self) -> Cluster:
-        assert isinstance(self.running.rig.servers, Cluster)
-        return self.running.rig.servers
-
-    @property
-    def gtid(self) -> mariadb.Servers:
-        assert isinstance(self.running.rig.servers, mariadb.Servers)
-        return self.running.rig.servers
 
 
 # PostgreSQL
@@ -120,6 +93,18 @@ def replayed_lock(context: FaultContext) -> None:
         context.wait(1, 3)
 
 
+def restart_replica_behind(context: FaultContext) -> None:
+    """A replica crashes, restarts with older data, and does not receive the rest for a while."""
+    node = context.replica
+    copy = copy_data(node)
+    context.wait(0.2, 1)
+    try:
+        restart_behind(node, copy)
+        context.wait(1, 2)
+    finally:
+        rejoin(node)
+
+
 @contextmanager
 def _paused(node: Node) -> Iterator[None]:
     try:
@@ -168,6 +153,19 @@ def freeze_cache(context: FaultContext) -> None:
         os.kill(context.running.cache, signal.SIGCONT)
 
 
+# The clock of the site's processes
+
+
+def step_clock(context: FaultContext) -> None:
+    """The clock is an hour ahead or behind; positions and session cookies do not depend on it."""
+    clock = context.running.clock
+    try:
+        clock.step(context.draw.choice((-3600, -20, 20, 3600)))
+        context.wait(0.5, 2)
+    finally:
+        clock.step(0)
+
+
 # MariaDB and MySQL
 
 
@@ -202,8 +200,9 @@ def gtid_terminate(context: FaultContext) -> None:
             server.execute(f"KILL {number}")
 
 
+Faults = Mapping[Callable[[FaultContext], None], tuple[list[str], int]]
 # Each with what it excuses, and how often it is drawn.
-FAULTS: Final[Mapping[type, Mapping[Callable[[FaultContext], None], tuple[list[str], int]]]] = {
+FAULTS: Final[Mapping[type, Faults]] = {
     Cluster: {
         lag: ([], 8),
         lag_of_all: ([], 4),
@@ -212,9 +211,11 @@ FAULTS: Final[Mapping[type, Mapping[Callable[[FaultContext], None], tuple[list[s
         kill_both_replicas: ([], 1),
         freeze_replica: ([], 2),
         replayed_lock: ([], 1),
+        restart_replica_behind: ([], 1),
         freeze_primary: ([READS, WRITES], 1),
         kill_primary: ([READS, WRITES], 1),
         freeze_cache: ([PINS], 1),
+        step_clock: ([], 1),
     },
     mariadb.Servers: {
         gtid_lag: ([], 8),
@@ -222,37 +223,67 @@ FAULTS: Final[Mapping[type, Mapping[Callable[[FaultContext], None], tuple[list[s
         gtid_kill_replica: ([], 2),
         gtid_freeze_replica: ([], 2),
         freeze_cache: ([PINS], 1),
+        step_clock: ([], 1),
     },
 }
 
 
-def schedule(running: Running, seed: int, recorder: Recorder, over: threading.Event) -> None:
-    """Cause one fault after the other until the run is over. An unexpected error ends the run."""
+NAMES: Final = {
+    cause.__name__ for faults in (*FAULTS.values(), ADDRESS_FAULTS, PROMOTIONS) for cause in faults
+}
+
+
+def _offered(rig: Rig) -> Faults:
+    """Return the faults that a layout can have."""
+    known = next(each for kind, each in FAULTS.items() if isinstance(rig.servers, kind))
+    return {**known, **ADDRESS_FAULTS, **PROMOTIONS} if rig.links else known
+
+
+def schedule(
+    running: Running,
+    seed: int,
+    recorder: Recorder,
+    over: threading.Event,
+    names: Sequence[str] = (),
+) -> None:
+    """
+    Cause one fault after the other until the run is over: those with these names over and over, or
+    drawn ones. An unexpected error ends the run.
+    """
     try:
-        _cause_faults(running, seed, recorder, over)
+        _cause_faults(running, seed, recorder, over, names)
     except Exception:
         recorder.add(Error("a fault", traceback.format_exc()))
         over.set()
 
 
-def _cause_faults(running: Running, seed: int, recorder: Recorder, over: threading.Event) -> None:
+def _cause_faults(
+    running: Running, seed: int, recorder: Recorder, over: threading.Event, names: Sequence[str]
+) -> None:
     draw = random.Random(seed)
-    context = FaultContext(running, draw, over)
-    known = next(each for kind, each in FAULTS.items() if isinstance(running.rig.servers, kind))
-    names, weights = list(known), [weight for _, weight in known.values()]
+    context = FaultContext(running, draw, over, recorder)
+    known = _offered(running.rig)
+    by_name = {cause.__name__: cause for cause in known}
+    given = cycle([by_name[name] for name in names])
+    weights = [weight for _, weight in known.values()]
     while not over.is_set():
-        cause = draw.choices(names, weights)[0]
+        cause = next(given, None) or draw.choices(list(known), weights)[0]
         fault = Fault(cause.__name__, time.monotonic(), None, known[cause][0])
         recorder.add(fault)
         failed = True
         try:
             # A server that still starts may refuse to be terminated or paused.
-            with suppress(_errors_of(running.rig.servers)):
+            with suppress(*_tolerated(cause, running.rig)):
                 cause(context)
                 failed = False
         finally:
             recorder.add(fault._replace(ended=time.monotonic(), failed=failed))
         context.wait(*PAUSES)
+
+
+def _tolerated(cause: Callable[[FaultContext], None], rig: Rig) -> tuple[type[Exception], ...]:
+    # A promotion that ends half-way leaves no cluster for the next fault.
+    return () if cause in PROMOTIONS else (_errors_of(rig.servers),)
 
 
 def _errors_of(servers: Cluster | mariadb.Servers) -> type[Exception]:

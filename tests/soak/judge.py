@@ -12,10 +12,14 @@ its standbys before it shows it on the primary.
 Besides, a read answers for every list that it was asked for, shows rows of these lists only, no
 number that nobody wrote, every acknowledged number up to the highest, and none twice. A request
 fails only while a fault excuses it, and takes no longer than its budget.
+
+A promotion may lose writes that no replica had received. They, and whatever followed from having
+seen them, may be missing from reads that end later.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
@@ -43,20 +47,63 @@ class Violation(NamedTuple):
     why: str
 
 
+class Losses:
+    """Which writes a promotion may have lost, and when."""
+
+    def __init__(self, history: History) -> None:
+        self._acknowledged: dict[str, list[int]] = defaultdict(list)
+        self._lost_at: dict[str, dict[int, float]] = defaultdict(dict)
+        faults = [fault for fault in history.faults if "lost writes" in fault.excuses]
+        for operation in sorted(history.operations, key=lambda each: each.wrote or 0):
+            if operation.wrote is None:
+                continue
+            if operation.succeeded:
+                self._acknowledged[operation.session].append(operation.wrote)
+            for fault in faults:
+                # Without an aftermath: its beginning and end are those of what can be lost.
+                if fault.began <= operation.ended and operation.began <= fault.end:
+                    self._lost_at[operation.session][operation.wrote] = fault.end
+
+    def may_miss(self, operation: Operation, owner: str, number: int) -> bool:
+        """Return whether a read may miss a number of a list because it was lost."""
+        lost_at = self._lost_at.get(owner)
+        return lost_at is not None and lost_at.get(number, math.inf) <= operation.ended
+
+    def last_kept(self, operation: Operation, owner: str, number: int) -> int:
+        """Return what a read must show of a list whose number was seen before."""
+        numbers = self._acknowledged[owner]
+        index = bisect_left(numbers, number)
+        while number and self.may_miss(operation, owner, number):
+            index -= 1
+            number = numbers[index] if index >= 0 else 0
+        return number
+
+    def count(self, operation: Operation, owner: str, highest: int) -> int:
+        """Return how many acknowledged numbers up to this one a read must show."""
+        numbers = self._acknowledged[owner]
+        missed = [each for each in self._lost_at.get(owner, ()) if each <= highest]
+        return bisect_right(numbers, highest) - sum(
+            self.may_miss(operation, owner, each)
+            for each in missed
+            if bisect_left(numbers, each) < bisect_right(numbers, each)
+        )
+
+
 def judge(history: History) -> list[Violation]:
     """Return every violation, in the order in which the operations ended."""
     operations = sorted(history.operations, key=lambda each: each.ended)
+    losses = Losses(history)
     found = [
-        *_read_your_writes(operations, Promise.EVERY_DEVICE in history.promises, history.faults),
-        *_writes_follow_reads(operations),
+        *_read_your_writes(operations, history, losses),
+        *_writes_follow_reads(operations, losses),
         *_incomplete_answers(operations),
         *_foreign_rows(operations),
-        *_lost_and_duplicate_writes(operations),
+        *_lost_and_duplicate_writes(operations, losses),
         *_failures(operations, history),
         *_budget(operations, history),
     ]
     if Promise.MONOTONIC_READS in history.promises:
-        found += _monotonic_reads(operations, history.faults)
+        found += _monotonic_reads(operations, history.faults, losses)
     return sorted(found, key=lambda each: each.operation.ended)
 
 
@@ -71,9 +118,10 @@ def problems(history: History) -> list[str]:
 
 
 def _read_your_writes(
-    operations: list[Operation], every_device: bool, faults: list[Fault]
+    operations: list[Operation], history: History, losses: Losses
 ) -> Iterator[Violation]:
-    faults = [fault for fault in faults if "pins" in fault.excuses]
+    every_device = Promise.EVERY_DEVICE in history.promises
+    faults = [fault for fault in history.faults if "pins" in fault.excuses]
     users = {operation.session: operation.user for operation in operations}
     # What was acknowledged, by the time; the numbers of a list only grow.
     by_cookie: dict[str, list[tuple[float, int]]] = defaultdict(list)
@@ -96,6 +144,7 @@ def _read_your_writes(
                 wanted = operation.wrote or _last_before(by_cookie[owner], operation.began)
             if every_device and has_pins and users.get(owner) == operation.user:
                 wanted = max(wanted, _last_before(by_user[owner], operation.began))
+            wanted = losses.last_kept(operation, owner, wanted)
             if seen < wanted:
                 why = f"saw {seen} of {owner}, had written {wanted}"
                 yield Violation("read your writes", operation, why)
@@ -119,7 +168,9 @@ def _may_lose_pins_saved_by(operation: Operation, faults: list[Fault]) -> bool:
     return _overlaps(faults, "pins", operation.began, operation.ended + AFTERMATH)
 
 
-def _monotonic_reads(operations: list[Operation], faults: list[Fault]) -> Iterator[Violation]:
+def _monotonic_reads(
+    operations: list[Operation], faults: list[Fault], losses: Losses
+) -> Iterator[Violation]:
     by_cookie: dict[tuple[str, str], int] = defaultdict(int)
     by_cache: dict[tuple[str, str], int] = defaultdict(int)
     acknowledged = _acknowledged(operations)
@@ -131,6 +182,7 @@ def _monotonic_reads(operations: list[Operation], faults: list[Fault]) -> Iterat
             key = operation.session, owner
             before = max(by_cookie[key], by_cache[key] if has_pins else 0)
             before = min(before, _last_before(acknowledged[owner], operation.began))
+            before = losses.last_kept(operation, owner, before)
             if number < before:
                 why = f"saw {number} of {owner}, had seen {before}"
                 yield Violation("monotonic reads", operation, why)
@@ -142,7 +194,7 @@ def _monotonic_reads(operations: list[Operation], faults: list[Fault]) -> Iterat
                 by_cache[key] = max(number, by_cache[key])
 
 
-def _writes_follow_reads(operations: list[Operation]) -> Iterator[Violation]:
+def _writes_follow_reads(operations: list[Operation], losses: Losses) -> Iterator[Violation]:
     # For each write, what its session had seen: (session, number) -> {owner: number}. This includes
     # what a task saw: a later write follows it in the log of the primary, whatever the pins are.
     followed: dict[tuple[str, int], dict[str, int]] = {}
@@ -161,6 +213,7 @@ def _writes_follow_reads(operations: list[Operation]) -> Iterator[Violation]:
         for writer, number in operation.saw.items():
             for owner, seen_by_writer in followed.get((writer, number), {}).items():
                 wanted = min(seen_by_writer, _last_before(acknowledged[owner], operation.began))
+                wanted = losses.last_kept(operation, owner, wanted)
                 if operation.saw.get(owner, wanted) < wanted:
                     why = (
                         f"saw {number} of {writer}, which had seen {wanted} of {owner}, "
@@ -195,17 +248,13 @@ def _foreign_rows(operations: list[Operation]) -> Iterator[Violation]:
                 yield Violation("foreign row", operation, why)
 
 
-def _lost_and_duplicate_writes(operations: list[Operation]) -> Iterator[Violation]:
-    acknowledged = {
-        owner: [number for _, number in writes]
-        for owner, writes in _acknowledged(operations).items()
-    }
+def _lost_and_duplicate_writes(operations: list[Operation], losses: Losses) -> Iterator[Violation]:
     for operation in operations:
         if not operation.succeeded:
             continue
         for owner, highest in operation.saw.items():
             # A list is appended to in order: what shows a number shows those acknowledged before.
-            wanted = bisect_right(acknowledged.get(owner, []), highest)
+            wanted = losses.count(operation, owner, highest)
             numbers = operation.numbers.get(owner, wanted)
             if numbers < wanted:
                 why = f"{numbers} numbers of {owner} up to {highest}, {wanted} were acknowledged"

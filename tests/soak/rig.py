@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -18,13 +19,19 @@ from typing import Any, Final, NamedTuple
 from redis import Redis
 
 from sample_site.cluster import Cluster
+from sample_site.node import SUPERUSER
 from tests.real import mariadb, mysql
 from tests.real.layouts import Bouncer, Place, database, haproxy, make_role, pgbouncer
 from tests.real.sample import ROOT, eventually, free_port, is_listening
 from tests.valkey import running as running_valkey
 
-__all__ = ["LAYOUTS", "SERVERS", "Rig", "running"]
+from .clock import Clock
+from .network import Link
 
+__all__ = ["LAYOUTS", "ROLES", "SERVERS", "Rig", "Running", "running"]
+
+# Of the site on PostgreSQL: it may see statistics (pg_monitor), not even timelines, or everything.
+ROLES: Final = ("monitor", "plain", "superuser")
 # Requests that run at once under any of these: more than there are devices.
 THREADS: Final = 32
 SERVERS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -48,32 +55,48 @@ SERVERS: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 class Rig(NamedTuple):
-    """What a fault can act on: ``servers`` are those of PostgreSQL, or of MariaDB or MySQL."""
+    """
+    What a fault can act on: ``servers`` are those of PostgreSQL, or of MariaDB or MySQL.
+
+    ``links``: those of the aliases, in a layout whose addresses can move.
+    """
 
     settings: dict[str, Any]
     servers: Cluster | mariadb.Servers
+    links: dict[str, Link]
 
 
-Layout = Callable[[ExitStack, Path, dict[str, Any]], Rig]
+Layout = Callable[[ExitStack, Path, str, float | None], Rig]
 
 
 def _cluster(stack: ExitStack, folder: Path) -> Cluster:
     cluster = stack.enter_context(Cluster(folder / "cluster", keep=False))
     cluster.create_database("site")
-    make_role(cluster, monitor=True)
     return cluster
 
 
+def _user(cluster: Cluster, role: str) -> str:
+    return SUPERUSER if role == "superuser" else make_role(cluster, monitor=role == "monitor")
+
+
 def _on_postgresql(
-    arrange: Callable[[ExitStack, Cluster], Mapping[str, tuple[Place, ...]]], **more: Any
+    arrange: Callable[[ExitStack, Cluster], Mapping[str, tuple[Place, ...]]],
+    positions: bool | str = True,
+    **more: Any,
 ) -> Layout:
-    def layout(stack: ExitStack, folder: Path, options: dict[str, Any]) -> Rig:
+    def layout(stack: ExitStack, folder: Path, role: str, age: float | None) -> Rig:
         cluster = _cluster(stack, folder)
         places = arrange(stack, cluster)
-        given = {"user": "site_monitor", **more, **options}
+        given = {"user": _user(cluster, role), "conn_max_age": age, **more}
         databases = {alias: database(*them, **given) for alias, them in places.items()}
-        replicas = [alias for alias in databases if alias != "default"]
-        return Rig({"DATABASES": databases, "PINNING_REPLICAS": replicas}, cluster)
+        settings = {
+            "DATABASES": databases,
+            "PINNING_REPLICAS": [alias for alias in databases if alias != "default"],
+            "PINNING_POSITIONS": positions,
+        }
+        first = {alias: them[0] for alias, them in places.items()}
+        links = {alias: link for alias, link in first.items() if isinstance(link, Link)}
+        return Rig(settings, cluster, links)
 
     return layout
 
@@ -81,6 +104,11 @@ def _on_postgresql(
 def _one_alias_per_server(stack: ExitStack, cluster: Cluster) -> dict[str, tuple[Place, ...]]:
     replicas = {node.name: (node,) for node in cluster.replicas}
     return {"default": (cluster.primary,), **replicas}
+
+
+def _linked(stack: ExitStack, cluster: Cluster) -> dict[str, tuple[Place, ...]]:
+    places = _one_alias_per_server(stack, cluster)
+    return {alias: (stack.enter_context(Link(*them)),) for alias, them in places.items()}
 
 
 def _list_of_hosts(stack: ExitStack, cluster: Cluster) -> dict[str, tuple[Place, ...]]:
@@ -92,11 +120,16 @@ def _haproxy(stack: ExitStack, cluster: Cluster) -> dict[str, tuple[Place, ...]]
     return {"default": (cluster.primary,), "replicas": (proxy,)}
 
 
-def _pgbouncer(mode: str) -> Callable[[ExitStack, Cluster], dict[str, tuple[Place, ...]]]:
+# Of a session pool each connection of the site takes one, for as long as it is open.
+ENOUGH: Final = 2 * THREADS + 16
+
+
+def _pgbouncer(
+    mode: str, size: int = ENOUGH
+) -> Callable[[ExitStack, Cluster], dict[str, tuple[Place, ...]]]:
     def arrange(stack: ExitStack, cluster: Cluster) -> dict[str, tuple[Place, ...]]:
         def bounced(place: Place) -> tuple[Bouncer]:
-            # Of a session pool each connection of the site takes one, for as long as it is open.
-            settings = {"default_pool_size": f"{2 * THREADS + 16}"}
+            settings = {"default_pool_size": f"{size}"}
             return (stack.enter_context(pgbouncer(place, pool_mode=mode, **settings)),)
 
         replicas = {node.name: bounced(node) for node in cluster.replicas}
@@ -106,50 +139,59 @@ def _pgbouncer(mode: str) -> Callable[[ExitStack, Cluster], dict[str, tuple[Plac
 
 
 def _with_gtids(kind: type[mariadb.Servers]) -> Layout:
-    def layout(stack: ExitStack, folder: Path, options: dict[str, Any]) -> Rig:
+    def layout(stack: ExitStack, folder: Path, role: str, age: float | None) -> Rig:
         servers = stack.enter_context(mariadb.running_servers(kind))
-        age = options.get("conn_max_age", 0)
         entries = {
             "default" if alias == "my" else alias: {**entry, "CONN_MAX_AGE": age}
             for alias, entry in servers.entries().items()
         }
-        return Rig({"DATABASES": entries, "PINNING_REPLICAS": ["my1", "my2"]}, servers)
+        return Rig({"DATABASES": entries, "PINNING_REPLICAS": ["my1", "my2"]}, servers, {})
 
     return layout
 
 
 LAYOUTS: Final[Mapping[str, Layout]] = {
     "aliases": _on_postgresql(_one_alias_per_server),
+    "forwarded": _on_postgresql(_linked),
+    "xid": _on_postgresql(_one_alias_per_server, positions="xid"),
     "hosts": _on_postgresql(_list_of_hosts),
     "haproxy": _on_postgresql(_haproxy),
     "pgbouncer-session": _on_postgresql(_pgbouncer("session")),
     "pgbouncer-transaction": _on_postgresql(
         _pgbouncer("transaction"), DISABLE_SERVER_SIDE_CURSORS=True
     ),
+    "pgbouncer-full": _on_postgresql(
+        _pgbouncer("transaction", 2), DISABLE_SERVER_SIDE_CURSORS=True
+    ),
     "pool-pgbouncer": _on_postgresql(
         _pgbouncer("session"), pool={"min_size": 0, "max_size": THREADS}
     ),
     "pool": _on_postgresql(_one_alias_per_server, pool={"min_size": 0, "max_size": THREADS}),
+    "pool-forwarded": _on_postgresql(_linked, pool={"min_size": 0, "max_size": THREADS}),
+    # Fewer connections than requests that run at once, so that they wait for one.
+    "pool-full": _on_postgresql(_one_alias_per_server, pool={"min_size": 0, "max_size": 2}),
     "mariadb": _with_gtids(mariadb.Servers),
     "mysql": _with_gtids(mysql.Servers),
 }
 
 
 class Running(NamedTuple):
-    """A site that is served, and the process of its cache."""
+    """A site that is served, its clock, and the process of its cache."""
 
     rig: Rig
     port: int
     cache: int
+    clock: Clock
 
 
 @contextmanager
 def running(
-    layout: str, server: str, folder: Path, options: Mapping[str, Any], settings: Mapping[str, Any]
+    given: argparse.Namespace, folder: Path, settings: Mapping[str, Any], log: Path
 ) -> Iterator[Running]:
-    """Run everything, and stop it at the end, also after an error."""
+    """Run everything, and stop it at the end, also after an error. ``log``: of the site."""
     with ExitStack() as stack:
-        rig = LAYOUTS[layout](stack, folder, dict(options))
+        rig = LAYOUTS[given.layout](stack, folder, given.role, _age(given))
+        clock = Clock(folder / "clock")
         valkey = stack.enter_context(running_valkey())
         cache = {
             "BACKEND": "django.core.cache.backends.redis.RedisCache",
@@ -160,12 +202,20 @@ def running(
             **os.environ,
             "DJANGO_SETTINGS_MODULE": "tests.soak.settings",
             "SOAK_SETTINGS": json.dumps(chosen),
+            "SOAK_CLOCK": str(clock.path),
         }
         migrate = [sys.executable, "-m", "django", "migrate", "--run-syncdb", "--verbosity=0"]
         subprocess.run(migrate, cwd=ROOT, env=environ, check=True)
-        port = stack.enter_context(_served(server, environ, folder / "site.log"))
+        port = stack.enter_context(_served(given.server, environ, log))
         process = Redis.from_url(valkey.connection_url).info("server")["process_id"]
-        yield Running(rig, port, process)
+        yield Running(rig, port, process, clock)
+
+
+def _age(given: argparse.Namespace) -> float | None:
+    # Under ASGI a request has threads of its own, which keep no connections for the next one.
+    is_asgi = given.server in ("uvicorn", "granian")
+    has_pool = "pool" in given.layout.split("-")
+    return 0 if given.age == "0" or is_asgi or has_pool else None
 
 
 @contextmanager

@@ -128,7 +128,10 @@ worker = ThreadPoolExecutor(4)
 def task(request: HttpRequest) -> HttpResponse:
     """Write, and return what a task that was sent by this request sees."""
     by_orm(*row_of(request))
-    job = worker.submit(run, token_to_send(), request.GET.getlist("list"))
+    token = token_to_send()
+    # The task may need the last connection of a pool, for which this request waits.
+    connection.close()
+    job = worker.submit(run, token, request.GET.getlist("list"))
     return JsonResponse(job.result(60))
 
 

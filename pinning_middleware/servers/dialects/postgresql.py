@@ -188,7 +188,12 @@ class PostgreSQL(Dialect):
         return Report(False, {log: value}, Position({log: end}))
 
     def supersedes(self, points: Points, other: Points) -> bool:
-        return any(is_later(log, earlier) for log in points for earlier in other)
+        # A server that was promoted has points of the earlier timelines, too.
+        return any(
+            any(is_later(log, earlier) for earlier in other)
+            and not any(log == same or is_later(same, log) for same in other)
+            for log in points
+        )
 
     def standby_limits(self, query: Query) -> Refusal:
         if query(ISOLATION) == ("serializable",):
