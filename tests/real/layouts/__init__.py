@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from .addresses import Address, Forwarder, Place, black_hole, database
 from .daemons import Bouncer, PgPool, Proxy, haproxy, pgbouncer, pgpool
+from .patroni import Member, PatroniCluster, patroni_cluster
 from .postgres import (
     copy_data,
     follows,
@@ -30,6 +31,8 @@ __all__ = [
     "Address",
     "Bouncer",
     "Forwarder",
+    "Member",
+    "PatroniCluster",
     "PgPool",
     "Place",
     "Proxy",
@@ -44,6 +47,7 @@ __all__ = [
     "installation",
     "make_role",
     "missing",
+    "patroni_cluster",
     "pgbouncer",
     "pgpool",
     "promote",
