@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast soak django-suite mutants lint format docs package package-check wheel-test \
+.PHONY: help demo test test-fast soak long-life django-suite drf-suite mutants lint format docs package package-check wheel-test \
 	benchmarks system-packages clean
 
 help:
@@ -25,8 +25,10 @@ help:
 	@echo "make package-check    their metadata and contents, and the workflows"
 	@echo "make soak             clients on real servers under faults, for a minute; SOAK=\"--help\" has the options"
 	@echo "make django-suite     Django's own tests on PostgreSQL, with a router and without"
+	@echo "make drf-suite        the same with the tests of Django REST framework"
+	@echo "make long-life        whether a served site grows, for an hour; LONG_LIFE=\"--help\" has the options"
 	@echo "make benchmarks       measurements, among them the figures of the documentation"
-	@echo "make system-packages  MariaDB, HAProxy, nginx, PgBouncer, Chromium, on Debian and Ubuntu"
+	@echo "make system-packages  MariaDB, HAProxy, nginx, PgBouncer, etcd, Chromium, on Debian and Ubuntu"
 	@echo "make clean            remove what the others made"
 
 $(VENV)/bin/python:
@@ -108,7 +110,13 @@ soak: $(VENV)/.test
 	$(BIN)/python -m tests.soak $(SOAK)
 
 django-suite: $(VENV)/.test
-	$(BIN)/python -m tests.django_suite $(TESTS)
+	$(BIN)/python -m tests.other_suites.django $(TESTS)
+
+drf-suite: $(VENV)/.test
+	$(BIN)/python -m tests.other_suites.rest_framework $(TESTS)
+
+long-life: $(VENV)/.test
+	$(BIN)/python -m tests.long_life $(LONG_LIFE)
 
 benchmarks: $(VENV)/.pip
 	$(PIP) install --quiet --editable . --group benchmark

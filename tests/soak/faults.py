@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from tests.real import mariadb
 from .history import Error, Fault, Recorder
 from .rig import Running
 
-__all__ = ["FAULTS", "schedule"]
+__all__ = ["FAULTS", "OF_REPLICAS", "schedule"]
 
 # Seconds between two faults.
 PAUSES: Final = (0.5, 2.0)
@@ -226,19 +226,39 @@ FAULTS: Final[Mapping[type, Mapping[Callable[[FaultContext], None], tuple[list[s
 }
 
 
-def schedule(running: Running, seed: int, recorder: Recorder, over: threading.Event) -> None:
-    """Cause one fault after the other until the run is over. An unexpected error ends the run."""
+# Of these, the faults by which replicas come and go.
+OF_REPLICAS: Final = (lag, terminate, kill_replica, freeze_replica)
+
+
+def schedule(
+    running: Running,
+    seed: int,
+    recorder: Recorder,
+    over: threading.Event,
+    only: Collection[Callable[[FaultContext], None]] = (),
+) -> None:
+    """
+    Cause one fault after the other until the run is over, of all or of some. An unexpected error
+    ends the run.
+    """
     try:
-        _cause_faults(running, seed, recorder, over)
+        _cause_faults(running, seed, recorder, over, only)
     except Exception:
         recorder.add(Error("a fault", traceback.format_exc()))
         over.set()
 
 
-def _cause_faults(running: Running, seed: int, recorder: Recorder, over: threading.Event) -> None:
+def _cause_faults(
+    running: Running,
+    seed: int,
+    recorder: Recorder,
+    over: threading.Event,
+    only: Collection[Callable[[FaultContext], None]],
+) -> None:
     draw = random.Random(seed)
     context = FaultContext(running, draw, over)
-    known = next(each for kind, each in FAULTS.items() if isinstance(running.rig.servers, kind))
+    every = next(each for kind, each in FAULTS.items() if isinstance(running.rig.servers, kind))
+    known = {cause: every[cause] for cause in every if not only or cause in only}
     names, weights = list(known), [weight for _, weight in known.values()]
     while not over.is_set():
         cause = draw.choices(names, weights)[0]

@@ -27,11 +27,14 @@ __all__ = ["LAYOUTS", "SERVERS", "Rig", "running"]
 
 # Requests that run at once under any of these: more than there are devices.
 THREADS: Final = 32
+GUNICORN: Final = (
+    *("gunicorn", "--worker-class", "gthread", "--workers", "2", "--threads", f"{THREADS}"),
+    *("--bind", "127.0.0.1:{port}", "tests.soak.served:wsgi"),
+)
 SERVERS: Final[Mapping[str, tuple[str, ...]]] = {
-    "gunicorn": (
-        *("gunicorn", "--worker-class", "gthread", "--workers", "2", "--threads", f"{THREADS}"),
-        *("--bind", "127.0.0.1:{port}", "tests.soak.served:wsgi"),
-    ),
+    "gunicorn": GUNICORN,
+    "preload": (*GUNICORN, "--preload"),
+    "max-requests": (*GUNICORN, "--max-requests", "3000", "--max-requests-jitter", "500"),
     "gevent": (
         *("gunicorn", "--worker-class", "gevent", "--workers", "2", "--bind", "127.0.0.1:{port}"),
         "tests.soak.served:wsgi",
@@ -136,11 +139,12 @@ LAYOUTS: Final[Mapping[str, Layout]] = {
 
 
 class Running(NamedTuple):
-    """A site that is served, and the process of its cache."""
+    """A site that is served, and the processes of its cache and of its server."""
 
     rig: Rig
     port: int
     cache: int
+    server: int
 
 
 @contextmanager
@@ -163,13 +167,14 @@ def running(
         }
         migrate = [sys.executable, "-m", "django", "migrate", "--run-syncdb", "--verbosity=0"]
         subprocess.run(migrate, cwd=ROOT, env=environ, check=True)
-        port = stack.enter_context(_served(server, environ, folder / "site.log"))
+        port, parent = stack.enter_context(_served(server, environ, folder / "site.log"))
         process = Redis.from_url(valkey.connection_url).info("server")["process_id"]
-        yield Running(rig, port, process)
+        yield Running(rig, port, process, parent)
 
 
 @contextmanager
-def _served(server: str, environ: Mapping[str, str], log: Path) -> Iterator[int]:
+def _served(server: str, environ: Mapping[str, str], log: Path) -> Iterator[tuple[int, int]]:
+    """Serve the site; return the port and the server's process."""
     port = free_port()
     command = [part.format(port=port) for part in SERVERS[server]]
     with log.open("wb") as output:
@@ -186,7 +191,7 @@ def _served(server: str, environ: Mapping[str, str], log: Path) -> Iterator[int]
         if not started or process.poll() is not None:
             raise RuntimeError(f"{server} did not start:\n{log.read_text()[-3000:]}")
         _warm_up(port)
-        yield port
+        yield port, process.pid
     finally:
         # Its workers, too.
         os.killpg(process.pid, signal.SIGTERM)
