@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 PORT ?= 8000
+# The versions of a corner.
+DJANGO ?= 6.0
+POSTGRESQL ?= 16
 # More than a machine of two cores has: servers are waited for.
 PROCESSES ?= 3
 BIN = $(VENV)/bin
@@ -10,13 +13,14 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast soak long-life django-suite drf-suite mutants lint format docs package package-check wheel-test \
+.PHONY: help demo test test-fast corner soak long-life django-suite drf-suite mutants lint format docs package package-check wheel-test \
 	benchmarks system-packages clean
 
 help:
 	@echo "make demo             a site on a primary and two lagging replicas, on http://127.0.0.1:$(PORT)"
 	@echo "make test             all tests, real servers included: about eight minutes"
 	@echo "make test-fast        the tests that need no server: a minute and a half"
+	@echo "make corner           all tests on PYTHON=…, DJANGO=… and POSTGRESQL=…, by default $(DJANGO) and $(POSTGRESQL)"
 	@echo "make mutants          whether the tests notice small changes of central modules: an hour or more"
 	@echo "make lint             ruff, mypy and codespell"
 	@echo "make format           ruff, changing files"
@@ -73,6 +77,9 @@ test: $(VENV)/.test
 
 test-fast: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=worksteal -m "not real" $(TESTS)
+
+corner:
+	tests/corner $(PYTHON) $(DJANGO) $(POSTGRESQL) $(TESTS)
 
 mutants: $(VENV)/.test
 	$(PIP) install --quiet --group mutants

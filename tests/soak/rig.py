@@ -19,7 +19,7 @@ from redis import Redis
 
 from sample_site.cluster import Cluster
 from tests.real import mariadb, mysql
-from tests.real.layouts import Bouncer, Place, database, haproxy, make_role, pgbouncer
+from tests.real.layouts import Bouncer, Place, chosen, database, haproxy, make_role, pgbouncer
 from tests.real.sample import ROOT, eventually, free_port, is_listening
 from tests.valkey import running as running_valkey
 
@@ -61,7 +61,7 @@ Layout = Callable[[ExitStack, Path, dict[str, Any]], Rig]
 
 
 def _cluster(stack: ExitStack, folder: Path) -> Cluster:
-    cluster = stack.enter_context(Cluster(folder / "cluster", keep=False))
+    cluster = stack.enter_context(Cluster(folder / "cluster", keep=False, installation=chosen()))
     cluster.create_database("site")
     make_role(cluster, monitor=True)
     return cluster

@@ -23,7 +23,7 @@ from .postgres import (
     restart_behind,
     wait_replayed,
 )
-from .versions import MAJORS, installation
+from .versions import MAJORS, chosen, installation
 from .waiting import eventually, missing
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "Place",
     "Proxy",
     "black_hole",
+    "chosen",
     "copy_data",
     "database",
     "eventually",
