@@ -29,6 +29,6 @@ def test_noise_and_warming_up_are_no_growth() -> None:
 
 
 def test_series_that_ends_early_is_left_out() -> None:
-    short = series(lambda at: 10 * BOUND * at, until=60)
+    short = series(lambda at: 10 * BOUND * at, until=80)
     whole = [each._replace(of="parent") for each in series(lambda at: 1.0)]
     assert [each.of for each in trends([*short, *whole])] == ["parent"]
