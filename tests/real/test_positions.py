@@ -28,6 +28,7 @@ from pinning_middleware.routing.pools import pools
 from pinning_middleware.routing.route import route
 from pinning_middleware.scopes.scope import enter
 from pinning_middleware.servers import monitor
+from sample_site.cluster import Node
 from tests.app.models import Book
 from tests.conftest import Visit
 
@@ -406,18 +407,26 @@ def test_read_does_not_wait_if_nothing_can_catch_up(
 # Edge cases of positions
 
 
-EMIT = "SELECT pg_logical_emit_message(false, '', repeat('x', %s), true)"
 INSERT = "SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint"
+
+
+def emit(node: Node, size: int) -> None:
+    """Write a record of about this size."""
+    # Before PostgreSQL 17 it is flushed in the background:
+    # https://www.postgresql.org/docs/17/functions-admin.html#FUNCTIONS-REPLICATION
+    can_flush = int(node.execute("SHOW server_version_num")[0][0]) >= 170000
+    flush = ", true" if can_flush else ""
+    node.execute(f"SELECT pg_logical_emit_message(false, '', repeat('x', %s){flush})", (size,))
 
 
 def fill_page(pg: PostgreSQL) -> bool:
     """Write a record that ends a page; return whether no other record interfered."""
     node = pg["pg"]
     while (start := node.execute(INSERT)[0][0]) % 8192 > 6000:
-        node.execute(EMIT, (1000,))
-    node.execute(EMIT, (500,))
+        emit(node, 1000)
+    emit(node, 500)
     middle = node.execute(INSERT)[0][0]
-    node.execute(EMIT, (8192 - middle % 8192 - (middle - start - 500),))
+    emit(node, 8192 - middle % 8192 - (middle - start - 500))
     return bool(node.execute(INSERT)[0][0] % 8192 in (24, 40))
 
 

@@ -25,7 +25,7 @@ from .history import Error, Fault, Recorder
 from .promotions import PROMOTIONS
 from .rig import Rig, Running
 
-__all__ = ["FAULTS", "NAMES", "schedule"]
+__all__ = ["FAULTS", "NAMES", "OF_REPLICAS", "schedule"]
 
 # Seconds between two faults.
 PAUSES: Final = (0.5, 2.0)
@@ -231,6 +231,10 @@ FAULTS: Final[Mapping[type, Faults]] = {
 NAMES: Final = {
     cause.__name__ for faults in (*FAULTS.values(), ADDRESS_FAULTS, PROMOTIONS) for cause in faults
 }
+# Those by which replicas come and go.
+OF_REPLICAS: Final = tuple(
+    cause.__name__ for cause in (lag, terminate, kill_replica, freeze_replica)
+)
 
 
 def _offered(rig: Rig) -> Faults:

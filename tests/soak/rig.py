@@ -21,7 +21,7 @@ from redis import Redis
 from sample_site.cluster import Cluster
 from sample_site.node import SUPERUSER
 from tests.real import mariadb, mysql
-from tests.real.layouts import Bouncer, Place, database, haproxy, make_role, pgbouncer
+from tests.real.layouts import Bouncer, Place, chosen, database, haproxy, make_role, pgbouncer
 from tests.real.sample import ROOT, eventually, free_port, is_listening
 from tests.valkey import running as running_valkey
 
@@ -34,11 +34,14 @@ __all__ = ["LAYOUTS", "ROLES", "SERVERS", "Rig", "Running", "running"]
 ROLES: Final = ("monitor", "plain", "superuser")
 # Requests that run at once under any of these: more than there are devices.
 THREADS: Final = 32
+GUNICORN: Final = (
+    *("gunicorn", "--worker-class", "gthread", "--workers", "2", "--threads", f"{THREADS}"),
+    *("--bind", "127.0.0.1:{port}", "tests.soak.served:wsgi"),
+)
 SERVERS: Final[Mapping[str, tuple[str, ...]]] = {
-    "gunicorn": (
-        *("gunicorn", "--worker-class", "gthread", "--workers", "2", "--threads", f"{THREADS}"),
-        *("--bind", "127.0.0.1:{port}", "tests.soak.served:wsgi"),
-    ),
+    "gunicorn": GUNICORN,
+    "preload": (*GUNICORN, "--preload"),
+    "max-requests": (*GUNICORN, "--max-requests", "3000", "--max-requests-jitter", "500"),
     "gevent": (
         *("gunicorn", "--worker-class", "gevent", "--workers", "2", "--bind", "127.0.0.1:{port}"),
         "tests.soak.served:wsgi",
@@ -70,7 +73,7 @@ Layout = Callable[[ExitStack, Path, str, float | None], Rig]
 
 
 def _cluster(stack: ExitStack, folder: Path) -> Cluster:
-    cluster = stack.enter_context(Cluster(folder / "cluster", keep=False))
+    cluster = stack.enter_context(Cluster(folder / "cluster", keep=False, installation=chosen()))
     cluster.create_database("site")
     return cluster
 
@@ -176,11 +179,12 @@ LAYOUTS: Final[Mapping[str, Layout]] = {
 
 
 class Running(NamedTuple):
-    """A site that is served, its clock, and the process of its cache."""
+    """A site that is served, its clock, and the processes of its cache and of its server."""
 
     rig: Rig
     port: int
     cache: int
+    server: int
     clock: Clock
 
 
@@ -197,18 +201,18 @@ def running(
             "BACKEND": "django.core.cache.backends.redis.RedisCache",
             "LOCATION": valkey.connection_url,
         }
-        chosen = {**rig.settings, "CACHES": {"default": cache}, **settings}
+        all_settings = {**rig.settings, "CACHES": {"default": cache}, **settings}
         environ = {
             **os.environ,
             "DJANGO_SETTINGS_MODULE": "tests.soak.settings",
-            "SOAK_SETTINGS": json.dumps(chosen),
+            "SOAK_SETTINGS": json.dumps(all_settings),
             "SOAK_CLOCK": str(clock.path),
         }
         migrate = [sys.executable, "-m", "django", "migrate", "--run-syncdb", "--verbosity=0"]
         subprocess.run(migrate, cwd=ROOT, env=environ, check=True)
-        port = stack.enter_context(_served(given.server, environ, log))
+        port, parent = stack.enter_context(_served(given.server, environ, log))
         process = Redis.from_url(valkey.connection_url).info("server")["process_id"]
-        yield Running(rig, port, process, clock)
+        yield Running(rig, port, process, parent, clock)
 
 
 def _age(given: argparse.Namespace) -> float | None:
@@ -219,7 +223,8 @@ def _age(given: argparse.Namespace) -> float | None:
 
 
 @contextmanager
-def _served(server: str, environ: Mapping[str, str], log: Path) -> Iterator[int]:
+def _served(server: str, environ: Mapping[str, str], log: Path) -> Iterator[tuple[int, int]]:
+    """Serve the site; return the port and the server's process."""
     port = free_port()
     command = [part.format(port=port) for part in SERVERS[server]]
     with log.open("wb") as output:
@@ -236,7 +241,7 @@ def _served(server: str, environ: Mapping[str, str], log: Path) -> Iterator[int]
         if not started or process.poll() is not None:
             raise RuntimeError(f"{server} did not start:\n{log.read_text()[-3000:]}")
         _warm_up(port)
-        yield port
+        yield port, process.pid
     finally:
         # Its workers, too.
         os.killpg(process.pid, signal.SIGTERM)

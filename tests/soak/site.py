@@ -8,7 +8,10 @@ different numbers it has, the owners of the rows, and the server that answered.
 
 from __future__ import annotations
 
+import gc
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -143,7 +146,17 @@ def run(token: str | None, lists: list[str]) -> dict[str, Any]:
         connections.close_all()
 
 
+def objects(request: HttpRequest) -> JsonResponse:
+    """Return how many objects this process has, in all and of some types, and its process ID."""
+    gc.collect()
+    everything = gc.get_objects()
+    names = Counter(type(each).__name__ for each in everything)
+    counts = {name: names[name] for name in ("Scope", "Context", "DatabaseWrapper", "Connection")}
+    return JsonResponse({"process": os.getpid(), "objects": len(everything), **counts})
+
+
 urlpatterns = [
+    path("objects/", objects),
     path("read/", read),
     path("write/stream/", stream),
     path("write/task/", task),

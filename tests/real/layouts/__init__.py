@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from .addresses import Address, Forwarder, Place, black_hole, database
 from .daemons import Bouncer, PgPool, Proxy, haproxy, pgbouncer, pgpool
+from .patroni import Member, PatroniCluster, patroni_cluster
 from .postgres import (
     copy_data,
     follows,
@@ -22,7 +23,7 @@ from .postgres import (
     restart_behind,
     wait_replayed,
 )
-from .versions import MAJORS, installation
+from .versions import MAJORS, chosen, installation
 from .waiting import eventually, missing
 
 __all__ = [
@@ -30,10 +31,13 @@ __all__ = [
     "Address",
     "Bouncer",
     "Forwarder",
+    "Member",
+    "PatroniCluster",
     "PgPool",
     "Place",
     "Proxy",
     "black_hole",
+    "chosen",
     "copy_data",
     "database",
     "eventually",
@@ -44,6 +48,7 @@ __all__ = [
     "installation",
     "make_role",
     "missing",
+    "patroni_cluster",
     "pgbouncer",
     "pgpool",
     "promote",

@@ -113,15 +113,23 @@ listen front
 
 @contextmanager
 def haproxy(
-    *places: Place, balance: str = "roundrobin", check: bool = False, slots: int = 4
+    *places: Place,
+    balance: str = "roundrobin",
+    check: bool = False,
+    rest: tuple[str, Sequence[int]] | None = None,
+    slots: int = 4,
 ) -> Iterator[Proxy]:
     """Run HAProxy in front of these places, with `roundrobin` or `leastconn`.
 
     With `check` it asks them ten times a second whether they are there, and cuts the connections
-    to one that isn't. At most `slots` places can be pointed to later.
+    to one that isn't. `rest` is a request that is sent to a port of each place instead, and
+    answered by 200 if it is there. At most `slots` places can be pointed to later.
     """
     program = _program("haproxy")
     slots = max(slots, len(places))
+    asked = f"option pgsql-check user {SUPERUSER}" if check else ""
+    if rest is not None:
+        asked = f"option httpchk {rest[0]}\n    http-check expect status 200"
 
     def configure(folder: Path, port: int) -> tuple[Proxy, list[str]]:
         proxy = Proxy(Address(HOST, port), folder / "control", slots)
@@ -130,16 +138,18 @@ def haproxy(
             host=HOST,
             port=port,
             balance=balance,
-            check=f"option pgsql-check user {SUPERUSER}" if check else "",
+            check=asked,
             checked="check inter 100ms fall 2 rise 1 on-marked-down shutdown-sessions"
-            if check
+            if asked
             else "",
         )
         for number in range(slots):
             # A slot without a place has an unused address.
             place = places[number] if number < len(places) else Address(HOST, 1)
-            disabled = "" if number < len(places) else " disabled"
-            text += f"    server s{number} {place.host}:{place.port}{disabled}\n"
+            more = "" if number < len(places) else " disabled"
+            if rest is not None and number < len(places):
+                more = f" port {rest[1][number]}"
+            text += f"    server s{number} {place.host}:{place.port}{more}\n"
         (folder / "haproxy.cfg").write_text(text)
         return proxy, [program, "-db", "-f", str(folder / "haproxy.cfg")]
 

@@ -46,6 +46,12 @@ def installation(major: int) -> Path:
     return complete / "native"
 
 
+def chosen() -> Path | None:
+    """Return the installation that POSTGRESQL names, a major version; None: that of the wheel."""
+    major = os.environ.get("POSTGRESQL")
+    return installation(int(major)) if major else None
+
+
 def _cache() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(root) / "pinning-tests"
