@@ -21,6 +21,8 @@ __all__ = ["PrimaryConnections"]
 
 # Seconds for which a connection cannot be one to a server that has been replaced since.
 FRESH_FOR: Final = 1.0
+# Maximum number of points of a log for which it is noted when connections were opened anew.
+MAX_NOTED: Final = 64
 
 
 class PrimaryConnections:
@@ -142,15 +144,16 @@ class PrimaryConnections:
         foreign = dialect.foreign_points(position, server, replayed)
         is_former = self._is_unconfirmed(foreign, state) or state.opened_at < server.demoted_at
         for log, point in suspected.items():
-            if point > self.endpoint.reopened_for.get(log, (-1, 0.0))[0]:
-                at = time.monotonic() if log in foreign else -math.inf
-                self.endpoint.reopened_for[log] = point, at
+            noted = self.endpoint.reopened_for.setdefault(log, [])
+            if all(point > known for known, _ in tuple(noted)):
+                noted.append((point, time.monotonic() if log in foreign else -math.inf))
+                del noted[:-MAX_NOTED]
         return Fault.DEMOTED if is_former else None
 
     def _is_unconfirmed(self, foreign: Points, state: ConnectionState) -> bool:
         """Return whether no connection has been opened for these points since, nor is this one."""
         for log, point in foreign.items():
-            known, at = self.endpoint.reopened_for.get(log, (-1, 0.0))
-            if point > known or state.opened_at < at:
+            noted = tuple(self.endpoint.reopened_for.get(log, ()))
+            if not any(known >= point and state.opened_at >= at for known, at in noted):
                 return True
         return False

@@ -311,9 +311,9 @@ class Endpoint:
         self.unresponsive_hosts: set[tuple[str, str]] = set()
         # Monotonic time at which one attempt to connect was not answered while another was.
         self.hung_at = -math.inf
-        # Of a primary's alias: what a pin required that another primary must have written, by log:
-        # the offset, and when connections were opened anew for it (monotonic clock).
-        self.reopened_for: dict[str, tuple[int, float]] = {}
+        # Of a primary's alias: what pins required that another primary must have written, by log:
+        # growing offsets, and when connections were opened anew for each (monotonic clock).
+        self.reopened_for: dict[str, list[tuple[int, float]]] = {}
         # The settings that the endpoint was made for have been replaced.
         self.is_stale = False
         # A fault of the endpoint itself, whatever the status of its servers; None if it connects.

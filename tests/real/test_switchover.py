@@ -10,6 +10,7 @@ import pytest
 from django.db import OperationalError, connections, transaction
 
 from pinning_middleware import tokens, use_primary
+from pinning_middleware.backend.call import Call
 from pinning_middleware.pins import Pin, PinKey, Position
 from pinning_middleware.reasons import Fault
 from pinning_middleware.scopes.scope import enter
@@ -335,6 +336,23 @@ def test_lost_transaction_of_a_pin_reopens_the_connection_once(
     for _ in range(2):
         titles(lost)
     assert connections["site"].connection is reopened
+
+
+def test_lost_transactions_of_two_pins_reopen_the_connections_of_two_threads(
+    my: tuple[Servers, Forwarder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other thread notices its own while this one has just connected anew."""
+    write("before")
+    move_to = Call.move_to
+
+    def move_and_let_the_other_notice(call: Call, connection: Any) -> None:
+        move_to(call, connection)
+        monkeypatch.undo()
+        assert in_thread(lambda: titles(token_of({"0-9": 2}))) == ["before"]
+
+    monkeypatch.setattr(Call, "move_to", move_and_let_the_other_notice)
+    assert titles(token_of({"0-9": 1})) == ["before"]
+    assert Call.move_to is move_to
 
 
 def test_connections_to_several_primaries_behind_one_alias_are_kept(
