@@ -118,7 +118,9 @@ class Pin(NamedTuple):
 
     def is_primary_only(self, now: float) -> bool:
         """Return whether only the primary may be read at this time."""
-        return self.primary_only_end > now
+        if self.position is None:
+            return self.until > now
+        return self.primary_only_until is not None and self.primary_only_until > now
 
     def is_live(self, now: float, window: float = 0.0) -> bool:
         """

@@ -129,7 +129,7 @@ def admit(pool: Pool, connection: BaseDatabaseWrapper, scope: Scope) -> Rejectio
     """
     alias, overrides = connection.alias, current_overrides()
     override = innermost_override(overrides, pool.primary)
-    is_primary = alias == pool.primary or pool.is_mirror(alias)
+    is_primary = pool.is_mirror(alias)
     # `using` has the last word for replicas that only the legacy interface names.
     may_be_stale = is_primary or alias not in conf.readonly_aliases or pool.is_primary_down
     may_be_stale = may_be_stale or (override is not None and override.kind is Kind.REPLICA)
@@ -153,10 +153,11 @@ def admit(pool: Pool, connection: BaseDatabaseWrapper, scope: Scope) -> Rejectio
     wanted = requirement.position
     if requirement.primary_only or (wanted is not None and not pool.supports_positions):
         return Rejection(Reason.PINNED)
-    try:
-        wanted = merge_positions(wanted, pool.guarantee.must_reach(pool, state, alias))
-    except LookupError:
-        return Rejection(Reason.NOT_CAUGHT_UP)
+    if pool.guarantee.tracks_reads:
+        try:
+            wanted = merge_positions(wanted, pool.guarantee.must_reach(pool, state, alias))
+        except LookupError:
+            return Rejection(Reason.NOT_CAUGHT_UP)
     if wanted is None or pool.replica_set.caught_up(alias, wanted, connection):
         return None
     has_caught_up = pool.replica_set.probe_caught_up(alias, wanted, connection)

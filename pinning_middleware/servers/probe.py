@@ -11,8 +11,7 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -78,15 +77,14 @@ probing: ContextVar[bool] = ContextVar("pinning_probing", default=False)
 _states: WeakKeyDictionary[Any, ConnectionState] = WeakKeyDictionary()
 
 
-@contextmanager
-def without_failover() -> Iterator[None]:
+class without_failover(AbstractContextManager[None]):
     """Disable failover inside the block."""
-    previous = failover_disabled.get()
-    failover_disabled.set(True)
-    try:
-        yield
-    finally:
-        failover_disabled.set(previous)
+
+    def __enter__(self) -> None:
+        self._token = failover_disabled.set(True)
+
+    def __exit__(self, *exc_info: object) -> None:
+        failover_disabled.reset(self._token)
 
 
 def probing_allowed(connection: BaseDatabaseWrapper) -> bool:
