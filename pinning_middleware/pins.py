@@ -168,7 +168,7 @@ def merge_points(one: Points, other: Points) -> Points:
     """Return the larger offset of each log."""
     if not one or not other:
         return one or other
-    return {log: max(one.get(log, -1), other.get(log, -1)) for log in (*one, *other)}
+    return {**one, **{log: max(end, one.get(log, end)) for log, end in other.items()}}
 
 
 def merge_positions(one: Position | None, other: Position | None) -> Position | None:

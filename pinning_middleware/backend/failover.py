@@ -245,7 +245,7 @@ def _run_refused(
 
 def _connect_error(call: Call, connection: BaseDatabaseWrapper) -> Exception | None:
     """Return the error with which connecting for an unopened cursor has just failed, or None."""
-    opened = call.cursor.cursor
+    opened: UnopenedCursor = call.cursor.cursor
     if opened.is_handled:
         return None
     opened.is_handled = True

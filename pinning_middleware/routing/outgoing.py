@@ -15,7 +15,7 @@ from django.db import transaction
 
 from pinning_middleware import tokens
 from pinning_middleware.conf import conf
-from pinning_middleware.pins import Pin, PinKey, PinKind, Pins, live, merge_optional
+from pinning_middleware.pins import Pin, PinKey, PinKind, Pins, live
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.scope import PoolState, Scope, entered_scope
@@ -65,16 +65,18 @@ def outgoing_pins(scope: Scope) -> dict[PinKey, Pin]:
             for kind in PinKind:
                 pins.pop(PinKey(pool.primary, kind), None)
     for pool, state in used:
-        observed = pool.guarantee.observed_pin(pool, state, now)
-        for kind, found in (
-            (PinKind.WRITTEN, (_pin_for_writes(scope, pool, state), state.inherited)),
-            (PinKind.OBSERVED, (observed, state.observed)),
-            (PinKind.DRY_RUN, (pool.dry_run_pin(state),)),
+        for kind, pin in (
+            (PinKind.WRITTEN, state.inherited),
+            (PinKind.WRITTEN, _pin_for_writes(scope, pool, state)),
+            (PinKind.OBSERVED, state.observed),
+            (PinKind.OBSERVED, pool.guarantee.observed_pin(pool, state, now)),
+            (PinKind.DRY_RUN, pool.dry_run_pin(state)),
         ):
-            for pin in found:
-                if pin is not None and pin.is_live(now, conf.seconds):
-                    key = PinKey(pool.primary, kind)
-                    pins[key] = merge_optional(pins.get(key), pin) or pin
+            if pin is not None and pin.is_live(now, conf.seconds):
+                key = PinKey(pool.primary, kind)
+                known = pins.get(key)
+                # The pin that the scope began with is there already.
+                pins[key] = pin if known is None or known is pin else known.merge(pin)
     return pins
 
 

@@ -99,7 +99,7 @@ def decide(pool: Pool, scope: Scope, model: object = None) -> Decision:
         if (reason := own_pin_reason(scope, state)) is not None:
             return _primary(pool, reason)
         state = _age(pool, scope, state)
-    if (reason := reason_besides_pins(pool, scope, state, model)) is not None:
+    if (reason := reason_besides_pins(pool, scope, state, overrides, model)) is not None:
         return _primary(pool, reason)
     # Rule 6: inherited pins.
     requirement = state.required(clock.now())
@@ -188,9 +188,11 @@ def _follow_override(pool: Pool, scope: Scope, override: Override) -> Decision:
     return _replica(pool, alias, Reason.USE_REPLICA)
 
 
-def reason_besides_pins(pool: Pool, scope: Scope, state: PoolState, model: object) -> Reason | None:
+def reason_besides_pins(
+    pool: Pool, scope: Scope, state: PoolState, overrides: Override | None, model: object
+) -> Reason | None:
     """Return why a read stays on the primary by what follows the scope's own pins, or None."""
-    is_offloaded = scope.offloaded or offload_applies(current_overrides(), pool.primary)
+    is_offloaded = scope.offloaded or offload_applies(overrides, pool.primary)
     # The rest of rule 4.
     if scope.prefers_primary and not state.method_ignored and not is_offloaded:
         return Reason.HTTP_METHOD
@@ -289,5 +291,5 @@ def _replica(pool: Pool, alias: str, reason: Reason) -> Decision:
 def _primary(pool: Pool, reason: Reason) -> Decision:
     """Choose the primary, or the replica that substitutes for it while it is down."""
     if pool.is_primary_down and (alias := pool.replica_set.substitute()) is not None:
-        return Decision(alias, alias, Reason.PRIMARY_DOWN)
+        return _replica(pool, alias, Reason.PRIMARY_DOWN)
     return Decision(pool.primary, None, reason)

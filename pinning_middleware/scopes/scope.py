@@ -331,7 +331,7 @@ class Scope:
         """Inherit further pins of earlier scopes."""
         if not pins:
             return
-        self.inherited_pins = merge_pins(self.inherited_pins, pins)
+        self.inherited_pins = merge_pins(self.inherited_pins, pins) if self.inherited_pins else pins
         for key in self.pools:
             self.update(key, lambda state, key=key: state.inherit(*pins_of(pins, key.primary)))  # type: ignore[misc]
 

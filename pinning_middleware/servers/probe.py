@@ -13,7 +13,7 @@ import sys
 import time
 from contextlib import AbstractContextManager, suppress
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 from django.db import DatabaseError, InterfaceError, OperationalError
@@ -74,6 +74,8 @@ failover_disabled: ContextVar[bool] = ContextVar("pinning_failover_disabled", de
 # True while connecting for a probe, which uses CONNECT_TIMEOUT rather than the site's own timeout.
 probing: ContextVar[bool] = ContextVar("pinning_probing", default=False)
 
+# In place of a driver connection and its state.
+_NO_STATE: Final = (object(), None)
 _states: WeakKeyDictionary[Any, ConnectionState] = WeakKeyDictionary()
 
 
@@ -130,9 +132,10 @@ def state_of(connection: BaseDatabaseWrapper, raw: Any = None) -> ConnectionStat
     It is created if it does not exist, and again after a change of the settings.
     """
     raw = connection.connection if raw is None else raw
-    cached = connection.__dict__.get("pinning_state")
-    if cached is not None and cached[0] is raw and not cached[1].endpoint.is_stale:
-        return cached[1]  # type: ignore[no-any-return]
+    known: ConnectionState
+    known_raw, known = connection.__dict__.get("pinning_state", _NO_STATE)
+    if known_raw is raw and not known.endpoint.is_stale:
+        return known
     state = _states.get(raw)
     if state is None or state.endpoint.is_stale:
         endpoint = endpoint_for(connection)
