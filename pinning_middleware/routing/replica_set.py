@@ -170,10 +170,9 @@ class ReplicaSet:
         if connection.connection is not None:
             server = state_of(connection).server
             return None if server is None else self._has_reached(server, wanted) or None
-        if not is_interchangeable(self.primary, alias):
-            # A read cannot be retried elsewhere.
-            return None
-        return self._all_have_reached(alias, wanted) or None
+        # Without an interchangeable alias a read cannot be retried elsewhere.
+        has_reached = self._all_have_reached(alias, wanted)
+        return (has_reached and is_interchangeable(self.primary, alias)) or None
 
     def find_caught_up(
         self, wanted: Position, key: str | None = None, *, probe: bool

@@ -159,9 +159,11 @@ def _record_whether_bounded(
     if dialect_for(connection) is None or endpoint.alias == endpoint.pool:
         return
     was_bounded = endpoint.reads_are_bounded
-    has_timeout = bool(connection.settings_dict["OPTIONS"].get("read_timeout"))
-    has_socket = hasattr(driver_connection(raw), "fileno")
-    endpoint.reads_are_bounded = state.is_watched or has_timeout or has_socket
+    endpoint.reads_are_bounded = (
+        state.is_watched
+        or bool(connection.settings_dict["OPTIONS"].get("read_timeout"))
+        or hasattr(driver_connection(raw), "fileno")
+    )
     if was_bounded is not endpoint.reads_are_bounded is False:
         logger.info(
             "A read of %s waits for as long as its server does not answer: connections of %s "
