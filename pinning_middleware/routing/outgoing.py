@@ -19,6 +19,7 @@ from pinning_middleware.pins import Pin, PinKey, PinKind, Pins, live
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.scope import PoolState, Scope, entered_scope
+from pinning_middleware.servers.budget import read_budget
 from pinning_middleware.stores import cache
 from pinning_middleware.utils import clock
 
@@ -57,6 +58,8 @@ def outgoing_pins(scope: Scope) -> dict[PinKey, Pin]:
 
     Queries each primary that the scope wrote to for its position, once after each change.
     """
+    # No read waits for these probes, so that what earlier ones of the thread spent does not count.
+    read_budget.renew()
     now = clock.now()
     pins = live(scope.inherited_pins, now, conf.seconds)
     used = _used_pools(scope)
