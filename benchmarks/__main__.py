@@ -17,6 +17,7 @@ NAMES = (
     "misses",
     "memory",
     "overhead",
+    "parts",
     "probes",
     "instances",
     "latency",

@@ -72,9 +72,12 @@ def execute_wrapper(execute: Any, sql: Any, params: Any, many: bool, context: An
     else:
         call = Call(execute, sql, params, many, context)
         result = _execute(pool, alias, call, connection, statement)
-    _record_effects(pool, cursor.db, statement)
+    if statement.modifies_session:
+        _record_modified_session(pool, cursor.db)
     if statement.kind in (Kind.READ, Kind.LOCK):
-        _record_read(pool, cursor, alias, statement.kind, sql)
+        server = None if pool.dialect is None else state_of(cursor.db).server
+        decision = _decision_of(pool, cursor, alias)
+        record_read(pool, cursor.db, decision, statement.kind, sql, server)
     return result
 
 
@@ -141,9 +144,9 @@ def intended_alias(cursor: Any) -> str:
     return str(cursor.__dict__.get("pinning_alias") or cursor.db.alias)
 
 
-def _record_effects(pool: Pool, connection: Any, statement: Statement) -> None:
-    """Record what a statement did to its session."""
-    if not statement.modifies_session or connection.is_connecting:
+def _record_modified_session(pool: Pool, connection: Any) -> None:
+    """Record that a statement of the code has modified its session."""
+    if connection.is_connecting:
         return
     if dialect_for(connection) is not None:
         state_of(connection).session_modified = True
@@ -173,21 +176,16 @@ def _execute_control(
     return result
 
 
-def _record_read(pool: Pool, cursor: Any, alias: str, kind: Kind, sql: Any) -> None:
-    decision = _decision_of(pool, cursor, alias)
-    server = None if pool.dialect is None else state_of(cursor.db).server
-    record_read(pool, cursor.db, decision, kind, sql, server)
-
-
 def record_read(
     pool: Pool, connection: Any, decision: Decision, kind: Kind, sql: Any, server: Server | None
 ) -> None:
     """Count a completed read under the reason of the routing decision behind it."""
     reason = Reason.LOCK if kind is Kind.LOCK else decision.reason
-    current_scope().record_route((connection.alias, reason), MAX_ROUTES)
+    scope = current_scope()
+    scope.record_route((connection.alias, reason), MAX_ROUTES)
     if conf.balance_by_query:
         # Django may ask the router several times for one read; the next read gets another replica.
-        current_scope().update(pool.key, PoolState.without_replica)
+        scope.update(pool.key, PoolState.without_replica)
     reads[pool.primary, connection.alias, server, reason] += 1
     if decision.would_miss_write:
         missed_writes[pool.primary] += 1

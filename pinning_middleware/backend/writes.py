@@ -6,8 +6,7 @@ rejected before it is sent.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -187,16 +186,17 @@ def record_session_end(connection: BaseDatabaseWrapper) -> None:
             scope.record_session_state(key, is_modified=False)
 
 
-@contextmanager
-def recording_write(connection: BaseDatabaseWrapper, alias: str, sql: Any) -> Iterator[None]:
+class recording_write(AbstractContextManager[None]):
     """Record the write that runs inside the block. Raise ReplicaWriteError on a replica."""
-    recorded = record_write_started(connection, alias, sql)
-    try:
-        yield
-    except BaseException:
-        record_write_finished(connection, recorded, failed=True)
-        raise
-    record_write_finished(connection, recorded)
+
+    def __init__(self, connection: BaseDatabaseWrapper, alias: str, sql: Any) -> None:
+        self._connection, self._alias, self._sql = connection, alias, sql
+
+    def __enter__(self) -> None:
+        self._recorded = record_write_started(self._connection, self._alias, self._sql)
+
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        record_write_finished(self._connection, self._recorded, failed=kind is not None)
 
 
 def _pools_written(alias: str) -> tuple[PoolKey, ...]:

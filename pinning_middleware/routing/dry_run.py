@@ -130,9 +130,10 @@ def _would_miss_write(pool: Pool, scope: Scope, reason: Reason, model: object) -
     if reason is not Reason.WROTE:
         # An inherited pin decides last, so that nothing else keeps the read on the primary.
         return True
-    if is_saving(current_overrides(), pool.primary):
+    overrides = current_overrides()
+    if is_saving(overrides, pool.primary):
         return False
-    return reason_besides_pins(pool, scope, scope.state(pool.key), model) is None
+    return reason_besides_pins(pool, scope, scope.state(pool.key), overrides, model) is None
 
 
 def _last_write(scope: Scope, spec: PoolSpec) -> float:

@@ -15,10 +15,11 @@ from django.db import transaction
 
 from pinning_middleware import tokens
 from pinning_middleware.conf import conf
-from pinning_middleware.pins import Pin, PinKey, PinKind, Pins, live, merge_optional
+from pinning_middleware.pins import Pin, PinKey, PinKind, Pins, live
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.scope import PoolState, Scope, entered_scope
+from pinning_middleware.servers.budget import read_budget
 from pinning_middleware.stores import cache
 from pinning_middleware.utils import clock
 
@@ -57,6 +58,8 @@ def outgoing_pins(scope: Scope) -> dict[PinKey, Pin]:
 
     Queries each primary that the scope wrote to for its position, once after each change.
     """
+    # No read waits for these probes, so that what earlier ones of the thread spent does not count.
+    read_budget.renew()
     now = clock.now()
     pins = live(scope.inherited_pins, now, conf.seconds)
     used = _used_pools(scope)
@@ -65,16 +68,18 @@ def outgoing_pins(scope: Scope) -> dict[PinKey, Pin]:
             for kind in PinKind:
                 pins.pop(PinKey(pool.primary, kind), None)
     for pool, state in used:
-        observed = pool.guarantee.observed_pin(pool, state, now)
-        for kind, found in (
-            (PinKind.WRITTEN, (_pin_for_writes(scope, pool, state), state.inherited)),
-            (PinKind.OBSERVED, (observed, state.observed)),
-            (PinKind.DRY_RUN, (pool.dry_run_pin(state),)),
+        for kind, pin in (
+            (PinKind.WRITTEN, state.inherited),
+            (PinKind.WRITTEN, _pin_for_writes(scope, pool, state)),
+            (PinKind.OBSERVED, state.observed),
+            (PinKind.OBSERVED, pool.guarantee.observed_pin(pool, state, now)),
+            (PinKind.DRY_RUN, pool.dry_run_pin(state)),
         ):
-            for pin in found:
-                if pin is not None and pin.is_live(now, conf.seconds):
-                    key = PinKey(pool.primary, kind)
-                    pins[key] = merge_optional(pins.get(key), pin) or pin
+            if pin is not None and pin.is_live(now, conf.seconds):
+                key = PinKey(pool.primary, kind)
+                known = pins.get(key)
+                # The pin that the scope began with is there already.
+                pins[key] = pin if known is None or known is pin else known.merge(pin)
     return pins
 
 

@@ -100,7 +100,7 @@ def decide(pool: Pool, scope: Scope, model: object = None) -> Decision:
         if (reason := own_pin_reason(scope, state)) is not None:
             return _primary(pool, reason)
         state = _to_inherited_pin(pool, scope, state)
-    if (reason := reason_besides_pins(pool, scope, state, model)) is not None:
+    if (reason := reason_besides_pins(pool, scope, state, overrides, model)) is not None:
         return _primary(pool, reason)
     # Rule 6: inherited pins.
     requirement = state.required(clock.now())
@@ -154,10 +154,11 @@ def admit(pool: Pool, connection: BaseDatabaseWrapper, scope: Scope) -> Rejectio
     wanted = requirement.position
     if requirement.primary_only or (wanted is not None and not pool.supports_positions):
         return Rejection(Reason.PINNED)
-    try:
-        wanted = merge_positions(wanted, pool.guarantee.must_reach(pool, state, alias))
-    except LookupError:
-        return Rejection(Reason.NOT_CAUGHT_UP)
+    if pool.guarantee.tracks_reads:
+        try:
+            wanted = merge_positions(wanted, pool.guarantee.must_reach(pool, state, alias))
+        except LookupError:
+            return Rejection(Reason.NOT_CAUGHT_UP)
     if wanted is None or pool.replica_set.caught_up(alias, wanted, connection):
         return None
     has_caught_up = pool.replica_set.probe_caught_up(alias, wanted, connection)
@@ -188,9 +189,11 @@ def _follow_override(pool: Pool, scope: Scope, override: Override) -> Decision:
     return _replica(pool, alias, Reason.USE_REPLICA)
 
 
-def reason_besides_pins(pool: Pool, scope: Scope, state: PoolState, model: object) -> Reason | None:
+def reason_besides_pins(
+    pool: Pool, scope: Scope, state: PoolState, overrides: Override | None, model: object
+) -> Reason | None:
     """Return why a read stays on the primary by what follows the scope's own pins, or None."""
-    is_offloaded = scope.offloaded or offload_applies(current_overrides(), pool.primary)
+    is_offloaded = scope.offloaded or offload_applies(overrides, pool.primary)
     # The rest of rule 4.
     if scope.prefers_primary and not state.method_ignored and not is_offloaded:
         return Reason.HTTP_METHOD
@@ -289,5 +292,5 @@ def _replica(pool: Pool, alias: str, reason: Reason) -> Decision:
 def _primary(pool: Pool, reason: Reason) -> Decision:
     """Choose the primary, or the replica that substitutes for it while it is down."""
     if pool.is_primary_down and (alias := pool.replica_set.substitute()) is not None:
-        return Decision(alias, alias, Reason.PRIMARY_DOWN)
+        return _replica(pool, alias, Reason.PRIMARY_DOWN)
     return Decision(pool.primary, None, reason)

@@ -167,18 +167,12 @@ class ReplicaSet:
             # Its rows may be as old as the beginning of the transaction.
             snapshot, dialect = getattr(connection, "snapshot", None), self.health.dialect
             return bool(snapshot and dialect and dialect.reached(wanted, snapshot))
-        servers: Iterable[Server]
         if connection.connection is not None:
             server = state_of(connection).server
-            if server is None:
-                return None
-            servers = (server,)
-        else:
-            servers = endpoint.recent_servers
-            if not servers or not is_interchangeable(self.primary, alias):
-                # Without an interchangeable alias a read cannot be retried elsewhere.
-                return None
-        return all(self._has_reached(server, wanted) for server in servers) or None
+            return None if server is None else self._has_reached(server, wanted) or None
+        # Without an interchangeable alias a read cannot be retried elsewhere.
+        has_reached = self._all_have_reached(alias, wanted)
+        return (has_reached and is_interchangeable(self.primary, alias)) or None
 
     def find_caught_up(
         self, wanted: Position, key: str | None = None, *, probe: bool

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from enum import Enum
 from typing import NamedTuple
 
-from pinning_middleware.scopes.threads import clear_inherited, not_inherited
+from pinning_middleware.scopes import threads
 
 __all__ = [
     "Kind",
@@ -66,7 +66,7 @@ class Override(NamedTuple):
 
 
 _overrides: ContextVar[Override | None] = ContextVar("pinning_overrides", default=None)
-not_inherited(_overrides)
+threads.not_inherited(_overrides)
 
 # Replace the whole chain, for example by that of another context.
 set_overrides = _overrides.set
@@ -74,7 +74,8 @@ set_overrides = _overrides.set
 
 def current_overrides() -> Override | None:
     """Return the innermost override that is active, with those around it."""
-    clear_inherited()
+    if threads.INHERIT_CONTEXT:
+        threads.clear_inherited()
     return _overrides.get()
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 from django.db import OperationalError
@@ -27,8 +26,8 @@ class BudgetExhausted(OperationalError):
     """
 
 
-class _ReadBudget(threading.local):
-    _spent = 0.0
+class _ReadBudget(threading.local, AbstractContextManager[None]):
+    _spent = _began = 0.0
     _is_spending = False
 
     @property
@@ -40,18 +39,16 @@ class _ReadBudget(threading.local):
         """Subtract what a read has waited for a server that did not answer."""
         self._spent += seconds
 
-    @contextmanager
-    def spending(self) -> Iterator[None]:
+    def spending(self) -> AbstractContextManager[None]:
         """Subtract the time that the block takes; blocks may be nested."""
-        if self._is_spending:
-            yield
-            return
-        began, self._is_spending = time.monotonic(), True
-        try:
-            yield
-        finally:
-            self._is_spending = False
-            self._spent += time.monotonic() - began
+        return nullcontext() if self._is_spending else self
+
+    def __enter__(self) -> None:
+        self._is_spending, self._began = True, time.monotonic()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._is_spending = False
+        self._spent += time.monotonic() - self._began
 
     def renew(self) -> None:
         """Begin again for the thread's next read."""

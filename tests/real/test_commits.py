@@ -13,6 +13,7 @@ from django.test import override_settings
 
 from pinning_middleware import is_pinned, pin_keys
 from pinning_middleware.scopes.scope import enter
+from pinning_middleware.servers.budget import READ_BUDGET, read_budget
 from pinning_middleware.testing import capture_reads
 from tests.app.models import Book
 from tests.conftest import Visit
@@ -64,6 +65,15 @@ TRANSACTIONS = {
     "one string": ((f"BEGIN; {INSERT}",), "COMMIT"),
     "chain": (("BEGIN", INSERT, "COMMIT AND CHAIN", INSERT), "COMMIT"),
 }
+
+
+def test_write_in_a_thread_that_has_spent_the_budget_of_a_read_has_a_position(
+    pg: PostgreSQL,
+) -> None:
+    with unrelated_scope() as scope:
+        read_budget.spend(READ_BUDGET)
+        run("pg", INSERT)
+        assert position_in(scope.token)
 
 
 FORMS = pytest.mark.parametrize("form", TRANSACTIONS)
