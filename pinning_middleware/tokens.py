@@ -24,11 +24,6 @@ logger = logging.getLogger("pinning_middleware.pins")
 
 # Maximum number of characters. Browsers accept about 4096 for a cookie with its attributes.
 MAX_LENGTH = 3072
-# Maximum number of tokens that are remembered as signed here, and as verified here.
-MAX_KNOWN = 2048
-# The content of tokens that this process has signed and not received yet. Most come back with the
-# client's next request.
-_signed_here: dict[str, dict[str, list[Any]]] = {}
 
 
 @lru_cache(maxsize=1)
@@ -66,12 +61,7 @@ def _without_position(pin: Pin) -> Pin:
 
 
 def _signed(pins: Pins) -> str:
-    packed = pack(pins)
-    token = _signer().sign_object(packed)
-    if len(_signed_here) >= MAX_KNOWN:
-        _signed_here.clear()
-    _signed_here[token] = packed
-    return token
+    return _signer().sign_object(pack(pins))
 
 
 def _for_all_pools(pins: Pins) -> Pins:
@@ -106,11 +96,10 @@ def loads(token: str) -> Pins:
     return _for_each_pool(_verified(token))
 
 
-@lru_cache(maxsize=MAX_KNOWN)
+@lru_cache(maxsize=2048)
 def _verified(token: str) -> Pins:
     try:
-        packed = _signed_here.pop(token, None) or _signer().unsign_object(token)
-        return MappingProxyType(unpack(packed))
+        return MappingProxyType(unpack(_signer().unsign_object(token)))
     except BadSignature:
         raise InvalidToken("signature") from None
     except ValueError:
@@ -143,7 +132,6 @@ def _clear_caches(*, setting: str, **kwargs: Any) -> None:
     if setting in ("SECRET_KEY", "SECRET_KEY_FALLBACKS"):
         _signer.cache_clear()
         _verified.cache_clear()
-        _signed_here.clear()
 
 
 setting_changed.connect(_clear_caches, dispatch_uid="pinning_middleware.tokens")
