@@ -218,7 +218,7 @@ def record(given: argparse.Namespace, path: Path) -> list[Sample]:
     ):
         folder = Path(name)
         folder.chmod(0o755)
-        with running(layout, server, folder, options, {}) as site:
+        with running(layout, server, folder, options, {}, BUDGET) as site:
             recorder = Recorder(file, {Promise.EVERY_DEVICE}, BUDGET, BUDGET + WRITE)
             over = threading.Event()
             faults = threading.Thread(
