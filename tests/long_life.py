@@ -210,7 +210,7 @@ def main() -> int:
 
 def record(given: argparse.Namespace, path: Path) -> list[Sample]:
     given.layout, given.server = VARIANTS[given.variant]
-    given.role, given.age = "monitor", "none"
+    given.role, given.age, given.budget = "monitor", "none", BUDGET
     samples: list[Sample] = []
     with (
         tempfile.TemporaryDirectory(prefix="long-life-") as name,
