@@ -33,7 +33,7 @@ __all__ = [
 # Seconds that a read waits for a connection until it is checked whether the server can be reached,
 # and until it is checked again; for which one check serves all reads that wait.
 FIRST_CHECK_AFTER: Final = 0.15
-NEXT_CHECK_AFTER: Final = 5.0
+NEXT_CHECK_AFTER: Final = 1.0
 CHECK_SERVES: Final = 1.0
 
 # Seconds that ``getconn()`` waits now, if not as long as the pool's own timeout.

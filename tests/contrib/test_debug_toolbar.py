@@ -170,6 +170,7 @@ def test_panel_shows_one_pin_for_a_write_in_a_dry_run(
     assert [each["pool"] for each in last()["pins"]["outgoing"]] == ["default"]
 
 
+@pytest.mark.usefixtures("clock")
 def test_panel_does_not_change_the_cookie(browser: Browser, do: Callable[..., str]) -> None:
     """The cookie is the same with and without the toolbar."""
     address = f"/sync/{do(write_and_read)}/"
