@@ -35,7 +35,9 @@ PARTS: Final = {
         ("pinning_middleware.routers", "PinningRouter.db_for_read"),
         ("pinning_middleware.routers", "PinningRouter.db_for_write"),
     ),
-    "opening the cursor": (("pinning_middleware.backend.connection", "PinnedConnection._cursor"),),
+    "opening the cursor": (
+        ("pinning_middleware.backend.connection", "InstrumentedConnection._cursor"),
+    ),
     "classifying the statement": (("pinning_middleware.backend.execute", "classify"),),
     "admission, retries, recording a write": (("pinning_middleware.backend.execute", "_execute"),),
     "counting the read": (("pinning_middleware.backend.execute", "record_read"),),
