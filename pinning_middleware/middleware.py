@@ -189,14 +189,13 @@ class PinningMiddleware:
             scope.merge_into(scope.parent)
         late_work = _PostResponse(self, scope, request)
         if response is None:
-            late_work.begin()
+            late_work.finish()
             return
         if conf.debug or _is_staff(request):
             self.add_server_timing(scope, response)
         close_within(response, _Closing(late_work))
         # A file needs no database, and servers send it faster without a wrapper.
         if response.streaming and getattr(response, "file_to_stream", None) is None:
-            late_work.saved_revision = scope.revision
             _follow_body(late_work, response)
         else:
             late_work.begin()
@@ -301,8 +300,7 @@ class _PostResponse(AbstractContextManager[None]):
         self._middleware, self._scope, self._request = middleware, scope, request
         self._entered: Scope | None = scope
         self._overrides = current_overrides()
-        # The revision of the scope that is saved, before streaming content is generated.
-        self.saved_revision = 0
+        self._saved_revision = scope.revision
         # Closing a response closes its body, so it may be entered inside itself.
         self._outer: list[tuple[Scope | None, Override | None]] = []
 
@@ -325,14 +323,14 @@ class _PostResponse(AbstractContextManager[None]):
     def finish(self) -> None:
         """Close the scope after streaming content, if any, and save its writes."""
         if not self._scope.is_closed:
-            if self._scope.revision != self.saved_revision:
+            if self._scope.revision != self._saved_revision:
                 _save_late(self._middleware, self._request, self._scope)
             self.begin()
 
     async def afinish(self) -> None:
         """Async version of ``finish()``."""
         if not self._scope.is_closed:
-            if self._scope.revision != self.saved_revision:
+            if self._scope.revision != self._saved_revision:
                 await sync_to_async(_save_late)(self._middleware, self._request, self._scope)
             self.begin()
 

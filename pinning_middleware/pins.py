@@ -118,9 +118,7 @@ class Pin(NamedTuple):
 
     def is_primary_only(self, now: float) -> bool:
         """Return whether only the primary may be read at this time."""
-        if self.position is None:
-            return self.until > now
-        return self.primary_only_until is not None and self.primary_only_until > now
+        return self.primary_only_end > now
 
     def is_live(self, now: float, window: float = 0.0) -> bool:
         """
@@ -168,7 +166,7 @@ def merge_points(one: Points, other: Points) -> Points:
     """Return the larger offset of each log."""
     if not one or not other:
         return one or other
-    return {**one, **{log: max(end, one.get(log, end)) for log, end in other.items()}}
+    return {log: max(one.get(log, -1), other.get(log, -1)) for log in (*one, *other)}
 
 
 def merge_positions(one: Position | None, other: Position | None) -> Position | None:

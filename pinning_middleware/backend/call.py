@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.db import OperationalError
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -48,24 +48,19 @@ class UnopenedCursor:
         """Do nothing: there is nothing to close."""
 
 
-class Call:
-    """
-    A statement as an execute wrapper gets it. ``cursor``: that of Django, from which the caller
-    fetches the rows.
-    """
+class Call(NamedTuple):
+    """A statement as an execute wrapper gets it."""
 
-    __slots__ = ("context", "cursor", "execute", "many", "params", "sql")
+    execute: Callable[..., Any]
+    sql: Any
+    params: Any
+    many: bool
+    context: dict[str, Any]
 
-    def __init__(
-        self,
-        execute: Callable[..., Any],
-        sql: Any,
-        params: Any,
-        many: bool,
-        context: dict[str, Any],
-    ) -> None:
-        self.execute, self.sql, self.params, self.many = execute, sql, params, many
-        self.context, self.cursor = context, context["cursor"]
+    @property
+    def cursor(self) -> Any:
+        """Django's cursor, from which the caller fetches the rows."""
+        return self.context["cursor"]
 
     def run(self) -> Any:
         """Run the statement on the connection that the cursor belongs to now."""
@@ -79,7 +74,7 @@ class Call:
             with recording_write(context["cursor"].db, alias, sql):
                 return self.execute(sql, params, many, context)
 
-        return Call(execute, self.sql, self.params, self.many, self.context)
+        return self._replace(execute=execute)
 
     def move_to(self, connection: BaseDatabaseWrapper) -> None:
         """Make the cursor one of another connection, or of the same one after it was reopened."""

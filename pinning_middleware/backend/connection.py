@@ -86,9 +86,8 @@ class InstrumentedConnection(BoundedConnect):
         cursor: Any
         if failover_suppressed():
             cursor = super()._cursor(name)
-        elif decision is None and self.alias != pool.primary and pool.is_mirror(self.alias):
-            # The code named the mirror; the policy does not. Only the primary's own connection sees
-            # the rows of a test's transaction.
+        elif self.alias != pool.primary and pool.is_mirror(self.alias):
+            # Only the primary's own connection sees the rows of a test's transaction.
             primary: Any = connections[pool.primary]
             cursor = primary._cursor(name)
             cursor.pinning_alias = self.alias

@@ -161,13 +161,13 @@ def _run_on(
     idle. Raise errors that another server would repeat.
     """
     is_first = call.cursor.db is connection
-    is_unopened = isinstance(call.cursor.cursor, UnopenedCursor)
-    if is_unopened and is_first and (connect_error := _connect_error(call, connection)) is not None:
+    if (connect_error := _connect_error(call, connection)) is not None:
         return _take_out(connection, connect_error)
     for is_last in (False, True):
         was_open, began = connection.connection is not None, None
         try:
-            if is_last or is_unopened or not (is_first and was_open):
+            is_unopened = isinstance(call.cursor.cursor, UnopenedCursor)
+            if is_last or not is_first or is_unopened or connection.connection is None:
                 _reopen(connection)
                 call.move_to(connection)
             raw = connection.connection
@@ -244,8 +244,10 @@ def _run_refused(
 
 
 def _connect_error(call: Call, connection: BaseDatabaseWrapper) -> Exception | None:
-    """Return the error with which connecting for an unopened cursor has just failed, or None."""
-    opened: UnopenedCursor = call.cursor.cursor
+    """Return the error with which connecting for this cursor has just failed, or None."""
+    opened = call.cursor.cursor
+    if not isinstance(opened, UnopenedCursor) or call.cursor.db is not connection:
+        return None
     if opened.is_handled:
         return None
     opened.is_handled = True

@@ -6,7 +6,8 @@ rejected before it is sent.
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -186,17 +187,16 @@ def record_session_end(connection: BaseDatabaseWrapper) -> None:
             scope.record_session_state(key, is_modified=False)
 
 
-class recording_write(AbstractContextManager[None]):
+@contextmanager
+def recording_write(connection: BaseDatabaseWrapper, alias: str, sql: Any) -> Iterator[None]:
     """Record the write that runs inside the block. Raise ReplicaWriteError on a replica."""
-
-    def __init__(self, connection: BaseDatabaseWrapper, alias: str, sql: Any) -> None:
-        self._connection, self._alias, self._sql = connection, alias, sql
-
-    def __enter__(self) -> None:
-        self._recorded = record_write_started(self._connection, self._alias, self._sql)
-
-    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
-        record_write_finished(self._connection, self._recorded, failed=kind is not None)
+    recorded = record_write_started(connection, alias, sql)
+    try:
+        yield
+    except BaseException:
+        record_write_finished(connection, recorded, failed=True)
+        raise
+    record_write_finished(connection, recorded)
 
 
 def _pools_written(alias: str) -> tuple[PoolKey, ...]:

@@ -24,13 +24,10 @@ def next_replica(pool: Pool, scope: Scope, state: PoolState) -> str | None:
     """Return the replica that the scope reads from, choosing the next one if necessary."""
     alias, now = state.replica, clock.monotonic()
     key = None if scope.balance_key is None else scope.balance_key()
-    if (
-        alias is not None
-        and key is None
-        and alias in pool.replica_set.rotation.names
-        # Outside any scope a replica is kept for a window only.
-        and (not scope.is_ambient or now - state.replica_since < conf.seconds)
-    ):
+    # Outside any scope a replica is kept for a window only.
+    is_kept = not scope.is_ambient or now - state.replica_since < conf.seconds
+    is_kept = is_kept and key is None
+    if alias is not None and is_kept and alias in pool.replica_set.rotation.names:
         return alias
     chosen = pool.replica_set.next(after=alias, key=key)
     if chosen != alias or key is None:

@@ -154,11 +154,10 @@ def admit(pool: Pool, connection: BaseDatabaseWrapper, scope: Scope) -> Rejectio
     wanted = requirement.position
     if requirement.primary_only or (wanted is not None and not pool.supports_positions):
         return Rejection(Reason.PINNED)
-    if pool.guarantee.tracks_reads:
-        try:
-            wanted = merge_positions(wanted, pool.guarantee.must_reach(pool, state, alias))
-        except LookupError:
-            return Rejection(Reason.NOT_CAUGHT_UP)
+    try:
+        wanted = merge_positions(wanted, pool.guarantee.must_reach(pool, state, alias))
+    except LookupError:
+        return Rejection(Reason.NOT_CAUGHT_UP)
     if wanted is None or pool.replica_set.caught_up(alias, wanted, connection):
         return None
     has_caught_up = pool.replica_set.probe_caught_up(alias, wanted, connection)
@@ -292,5 +291,5 @@ def _replica(pool: Pool, alias: str, reason: Reason) -> Decision:
 def _primary(pool: Pool, reason: Reason) -> Decision:
     """Choose the primary, or the replica that substitutes for it while it is down."""
     if pool.is_primary_down and (alias := pool.replica_set.substitute()) is not None:
-        return _replica(pool, alias, Reason.PRIMARY_DOWN)
+        return Decision(alias, alias, Reason.PRIMARY_DOWN)
     return Decision(pool.primary, None, reason)

@@ -95,13 +95,13 @@ class Pool:
         Return the replicas that may be monitored although no setting requires it. A test database
         to which a monitor is connected could not be dropped.
         """
-        found, testing = [], is_testing()
-        for alias, endpoint in self.endpoints.items():
-            if endpoint.out_of_rotation or self.is_mirror(alias):
-                continue
-            if not testing or any(server.is_replica for server in endpoint.recent_servers):
-                found.append(alias)
-        return tuple(found)
+        return tuple(
+            alias
+            for alias, endpoint in self.endpoints.items()
+            if not endpoint.out_of_rotation
+            and not self.is_mirror(alias)
+            and (not is_testing() or any(s.is_replica for s in endpoint.recent_servers))
+        )
 
     def dry_run_pin(self, state: PoolState) -> Pin | None:
         """Return the pin that tells a dry run when the scope wrote, None outside a dry run."""

@@ -75,7 +75,7 @@ class PrimaryConnections:
                 state, _ = found
         if state.opened_at < server.demoted_at:
             return Fault.DEMOTED
-        if requirement.position is None:
+        if requirement.position is None or self.endpoint.has_several_primaries:
             return None
         return self._reject_for_position(connection, server, requirement.position)
 
@@ -135,8 +135,6 @@ class PrimaryConnections:
             return None
         suspected = dialect.foreign_points(position, server, server.position)
         if not self._is_unconfirmed(suspected, state_of(connection)):
-            return None
-        if self.endpoint.has_several_primaries:
             return None
         if (found := self._probe_primary(connection)) is None:
             return None

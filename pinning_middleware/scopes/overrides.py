@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from enum import Enum
 from typing import NamedTuple
 
-from pinning_middleware.scopes import threads
+from pinning_middleware.scopes.threads import clear_inherited, not_inherited
 
 __all__ = [
     "Kind",
@@ -66,7 +66,7 @@ class Override(NamedTuple):
 
 
 _overrides: ContextVar[Override | None] = ContextVar("pinning_overrides", default=None)
-threads.not_inherited(_overrides)
+not_inherited(_overrides)
 
 # Replace the whole chain, for example by that of another context.
 set_overrides = _overrides.set
@@ -74,8 +74,7 @@ set_overrides = _overrides.set
 
 def current_overrides() -> Override | None:
     """Return the innermost override that is active, with those around it."""
-    if threads.INHERIT_CONTEXT:
-        threads.clear_inherited()
+    clear_inherited()
     return _overrides.get()
 
 

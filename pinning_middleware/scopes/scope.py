@@ -26,7 +26,7 @@ from pinning_middleware.pins import (
     merge_positions,
     pins_of,
 )
-from pinning_middleware.scopes import threads
+from pinning_middleware.scopes.threads import clear_inherited, not_inherited
 from pinning_middleware.utils import clock
 from pinning_middleware.utils.forks import ForkSafeLock
 
@@ -245,8 +245,7 @@ class Scope:
             return state
         if not self.inherited_pins and self.parent is None:
             return _INITIAL
-        inherited, observed = pins_of(self.inherited_pins, key.primary)
-        state = PoolState(inherited, observed)
+        state = _INITIAL.inherit(*pins_of(self.inherited_pins, key.primary))
         return state if self.parent is None else state.merge_outer(self.parent.state(key))
 
     def update(self, key: PoolKey, change: Callable[[PoolState], PoolState]) -> PoolState:
@@ -331,7 +330,7 @@ class Scope:
         """Inherit further pins of earlier scopes."""
         if not pins:
             return
-        self.inherited_pins = merge_pins(self.inherited_pins, pins) if self.inherited_pins else pins
+        self.inherited_pins = merge_pins(self.inherited_pins, pins)
         for key in self.pools:
             self.update(key, lambda state, key=key: state.inherit(*pins_of(pins, key.primary)))  # type: ignore[misc]
 
@@ -384,14 +383,11 @@ class Scope:
     @property
     def revision(self) -> int:
         """A number that grows with everything that later scopes have to know."""
-        revision = len(self.keys)
-        for state in self.pools.values():
-            revision += state.revision
-        return revision
+        return sum(state.revision for state in self.pools.values()) + len(self.keys)
 
 
 _scope: ContextVar[Scope | None] = ContextVar("pinning_scope", default=None)
-threads.not_inherited(_scope)
+not_inherited(_scope)
 
 # Enter a scope by `enter(scope)` and leave it by `enter(the previous one)`: `reset(token)` raises
 # if a scope is left in another context than it was entered in.
@@ -400,14 +396,13 @@ enter = _scope.set
 
 def entered_scope() -> Scope | None:
     """Return the scope of this unit of work, None outside any."""
-    if threads.INHERIT_CONTEXT:
-        threads.clear_inherited()
+    clear_inherited()
     scope = _scope.get()
-    if scope is None or scope.expires_at is None or clock.monotonic() < scope.expires_at:
-        return scope
-    # A background task that outlives the request which started it.
-    _scope.set(None)
-    return None
+    if scope is not None and scope.expires_at is not None and clock.monotonic() >= scope.expires_at:
+        # A background task that outlives the request which started it.
+        _scope.set(None)
+        return None
+    return scope
 
 
 def current_scope() -> Scope:

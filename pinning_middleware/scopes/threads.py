@@ -36,11 +36,8 @@ def not_inherited(variable: ContextVar[Any]) -> None:
 
 
 def clear_inherited() -> None:
-    """
-    Clear what this thread has inherited, when it is first called in the thread's own context. There
-    is nothing to clear unless ``INHERIT_CONTEXT``.
-    """
-    if _thread.is_clear:
+    """Clear what this thread has inherited, when it is first called in the thread's own context."""
+    if not INHERIT_CONTEXT or _thread.is_clear:
         return
     # None in the main thread, and in one that Python did not start.
     own: Context | None = getattr(threading.current_thread(), "_context", None)

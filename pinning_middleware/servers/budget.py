@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from django.db import OperationalError
@@ -26,8 +27,8 @@ class BudgetExhausted(OperationalError):
     """
 
 
-class _ReadBudget(threading.local, AbstractContextManager[None]):
-    _spent = _began = 0.0
+class _ReadBudget(threading.local):
+    _spent = 0.0
     _is_spending = False
 
     @property
@@ -39,16 +40,18 @@ class _ReadBudget(threading.local, AbstractContextManager[None]):
         """Subtract what a read has waited for a server that did not answer."""
         self._spent += seconds
 
-    def spending(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def spending(self) -> Iterator[None]:
         """Subtract the time that the block takes; blocks may be nested."""
-        return nullcontext() if self._is_spending else self
-
-    def __enter__(self) -> None:
-        self._is_spending, self._began = True, time.monotonic()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._is_spending = False
-        self._spent += time.monotonic() - self._began
+        if self._is_spending:
+            yield
+            return
+        began, self._is_spending = time.monotonic(), True
+        try:
+            yield
+        finally:
+            self._is_spending = False
+            self._spent += time.monotonic() - began
 
     def renew(self) -> None:
         """Begin again for the thread's next read."""

@@ -11,9 +11,10 @@ import asyncio
 import logging
 import sys
 import time
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from django.db import DatabaseError, InterfaceError, OperationalError
@@ -74,19 +75,18 @@ failover_disabled: ContextVar[bool] = ContextVar("pinning_failover_disabled", de
 # True while connecting for a probe, which uses CONNECT_TIMEOUT rather than the site's own timeout.
 probing: ContextVar[bool] = ContextVar("pinning_probing", default=False)
 
-# In place of a driver connection and its state.
-_NO_STATE: Final = (object(), None)
 _states: WeakKeyDictionary[Any, ConnectionState] = WeakKeyDictionary()
 
 
-class without_failover(AbstractContextManager[None]):
+@contextmanager
+def without_failover() -> Iterator[None]:
     """Disable failover inside the block."""
-
-    def __enter__(self) -> None:
-        self._token = failover_disabled.set(True)
-
-    def __exit__(self, *exc_info: object) -> None:
-        failover_disabled.reset(self._token)
+    previous = failover_disabled.get()
+    failover_disabled.set(True)
+    try:
+        yield
+    finally:
+        failover_disabled.set(previous)
 
 
 def probing_allowed(connection: BaseDatabaseWrapper) -> bool:
@@ -132,10 +132,9 @@ def state_of(connection: BaseDatabaseWrapper, raw: Any = None) -> ConnectionStat
     It is created if it does not exist, and again after a change of the settings.
     """
     raw = connection.connection if raw is None else raw
-    known: ConnectionState
-    known_raw, known = connection.__dict__.get("pinning_state", _NO_STATE)
-    if known_raw is raw and not known.endpoint.is_stale:
-        return known
+    cached = connection.__dict__.get("pinning_state")
+    if cached is not None and cached[0] is raw and not cached[1].endpoint.is_stale:
+        return cached[1]  # type: ignore[no-any-return]
     state = _states.get(raw)
     if state is None or state.endpoint.is_stale:
         endpoint = endpoint_for(connection)
@@ -159,11 +158,9 @@ def _record_whether_bounded(
     if dialect_for(connection) is None or endpoint.alias == endpoint.pool:
         return
     was_bounded = endpoint.reads_are_bounded
-    endpoint.reads_are_bounded = (
-        state.waits_are_watched
-        or bool(connection.settings_dict["OPTIONS"].get("read_timeout"))
-        or hasattr(driver_connection(raw), "fileno")
-    )
+    has_timeout = bool(connection.settings_dict["OPTIONS"].get("read_timeout"))
+    has_socket = hasattr(driver_connection(raw), "fileno")
+    endpoint.reads_are_bounded = state.waits_are_watched or has_timeout or has_socket
     if was_bounded is not endpoint.reads_are_bounded is False:
         logger.info(
             "A read of %s waits for as long as its server does not answer: connections of %s "
