@@ -44,7 +44,11 @@ def replica_caught_up(
     # For a pinned read the primary comes before a higher tier.
     if kept and not replicas.rotation.is_fallback(kept) and replicas.caught_up(kept, wanted):
         return kept
-    return replicas.find_caught_up(wanted, key, probe=probe)
+    alias = replicas.find_caught_up(wanted, key, probe=probe)
+    if alias is not None:
+        # Otherwise all pinned reads would use the first replica of which it is known.
+        pool.follow(wanted, is_new=False)
+    return alias
 
 
 def replica_for_override(

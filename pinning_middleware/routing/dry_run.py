@@ -95,7 +95,7 @@ class DryRunPool(Pool):
     def is_mirror(self, alias: str) -> bool:
         return alias == ASSUMED_REPLICA or super().is_mirror(alias)
 
-    def follow(self, position: Position) -> None:
+    def follow(self, position: Position, *, is_new: bool = True) -> None:
         """Do nothing: no replica can be probed."""
 
     def sample_lag(self) -> None:

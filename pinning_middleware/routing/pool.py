@@ -79,11 +79,19 @@ class Pool:
 
     # The monitors of its replicas
 
-    def follow(self, position: Position) -> None:
-        """Have the replicas probed until they have reached what was just written. Does no I/O."""
+    def follow(self, position: Position, *, is_new: bool = True) -> None:
+        """
+        Have the replicas probed that are not known to have reached a position. ``is_new``: it was
+        just written. Does no I/O.
+        """
         weights = self.replica_set.rotation.weights
-        aliases = tuple(alias for alias in self._monitored() if weights.get(alias))
-        monitor.follow(position, self.primary, aliases, self.health.update_status)
+        aliases = tuple(
+            alias
+            for alias in self._monitored()
+            if weights.get(alias) and not self.replica_set.all_have_reached(alias, position)
+        )
+        update = self.health.update_status
+        monitor.follow(position, self.primary, aliases, update, is_new=is_new)
 
     def sample_lag(self) -> None:
         """Have the lag of the replicas measured for the next while. Does no I/O."""

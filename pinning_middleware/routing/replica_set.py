@@ -171,7 +171,7 @@ class ReplicaSet:
             server = state_of(connection).server
             return None if server is None else self._has_reached(server, wanted) or None
         # Without an interchangeable alias a read cannot be retried elsewhere.
-        has_reached = self._all_have_reached(alias, wanted)
+        has_reached = self.all_have_reached(alias, wanted)
         return (has_reached and is_interchangeable(self.primary, alias)) or None
 
     def find_caught_up(
@@ -249,7 +249,7 @@ class ReplicaSet:
 
         def found() -> str | None:
             for alias in order:
-                if self._all_have_reached(alias, wanted):
+                if self.all_have_reached(alias, wanted):
                     return alias
                 if any(_is_unresolved(s, wanted) for s in self.endpoints[alias].recent_servers):
                     monitor.resolve_timeline(alias, self.primary, self.health.update_status)
@@ -278,7 +278,7 @@ class ReplicaSet:
         position, waited = self._in_vain
         if seconds > waited or not dialect.reached(position, wanted.points):
             return False
-        return not any(self._all_have_reached(alias, position) for alias in order)
+        return not any(self.all_have_reached(alias, position) for alias in order)
 
     def _cannot_catch_up(self, endpoint: Endpoint) -> bool:
         is_behind = endpoint.alias in self.behind_in_tests
@@ -293,7 +293,8 @@ class ReplicaSet:
             return not dialect.foreign_points(wanted, server, server.position)
         return dialect.reached(wanted, server.position)
 
-    def _all_have_reached(self, alias: str, wanted: Position) -> bool:
+    def all_have_reached(self, alias: str, wanted: Position) -> bool:
+        """Return whether all servers behind an alias are known to have reached a position."""
         servers = self.endpoints[alias].recent_servers
         return bool(servers) and all(self._has_reached(server, wanted) for server in servers)
 

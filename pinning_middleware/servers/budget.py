@@ -37,8 +37,12 @@ class _ReadBudget(threading.local):
         return max(READ_BUDGET - self._spent, 0.0)
 
     def spend(self, seconds: float) -> None:
-        """Subtract what a read has waited for a server that did not answer."""
-        self._spent += seconds
+        """
+        Subtract what a read has waited for a server that did not answer. Inside ``spending()`` it
+        is subtracted anyway.
+        """
+        if not self._is_spending:
+            self._spent += seconds
 
     @contextmanager
     def spending(self) -> Iterator[None]:

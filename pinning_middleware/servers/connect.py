@@ -79,7 +79,7 @@ class BoundedConnect(Base):  # type: ignore[misc]
     # A connection for the package's own use; see dedicated_connection().
     is_dedicated = False
     # A read waits for it.
-    spends_read_budget = True
+    is_for_read = True
 
     def get_connection_params(self) -> dict[str, Any]:
         """Return the driver's parameters, with a timeout unless OPTIONS has one."""
@@ -156,7 +156,7 @@ def _connect_in_time(
     time left.
     """
     seconds = CONNECT_TIMEOUT
-    if connection.spends_read_budget:
+    if connection.is_for_read:
         seconds = min(read_budget.left, CONNECT_TIMEOUT)
     endpoint = endpoint_for(connection)
     has_hung = time.monotonic() - endpoint.hung_at < RECENT_FOR
@@ -218,8 +218,7 @@ def _hosts(params: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _check_reachable(alias: str) -> None:
-    with contextlib.closing(dedicated_connection(alias)) as connection:
-        vars(connection)["spends_read_budget"] = True
+    with contextlib.closing(dedicated_connection(alias, for_read=True)) as connection:
         connection.ensure_connection()
 
 
@@ -229,10 +228,13 @@ def _bounded_class(base: Any) -> Any:
     return type(base.__name__, (BoundedConnect, base), {"__module__": base.__module__})
 
 
-def dedicated_connection(alias: str, host: tuple[str, str] | None = None) -> BaseDatabaseWrapper:
+def dedicated_connection(
+    alias: str, host: tuple[str, str] | None = None, *, for_read: bool = False
+) -> BaseDatabaseWrapper:
     """
     Return a new connection for the package's own use, not from a pool, for any thread; to one host
-    and port of the alias's list if ``host`` is given.
+    and port of the alias's list if ``host`` is given. ``for_read``: a read waits for it, so that
+    connecting takes no longer than what is left of its budget.
     """
     settings = connections.settings[alias]
     if host is not None:
@@ -240,6 +242,6 @@ def dedicated_connection(alias: str, host: tuple[str, str] | None = None) -> Bas
     options = {name: value for name, value in settings["OPTIONS"].items() if name != "pool"}
     backend: Any = load_backend(settings["ENGINE"])
     connection = _bounded_class(backend.DatabaseWrapper)({**settings, "OPTIONS": options}, alias)
-    connection.is_dedicated, connection.spends_read_budget = True, False
+    connection.is_dedicated, connection.is_for_read = True, for_read
     connection.inc_thread_sharing()
     return connection  # type: ignore[no-any-return]

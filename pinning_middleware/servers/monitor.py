@@ -135,13 +135,14 @@ class Monitor:
             self.condition.notify_all()
         return True
 
-    def follow(self, position: Position) -> bool:
+    def follow(self, position: Position, is_new: bool) -> bool:
         with self.condition:
             if self.is_stopping:
                 return False
             now = time.monotonic()
             self._busy_until, self._follow_until = now + IDLE, now + NEEDED
-            self._written = position
+            if is_new:
+                self._written = position
             if self._followed is None:
                 self._followed, self._follow_pause = position, FOLLOW_EVERY
                 self._follow_at = max(now + FOLLOW_AFTER, self._last_check + FOLLOW_EVERY)
@@ -554,14 +555,19 @@ def sample_lag(primary: str, aliases: tuple[str, ...], update_status: UpdateStat
 
 
 def follow(
-    position: Position, primary: str, aliases: tuple[str, ...], update_status: UpdateStatus
+    position: Position,
+    primary: str,
+    aliases: tuple[str, ...],
+    update_status: UpdateStatus,
+    *,
+    is_new: bool,
 ) -> None:
     """
-    Probe these replicas until they have reached a position that was just written, so that it is
-    known if the primary fails. Does no I/O.
+    Probe these replicas until they have reached a position, so that it is known when a read needs
+    it, also if the primary fails. ``is_new``: it was just written. Does no I/O.
     """
     for alias in aliases:
-        _assign(alias, primary, update_status, lambda monitor: monitor.follow(position))
+        _assign(alias, primary, update_status, lambda monitor: monitor.follow(position, is_new))
 
 
 def resolve_timeline(alias: str, primary: str, update_status: UpdateStatus) -> None:

@@ -280,6 +280,18 @@ def test_known_position_is_shared_by_threads(pg: PostgreSQL) -> None:
 # The end of a pin
 
 
+def test_pinned_reads_are_spread_in_a_process_that_has_not_written(
+    pg: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe_replicas()
+    with monkeypatch.context() as other_process:
+        other_process.setattr(monitor, "follow", lambda *args, **kwargs: None)
+        token = write("one")
+    pg.wait_for()
+    # The first of them probes one replica, and the other one is probed afterwards.
+    assert eventually(lambda: {server_for(token) for _ in range(4)} == {"pg1", "pg2"})
+
+
 def test_cookie_is_kept_until_it_expires(pg: PostgreSQL, visit: Visit) -> None:
     """A reached pin needs no query, and a read never removes it."""
     visit(create)

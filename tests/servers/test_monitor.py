@@ -133,7 +133,9 @@ def test_monitor_follows_the_newest_write_after_an_older_one(
     monkeypatch.setattr(monitor, "dialect_for", lambda connection: PostgreSQL())
     follower, server = unstarted_monitor("replica1"), Server(Identity("1", "10.0.0.1", 1))
     for written in (5, 7, 9):
-        follower.follow(Position({"ff-1": written}))
+        follower.follow(Position({"ff-1": written}), is_new=True)
+    # That of a pin is older, and reached before.
+    follower.follow(Position({"ff-1": 3}), is_new=False)
     server.position = {"ff-1": point}
     follower._check_followed(server)
     assert follower._followed == (None if left is None else Position({"ff-1": left}))
@@ -142,7 +144,7 @@ def test_monitor_follows_the_newest_write_after_an_older_one(
 def test_followed_replica_is_probed_at_most_ten_times_a_second() -> None:
     follower = unstarted_monitor("replica1")
     follower._last_check = time.monotonic()
-    follower.follow(Position({"ff-1": 5}))
+    follower.follow(Position({"ff-1": 5}), is_new=True)
     assert seconds_until_next_check(follower) == pytest.approx(monitor.FOLLOW_EVERY, abs=0.05)
 
 
