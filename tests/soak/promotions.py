@@ -42,15 +42,7 @@ def promote_without_loss(context: FaultContext) -> None:
 def promote_with_loss(context: FaultContext) -> None:
     """The primary crashes with writes that no replica has received."""
     old = context.primary
-    _wait_followed(context)
-    with context.excused("primary lost", READS, WRITES):
-        with context.excused("writes lost", LOST_WRITES):
-            _disconnect(context)
-            context.wait(0.1, 0.5)
-            old.stop("immediate")
-        alias = _most_advanced(context)
-        context.cluster.nodes[alias].promote()
-        _lead_to(context, alias)
+    alias = _promote_behind(context, "primary lost", lambda: old.stop("immediate"))
     _copy_anew(context, old)
     context.links[alias].point_to(old)
 
@@ -58,18 +50,26 @@ def promote_with_loss(context: FaultContext) -> None:
 def promote_unfenced(context: FaultContext) -> None:
     """The former primary still accepts writes, and appears under the alias of a replica."""
     old = context.primary
-    _wait_followed(context)
-    with context.excused("primary unreachable", READS, WRITES):
-        with context.excused("writes lost", LOST_WRITES):
-            _disconnect(context)
-            context.wait(0.1, 0.5)
-            context.links["default"].point_to(NOWHERE)
-        alias = _most_advanced(context)
-        context.cluster.nodes[alias].promote()
-        _lead_to(context, alias)
+    alias = _promote_behind(
+        context, "primary unreachable", lambda: context.links["default"].point_to(NOWHERE)
+    )
     context.links[alias].point_to(old)
     context.wait(1, 3)
     _copy_anew(context, old)
+
+
+def _promote_behind(context: FaultContext, name: str, cut_off: Callable[[], object]) -> str:
+    """Cut off the primary, promote a replica that lacks its last writes; return its old alias."""
+    _wait_followed(context)
+    with context.excused(name, READS, WRITES):
+        with context.excused("writes lost", LOST_WRITES):
+            _disconnect(context)
+            context.wait(0.1, 0.5)
+            cut_off()
+        alias = _most_advanced(context)
+        context.cluster.nodes[alias].promote()
+        _lead_to(context, alias)
+    return alias
 
 
 def _wait_followed(context: FaultContext) -> None:
