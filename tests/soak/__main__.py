@@ -126,7 +126,7 @@ def report(history: History, folder: Path | None = None) -> int:
     writes = [each for each in operations if each.wrote is not None]
     print(
         f"{len(operations):,} operations, {len(reads):,} reads by "
-        f"{len({each.session for each in operations})} devices"
+        f"{len({each.session.partition('.')[0] for each in operations})} devices"
     )
     for what, them in (("read", reads), ("write", writes)):
         print(f"longest {what} {max((each.ended - each.began for each in them), default=0):.2f} s")

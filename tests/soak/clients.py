@@ -20,6 +20,10 @@ __all__ = ["Device", "run"]
 DEVICES: Final = ("1", "2")
 WRITES: Final = ("orm", "get", "transaction", "cursor", "bulk", "stream", "task")
 SHARE_OF_WRITES: Final = 0.2
+# Reads of one request, each of which chooses a server.
+READS: Final = (1, 6)
+# Writes to a list. A device then begins another one, so that reads stay as fast as they were.
+LENGTH: Final = 200
 # Seconds. A request that takes longer is given up, and recorded without an answer.
 TIMEOUT: Final = 20.0
 THINKS: Final = (0.005, 0.03)
@@ -29,42 +33,56 @@ class Device:
     """A browser of a user: cookies, one connection, a list of its own."""
 
     def __init__(self, user: str, number: str, port: int, seed: int) -> None:
-        self.user, self.session = user, f"{user}-{number}"
+        self.user, self._name = user, f"{user}-{number}"
         self._port = port
-        self._random = random.Random(f"{seed}-{self.session}")
+        self._random = random.Random(f"{seed}-{self._name}")
         self._cookies: dict[str, tuple[str, float]] = {}
-        self._written = 0
+        self._lists = self._written = 0
         self._connection = self._connect()
 
-    def act(self, own: list[str], others: list[str]) -> Operation:
-        """Read, or write and read."""
+    @property
+    def session(self) -> str:
+        """The name of the list that the device appends to."""
+        return f"{self._name}.{self._lists}" if self._lists else self._name
+
+    def act(self, own: list[str], others: list[str]) -> list[Operation]:
+        """Read, or write and read; return one operation for each read."""
         time.sleep(self._random.uniform(*THINKS))
         lists = [*own, self._random.choice(others)] if others else own
         if self._random.random() < SHARE_OF_WRITES:
             return self._write(self._random.choice(WRITES), lists)
-        return self._request("read", "GET", "/read/", {"list": lists})
+        reads = [f"{self._random.randint(*READS)}"]
+        return self._request("read", "GET", "/read/", {"list": lists, "reads": reads})
 
-    def _write(self, how: str, lists: list[str]) -> Operation:
+    def _write(self, how: str, lists: list[str]) -> list[Operation]:
         self._written += 1
         query = {"list": lists, "to": [self.session], "number": [str(self._written)]}
         done = self._request(how, "GET" if how == "get" else "POST", f"/write/{how}/", query)
-        return done._replace(wrote=self._written)
+        wrote = [each._replace(wrote=self._written) for each in done]
+        if self._written == LENGTH:
+            self._lists, self._written = self._lists + 1, 0
+        return wrote
 
-    def _request(self, kind: str, method: str, path: str, query: dict[str, list[str]]) -> Operation:
+    def _request(
+        self, kind: str, method: str, path: str, query: dict[str, list[str]]
+    ) -> list[Operation]:
         target = f"{path}?{urlencode({'user': [self.user], **query}, doseq=True)}"
+        answers: list[dict[str, Any]] = [{}]
         began = time.monotonic()
         try:
             self._connection.request(method, target, headers=self._headers())
             response = self._connection.getresponse()
             body, status = response.read(), response.status
             self._take_cookies(response)
-            answer = json.loads(body) if status == 200 else {}
+            if status == 200:
+                answers = json.loads(body)["answers"]
         except (OSError, http.client.HTTPException, ValueError):
             self._connection.close()
             self._connection = self._connect()
-            answer, status = {}, 0
+            status = 0
         ended, asked = time.monotonic(), query["list"]
-        return Operation(self.user, self.session, kind, began, ended, status, asked=asked, **answer)
+        done = Operation(self.user, self.session, kind, began, ended, status, asked=asked)
+        return [done._replace(**answer) for answer in answers]
 
     def _connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self._port, timeout=TIMEOUT)
@@ -86,21 +104,23 @@ def run(
 ) -> list[threading.Thread]:
     """Start a thread for each device; they end when the run is over."""
     names = [f"user{number}" for number in range(users)]
-    lists = {name: [f"{name}-{number}" for number in DEVICES] for name in names}
+    devices = {name: [Device(name, number, port, seed) for number in DEVICES] for name in names}
 
-    def work(device: Device, own: list[str], others: list[str]) -> None:
+    def work(device: Device) -> None:
         try:
             while not is_over():
-                recorder.add(device.act(own, others))
+                own = [each.session for each in devices[device.user]]
+                others = [
+                    each.session for name in names if name != device.user for each in devices[name]
+                ]
+                for operation in device.act(own, others):
+                    recorder.add(operation)
         except Exception:
             recorder.add(Error(device.session, traceback.format_exc()))
 
-    threads = []
-    for name in names:
-        others = [each for other in names if other != name for each in lists[other]]
-        for number in DEVICES:
-            arguments: Any = (Device(name, number, port, seed), lists[name], others)
-            threads.append(threading.Thread(target=work, args=arguments))
+    threads = [
+        threading.Thread(target=work, args=(device,)) for name in names for device in devices[name]
+    ]
     for thread in threads:
         thread.start()
     return threads

@@ -27,9 +27,10 @@ class Promise(StrEnum):
 
 class Operation(NamedTuple):
     """
-    One request, or one task that a request has started.
+    One read of a request, with the write before it; or that of a task that a request has started.
 
-    ``session`` is a device of ``user``; its operations do not overlap. ``kind``: how it reads or
+    ``session`` is a device of ``user``; its requests do not overlap, and those of one request are
+    recorded in their order, with the times of the request. ``kind``: how it reads or
     writes. ``began`` and ``ended``: seconds on one clock. ``status`` of HTTP, 0: no answer.
     ``wrote``: the number that it appends to the list of its session. ``asked``: the lists that it
     read after that. ``saw``: the highest number of each list; ``rows`` and ``numbers``: how many of

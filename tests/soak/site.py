@@ -1,8 +1,9 @@
 """
 The site: every way to write, and a read that returns what its session may have to see.
 
-``GET /read/?user=…&list=…&list=…`` returns the highest number of each list, how many rows and
-different numbers it has, the owners of the rows, and the server that answered.
+``GET /read/?user=…&list=…&list=…&reads=…`` reads the lists, once or several times. Each answer has
+the highest number of each list, how many rows and different numbers it has, the owners of the rows,
+and the server that answered.
 ``POST /write/<how>/?to=…&number=…&…`` appends a row before it reads.
 """
 
@@ -67,8 +68,14 @@ def read_lists(lists: Iterable[str]) -> dict[str, Any]:
     }
 
 
+def answer(*reads: dict[str, Any]) -> dict[str, Any]:
+    return {"answers": reads}
+
+
 def read(request: HttpRequest) -> HttpResponse:
-    return JsonResponse(read_lists(request.GET.getlist("list")))
+    lists = request.GET.getlist("list")
+    times = int(request.GET.get("reads", 1))
+    return JsonResponse(answer(*(read_lists(lists) for _ in range(times))))
 
 
 # Ways to write
@@ -119,7 +126,7 @@ def stream(request: HttpRequest) -> StreamingHttpResponse:
     def body() -> Iterator[bytes]:
         yield b" "
         by_orm(*row_of(request))
-        yield json.dumps(read_lists(request.GET.getlist("list"))).encode()
+        yield json.dumps(answer(read_lists(request.GET.getlist("list")))).encode()
 
     return StreamingHttpResponse(body())
 
@@ -135,7 +142,7 @@ def task(request: HttpRequest) -> HttpResponse:
     # The task may need the last connection of a pool, for which this request waits.
     connection.close()
     job = worker.submit(run, token, request.GET.getlist("list"))
-    return JsonResponse(job.result(60))
+    return JsonResponse(answer(job.result(60)))
 
 
 def run(token: str | None, lists: list[str]) -> dict[str, Any]:
