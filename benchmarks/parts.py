@@ -42,9 +42,11 @@ PARTS: Final = {
     "admission, retries, recording a write": (("pinning_middleware.backend.execute", "_execute"),),
     "counting the read": (("pinning_middleware.backend.execute", "record_read"),),
     "a probe, with its round trip": (("pinning_middleware.routing.health", "probe"),),
-    "following the write on the replicas": (("pinning_middleware.routing.pool", "Pool.follow"),),
+    "tracking the write on the replicas": (("pinning_middleware.routing.pool", "Pool.track"),),
     "making the pin": (("pinning_middleware.middleware", "PinningMiddleware.save_pins"),),
-    "signing and setting the cookie": (("pinning_middleware.stores.client", "CookieStore.save"),),
+    "signing and setting the cookie": (
+        ("pinning_middleware.stores.token_stores", "CookieStore.save"),
+    ),
     REST: (
         ("pinning_middleware.middleware", "PinningMiddleware.respond"),
         ("django.db.backends.base.base", "BaseDatabaseWrapper._cursor"),

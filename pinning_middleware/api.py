@@ -12,7 +12,7 @@ from pinning_middleware.routing.outgoing import announce
 from pinning_middleware.routing.policy import own_pin_reason
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.scopes.overrides import Kind
+from pinning_middleware.scopes.overrides import OverrideKind
 from pinning_middleware.scopes.scope import Scope, current_scope, entered_scope
 from pinning_middleware.stores import cache
 from pinning_middleware.utils import clock
@@ -149,8 +149,8 @@ def use_primary(using: Any = None) -> Any:
     other alias.
     """
     if callable(using):
-        return Block(Kind.PRIMARY)(using)
-    return Block(Kind.PRIMARY, using, check=_check_primary)
+        return Block(OverrideKind.PRIMARY)(using)
+    return Block(OverrideKind.PRIMARY, using, check=_check_primary)
 
 
 @overload
@@ -170,15 +170,15 @@ def use_replica(using: Any = None, max_lag: float | None = None, group: str | No
     without groups. Raise ValueError, on entry, for a group that no pool with replicas has.
     """
     if callable(using):
-        return Block(Kind.REPLICA)(using)
+        return Block(OverrideKind.REPLICA)(using)
     if max_lag is not None:
         if isinstance(max_lag, bool) or not isinstance(max_lag, (int, float)):
             raise TypeError(f"max_lag must be a number of seconds, not {max_lag!r}")
         if not max_lag >= 0:
             raise ValueError(f"max_lag must be a number of seconds, 0 or more, not {max_lag!r}")
     if group is None:
-        return Block(Kind.REPLICA, using, max_lag, check=_check_primary)
-    return Block(Kind.REPLICA, using, max_lag, partial(_check_group, group), group)
+        return Block(OverrideKind.REPLICA, using, max_lag, check=_check_primary)
+    return Block(OverrideKind.REPLICA, using, max_lag, partial(_check_group, group), group)
 
 
 @overload
@@ -193,8 +193,8 @@ def offload(using: Any = None) -> Any:
     ``using`` as in ``use_primary()``.
     """
     if callable(using):
-        return Block(Kind.OFFLOAD)(using)
-    return Block(Kind.OFFLOAD, using, check=_check_primary)
+        return Block(OverrideKind.OFFLOAD)(using)
+    return Block(OverrideKind.OFFLOAD, using, check=_check_primary)
 
 
 @overload
@@ -206,7 +206,7 @@ def no_failover(function: Any = None) -> Any:
     Use the server of an alias, inside the block or the decorated function: no other server
     substitutes it, and its errors propagate. For monitoring.
     """
-    block = Block(Kind.NO_FAILOVER)
+    block = Block(OverrideKind.NO_FAILOVER)
     return block(function) if callable(function) else block
 
 
@@ -216,5 +216,5 @@ def ignore_writes(function: Callable[P, R]) -> Callable[P, R]: ...
 def ignore_writes(function: None = None) -> Block: ...
 def ignore_writes(function: Any = None) -> Any:
     """Let the writes inside the block or the decorated function pin nothing."""
-    block = Block(Kind.IGNORE_WRITES)
+    block = Block(OverrideKind.IGNORE_WRITES)
     return block(function) if callable(function) else block

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 from asgiref.sync import iscoroutinefunction
 
 from pinning_middleware.backend.responses import render_within
-from pinning_middleware.scopes.overrides import Kind, pop, push
+from pinning_middleware.scopes.overrides import OverrideKind, pop, push
 
 __all__ = ["Block", "aiterate_within", "async_body_of", "close_within", "iterate_within"]
 
@@ -31,7 +31,7 @@ class Block(AbstractContextManager[None]):
 
     def __init__(
         self,
-        kind: Kind,
+        kind: OverrideKind,
         using: str | None = None,
         max_lag: float | None = None,
         check: Callable[[str | None], object] | None = None,

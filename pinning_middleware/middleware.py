@@ -87,7 +87,7 @@ class PinningMiddleware:
                     self.save_pins(scope, request, response)
             except Exception:
                 logger.exception(
-                    "Could not save the pins of a request; its response is not affected."
+                    "Could not end the scope of a request; its client may read stale data later."
                 )
             finally:
                 _restore(*outer)
@@ -109,7 +109,7 @@ class PinningMiddleware:
                     await asyncio.shield(self.asave_pins(scope, request, response))
             except Exception:
                 logger.exception(
-                    "Could not save the pins of a request; its response is not affected."
+                    "Could not end the scope of a request; its client may read stale data later."
                 )
             finally:
                 _restore(*outer)
@@ -196,12 +196,12 @@ class PinningMiddleware:
         close_within(response, _Closing(late_work))
         # A file needs no database, and servers send it faster without a wrapper.
         if response.streaming and getattr(response, "file_to_stream", None) is None:
-            _follow_body(late_work, response)
+            _wrap_stream(late_work, response)
         else:
             late_work.begin()
 
     def add_server_timing(self, scope: Scope, response: HttpResponseBase) -> None:
-        """Report the servers and reasons of the reads in a Server-Timing header."""
+        """Report the alias and the reason of each read in a Server-Timing header."""
         routes = dict.fromkeys(scope.routes)
         if routes:
             description = ", ".join(f"{alias}: {reason}" for alias, reason in routes)
@@ -372,7 +372,7 @@ def _seconds() -> float:
     return max(conf.seconds, MIN_LATE_SECONDS)
 
 
-def _follow_body(late_work: _PostResponse, response: Any) -> None:
+def _wrap_stream(late_work: _PostResponse, response: Any) -> None:
     """Generate streaming content inside the request's scope."""
     if response.is_async:
         parts: Any = aiterate_within(late_work, *async_body_of(response))

@@ -1,12 +1,12 @@
 """
-A view that finds nothing on a replica is run once more on the primary.
+A view that finds nothing on a replica is retried once on the primary.
 
 A pin protects the client that has written. Another user who is sent the link to a new row reads a
 replica that may not have it yet: a 404 for something that exists. With ``PINNING_RETRY_404`` a GET
-or HEAD whose view ends in 404 has its view run again, in the same request and inside the same
-middleware, if the view has read a replica and nothing was written. The second answer counts.
+or HEAD whose view ends in 404 has its view retried, in the same request and inside the same
+middleware, if the view has read a replica and nothing was written. The second response is returned.
 
-A budget for each process bounds the load on the primary, since most 404s are right.
+A limit for each process bounds the load on the primary, since most 404s are right.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from django.http import Http404, HttpRequest
 from pinning_middleware.conf import RETRY_404_SHARE, conf
 from pinning_middleware.decorators import Block
 from pinning_middleware.reasons import Reason
-from pinning_middleware.scopes.overrides import Kind
+from pinning_middleware.scopes.overrides import OverrideKind
 from pinning_middleware.scopes.scope import Scope, current_scope
 from pinning_middleware.scopes.write_watch import WriteWatch
 from pinning_middleware.utils import clock, counters
 from pinning_middleware.utils.forks import ForkSafeLock
 from pinning_middleware.utils.logging import log_rate_limited
 
-__all__ = ["RETRIED_METHODS", "Budget", "budget", "retry_404"]
+__all__ = ["RETRIED_METHODS", "RetryLimit", "retry_404", "retry_limit"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,7 +48,7 @@ _CHOSEN: Final = (Reason.USE_REPLICA, Reason.EXPLICIT)
 logger = logging.getLogger("pinning_middleware")
 
 
-class Budget:
+class RetryLimit:
     """A token bucket: a share of the requests may be retried, and at least one each second."""
 
     # What quiet traffic saves up.
@@ -59,6 +59,7 @@ class Budget:
         self.reset()
 
     def reset(self) -> None:
+        """Begin without tokens."""
         self._tokens, self._last_free = 0.0, float("-inf")
 
     def earn(self, share: float) -> None:
@@ -67,7 +68,7 @@ class Budget:
             self._tokens = min(self.CAPACITY, self._tokens + share)
 
     def spend(self) -> bool:
-        """Return whether a request may be retried now."""
+        """Take a token for a retry. Return False if none is left."""
         now = clock.monotonic()
         with self._lock:
             # A sum of shares such as 0.05 is a little less than one.
@@ -80,7 +81,7 @@ class Budget:
             return False
 
 
-budget: Final = Budget()
+retry_limit: Final = RetryLimit()
 
 
 @overload
@@ -94,9 +95,10 @@ def retry_404(function: Any = True, *, is_miss: IsMiss | None = None) -> Any:
     Run a view once more on the primary if it ends in 404 after reading a replica, as
     ``PINNING_RETRY_404`` does for all of them. ``@retry_404(False)`` excludes a view.
 
-    ``is_miss(response)`` says which other responses count as a 404, for example one of GraphQL with
-    ``null``. A function that is no view, such as a task, is run again on ``DoesNotExist`` and
-    ``Http404``, without a budget. What the function did besides reading is done twice.
+    ``is_miss(response)`` returns whether another response counts as a 404, for example one of
+    GraphQL with ``null``. A function that is no view, such as a task, is retried on
+    ``DoesNotExist`` and ``Http404``, without a limit. What the function did besides reading is done
+    twice.
     """
     if callable(function):
         return _decorate(function, is_miss)
@@ -111,7 +113,7 @@ def _decorate(function: Callable[..., Any], is_miss: IsMiss | None = None) -> Ca
             f"{function.__name__} is a class. Decorate one of its methods: "
             "@method_decorator(retry_404, name='dispatch')"
         )
-    on_primary = Block(Kind.RETRY_404)(function)
+    on_primary = Block(OverrideKind.RETRY_404)(function)
 
     if iscoroutinefunction(function):
 
@@ -197,7 +199,7 @@ class _FirstRun(AbstractContextManager[None]):
     ) -> bool:
         self._watch.__exit__()
         if self._request is not None and not inspect.iscoroutine(self.result):
-            budget.earn(conf.retry_404 or RETRY_404_SHARE)
+            retry_limit.earn(conf.retry_404 or RETRY_404_SHARE)
         routes, self._scope.routes = self._scope.routes, (*self._routes, *self._scope.routes)
         if self._ended_in_miss(error) and self._has_read_replica(routes) and not self._has_written:
             self.is_stale = self._request is None or _may_retry(self._request, self._scope)
@@ -235,8 +237,8 @@ class _FirstRun(AbstractContextManager[None]):
 
     def answer(self, error: Exception) -> Any:
         """
-        Count the second run by its exception, and raise that. If the primary cannot be asked,
-        answer as the first run did.
+        Count the second run by its exception, and raise that. If the primary is unreachable, return
+        the response of the first run, or raise its exception.
         """
         first, self._error = self._error, None
         if not isinstance(error, (OperationalError, InterfaceError)):
@@ -246,7 +248,7 @@ class _FirstRun(AbstractContextManager[None]):
             logger,
             logging.WARNING,
             "retry_404",
-            "Could not run a view again on the primary; the answer of the replica counts: %s",
+            "Could not retry a view on the primary; its first response is returned: %s",
             error,
         )
         if first is not None:
@@ -266,10 +268,10 @@ def _request_of(args: tuple[Any, ...]) -> Any:
 
 
 def _may_retry(request: Any, scope: Scope) -> bool:
-    """Return whether a view may be run again now: once in a request, and within the budget."""
+    """Return whether a view may be retried now: once in a request, and within the limit."""
     if request.method not in RETRIED_METHODS or scope.retried_404:
         return False
-    if not budget.spend():
+    if not retry_limit.spend():
         counters.retries_404["refused"] += 1
         return False
     scope.retried_404 = True

@@ -395,11 +395,11 @@ def get_stats() -> dict[str, Any]:
     - ``refusals``: pool → name of a table, a statement or a role → number of reads that went to the
       primary because every standby refuses them.
     - ``retry_404``: number of views that ended in 404 on a replica and were ``found`` or
-      ``missing`` on the primary, or ``refused`` since the budget was spent.
+      ``missing`` on the primary, or ``refused`` since the limit was reached.
     - ``task_retries``: number of tasks that were ``put_back`` until a replica has caught up, or
       that read the ``primary`` in the end.
-    - ``waits``: pool → ``count`` of scopes that waited for a replica, ``reached`` of those that got
-      one, and the total ``seconds``.
+    - ``waits``: pool → ``count`` of waits for a replica, ``reached`` of those that ended with one,
+      and the total ``seconds``.
     """
     reads: dict[str, Any] = {}
     for (pool, alias, server, reason), number in dict(counters.reads).items():

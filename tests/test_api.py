@@ -24,6 +24,7 @@ from pinning_middleware import (
     use_primary,
     use_replica,
 )
+from pinning_middleware.testing import capture_reads
 from tests.app.models import Book
 from tests.conftest import Browser, Visit, is_replica, where
 
@@ -329,6 +330,19 @@ def test_seconds_of_a_manual_pin(
 def test_zero_seconds_pin_the_request_only(visit: Visit) -> None:
     assert visit(lambda request: (pin_this_request(seconds=0), where())[1]) == "default"
     assert is_replica(visit())
+
+
+def test_reason_of_a_request_that_is_pinned_for_zero_seconds_is_the_manual_pin(
+    visit: Visit,
+) -> None:
+    def act(request: Any) -> list[tuple[str, str]]:
+        pin_this_request(seconds=0)
+        with capture_reads() as reads:
+            Book.objects.count()
+            Book.objects.using("replica1").count()
+        return [(read.served, read.reason) for read in reads]
+
+    assert visit(act) == [("default", "manual"), ("default", "manual")]
 
 
 def test_short_manual_pin_does_not_shorten_the_pin_of_a_write(

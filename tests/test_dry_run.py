@@ -36,7 +36,7 @@ from pinning_middleware import (
 from pinning_middleware.conf import DEFAULTS, conf
 from pinning_middleware.contrib.health_check import Replicas
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.scopes.overrides import Kind, pop, push
+from pinning_middleware.scopes.overrides import OverrideKind, pop, push
 from pinning_middleware.stores import dry_run_counts
 from pinning_middleware.utils import counters
 from tests.app.models import Account, Book, Tag
@@ -212,7 +212,7 @@ def test_read_that_is_part_of_saving_would_have_missed_nothing(
 ) -> None:
     def act(request: Any) -> None:
         Tag.objects.update(name="y")
-        push(Kind.SAVING, act)
+        push(OverrideKind.SAVING, act)
         Tag.objects.count()
         pop(act)
 

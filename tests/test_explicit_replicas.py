@@ -70,7 +70,6 @@ def test_mirror_tells_which_alias_was_meant(
     monkeypatch.setitem(
         connections.settings["replica1"], "NAME", connections.settings["default"]["NAME"]
     )
-    with override_settings(PINNING_SECONDS=15):  # pools that have not checked for mirrors yet
-        (first, second) = visit(named_read)
-        assert first[0] == "replica1"
-        assert second[:2] == ("default", "default")
+    (first, second) = visit(named_read)
+    assert first[0] == "replica1"
+    assert second[:2] == ("default", "default")

@@ -23,7 +23,7 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from pinning_middleware import ignore_writes, pinning_scope, retry_404, use_replica
-from pinning_middleware.misses import Budget, budget
+from pinning_middleware.misses import RetryLimit, retry_limit
 from pinning_middleware.reasons import Reason
 from pinning_middleware.scopes.scope import current_scope
 from pinning_middleware.stats import get_stats
@@ -44,9 +44,9 @@ runs: list[str] = []
 
 
 @pytest.fixture(autouse=True)
-def fresh_budget() -> Iterator[None]:
+def fresh_limit() -> Iterator[None]:
     runs.clear()
-    budget.reset()
+    retry_limit.reset()
     counters.retries_404.clear()
     with override_settings(PINNING_RETRY_404=True):
         yield
@@ -291,10 +291,10 @@ def test_replica_answers_if_the_primary_fails(
     assert len(runs) == 2
 
 
-# Budget
+# The limit
 
 
-def test_scanner_of_random_urls_stays_within_the_budget(
+def test_scanner_of_random_urls_stays_within_the_limit(
     browser: Browser, do: Do, clock: FrozenDateTimeFactory
 ) -> None:
     address = f"/sync/{do(find)}/"
@@ -310,8 +310,8 @@ def test_scanner_of_random_urls_stays_within_the_budget(
     assert counters.retries_404["missing"] == 12
 
 
-def test_budget_does_not_save_up_more_than_its_capacity(clock: FrozenDateTimeFactory) -> None:
-    own = Budget()
+def test_limit_does_not_save_up_more_than_its_capacity(clock: FrozenDateTimeFactory) -> None:
+    own = RetryLimit()
     for _ in range(1000):
         own.earn(1)
     assert [own.spend() for _ in range(12)] == [True] * 11 + [False]

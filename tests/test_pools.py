@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,14 +37,13 @@ def atomic_requests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def mirrored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Configure the replicas like `TEST = {"MIRROR": "default"}`."""
+def mirrored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configure the replicas like `TEST = {"MIRROR": "default"}`, after their pool was made."""
+    pools()
     name = connections.settings["default"]["NAME"]
     for alias in ("replica1", "replica2"):
         connections[alias].close()
         monkeypatch.setitem(connections.settings[alias], "NAME", name)
-    with override_settings(PINNING_SECONDS=15):  # pools that have not checked for mirrors yet
-        yield
 
 
 def all_verbs(request: Any) -> str:
@@ -452,6 +451,17 @@ def test_explicit_read_of_the_primary_is_not_counted_for_its_mirror() -> None:
         ("primary", "explicit"),
         ("replica", "round_robin"),
     ]
+
+
+@pytest.mark.usefixtures("mirrored")
+def test_alias_that_was_renamed_after_its_pool_was_made_is_not_a_mirror(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with override_settings(PINNING_SECONDS=15):
+        pool = pools().by_primary["default"]
+        assert pool.is_mirror("replica1")
+        monkeypatch.setitem(connections.settings["replica1"], "NAME", "another")
+        assert not pool.is_mirror("replica1")
 
 
 @pytest.mark.parametrize("part", ["HOST", "PORT", "ENGINE"])

@@ -7,9 +7,15 @@ import pglast
 import pytest
 
 from pinning_middleware import sql as sql_module
-from pinning_middleware.sql import Kind, alters_session, ends_transaction, kind_of, table_of
+from pinning_middleware.sql import (
+    StatementKind,
+    alters_session,
+    ends_transaction,
+    kind_of,
+    table_of,
+)
 
-NEITHER, READ, LOCK, WRITE = Kind
+NEITHER, READ, LOCK, WRITE = StatementKind
 KNOWN = ("postgresql", "mysql", "sqlite")
 UNKNOWN = ("oracle", "microsoft", "")
 VENDORS = (*KNOWN, *UNKNOWN)
@@ -303,7 +309,7 @@ KINDS = [
 
 @pytest.mark.parametrize("vendor", KNOWN)
 @pytest.mark.parametrize(("sql", "kind"), KINDS)
-def test_kind_of_a_statement(sql: str, kind: Kind, vendor: str) -> None:
+def test_kind_of_a_statement(sql: str, kind: StatementKind, vendor: str) -> None:
     assert kind_of(sql, vendor) == kind
     assert kind_of(sql.lower(), vendor) == kind_of(sql.upper(), vendor) == kind
     assert kind_of(f"\n\t{sql}\n", vendor) == kind
@@ -311,7 +317,7 @@ def test_kind_of_a_statement(sql: str, kind: Kind, vendor: str) -> None:
 
 @pytest.mark.parametrize("vendor", UNKNOWN)
 @pytest.mark.parametrize(("sql", "kind"), KINDS)
-def test_unknown_vendor_is_never_less_severe(sql: str, kind: Kind, vendor: str) -> None:
+def test_unknown_vendor_is_never_less_severe(sql: str, kind: StatementKind, vendor: str) -> None:
     assert kind_of(sql, vendor) >= kind
     assert kind_of(sql, vendor) == kind_of(sql.lower(), vendor) == kind_of(sql.upper(), vendor)
 
@@ -333,7 +339,7 @@ def test_unknown_vendor_is_never_less_severe(sql: str, kind: Kind, vendor: str) 
     ],
 )
 def test_unknown_vendor_knows_plain_selects_and_transaction_control(
-    sql: str, kind: Kind, vendor: str
+    sql: str, kind: StatementKind, vendor: str
 ) -> None:
     assert kind_of(sql, vendor) == kind
 
@@ -949,12 +955,12 @@ READING_STATEMENTS = ("SelectStmt", "CopyStmt", "DeclareCursorStmt", "RawStmt")
 WRITING_FUNCTIONS, LOCKING_FUNCTIONS = {"nextval", "setval"}, {"pg_advisory_lock"}
 
 
-def kind_by_grammar(sql: str) -> Kind:
+def kind_by_grammar(sql: str) -> StatementKind:
     """Return the kind by PostgreSQL's own parser."""
     return max(kind_of_node(raw.stmt(skip_none=True)) for raw in pglast.parse_sql(sql))
 
 
-def kind_of_node(node: Any) -> Kind:
+def kind_of_node(node: Any) -> StatementKind:
     if isinstance(node, (list, tuple)):
         return max(map(kind_of_node, node), default=NEITHER)
     if not isinstance(node, dict):
@@ -1004,6 +1010,6 @@ def test_kind_is_never_less_severe_than_by_the_parser_of_postgresql() -> None:
     assert [sql for sql, kind in judged.items() if ours[sql] < kind] == []
     more_severe = [sql for sql, kind in judged.items() if ours[sql] > kind]
     assert len(more_severe) < len(judged) / 50, more_severe
-    assert {kind: list(judged.values()).count(kind) > 20 for kind in Kind} == dict.fromkeys(
-        Kind, True
-    )
+    assert {
+        kind: list(judged.values()).count(kind) > 20 for kind in StatementKind
+    } == dict.fromkeys(StatementKind, True)

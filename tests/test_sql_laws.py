@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pinning_middleware.sql import (
-    Kind,
+    StatementKind,
     alters_session,
     begins_transaction,
     ends_transaction,
@@ -36,7 +36,7 @@ CORPUS: Final[list[Statement]] = [
 _PARAMETER: Final = re.compile(r"%\(?\w*\)?s")
 
 
-def judged(statement: Statement) -> Kind | None:
+def judged(statement: Statement) -> StatementKind | None:
     """Return the kind by the grammar of PostgreSQL, None if that does not know the statement."""
     vendor, sql = statement
     sql = _PARAMETER.sub("$1", sql).replace("%%", "%")
@@ -49,7 +49,7 @@ def judged(statement: Statement) -> Kind | None:
 
 
 @cache
-def judged_corpus() -> dict[Statement, Kind]:
+def judged_corpus() -> dict[Statement, StatementKind]:
     kinds = ((statement, judged(statement)) for statement in CORPUS)
     return {statement: kind for statement, kind in kinds if kind is not None}
 
@@ -61,7 +61,13 @@ def test_corpus_is_large_and_mostly_known_to_the_judge() -> None:
         of_vendor = [statement for statement in CORPUS if statement[0] == vendor]
         assert vendors.count(vendor) > least * len(of_vendor)
     kinds = list(judged_corpus().values())
-    assert min(kinds.count(kind) for kind in (Kind.NEITHER, Kind.READ, Kind.WRITE)) > 40
+    assert (
+        min(
+            kinds.count(kind)
+            for kind in (StatementKind.NEITHER, StatementKind.READ, StatementKind.WRITE)
+        )
+        > 40
+    )
 
 
 def test_no_statement_of_the_corpus_is_less_severe_than_by_the_parser_of_postgresql() -> None:
@@ -74,7 +80,11 @@ def test_no_statement_of_the_corpus_is_less_severe_than_by_the_parser_of_postgre
 
 def test_statement_that_the_judge_does_not_know_is_a_read_only_by_its_first_word() -> None:
     unknown = [one for one in CORPUS if one not in judged_corpus()]
-    reads = [sql for vendor, sql in unknown if kind_of(sql, vendor) in (Kind.READ, Kind.LOCK)]
+    reads = [
+        sql
+        for vendor, sql in unknown
+        if kind_of(sql, vendor) in (StatementKind.READ, StatementKind.LOCK)
+    ]
     assert [sql for sql in reads if sql.split()[0].strip("(") not in ("SELECT", "WITH")] == []
 
 
@@ -82,7 +92,7 @@ def test_fewer_than_one_in_a_thousand_reads_of_the_corpus_is_taken_for_a_write()
     false_writes = [
         statement
         for statement, kind in judged_corpus().items()
-        if kind < Kind.WRITE and kind_of(statement[1], statement[0]) is Kind.WRITE
+        if kind < StatementKind.WRITE and kind_of(statement[1], statement[0]) is StatementKind.WRITE
     ]
     print(*false_writes, sep="\n")
     assert len(false_writes) < len(CORPUS) / 1000, false_writes
@@ -165,7 +175,7 @@ def disguised(sql: str, vendor: str, generator: random.Random) -> str:
     return "".join(parts)
 
 
-def classified(sql: str, vendor: str) -> tuple[Kind, bool, bool, bool]:
+def classified(sql: str, vendor: str) -> tuple[StatementKind, bool, bool, bool]:
     functions = alters_session, begins_transaction, ends_transaction
     return kind_of(sql, vendor), *(function(sql, vendor) for function in functions)
 

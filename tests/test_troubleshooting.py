@@ -88,8 +88,8 @@ def test_every_error_of_a_rejected_read_has_a_row(module: Any) -> None:
     calls = [
         node
         for node in ast.walk(ast.parse(inspect.getsource(module)))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "rejected"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "rejection_error"
     ]
     assert calls
     for call in calls:
-        assert f"Cannot read from …, and {ast.literal_eval(call.args[2])}" in documented
+        assert f"Cannot use …, and {ast.literal_eval(call.args[2])}" in documented

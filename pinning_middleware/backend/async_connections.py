@@ -36,17 +36,12 @@ from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.routing.route import take_decision
 from pinning_middleware.scopes import transactions
-from pinning_middleware.scopes.overrides import Kind as OverrideKind
-from pinning_middleware.scopes.overrides import (
-    current_overrides,
-    failover_suppressed,
-    innermost_override,
-)
+from pinning_middleware.scopes.overrides import OverrideKind, effects_on
 from pinning_middleware.scopes.scope import Scope, current_scope
 from pinning_middleware.scopes.write_watch import is_watching, note_write
 from pinning_middleware.servers.probe import is_pool_exhausted
 from pinning_middleware.servers.registry import registry
-from pinning_middleware.sql import Kind
+from pinning_middleware.sql import StatementKind
 from pinning_middleware.utils.transactions import count_open_transactions, driver_in_transaction
 
 __all__ = ["InstrumentedAsyncConnection", "wrap_create_connection"]
@@ -83,7 +78,7 @@ class InstrumentedAsyncConnection:
     def _may_fall_back(self, pool: Pool) -> bool:
         """Return whether the primary may serve if the connection cannot be opened."""
         is_closed = self.connection is None and not self.in_atomic_block
-        may_move = is_closed and not failover_suppressed()
+        may_move = is_closed and not effects_on(pool.primary).no_failover
         return may_move and is_interchangeable(self.alias, pool.primary)
 
     def copy(self, alias: str | None = None) -> Any:
@@ -127,15 +122,15 @@ async def execute_wrapper(execute: Any, sql: Any, params: Any, many: bool, conte
     connection, cursor = context["connection"], context["cursor"]
     pool = pools().by_connection.get(connection.alias)
     if pool is None:
-        if is_watching() and classify(connection, sql).kind is Kind.WRITE:
+        if is_watching() and classify(connection, sql).kind is StatementKind.WRITE:
             note_write()
         return await execute(sql, params, many, context)
     statement = classify(connection, sql)
-    if statement.kind is Kind.WRITE:
+    if statement.kind is StatementKind.WRITE:
         return await _execute_write(execute, sql, params, many, context)
-    if statement.kind is Kind.LOCK:
+    if statement.kind is StatementKind.LOCK:
         record_lock(connection.alias)
-    elif statement.kind is Kind.READ and _must_use_primary(pool, connection):
+    elif statement.kind is StatementKind.READ and _must_use_primary(pool, connection):
         fresh = await connection.handler[pool.primary]._cursor(getattr(cursor.cursor, "name", None))
         cursor.cursor, cursor.db, connection = fresh.cursor, fresh.db, fresh.db
         cursor.pinning_decision = Decision(pool.primary, None, Reason.WROTE)
@@ -145,11 +140,11 @@ async def execute_wrapper(execute: Any, sql: Any, params: Any, many: bool, conte
         await _record_control(connection, statement)
     if statement.modifies_session and connection.alias == pool.primary:
         current_scope().record_session_state(pool.key)
-    if statement.kind in (Kind.READ, Kind.LOCK):
+    if statement.kind in (StatementKind.READ, StatementKind.LOCK):
         decision = cursor.__dict__.get("pinning_decision") or _explicit_decision(
             pool, connection.alias
         )
-        record_read(pool, connection, decision, statement.kind, sql, None)
+        record_read(pool, current_scope(), connection, decision, statement.kind, sql, None)
     return result
 
 
@@ -157,8 +152,9 @@ def _must_use_primary(pool: Pool, connection: Any) -> bool:
     """Return whether the scope has written since a read was routed to this replica."""
     if connection.alias not in conf.readonly_aliases or connection.in_atomic_block:
         return False
-    override = innermost_override(current_overrides(), pool.primary)
-    if failover_suppressed() or (override is not None and override.kind is OverrideKind.REPLICA):
+    effects = effects_on(pool.primary)
+    override = effects.routing
+    if effects.no_failover or (override is not None and override.kind is OverrideKind.REPLICA):
         return False
     scope = current_scope()
     return own_pin_reason(scope, scope.state(pool.key)) is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from django.db import OperationalError
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -11,9 +11,12 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from pinning_middleware.backend.session_setup import set_up_session
 from pinning_middleware.backend.writes import recording_write
 from pinning_middleware.conf import conf
+from pinning_middleware.reasons import Reason
 from pinning_middleware.routing.compatibility import is_interchangeable
 from pinning_middleware.routing.policy import Rejection
 from pinning_middleware.routing.pool import Pool
+from pinning_middleware.scopes.overrides import Effects
+from pinning_middleware.scopes.scope import Scope
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.probe import failover_disabled, state_of, without_failover
 from pinning_middleware.utils.transactions import is_transaction_open
@@ -24,16 +27,20 @@ __all__ = [
     "may_fail_over",
     "may_move",
     "may_run_on_primary",
-    "rejected",
+    "rejection_error",
     "state_modified",
 ]
+
+
+# Why a read needs the primary, or a replica that has caught up.
+_PINNED: Final = (Reason.WROTE, Reason.MANUAL, Reason.PINNED, Reason.NOT_CAUGHT_UP)
 
 
 class UnopenedCursor:
     """
     The driver's cursor of a connection that could not be opened.
 
-    Whatever is called on it raises the connection's error, unless the statement is run elsewhere.
+    Whatever is called on it raises the connection's error. The statement may run on another server.
     """
 
     def __init__(self, error: Exception, name: str | None) -> None:
@@ -49,18 +56,21 @@ class UnopenedCursor:
 
 
 class Call(NamedTuple):
-    """A statement as an execute wrapper gets it."""
+    """
+    A statement as an execute wrapper gets it.
+
+    ``cursor`` is Django's, from which the caller fetches the rows. ``scope`` and ``effects``: the
+    scope that runs the statement, and what the overrides mean for its pool.
+    """
 
     execute: Callable[..., Any]
     sql: Any
     params: Any
     many: bool
     context: dict[str, Any]
-
-    @property
-    def cursor(self) -> Any:
-        """Django's cursor, from which the caller fetches the rows."""
-        return self.context["cursor"]
+    cursor: Any
+    scope: Scope
+    effects: Effects
 
     def run(self) -> Any:
         """Run the statement on the connection that the cursor belongs to now."""
@@ -77,7 +87,7 @@ class Call(NamedTuple):
         return self._replace(execute=execute)
 
     def move_to(self, connection: BaseDatabaseWrapper) -> None:
-        """Make the cursor one of another connection, or of the same one after it was reopened."""
+        """Replace the driver's cursor by a new one of a connection, which may be the same one."""
         cursor = self.cursor
         is_chunked = getattr(cursor.cursor, "name", None) is not None
         with without_failover():
@@ -112,11 +122,14 @@ def may_run_on_primary(pool: Pool, call: Call) -> bool:
     )
 
 
-def rejected(alias: str, rejection: Rejection, why: str) -> Exception:
-    """Return the error of a read that was rejected, and that nothing may take over for a reason."""
+def rejection_error(alias: str, rejection: Rejection, why: str) -> Exception:
+    """
+    Return the error to raise for a statement that this alias must not run, and that no other one
+    can. ``why``: the cause of the latter.
+    """
     if rejection.error is not None:
         return rejection.error
-    return OperationalError(
-        f"Cannot read from {alias!r} ({rejection.reason.description}), and {why}. Read inside "
-        "use_replica() if the result may be stale."
-    )
+    text = f"Cannot use {alias!r} ({rejection.reason.description}), and {why}."
+    if rejection.reason in _PINNED:
+        text += " Read inside use_replica() if the result may be stale."
+    return OperationalError(text)

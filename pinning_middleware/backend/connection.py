@@ -26,7 +26,7 @@ from pinning_middleware.routing.policy import Decision, is_former_primary
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.routing.route import take_decision
-from pinning_middleware.scopes.overrides import failover_suppressed
+from pinning_middleware.scopes.overrides import effects_on
 from pinning_middleware.scopes.scope import Scope, current_scope
 from pinning_middleware.servers.connect import BoundedConnect
 from pinning_middleware.servers.dialects import dialect_for
@@ -84,7 +84,7 @@ class InstrumentedConnection(BoundedConnect):
         if pool is None:
             return super()._cursor(name)
         cursor: Any
-        if failover_suppressed():
+        if effects_on(pool.primary).no_failover:
             cursor = super()._cursor(name)
         elif self.alias != pool.primary and pool.is_mirror(self.alias):
             # Only the primary's own connection sees the rows of a test's transaction.

@@ -15,9 +15,9 @@ from pinning_middleware.backend.session_setup import set_up_session
 from pinning_middleware.backend.writes import classify, recording_write
 from pinning_middleware.conf import conf
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.scopes.overrides import failover_suppressed
+from pinning_middleware.scopes.overrides import effects_on
 from pinning_middleware.servers.probe import failover_disabled
-from pinning_middleware.sql import Kind
+from pinning_middleware.sql import StatementKind
 
 __all__ = [
     "STATEMENT_ARGUMENTS",
@@ -72,11 +72,12 @@ class DriverMethod:
                 sql = args[0] if args else kwargs.get(keyword, _UNREADABLE)
             kind = classify(cursor.db, sql).kind
             pool = pools().by_connection.get(cursor.db.alias)
-            if kind is not Kind.WRITE:
-                if pool is not None and not (failover_disabled.get() or failover_suppressed()):
-                    admit_cursor(pool, cursor)
-                elif pool is not None:
-                    set_up_session(cursor.db)
+            if kind is not StatementKind.WRITE:
+                if pool is not None:
+                    if failover_disabled.get() or effects_on(pool.primary).no_failover:
+                        set_up_session(cursor.db)
+                    else:
+                        admit_cursor(pool, cursor)
                 return getattr(cursor.cursor, self.name)(*args, **kwargs)
             alias = intended_alias(cursor)
             set_up_session(cursor.db)
@@ -121,7 +122,7 @@ def open_before_recording(original: Callable[..., Any]) -> Callable[..., Any]:
     def _record(self: Any, method: Any, sql: Any, params: Any) -> Any:
         if isinstance(self.cursor, UnopenedCursor):
             pool = pools().by_connection.get(self.db.alias)
-            if pool is None or classify(self.db, sql).kind is not Kind.READ:
+            if pool is None or classify(self.db, sql).kind is not StatementKind.READ:
                 return method(sql, params)
             admit_cursor(pool, self)
         return original(self, method, sql, params)

@@ -5,13 +5,14 @@ An execute wrapper on every connection: classify → record → admit → run �
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any, Final
 
 from django.db import DatabaseError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.backend.call import Call, UnopenedCursor, may_move
-from pinning_middleware.backend.failover import execute_on_primary, execute_read
+from pinning_middleware.backend.failover import execute_read
 from pinning_middleware.backend.former_primary import leave_former_primary, record_rejected_write
 from pinning_middleware.backend.session_setup import (
     is_unmanaged,
@@ -33,19 +34,19 @@ from pinning_middleware.routing.compatibility import is_testing
 from pinning_middleware.routing.policy import Decision, is_former_primary
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.scopes.overrides import failover_suppressed
-from pinning_middleware.scopes.scope import PoolState, current_scope
+from pinning_middleware.scopes.overrides import effects_on
+from pinning_middleware.scopes.scope import PoolState, Scope, current_scope
 from pinning_middleware.scopes.write_watch import is_watching, note_write
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.probe import failover_disabled, state_of
 from pinning_middleware.servers.registry import Server
-from pinning_middleware.sql import Kind
+from pinning_middleware.sql import StatementKind
 from pinning_middleware.utils.counters import Read, missed_writes, observers, reads
 from pinning_middleware.utils.transactions import driver_in_transaction
 
 __all__ = ["execute_wrapper", "intended_alias", "record_read"]
 
-# How many changes of route a scope remembers.
+# Maximum number of routes that a scope records.
 MAX_ROUTES: Final = 16
 
 
@@ -55,29 +56,33 @@ def execute_wrapper(execute: Any, sql: Any, params: Any, many: bool, context: An
     known = pools()
     pool = known.by_connection.get(connection.alias)
     if is_unmanaged() or (pool is None and connection.alias not in known.same_as_primary):
-        if is_watching() and classify(connection, sql).kind is Kind.WRITE:
+        if is_watching() and classify(connection, sql).kind is StatementKind.WRITE:
             note_write()
         return execute(sql, params, many, context)
     statement = classify(connection, sql)
     if statement.begins_transaction or statement.ends_transaction:
         execute = functools.partial(_execute_control, execute, statement)
     if pool is None:
-        call = Call(execute, sql, params, many, context)
-        return _execute_other(call, connection, statement)
-    alias = intended_alias(cursor)
-    if pool.is_dry_run and statement.kind is Kind.READ:
+        # The alias is a further one of a primary's database.
+        is_write = statement.kind is StatementKind.WRITE
+        with recording_write(connection, connection.alias, sql) if is_write else nullcontext():
+            set_up_session(connection)
+            return execute(sql, params, many, context)
+    alias, scope = intended_alias(cursor), current_scope()
+    if pool.is_dry_run and statement.kind is StatementKind.READ:
         # The primary serves it, and nothing else could.
         set_up_session(connection)
         result = execute(sql, params, many, context)
     else:
-        call = Call(execute, sql, params, many, context)
+        effects = effects_on(pool.primary)
+        call = Call(execute, sql, params, many, context, cursor, scope, effects)
         result = _execute(pool, alias, call, connection, statement)
     if statement.modifies_session:
         _record_modified_session(pool, cursor.db)
-    if statement.kind in (Kind.READ, Kind.LOCK):
+    if statement.kind in (StatementKind.READ, StatementKind.LOCK):
         server = None if pool.dialect is None else state_of(cursor.db).server
         decision = _decision_of(pool, cursor, alias)
-        record_read(pool, cursor.db, decision, statement.kind, sql, server)
+        record_read(pool, scope, cursor.db, decision, statement.kind, sql, server)
     return result
 
 
@@ -86,23 +91,26 @@ def _execute(
 ) -> Any:
     kind = statement.kind
     is_replica = connection.alias != pool.primary
-    bypasses = failover_disabled.get() or failover_suppressed()
-    is_read = kind is Kind.READ and not _is_test_setup(call, connection)
+    bypasses = failover_disabled.get() or call.effects.no_failover
+    is_setup = is_testing() and is_test_setup(sql_text(connection, call.sql))
+    is_read = kind is StatementKind.READ and not is_setup
     if not bypasses and (is_read or _may_run_anywhere(call, statement)):
         return execute_read(pool, call)
-    if is_replica and kind is not Kind.READ and alias == pool.primary:
+    if is_replica and kind is not StatementKind.READ and alias == pool.primary:
         # A replica substituted for the primary, which it can for reads only: let the primary's own
         # error surface.
         call.move_to(connections[pool.primary])
-    elif is_replica and kind is Kind.LOCK and not bypasses and may_move(connection):
-        return execute_on_primary(pool, call, Reason.LOCK)
-    if kind is Kind.LOCK:
+    elif is_replica and kind is StatementKind.LOCK and not bypasses and may_move(connection):
+        # Only the primary can take its locks.
+        call.move_to(connections[pool.primary])
+        call.cursor.pinning_decision = Decision(pool.primary, None, Reason.LOCK)
+    if kind is StatementKind.LOCK:
         record_lock(call.cursor.db.alias)
-    if kind is not Kind.WRITE:
+    if kind is not StatementKind.WRITE:
         return call.run()
     connection, raw = call.cursor.db, call.cursor.db.connection
     if raw is not None and not bypasses and may_move(connection):
-        if is_former_primary(pool, connection, current_scope()):
+        if is_former_primary(pool, connection, call.scope):
             leave_former_primary(pool, call)
         elif connection.connection is not raw:
             # Closed or reopened by a probe.
@@ -121,21 +129,9 @@ def _may_run_anywhere(call: Call, statement: Statement) -> bool:
     is_control = statement.begins_transaction or statement.ends_transaction
     return (
         is_unopened
-        and statement.kind is Kind.NEITHER
+        and statement.kind is StatementKind.NEITHER
         and not (is_control or statement.modifies_session)
     )
-
-
-def _is_test_setup(call: Call, connection: BaseDatabaseWrapper) -> bool:
-    return is_testing() and is_test_setup(sql_text(connection, call.sql))
-
-
-def _execute_other(call: Call, connection: BaseDatabaseWrapper, statement: Statement) -> Any:
-    """Run a statement on an alias outside the pools that is the database of a primary."""
-    if statement.kind is not Kind.WRITE:
-        return call.run()
-    with recording_write(connection, connection.alias, call.sql):
-        return call.run()
 
 
 def intended_alias(cursor: Any) -> str:
@@ -177,11 +173,19 @@ def _execute_control(
 
 
 def record_read(
-    pool: Pool, connection: Any, decision: Decision, kind: Kind, sql: Any, server: Server | None
+    pool: Pool,
+    scope: Scope,
+    connection: Any,
+    decision: Decision,
+    kind: StatementKind,
+    sql: Any,
+    server: Server | None,
 ) -> None:
-    """Count a completed read under the reason of the routing decision behind it."""
-    reason = Reason.LOCK if kind is Kind.LOCK else decision.reason
-    scope = current_scope()
+    """
+    Record the route of a completed read, count it, and notify the observers. If reads are balanced
+    one by one, the scope's next read gets another replica.
+    """
+    reason = Reason.LOCK if kind is StatementKind.LOCK else decision.reason
     scope.record_route((connection.alias, reason), MAX_ROUTES)
     if conf.balance_by_query:
         # Django may ask the router several times for one read; the next read gets another replica.

@@ -25,7 +25,7 @@ from pinning_middleware.backend.call import (
     may_fail_over,
     may_move,
     may_run_on_primary,
-    rejected,
+    rejection_error,
 )
 from pinning_middleware.backend.former_primary import (
     discard,
@@ -36,12 +36,13 @@ from pinning_middleware.backend.read_errors import Verdict, is_unresponsive, jud
 from pinning_middleware.backend.writes import sql_text
 from pinning_middleware.conf import conf
 from pinning_middleware.reasons import Fault, Reason
-from pinning_middleware.routing.choice import balance_key
 from pinning_middleware.routing.compatibility import is_interchangeable
 from pinning_middleware.routing.policy import Decision, Rejection, admit
 from pinning_middleware.routing.pool import Pool
-from pinning_middleware.scopes.overrides import current_overrides, innermost_override
-from pinning_middleware.scopes.scope import Scope, current_scope
+from pinning_middleware.routing.replica_choice import balance_key
+from pinning_middleware.routing.route import send_fallback
+from pinning_middleware.scopes.overrides import effects_on
+from pinning_middleware.scopes.scope import current_scope
 from pinning_middleware.servers.blocked_reads import track_read
 from pinning_middleware.servers.budget import BudgetExhausted, read_budget
 from pinning_middleware.servers.connection_state import ConnectionState
@@ -54,13 +55,13 @@ from pinning_middleware.servers.probe import (
     without_failover,
 )
 from pinning_middleware.servers.registry import registry
-from pinning_middleware.signals import fell_back_to_primary, fell_back_to_replica, read_retried
+from pinning_middleware.signals import read_retried
 from pinning_middleware.utils import clock
 from pinning_middleware.utils.counters import refusals
 from pinning_middleware.utils.logging import log_rate_limited
 from pinning_middleware.utils.transactions import is_transaction_open
 
-__all__ = ["admit_cursor", "execute_on_primary", "execute_read"]
+__all__ = ["admit_cursor", "execute_read"]
 
 logger = logging.getLogger("pinning_middleware.reads")
 
@@ -68,7 +69,9 @@ logger = logging.getLogger("pinning_middleware.reads")
 MIN_LEFT: Final = 0.25
 
 # The policy requires the primary: no other replica may serve, and nothing has failed.
-_PRIMARY_ONLY: Final = (Reason.WROTE, Reason.LOCK, Reason.PINNED, Reason.PRIMARY_MODEL)
+_PRIMARY_ONLY: Final = (
+    *(Reason.WROTE, Reason.MANUAL, Reason.LOCK, Reason.PINNED, Reason.PRIMARY_MODEL),
+)
 # Reasons that are decisions of the policy, not failures: logged at DEBUG, without a signal.
 _BY_POLICY: Final = (*_PRIMARY_ONLY, Reason.NOT_CAUGHT_UP)
 
@@ -91,55 +94,58 @@ def execute_read(pool: Pool, call: Call) -> Any:
 
 
 def _execute_read(pool: Pool, call: Call) -> Any:
-    scope, first = current_scope(), call.cursor.db
+    first = call.cursor.db
     refused = pool.refusals
     known = None if refused.is_empty else refused.find(sql_text(first, call.sql))
     if known is not None and known.is_write:
         call = call.as_write(pool.primary)
     if first.alias == pool.primary and not pool.can_replace_primary:
-        return _execute_on_own_primary(pool, scope, call)
+        return _execute_on_own_primary(pool, call)
     if known is not None and may_run_on_primary(pool, call):
         refusals[pool.primary, known.name] += 1
-        return _run_on_primary_only(pool, scope, call, Rejection(Reason.PRIMARY_MODEL)).result
-    outcome = _run_on(pool, scope, call, first)
+        return _run_on_primary_only(pool, call, Rejection(Reason.PRIMARY_MODEL)).result
+    outcome = _run_on(pool, call, first)
     if isinstance(outcome, _Served):
         return outcome.result
     first_rejection = outcome
     if not may_fail_over(first, call):
-        raise rejected(first.alias, outcome, "its transaction or session cannot be moved")
+        raise rejection_error(first.alias, outcome, "its transaction or session cannot be moved")
     if first.alias == pool.primary:
-        # Nothing else is left that could serve.
+        # The replicas are the last resort while the primary is down: give them a full budget.
         read_budget.renew()
-    for alias in _alternatives(pool, scope, first.alias, outcome):
+    for alias in _alternatives(pool, call, first.alias, outcome):
         if not is_interchangeable(first.alias, alias):
             continue
         if alias != pool.primary and read_budget.left < MIN_LEFT:
             continue
-        next_outcome = _run_on(pool, scope, call, connections[alias])
+        next_outcome = _run_on(pool, call, connections[alias])
         if isinstance(next_outcome, _Served):
-            _report_failover(pool, scope, call.cursor, first.alias, alias, first_rejection)
+            _report_failover(pool, call, first.alias, alias, first_rejection)
             return next_outcome.result
         if next_outcome.error is not None:
             outcome = next_outcome
-    raise rejected(
-        first.alias, outcome, "no other alias in its pool has the same USER, NAME and OPTIONS"
-    )
+    raise rejection_error(first.alias, outcome, "no interchangeable alias of its pool can serve")
 
 
 def admit_cursor(pool: Pool, cursor: Any) -> None:
     """
-    Make a cursor one that may serve a read, for methods of the driver that take no execute wrapper.
+    Move a cursor to a connection that may serve a read, for methods of the driver that bypass
+    execute wrappers.
 
     Raise what ``execute_read()`` raises.
     """
     context = {"cursor": cursor, "connection": cursor.db}
-    execute_read(pool, Call(lambda *args: None, "", None, False, context))
+    scope, effects = current_scope(), effects_on(pool.primary)
+    execute_read(pool, Call(lambda *args: None, "", None, False, context, cursor, scope, effects))
 
 
-def _execute_on_own_primary(pool: Pool, scope: Scope, call: Call) -> Any:
-    """Run a read of the primary, whose errors are the site's own; never on a former primary."""
+def _execute_on_own_primary(pool: Pool, call: Call) -> Any:
+    """
+    Run a read on a primary that no replica may replace. Leave a former primary first; raise the
+    errors unchanged.
+    """
     connection, raw = call.cursor.db, call.cursor.db.connection
-    rejection = None if raw is None else admit(pool, connection, scope)
+    rejection = None if raw is None else admit(pool, connection, call.scope, call.effects.routing)
     if rejection is not None:
         leave_former_primary(pool, call, rejection)
     elif connection.connection is not raw:
@@ -147,31 +153,29 @@ def _execute_on_own_primary(pool: Pool, scope: Scope, call: Call) -> Any:
         call.move_to(connection)
     result = call.run()
     if pool.guarantee.tracks_reads:
-        pool.guarantee.record_read(pool, scope, connection.alias)
+        pool.guarantee.record_read(pool, call.scope, connection.alias)
     return result
 
 
-def _run_on(
-    pool: Pool, scope: Scope, call: Call, connection: BaseDatabaseWrapper
-) -> _Served | Rejection:
+def _run_on(pool: Pool, call: Call, connection: BaseDatabaseWrapper) -> _Served | Rejection:
     """
     Admit a connection and run the statement on it.
 
-    A connection that turns out to be lost is opened anew once: it may have been closed while it was
+    A connection that turns out to be lost is reopened once: it may have been closed while it was
     idle. Raise errors that another server would repeat.
     """
-    is_first = call.cursor.db is connection
-    if (connect_error := _connect_error(call, connection)) is not None:
-        return _take_out(connection, connect_error)
+    is_first, opened = call.cursor.db is connection, call.cursor.cursor
+    is_unopened = isinstance(opened, UnopenedCursor)
+    if is_unopened and is_first and (error := _connect_error(opened, connection)) is not None:
+        return _take_out(connection, error)
     for is_last in (False, True):
         was_open, began = connection.connection is not None, None
         try:
-            is_unopened = isinstance(call.cursor.cursor, UnopenedCursor)
             if is_last or not is_first or is_unopened or connection.connection is None:
                 _reopen(connection)
                 call.move_to(connection)
             raw = connection.connection
-            rejection = admit(pool, connection, scope)
+            rejection = admit(pool, connection, call.scope, call.effects.routing)
             if rejection is not None:
                 if rejection.reason is not Fault.DEMOTED or not may_move(connection):
                     return rejection
@@ -191,7 +195,7 @@ def _run_on(
             if verdict is Verdict.RAISE:
                 raise
             if isinstance(verdict, Refusal):
-                return _run_refused(pool, scope, call, error, verdict)
+                return _run_refused(pool, call, error, verdict)
             if verdict is Verdict.ELSEWHERE:
                 return Rejection(Reason.FAILOVER, error)
             may_reopen = was_open or is_first or began is None
@@ -200,31 +204,29 @@ def _run_on(
                 continue
             return _take_out(connection, error)
         if pool.guarantee.tracks_reads:
-            pool.guarantee.record_read(pool, scope, connection.alias)
+            pool.guarantee.record_read(pool, call.scope, connection.alias)
         return _Served(result)
     raise AssertionError("unreachable")
 
 
-def _run_on_primary_only(pool: Pool, scope: Scope, call: Call, rejection: Rejection) -> _Served:
+def _run_on_primary_only(pool: Pool, call: Call, rejection: Rejection) -> _Served:
     """Run a statement on the primary, because no replica can. Raise the primary's own error."""
     failed = call.cursor.db.alias
-    outcome = _run_on(pool, scope, call, connections[pool.primary])
+    outcome = _run_on(pool, call, connections[pool.primary])
     if not isinstance(outcome, _Served):
-        raise rejected(pool.primary, outcome, "no replica can run the statement")
-    _report_failover(pool, scope, call.cursor, failed, pool.primary, rejection)
+        raise rejection_error(pool.primary, outcome, "no replica can run the statement")
+    _report_failover(pool, call, failed, pool.primary, rejection)
     return outcome
 
 
-def _run_refused(
-    pool: Pool, scope: Scope, call: Call, error: Exception, refusal: Refusal
-) -> _Served:
+def _run_refused(pool: Pool, call: Call, error: Exception, refusal: Refusal) -> _Served:
     """
     Run a statement on the primary that a standby has refused for being one. If that succeeds, the
     next one goes there at once.
     """
     if refusal.is_write:
         call = call.as_write(pool.primary)
-    outcome = _run_on_primary_only(pool, scope, call, Rejection(Reason.FAILOVER, error))
+    outcome = _run_on_primary_only(pool, call, Rejection(Reason.FAILOVER, error))
     primary = call.cursor.db
     known = pool.refusals.add(refusal, sql_text(primary, call.sql), primary.settings_dict["USER"])
     refusals[pool.primary, known.name] += 1
@@ -243,11 +245,8 @@ def _run_refused(
     return outcome
 
 
-def _connect_error(call: Call, connection: BaseDatabaseWrapper) -> Exception | None:
-    """Return the error with which connecting for this cursor has just failed, or None."""
-    opened = call.cursor.cursor
-    if not isinstance(opened, UnopenedCursor) or call.cursor.db is not connection:
-        return None
+def _connect_error(opened: UnopenedCursor, connection: BaseDatabaseWrapper) -> Exception | None:
+    """Return the error with which connecting for a cursor has just failed, or None."""
     if opened.is_handled:
         return None
     opened.is_handled = True
@@ -268,8 +267,8 @@ def _take_out(connection: BaseDatabaseWrapper, error: Exception) -> Rejection:
         raise error
     endpoint = endpoint_for(connection)
     if not (endpoint.is_down or isinstance(error, BudgetExhausted)):
-        is_silent = is_unresponsive(connection, error)
-        fault = Fault.UNRESPONSIVE if is_silent else Fault.UNREACHABLE
+        is_down = not is_unresponsive(connection, error)
+        fault = Fault.UNREACHABLE if is_down else Fault.UNRESPONSIVE
         registry.mark_down(endpoint, fault, conf.retry_after, error)
     return Rejection(Reason.FAILOVER, error)
 
@@ -282,8 +281,8 @@ def _reopen(connection: BaseDatabaseWrapper) -> None:
 
 def _run_watched(pool: Pool, call: Call, connection: BaseDatabaseWrapper) -> Any:
     """
-    Run the statement; notice if its server does not answer, or makes it wait for a lock of
-    recovery, and another one may serve it.
+    Run the statement; notice if its server does not answer, or makes it wait for a lock that WAL
+    replay holds, and another one may serve it.
     """
     if pool.dialect is None:
         return call.run()
@@ -324,23 +323,14 @@ def _run_blocking(call: Call, connection: BaseDatabaseWrapper, state: Connection
             read.end()
 
 
-def execute_on_primary(pool: Pool, call: Call, reason: Reason) -> Any:
-    """Run a statement of a replica's cursor on the primary: only there can it take its locks."""
-    call.move_to(connections[pool.primary])
-    cursor = call.cursor
-    cursor.pinning_decision = Decision(pool.primary, None, reason)
-    cursor.__dict__.pop("pinning_alias", None)
-    return cursor.execute(call.sql, call.params)
-
-
-def _alternatives(pool: Pool, scope: Scope, failed: str, rejection: Rejection) -> Iterator[str]:
+def _alternatives(pool: Pool, call: Call, failed: str, rejection: Rejection) -> Iterator[str]:
     """Yield the aliases that may serve instead, each once, and the primary last."""
     if failed == pool.primary:
         if pool.can_replace_primary:
             yield from pool.replica_set.freshest_first()
         return
     if rejection.reason not in _PRIMARY_ONLY:
-        override = innermost_override(current_overrides(), pool.primary)
+        override, scope = call.effects.routing, call.scope
         max_lag, group = (override.max_lag, override.group) if override else (None, None)
         # For a pinned read the primary comes before a higher tier.
         is_pinned = override is None and scope.state(pool.key).is_bound(clock.now())
@@ -353,9 +343,10 @@ def _alternatives(pool: Pool, scope: Scope, failed: str, rejection: Rejection) -
 
 
 def _report_failover(
-    pool: Pool, scope: Scope, cursor: Any, failed: str, served: str, rejection: Rejection
+    pool: Pool, call: Call, failed: str, served: str, rejection: Rejection
 ) -> None:
     """Log and signal the failover, and make the rest of the scope use the new server."""
+    cursor = call.cursor
     reason = rejection.reason if isinstance(rejection.reason, Reason) else Reason.FAILOVER
     replica = None if served == pool.primary else served
     decision = cursor.__dict__.get("pinning_decision")
@@ -365,7 +356,7 @@ def _report_failover(
     cursor.__dict__.setdefault("pinning_alias", failed)
     may_keep = served == pool.primary or served in pool.replica_set.rotation.weights
     if may_keep and (failed in pool.replica_set.out_of_rotation or reason is Reason.NOT_CAUGHT_UP):
-        scope.update(pool.key, lambda state: state._replace(replica=replica))
+        call.scope.update(pool.key, lambda state: state._replace(replica=replica))
     if reason in _BY_POLICY:
         logger.debug("Read from %s instead of %s: %s", served, failed, reason.description)
         return
@@ -388,6 +379,6 @@ def _report_failover(
     )
     read_retried.send_robust(pool.primary, failed=failed, served=served, error=cause)
     if failed == pool.primary:
-        fell_back_to_replica.send_robust(pool.primary, served=served, reason=Reason.PRIMARY_DOWN)
+        send_fallback(pool, call.scope, served, Reason.PRIMARY_DOWN)
     elif served == pool.primary:
-        fell_back_to_primary.send_robust(pool.primary, served=served, reason=Reason.NO_REPLICA)
+        send_fallback(pool, call.scope, served, Reason.NO_REPLICA)

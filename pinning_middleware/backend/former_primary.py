@@ -7,7 +7,7 @@ from typing import Final
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from pinning_middleware.backend.call import Call, may_move, rejected
+from pinning_middleware.backend.call import Call, may_move, rejection_error
 from pinning_middleware.reasons import Fault
 from pinning_middleware.routing.policy import Rejection, is_former_primary
 from pinning_middleware.routing.pool import Pool
@@ -29,7 +29,7 @@ def leave_former_primary(pool: Pool, call: Call, rejection: Rejection = _DEMOTED
     """
     connection = call.cursor.db
     if not may_move(connection):
-        raise rejected(connection.alias, rejection, "a transaction is open")
+        raise rejection_error(connection.alias, rejection, "a transaction is open")
     began, superseded, is_old = time.monotonic(), True, True
     while superseded and is_old:
         discard(connection)
@@ -39,7 +39,7 @@ def leave_former_primary(pool: Pool, call: Call, rejection: Rejection = _DEMOTED
         raw = connection.connection
         is_old = raw is not None and state_of(connection).opened_at < began
     if superseded:
-        raise rejected(
+        raise rejection_error(
             connection.alias, rejection, "its address still resolves to the former primary"
         )
 

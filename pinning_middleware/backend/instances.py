@@ -20,7 +20,7 @@ from django.db.models.signals import class_prepared
 
 from pinning_middleware.conf import conf, on_change
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.scopes.overrides import Kind, pop, push
+from pinning_middleware.scopes.overrides import OverrideKind, pop, push
 
 __all__ = ["fetch_peers_by_route", "install", "read_primary_while_saving"]
 
@@ -85,7 +85,7 @@ def read_primary_while_saving(original: Callable[..., Any]) -> Callable[..., Any
         if pool is None:
             return original(self, raw, force_insert, force_update, using, update_fields)
         owner = object()
-        push(Kind.SAVING, owner, pool.primary)
+        push(OverrideKind.SAVING, owner, pool.primary)
         try:
             return original(self, raw, force_insert, force_update, using, update_fields)
         finally:

@@ -106,7 +106,7 @@ def _suspect_replay(connection: BaseDatabaseWrapper) -> None:
     """Have the monitor find out whether the server's replay waits for a lock."""
     endpoint = endpoint_for(connection)
     endpoint.replay_suspected = True
-    registry.request_attention(endpoint)
+    registry.request_work(endpoint)
 
 
 def is_unresponsive(connection: BaseDatabaseWrapper, error: Exception) -> bool:

@@ -24,7 +24,7 @@ from pinning_middleware.scopes.scope import Scope, Write, current_scope, entered
 from pinning_middleware.scopes.write_watch import note_write
 from pinning_middleware.servers.registry import registry
 from pinning_middleware.sql import (
-    Kind,
+    StatementKind,
     alters_session,
     begins_transaction,
     ends_transaction,
@@ -89,7 +89,7 @@ def _template_text(connection: BaseDatabaseWrapper, template: Any) -> str:
 class Statement(NamedTuple):
     """What a statement does to the data, to its session and to the transaction."""
 
-    kind: Kind
+    kind: StatementKind
     modifies_session: bool
     begins_transaction: bool
     ends_transaction: bool
@@ -108,8 +108,8 @@ def _classify(text: str, vendor: str) -> Statement:
     return Statement(
         kind,
         alters_session(text, vendor),
-        kind is not Kind.READ and begins_transaction(text, vendor),
-        kind is not Kind.READ and ends_transaction(text, vendor),
+        kind is not StatementKind.READ and begins_transaction(text, vendor),
+        kind is not StatementKind.READ and ends_transaction(text, vendor),
     )
 
 

@@ -28,7 +28,7 @@ def check_balanced_by_a_pooler(
     pools = parsed_replicas()
     replicas = {alias for weights in pools.values() for alias in weights}
     for alias in databases or ():
-        if alias not in pools.keys() | replicas or not _is_balanced(alias):
+        if alias not in pools.keys() | replicas or not _splits_reads_and_writes(alias):
             continue
         what = f"{alias!r} resolves to pgpool-II with load_balance_mode = on"
         hint = "Set load_balance_mode = off in pgpool-II for this alias"
@@ -64,11 +64,11 @@ def check_evictions() -> list[CheckMessage]:
     ]
 
 
-def _is_balanced(alias: str) -> bool:
+def _splits_reads_and_writes(alias: str) -> bool:
     """Return whether a pooler sends reads to any of its servers. An unreachable one is no error."""
     with closing(dedicated_connection(alias)) as connection:
         try:
             probe(connection, is_trial=True)
         except (DatabaseError, InterfaceError):
             return False
-        return bool(endpoint_for(connection).is_balanced)
+        return bool(endpoint_for(connection).splits_reads_and_writes)

@@ -92,7 +92,11 @@ def check_pool(pool: Pool, seconds: float) -> list[ReplicaResult]:
         finally:
             for watcher in watchers:
                 watcher.until = 0.0
-        own = [_primary_result(pool, table, committed)] if pool.endpoint.is_balanced else []
+        own = (
+            [_primary_result(pool, table, committed)]
+            if pool.endpoint.splits_reads_and_writes
+            else []
+        )
         return [*own, *(watcher.result for watcher in watchers)]
 
 

@@ -25,7 +25,7 @@ from pinning_middleware.routing.health import Health
 from pinning_middleware.routing.policy import Decision, reason_besides_pins
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.replica_set import ReplicaSet
-from pinning_middleware.scopes.overrides import current_overrides, is_saving
+from pinning_middleware.scopes.overrides import effects_on
 from pinning_middleware.scopes.scope import PoolState, Scope, current_scope
 from pinning_middleware.stores import dry_run_counts
 from pinning_middleware.utils import clock
@@ -63,7 +63,7 @@ class AssumedReplica(ReplicaSet):
         return self._has_caught_up()
 
     def find_caught_up(
-        self, wanted: Position, key: str | None = None, *, probe: bool
+        self, order: tuple[str, ...], wanted: Position, *, probe: bool
     ) -> str | None:
         return ASSUMED_REPLICA if self._has_caught_up() else None
 
@@ -95,7 +95,7 @@ class DryRunPool(Pool):
     def is_mirror(self, alias: str) -> bool:
         return alias == ASSUMED_REPLICA or super().is_mirror(alias)
 
-    def follow(self, position: Position, *, is_new: bool = True) -> None:
+    def track(self, position: Position, *, is_new: bool = True) -> None:
         """Do nothing: no replica can be probed."""
 
     def sample_lag(self) -> None:
@@ -130,10 +130,10 @@ def _would_miss_write(pool: Pool, scope: Scope, reason: Reason, model: object) -
     if reason is not Reason.WROTE:
         # An inherited pin decides last, so that nothing else keeps the read on the primary.
         return True
-    overrides = current_overrides()
-    if is_saving(overrides, pool.primary):
+    effects = effects_on(pool.primary)
+    if effects.is_saving:
         return False
-    return reason_besides_pins(pool, scope, scope.state(pool.key), overrides, model) is None
+    return reason_besides_pins(pool, scope, scope.state(pool.key), effects, model) is None
 
 
 def _last_write(scope: Scope, spec: PoolSpec) -> float:

@@ -98,7 +98,7 @@ def _pin_for_writes(scope: Scope, pool: Pool, state: PoolState) -> Pin | None:
         return None
     pin = Pin(end, state.pinned_until, position) if position is not None else Pin(end)
     if position is not None:
-        pool.follow(position)
+        pool.track(position)
         scope.made_pins = {**scope.made_pins, pool.key: (state.revision, pin)}
     return pin
 

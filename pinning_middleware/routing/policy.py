@@ -18,20 +18,13 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Pin, Position, merge_optional, merge_positions
 from pinning_middleware.reasons import Fault, Reason
-from pinning_middleware.routing.choice import (
+from pinning_middleware.routing.pool import Pool
+from pinning_middleware.routing.replica_choice import (
     next_replica,
     replica_caught_up,
     replica_for_override,
 )
-from pinning_middleware.routing.pool import Pool
-from pinning_middleware.scopes.overrides import (
-    Kind,
-    Override,
-    current_overrides,
-    innermost_override,
-    is_saving,
-    offload_applies,
-)
+from pinning_middleware.scopes.overrides import Effects, Override, OverrideKind, effects_on
 from pinning_middleware.scopes.scope import PoolState, Scope
 from pinning_middleware.scopes.transactions import is_explicit_transaction_open
 from pinning_middleware.servers.probe import probing_allowed
@@ -75,16 +68,15 @@ def decide(pool: Pool, scope: Scope, model: object = None) -> Decision:
     """
     Return where a read of this pool goes.
 
-    ``model`` was passed to the router: a model class, but also anything else.
+    ``model``: the router's argument, usually a model class, but any object.
     """
     # Rule 1: there is nothing to choose from.
     if not pool.has_replicas or pool.refusals.include_all_reads:
         return Decision(pool.primary, None, pool.default_reason)
     # Rule 2: the innermost use_primary or use_replica.
-    overrides = current_overrides()
-    override = innermost_override(overrides, pool.primary)
-    if override is not None:
-        return _follow_override(pool, scope, override)
+    effects = effects_on(pool.primary)
+    if effects.routing is not None:
+        return _follow_override(pool, scope, effects.routing)
     state = scope.state(pool.key)
     # Rule 3: a transaction, a lock, or session state of the primary's connection.
     if is_explicit_transaction_open(connections[pool.primary], scope):
@@ -94,13 +86,13 @@ def decide(pool: Pool, scope: Scope, model: object = None) -> Decision:
     if state.session_modified:
         return _primary(pool, Reason.SESSION_STATE)
     # Rule 4: the scope has written, was pinned, or its HTTP method most likely writes.
-    if is_saving(overrides, pool.primary):
+    if effects.is_saving:
         return _primary(pool, Reason.WROTE)
+    if (reason := own_pin_reason(scope, state)) is not None:
+        return _primary(pool, reason)
     if state.is_pinned:
-        if (reason := own_pin_reason(scope, state)) is not None:
-            return _primary(pool, reason)
         state = _to_inherited_pin(pool, scope, state)
-    if (reason := reason_besides_pins(pool, scope, state, overrides, model)) is not None:
+    if (reason := reason_besides_pins(pool, scope, state, effects, model)) is not None:
         return _primary(pool, reason)
     # Rule 6: inherited pins.
     requirement = state.required(clock.now())
@@ -122,23 +114,25 @@ def decide(pool: Pool, scope: Scope, model: object = None) -> Decision:
     return _replica(pool, alias, Reason.ROUND_ROBIN)
 
 
-def admit(pool: Pool, connection: BaseDatabaseWrapper, scope: Scope) -> Rejection | None:
+def admit(
+    pool: Pool, connection: BaseDatabaseWrapper, scope: Scope, override: Override | None
+) -> Rejection | None:
     """
     Return why an open connection of this pool must not serve a read of this scope, or None.
 
-    May probe the server of a replica; raise what ``servers.probe.probe()`` raises.
+    ``override``: the innermost ``use_primary`` or ``use_replica``. May probe the server of a
+    replica; raise what ``servers.probe.probe()`` raises.
     """
-    alias, overrides = connection.alias, current_overrides()
-    override = innermost_override(overrides, pool.primary)
+    alias = connection.alias
     is_primary = alias == pool.primary or pool.is_mirror(alias)
-    # `using` has the last word for replicas that only the legacy interface names.
+    # Pins do not apply to replicas that only SLAVE_DATABASES lists: there, using() decides.
     ignores_pins = is_primary or alias not in conf.readonly_aliases or pool.is_primary_down
-    ignores_pins = ignores_pins or (override is not None and override.kind is Kind.REPLICA)
+    ignores_pins = ignores_pins or (override is not None and override.kind is OverrideKind.REPLICA)
     state = scope.state(pool.key)
-    if not ignores_pins and own_pin_reason(scope, state) is not None:
-        return Rejection(Reason.WROTE)
+    if not ignores_pins and (reason := own_pin_reason(scope, state)) is not None:
+        return Rejection(reason)
     requirement = state.required(clock.now())
-    # In a transaction the server that it is open on answers, whatever its status.
+    # In a transaction a statement stays on its server, whatever the server's status.
     if pool.dialect is not None and not connection.in_atomic_block:
         if is_primary:
             fault = pool.primary_connections.reject(connection, requirement)
@@ -179,7 +173,7 @@ def is_former_primary(
 
 
 def _follow_override(pool: Pool, scope: Scope, override: Override) -> Decision:
-    if override.kind is not Kind.REPLICA:
+    if override.kind is not OverrideKind.REPLICA:
         # The kind has the name of its reason.
         return Decision(pool.primary, None, Reason(override.kind.value))
     alias = replica_for_override(pool, scope, scope.state(pool.key), override)
@@ -189,11 +183,10 @@ def _follow_override(pool: Pool, scope: Scope, override: Override) -> Decision:
 
 
 def reason_besides_pins(
-    pool: Pool, scope: Scope, state: PoolState, overrides: Override | None, model: object
+    pool: Pool, scope: Scope, state: PoolState, effects: Effects, model: object
 ) -> Reason | None:
-    """Return why a read stays on the primary by what follows the scope's own pins, or None."""
-    is_offloaded = scope.offloaded or offload_applies(overrides, pool.primary)
-    # The rest of rule 4.
+    """Return why the rest of rule 4, or rule 5, keeps a read on the primary, or None."""
+    is_offloaded = scope.offloaded or effects.is_offloaded
     if scope.prefers_primary and not state.method_ignored and not is_offloaded:
         return Reason.HTTP_METHOD
     # Rule 5: settings exclude the model, or the scope; or no standby can read the model's table.
@@ -206,6 +199,8 @@ def reason_besides_pins(
 
 def own_pin_reason(scope: Scope, state: PoolState) -> Reason | None:
     """Return why what the scope did itself still pins the pool, or None."""
+    if state.pinned_for_scope and not scope.is_ambient:
+        return Reason.MANUAL
     if not state.is_pinned:
         return None
     if conf.seconds or scope.is_ambient:

@@ -10,7 +10,7 @@ from pinning_middleware.conf import conf
 from pinning_middleware.pins import Pin, Position
 from pinning_middleware.pool_specs import PoolSpec
 from pinning_middleware.reasons import Reason
-from pinning_middleware.routing.compatibility import is_test_mirror, is_testing
+from pinning_middleware.routing.compatibility import is_same_database, is_test_mirror, is_testing
 from pinning_middleware.routing.guarantees import Guarantee
 from pinning_middleware.routing.health import Health
 from pinning_middleware.routing.primary_connections import PrimaryConnections
@@ -55,6 +55,7 @@ class Pool:
         self.guarantee = guarantee
         self.supports_positions = self.health.supports_positions
         self.can_replace_primary = conf.primary_down == "stale"
+        self._same_as_primary = {a for a in self.replicas if is_same_database(self.primary, a)}
 
     def __repr__(self) -> str:
         return f"<Pool {self.primary}>"
@@ -70,7 +71,10 @@ class Pool:
 
     def is_mirror(self, alias: str) -> bool:
         """Return whether an alias is the very database of the primary."""
-        return is_test_mirror(self.primary, alias)
+        if is_testing():
+            # A test runner renames databases after the pool was made.
+            return is_test_mirror(self.primary, alias)
+        return alias == self.primary or alias in self._same_as_primary
 
     @property
     def is_primary_down(self) -> bool:
@@ -79,7 +83,7 @@ class Pool:
 
     # The monitors of its replicas
 
-    def follow(self, position: Position, *, is_new: bool = True) -> None:
+    def track(self, position: Position, *, is_new: bool = True) -> None:
         """
         Have the replicas probed that are not known to have reached a position. ``is_new``: it was
         just written. Does no I/O.
@@ -91,7 +95,7 @@ class Pool:
             if weights.get(alias) and not self.replica_set.all_have_reached(alias, position)
         )
         update = self.health.update_status
-        monitor.follow(position, self.primary, aliases, update, is_new=is_new)
+        monitor.track(position, self.primary, aliases, update, is_new=is_new)
 
     def sample_lag(self) -> None:
         """Have the lag of the replicas measured for the next while. Does no I/O."""
@@ -103,12 +107,13 @@ class Pool:
         Return the replicas that may be monitored although no setting requires it. A test database
         to which a monitor is connected could not be dropped.
         """
+        testing = is_testing()
         return tuple(
             alias
             for alias, endpoint in self.endpoints.items()
             if not endpoint.out_of_rotation
             and not self.is_mirror(alias)
-            and (not is_testing() or any(s.is_replica for s in endpoint.recent_servers))
+            and (not testing or any(s.is_replica for s in endpoint.recent_servers))
         )
 
     def dry_run_pin(self, state: PoolState) -> Pin | None:

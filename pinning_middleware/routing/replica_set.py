@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterable
@@ -31,8 +30,6 @@ from pinning_middleware.utils.forks import ForkSafeLock
 from pinning_middleware.utils.transactions import is_transaction_open
 
 __all__ = ["ReplicaSet"]
-
-logger = logging.getLogger("pinning_middleware.pins")
 
 # Seconds that the first read under a `max_lag` waits until a lag has been measured.
 FIRST_LAG_TIMEOUT: Final = 0.25
@@ -69,7 +66,7 @@ class ReplicaSet:
         # The position that a read last waited for in vain, and the seconds.
         self._in_vain: tuple[Position, float] | None = None
         registry.listeners.append(self._on_status_change)
-        registry.attendants.append(self._attend)
+        registry.work_listeners.append(self._wake_monitor)
         if self.behind_in_tests or self.unreachable_in_tests:
             self.refresh()
 
@@ -128,9 +125,9 @@ class ReplicaSet:
                 registry.schedule_retry(endpoint, monitor.SAMPLE_EVERY)
             monitor.retry_until_up(endpoint.alias, self.primary, self.health.update_status)
 
-    def _attend(self, endpoint: Endpoint) -> None:
+    def _wake_monitor(self, endpoint: Endpoint) -> None:
         if endpoint.alias in self.endpoints:
-            monitor.attend(endpoint.alias, self.primary, self.health.update_status)
+            monitor.wake(endpoint.alias, self.primary, self.health.update_status)
 
     def _readmit_reachable(self) -> None:
         """Return reachable replicas to the rotation early: no other replica is left."""
@@ -175,13 +172,12 @@ class ReplicaSet:
         return (has_reached and is_interchangeable(self.primary, alias)) or None
 
     def find_caught_up(
-        self, wanted: Position, key: str | None = None, *, probe: bool
+        self, order: tuple[str, ...], wanted: Position, *, probe: bool
     ) -> str | None:
         """
-        Return a replica that has caught up, of the lowest tier while the primary is there; if none
-        is known to have, probe each once.
+        Return the first of these replicas that is known to have caught up. With ``probe``, probe
+        them one after another if none is. Return None if none has.
         """
-        order = self.rotation.order(key, fallback=bool(self.health.endpoint.out_of_rotation))
         for alias in order:
             if self.caught_up(alias, wanted):
                 return alias
@@ -206,7 +202,7 @@ class ReplicaSet:
         """
         endpoint = self.endpoints[alias]
         known = endpoint.server
-        if self._cannot_catch_up(endpoint) or (known and not known.should_report_position):
+        if self._cannot_catch_up(endpoint) or (known and not known.should_query_position):
             return False
         connection = connection or connections[alias]
         open_on = None if connection.connection is None else state_of(connection).server
@@ -215,7 +211,7 @@ class ReplicaSet:
             return False
         if servers and not (always or self._claim_probe(servers, wanted)):
             return False
-        met: set[Server] = set()
+        probed: set[Server] = set()
         for _ in range(MAX_RECONNECTS):
             try:
                 result = self.health.probe(connection)
@@ -229,8 +225,9 @@ class ReplicaSet:
             server.catch_up.record_probe(wanted, partial(self._has_reached, server))
             if self._has_reached(server, wanted):
                 return True
-            met.add(server)
-            others = [s for s in endpoint.recent_servers if s not in met and not s.out_of_rotation]
+            probed.add(server)
+            recent = endpoint.recent_servers
+            others = [s for s in recent if s not in probed and not s.out_of_rotation]
             if not others or state_of(connection).session_modified:
                 return False
             if not (always or self._claim_probe(others, wanted)):
@@ -369,7 +366,9 @@ class ReplicaSet:
         if any(self.lag(alias) is not None for alias in aliases):
             return True
         endpoints = [self.endpoints[alias] for alias in aliases]
-        return _reports_nothing(self.health.endpoint) or all(map(_reports_nothing, endpoints))
+        return _reports_no_position(self.health.endpoint) or all(
+            map(_reports_no_position, endpoints)
+        )
 
     def _lags(self, alias: str) -> list[float | None]:
         endpoint = self.endpoints[alias]
@@ -407,7 +406,7 @@ def _is_unresolved(server: Server, wanted: Position) -> bool:
     return server.timeline_hidden and server.reported_at_least(wanted.points)
 
 
-def _reports_nothing(endpoint: Endpoint) -> bool:
+def _reports_no_position(endpoint: Endpoint) -> bool:
     servers = endpoint.recent_servers
     return bool(servers) and all(server.reports_position is False for server in servers)
 

@@ -13,7 +13,7 @@ from pinning_middleware.scopes.scope import Scope, current_scope
 from pinning_middleware.servers.budget import read_budget
 from pinning_middleware.signals import fell_back_to_primary, fell_back_to_replica
 
-__all__ = ["forget_decision", "route", "take_decision"]
+__all__ = ["forget_decision", "route", "send_fallback", "take_decision"]
 
 _FALLBACKS: Final = (Reason.NOT_CAUGHT_UP, Reason.NO_REPLICA, Reason.PRIMARY_DOWN)
 
@@ -29,8 +29,8 @@ def route(pool: Pool, model: object = None) -> str:
     decision = decide(pool, scope, model)
     if isinstance(pool, DryRunPool):
         decision = redirect_to_primary(pool, scope, decision, model)
-    elif pool.has_replicas:
-        _signal_fallback(pool, scope, decision)
+    elif pool.has_replicas and decision.reason in _FALLBACKS:
+        send_fallback(pool, scope, decision.alias, decision.reason)
     _pending.set(decision)
     return decision.alias
 
@@ -54,13 +54,10 @@ def take_decision(alias: str) -> Decision | None:
     return decision if decision.alias == alias else None
 
 
-def _signal_fallback(pool: Pool, scope: Scope, decision: Decision) -> None:
-    """Send the signal for a fallback, once in a scope for each reason."""
-    reason = decision.reason
-    if reason not in _FALLBACKS:
-        return
+def send_fallback(pool: Pool, scope: Scope, served: str, reason: Reason) -> None:
+    """Send the signal for a read by another role than intended, once for each scope and reason."""
     if (pool.key, reason) in scope.signalled:
         return
     scope.signalled |= {(pool.key, reason)}
     signal = fell_back_to_replica if reason is Reason.PRIMARY_DOWN else fell_back_to_primary
-    signal.send_robust(pool.primary, served=decision.alias, reason=reason)
+    signal.send_robust(pool.primary, served=served, reason=reason)

@@ -1,6 +1,6 @@
 """
 The context managers that are active: ``use_primary``, ``use_replica``, ``offload``,
-``no_failover`` and ``ignore_writes``, and the saving of an instance.
+``no_failover``, ``ignore_writes`` and ``retry_404``, and the saving of an instance.
 
 They form a chain of immutable values in a context variable of its own.
 """
@@ -11,16 +11,14 @@ from contextvars import ContextVar
 from enum import Enum
 from typing import NamedTuple
 
-from pinning_middleware.scopes.threads import clear_inherited, not_inherited
+from pinning_middleware.scopes import threads
 
 __all__ = [
-    "Kind",
+    "Effects",
     "Override",
+    "OverrideKind",
     "current_overrides",
-    "failover_suppressed",
-    "innermost_override",
-    "is_saving",
-    "offload_applies",
+    "effects_on",
     "pop",
     "push",
     "set_overrides",
@@ -28,7 +26,7 @@ __all__ = [
 ]
 
 
-class Kind(Enum):
+class OverrideKind(Enum):
     """What an override does; the value is the name of the public function."""
 
     PRIMARY = "use_primary"
@@ -41,7 +39,7 @@ class Kind(Enum):
     SAVING = "save"
 
 
-_ROUTING = (Kind.PRIMARY, Kind.REPLICA, Kind.RETRY_404)
+_ROUTING = (OverrideKind.PRIMARY, OverrideKind.REPLICA, OverrideKind.RETRY_404)
 
 
 class Override(NamedTuple):
@@ -53,20 +51,30 @@ class Override(NamedTuple):
     ``group`` that of the replicas to read from (None: those without groups).
     """
 
-    kind: Kind
+    kind: OverrideKind
     owner: object
     using: str | None
     max_lag: float | None
     outer: Override | None
     group: str | None = None
 
-    def applies_to(self, primary: str) -> bool:
-        """Return whether the override applies to the pool of this primary."""
-        return self.using is None or self.using == primary
 
+class Effects(NamedTuple):
+    """
+    What the active overrides mean for one pool. ``routing``: the innermost ``use_primary``,
+    ``use_replica`` or ``retry_404``.
+    """
+
+    routing: Override | None = None
+    is_saving: bool = False
+    is_offloaded: bool = False
+    no_failover: bool = False
+
+
+_NO_EFFECTS = Effects()
 
 _overrides: ContextVar[Override | None] = ContextVar("pinning_overrides", default=None)
-not_inherited(_overrides)
+threads.not_inherited(_overrides)
 
 # Replace the whole chain, for example by that of another context.
 set_overrides = _overrides.set
@@ -74,12 +82,13 @@ set_overrides = _overrides.set
 
 def current_overrides() -> Override | None:
     """Return the innermost override that is active, with those around it."""
-    clear_inherited()
+    if threads.INHERIT_CONTEXT:
+        threads.clear_inherited()
     return _overrides.get()
 
 
 def push(
-    kind: Kind,
+    kind: OverrideKind,
     owner: object,
     using: str | None = None,
     max_lag: float | None = None,
@@ -93,7 +102,7 @@ def pop(owner: object) -> None:
     """
     Deactivate the innermost override of this owner, and any that were left active inside it.
 
-    Does nothing if the context has moved on, as for a generator that is collected later.
+    Do nothing if this owner has none, for example when a generator is closed in another context.
     """
     override = current_overrides()
     while override is not None:
@@ -103,41 +112,31 @@ def pop(owner: object) -> None:
         override = override.outer
 
 
-def innermost_override(override: Override | None, primary: str) -> Override | None:
-    """
-    Return the innermost ``use_primary``, ``use_replica`` or repetition of a view for this
-    primary's pool.
-    """
+def effects_on(primary: str) -> Effects:
+    """Return what the active overrides mean for the pool of this primary."""
+    override = current_overrides()
+    if override is None:
+        return _NO_EFFECTS
+    routing, kinds = None, set()
     while override is not None:
-        if override.kind in _ROUTING and override.applies_to(primary):
-            return override
+        if override.using is None or override.using == primary:
+            kinds.add(override.kind)
+            if routing is None and override.kind in _ROUTING:
+                routing = override
         override = override.outer
-    return None
-
-
-def offload_applies(override: Override | None, primary: str) -> bool:
-    """Return whether ``offload`` is active for this primary's pool."""
-    return _find(override, Kind.OFFLOAD, primary)
-
-
-def is_saving(override: Override | None, primary: str) -> bool:
-    """Return whether an instance is being saved to this primary."""
-    return _find(override, Kind.SAVING, primary)
-
-
-def failover_suppressed() -> bool:
-    """Return whether ``no_failover`` is active."""
-    return _find(current_overrides(), Kind.NO_FAILOVER)
+    return Effects(
+        routing,
+        is_saving=OverrideKind.SAVING in kinds,
+        is_offloaded=OverrideKind.OFFLOAD in kinds,
+        no_failover=OverrideKind.NO_FAILOVER in kinds,
+    )
 
 
 def writes_ignored() -> bool:
     """Return whether ``ignore_writes`` is active."""
-    return _find(current_overrides(), Kind.IGNORE_WRITES)
-
-
-def _find(override: Override | None, kind: Kind, primary: str | None = None) -> bool:
+    override = current_overrides()
     while override is not None:
-        if override.kind is kind and (primary is None or override.applies_to(primary)):
+        if override.kind is OverrideKind.IGNORE_WRITES:
             return True
         override = override.outer
     return False

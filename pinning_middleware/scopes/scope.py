@@ -26,7 +26,7 @@ from pinning_middleware.pins import (
     merge_positions,
     pins_of,
 )
-from pinning_middleware.scopes.threads import clear_inherited, not_inherited
+from pinning_middleware.scopes import threads
 from pinning_middleware.utils import clock
 from pinning_middleware.utils.forks import ForkSafeLock
 
@@ -73,7 +73,7 @@ class Write(NamedTuple):
 
 
 class Requirement(NamedTuple):
-    """What the inherited pins of a scope require of a server that is to serve its reads."""
+    """What the inherited pins of a scope require of a server that serves its reads."""
 
     primary_only: bool
     position: Position | None
@@ -94,7 +94,9 @@ class PoolState(NamedTuple):
     # epoch).
     pinned_at: float | None = None
     pinned_until: float | None = None
-    # A locking read, or session state that replicas do not have, keeps the scope on the primary.
+    # pin_this_request(seconds=0), a locking read, or session state that replicas do not have keeps
+    # the rest of the scope on the primary.
+    pinned_for_scope: bool = False
     holds_lock: bool = False
     session_modified: bool = False
     # unpin_this_request(): the HTTP method no longer counts; the inherited pin was dropped.
@@ -166,11 +168,11 @@ class PoolState(NamedTuple):
         )
 
     def merge_outer(self, outer: PoolState) -> PoolState:
-        """Return the state as it begins inside a scope that has this state."""
+        """Return this state merged with that of the enclosing scope."""
         return self._merge_own(outer).inherit(outer.inherited, outer.observed)
 
     def merge_inner(self, inner: PoolState) -> PoolState:
-        """Return the state after a scope inside this one has ended with that state."""
+        """Return this state merged with that of an inner scope that has ended."""
         merged = self._merge_own(inner)._replace(revision=self.revision + inner.revision)
         return merged.inherit(inner.inherited, inner.observed)
 
@@ -179,6 +181,7 @@ class PoolState(NamedTuple):
             writes={**self.writes, **other.writes} if other.writes else self.writes,
             pinned_at=_latest(self.pinned_at, other.pinned_at),
             pinned_until=_latest(self.pinned_until, other.pinned_until),
+            pinned_for_scope=self.pinned_for_scope or other.pinned_for_scope,
             holds_lock=self.holds_lock or other.holds_lock,
             session_modified=self.session_modified or other.session_modified,
         )
@@ -221,13 +224,14 @@ class Scope:
     retried_404 = False
     # Keys to pin when it ends, each with the primary's alias that it was given with.
     keys: tuple[tuple[str, str | None], ...] = ()
-    # Where its reads went and why, without repetition; the fallbacks that were signalled.
+    # The first routes of its reads (alias, reason), without consecutive duplicates; the fallbacks
+    # that were signalled.
     routes: tuple[tuple[str, str], ...] = ()
     signalled: frozenset[tuple[PoolKey, str]] = frozenset()
     # The pins made for its writes, each with the revision that it covers: to make one costs a round
     # trip.
     made_pins: Mapping[PoolKey, tuple[int, Pin]] = _NOTHING
-    # When code that outlives it becomes a scope of its own (monotonic clock), None: it is open.
+    # Monotonic time from which code that outlives it no longer belongs to it, None: it is open.
     expires_at: float | None = None
     # Called with the scope for each fact that is recorded after it was closed. It does not refer to
     # the scope itself: a cycle would keep every request in memory until the garbage collector runs.
@@ -265,7 +269,7 @@ class Scope:
             outer is not None and (bool(outer.inherited_pins) or outer.has_state_for(key))
         )
 
-    # What happens to it
+    # Recording
 
     def record_write(self, key: PoolKey, write: Write) -> None:
         """Record the latest write on a connection; later scopes have to know of it."""
@@ -293,8 +297,8 @@ class Scope:
 
     def pin(self, key: PoolKey, seconds: float | None) -> None:
         """
-        Pin a pool for the window (None), for so many seconds that no position ends, or, given 0,
-        for the rest of the scope only.
+        Pin a pool. ``seconds``: None for the window, 0 for the rest of the scope, otherwise that
+        long, even if a replica catches up earlier.
         """
         now = clock.now()
 
@@ -304,7 +308,7 @@ class Scope:
                 return changed._replace(pinned_at=now)
             if seconds:
                 return changed._replace(pinned_until=_latest(state.pinned_until, now + seconds))
-            return changed._replace(holds_lock=True)
+            return changed._replace(pinned_for_scope=True)
 
         self.update(key, change)
 
@@ -335,12 +339,12 @@ class Scope:
             self.update(key, lambda state, key=key: state.inherit(*pins_of(pins, key.primary)))  # type: ignore[misc]
 
     def record_route(self, route: tuple[str, str], limit: int) -> None:
-        """Record where a read went and why, unless that is what happened last."""
+        """Record where a read went and why, unless it repeats the last route, up to a limit."""
         routes = self.routes
         if len(routes) < limit and routes[-1:] != (route,):
             self.routes = (*routes, route)
 
-    # Scopes inside scopes, and the end
+    # Nesting and closing
 
     def attach_to(self, parent: Scope) -> None:
         """Make ``parent`` the enclosing scope: inherit its state and its routing preferences."""
@@ -356,7 +360,7 @@ class Scope:
             self.balance_key = parent.balance_key
 
     def merge_into(self, outer: Scope) -> None:
-        """Report what this scope did to a scope around it."""
+        """Merge the state of this scope into an enclosing one."""
         for key, state in self.pools.items():
             if state.revision or state.holds_lock or state.session_modified:
                 outer.update(key, lambda before, state=state: before.merge_inner(state))  # type: ignore[misc]
@@ -367,7 +371,7 @@ class Scope:
         return self.expires_at is not None
 
     def extend(self, seconds: float) -> None:
-        """Let code that outlives a closed scope belong to it for so many more seconds."""
+        """Let code that outlives a closed scope belong to it for this many seconds more."""
         if self.expires_at is not None:
             self.expires_at = max(self.expires_at, clock.monotonic() + seconds)
 
@@ -383,11 +387,14 @@ class Scope:
     @property
     def revision(self) -> int:
         """A number that grows with everything that later scopes have to know."""
-        return sum(state.revision for state in self.pools.values()) + len(self.keys)
+        number = len(self.keys)
+        for state in self.pools.values():
+            number += state.revision
+        return number
 
 
 _scope: ContextVar[Scope | None] = ContextVar("pinning_scope", default=None)
-not_inherited(_scope)
+threads.not_inherited(_scope)
 
 # Enter a scope by `enter(scope)` and leave it by `enter(the previous one)`: `reset(token)` raises
 # if a scope is left in another context than it was entered in.
@@ -396,7 +403,8 @@ enter = _scope.set
 
 def entered_scope() -> Scope | None:
     """Return the scope of this unit of work, None outside any."""
-    clear_inherited()
+    if threads.INHERIT_CONTEXT:
+        threads.clear_inherited()
     scope = _scope.get()
     if scope is not None and scope.expires_at is not None and clock.monotonic() >= scope.expires_at:
         # A background task that outlives the request which started it.

@@ -15,7 +15,7 @@ import threading
 from contextvars import Context, ContextVar
 from typing import Any, Final
 
-__all__ = ["clear_inherited", "not_inherited"]
+__all__ = ["INHERIT_CONTEXT", "clear_inherited", "not_inherited"]
 
 INHERIT_CONTEXT: Final = bool(getattr(sys.flags, "thread_inherit_context", False))
 
@@ -36,8 +36,11 @@ def not_inherited(variable: ContextVar[Any]) -> None:
 
 
 def clear_inherited() -> None:
-    """Clear what this thread has inherited, when it is first called in the thread's own context."""
-    if not INHERIT_CONTEXT or _thread.is_clear:
+    """
+    Clear what this thread has inherited, when it is first called in the thread's own context. To be
+    called before a variable is read, if ``INHERIT_CONTEXT``.
+    """
+    if _thread.is_clear:
         return
     # None in the main thread, and in one that Python did not start.
     own: Context | None = getattr(threading.current_thread(), "_context", None)

@@ -182,7 +182,7 @@ def _connect_in_time(
         hung = [_hosts(each)[0] for each in attempts[:number] if _is_list(each)]
         endpoint.unresponsive_hosts.update(hung)
         if hung:
-            registry.request_attention(endpoint)
+            registry.request_work(endpoint)
     return raw
 
 

@@ -3,10 +3,10 @@ Detection of unresponsive servers. A stopped process still accepts TCP connectio
 timeout reveals it.
 
 A probe has a deadline. A read of the site has none, since a slow query is not a fault. If a replica
-has not answered a read for a moment, its monitor looks for the session on the connection that it
-has, and after a while longer a fresh connection checks whether the server still runs the session.
-If the server does not answer, no longer runs the session, or makes it wait for a lock of recovery,
-the read fails with an error that lets it fail over; otherwise it goes on.
+has not answered a read for a moment, its monitor searches for the session on the connection that it
+has. After a while longer, a fresh connection checks whether the server still runs the session. If
+the server does not answer, no longer runs the session, or makes it wait for a lock that WAL replay
+holds, the read fails with an error that lets it fail over; otherwise it goes on.
 
 psycopg 3 allows its waits to be watched: ``Connection.wait`` resumes its generator every 0.1 s. For
 other drivers a thread shuts down the socket of an unanswered probe or read (see blocked_reads.py).
@@ -46,12 +46,12 @@ __all__ = [
 
 # Maximum seconds for a probe.
 DEADLINE: Final = 0.5
-# Seconds without an answer until a read's session is looked for on a fresh connection; the second
-# applies after a check that found the session.
+# Seconds without an answer until a fresh connection checks a read's session; the second applies
+# after a check that found it.
 FIRST_CHECK_AFTER, NEXT_CHECK_AFTER = 0.3, 1.0
 # Seconds after which psycopg resumes a generator that waits.
 WAIT_INTERVAL: Final = 0.1
-# Maximum seconds that a read waits for a lock of recovery if another server may serve it.
+# Maximum seconds that a read waits for a lock that WAL replay holds if another server may serve it.
 LOCK_TIMEOUT: Final = 0.8
 
 
@@ -143,17 +143,19 @@ class _SlowRead:
         # After another server did not answer, less time is left for this one.
         self.check_after = min(FIRST_CHECK_AFTER, max(read_budget.left - DEADLINE, WAIT_INTERVAL))
         state.endpoint.slow_sessions.add(self.session)
-        registry.request_attention(state.endpoint)
+        registry.request_work(state.endpoint)
 
     def end(self) -> None:
         """Stop the monitor's search."""
         self.state.endpoint.slow_sessions.discard(self.session)
 
     def check(self) -> None:
-        """Raise if the read should be given up."""
+        """
+        Raise ServerUnresponsive, ServerGone, ReplayWaits or BudgetExhausted if the read must be
+        given up.
+        """
         state, now = self.state, time.monotonic()
-        # It may have recovered, so a read that began after it was marked, inside no_failover() for
-        # example, is not interrupted.
+        # The server may have recovered: a read that began after it was marked is not interrupted.
         is_unresponsive = _is_marked_unresponsive(state)
         if is_unresponsive and not self.was_unresponsive:
             self._give_up(ServerUnresponsive(f"{state.alias} does not answer"))
@@ -161,9 +163,9 @@ class _SlowRead:
         if self.session.seen_at > self.last_seen:
             self._found(self.session.seen_at, self.session.waits_for_lock)
         if now - self.last_seen >= self.check_after:
-            self._check_afresh()
+            self._check_on_new_connection()
 
-    def _check_afresh(self) -> None:
+    def _check_on_new_connection(self) -> None:
         left = read_budget.left - (time.monotonic() - self.last_seen)
         seconds = min(DEADLINE, max(left, WAIT_INTERVAL))
         began = time.monotonic()
@@ -182,7 +184,10 @@ class _SlowRead:
             self._give_up(ServerUnresponsive(f"{self.state.alias} does not answer"))
 
     def _found(self, seen_at: float, waits_for_lock: bool) -> None:
-        """Note that the server ran the session at some time, so that it executes the read."""
+        """
+        Note that the server ran the session at some time, so that it executes the read. Raise
+        ReplayWaits if it waits for a lock too long.
+        """
         self.last_seen, self.check_after = seen_at, NEXT_CHECK_AFTER
         self.state.waits_for_lock = waits_for_lock
         may_leave = self.state.may_leave
@@ -196,10 +201,10 @@ class _SlowRead:
         with contextlib.suppress(Exception):
             self.raw.cancel()
         self.last_seen = self.since
-        self._give_up(ReplayWaits(f"{self.state.alias} waits for a lock of its recovery"))
+        self._give_up(ReplayWaits(f"{self.state.alias} waits for a lock that WAL replay holds"))
 
     def _give_up(self, error: Exception) -> None:
-        # The execution of a slow query until then does not count.
+        # Only the wait since the session was last found counts.
         read_budget.spend(time.monotonic() - self.last_seen)
         raise error
 

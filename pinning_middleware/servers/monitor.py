@@ -1,7 +1,7 @@
 """
 Background monitoring, so that no request waits for it: retries servers that are out of rotation,
-samples replication lag, polls for waiting requests, resolves hidden timelines, and follows writes
-until the replicas have them.
+samples replication lag, polls for waiting requests, resolves hidden timelines, and tracks each
+write until the replicas have replayed it.
 
 One lazily started daemon thread per alias, with its own connection, so that an unresponsive server
 cannot block the others. The thread and its connection end after IDLE seconds without work; no error
@@ -27,10 +27,10 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from pinning_middleware.conf import conf, on_change
 from pinning_middleware.pins import Position
 from pinning_middleware.reasons import Fault
-from pinning_middleware.servers.attention import look_for_sessions, replay_waits, retry_hosts
 from pinning_middleware.servers.connect import dedicated_connection
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.liveness import clear_deadline, start_deadline
+from pinning_middleware.servers.monitor_tasks import find_sessions, query_replay_waits, retry_hosts
 from pinning_middleware.servers.probe import probe, state_of
 from pinning_middleware.servers.registry import (
     LAST_REPLICA_MAX_INTERVAL,
@@ -45,14 +45,14 @@ from pinning_middleware.utils.logging import log_rate_limited
 
 __all__ = [
     "UpdateStatus",
-    "attend",
-    "follow",
     "measure_lag",
     "resolve_timeline",
     "retry_until_up",
     "sample_lag",
     "stop",
+    "track",
     "wait_for",
+    "wake",
 ]
 
 T = TypeVar("T")
@@ -60,21 +60,25 @@ Work = Literal["resolve", "replay", "sessions", "hosts", "check"]
 
 logger = logging.getLogger("pinning_middleware.servers")
 
-# Seconds between two samples; without work until a monitor ends; for which a request for samples
-# keeps it sampling.
+# Seconds between two samples.
 SAMPLE_EVERY = 1.0
+# Seconds without work after which a monitor ends.
 IDLE = 5.0
+# Seconds that a monitor goes on with what it was last requested to sample or to track.
 NEEDED = 10.0
 # Seconds between two probes while a request waits: the first pause, doubled up to the second.
 FIRST_PAUSE, MAX_PAUSE = 0.001, 0.02
-# Seconds between two searches for the sessions of slow reads, and for which the connection is kept
-# after one, since a server may stop to accept connections while its sessions run.
-LOOK_EVERY, AFTER_SLOW_READ = 0.25, 60.0
-# Seconds after a write until the replicas are probed for it, which a healthy one has by then;
-# until they are probed again, doubled up to SAMPLE_EVERY while they do not have it.
-FOLLOW_AFTER, FOLLOW_EVERY = 0.005, 0.1
-# Seconds after the return of another replica for which one is retried as if none was left: failures
-# that began together often end together.
+# Seconds between two searches for the sessions of slow reads.
+SESSION_SEARCH_INTERVAL = 0.25
+# Seconds that the connection is kept after a search, because a server may stop accepting
+# connections while its sessions run.
+AFTER_SLOW_READ = 60.0
+# Seconds after a write until its replicas are probed: a healthy one has replayed it by then.
+TRACK_AFTER = 0.005
+# Seconds until the next probe, doubled up to SAMPLE_EVERY.
+TRACK_EVERY = 0.1
+# Seconds for which retries stay as frequent after another replica has returned: failures that began
+# together often end together.
 URGENT_FOR = 2.0
 # Seconds that a monitor pauses after an error that is not the database's.
 PAUSE_AFTER_ERROR = 0.2
@@ -98,17 +102,17 @@ class Monitor:
         self._waiters = 0
         self._sampling_until = 0.0
         self._resolving = False
-        # The newest position that was written, and the one that the replica is probed for until it
-        # has reached it; when it is probed next, and until when.
+        # The newest position that was written, and the one for which the replica is probed until it
+        # has reached it. Monotonic times of the next probe and of the last one.
         self._written: Position | None = None
-        self._followed: Position | None = None
-        self._follow_at = self._follow_until = 0.0
-        self._follow_pause = FOLLOW_EVERY
+        self._tracked: Position | None = None
+        self._track_at = self._track_until = 0.0
+        self._track_pause = TRACK_EVERY
         # The pause between two attempts while no other replica is left.
         self._retry_pause = LAST_REPLICA_RETRY_INTERVAL
-        # Monotonic time at which none was left.
+        # Last monotonic time at which no replica was in rotation.
         self._none_left_at = -math.inf
-        self._last_check = self._last_look = self._last_hosts = 0.0
+        self._last_check = self._last_search = self._last_hosts = 0.0
         self._busy_until = time.monotonic() + IDLE
         self._connections: dict[str, BaseDatabaseWrapper] = {}
 
@@ -117,6 +121,7 @@ class Monitor:
         return registry.endpoint(self.alias, self.primary)
 
     def start(self) -> None:
+        """Start the thread. Raise RuntimeError if the system cannot."""
         # threading.Thread begins with the caller's context on free-threaded builds.
         _thread.start_new_thread(self._run, ())
 
@@ -124,6 +129,7 @@ class Monitor:
     # the work.
 
     def schedule(self, sampling: bool = False, resolving: bool = False) -> bool:
+        """Wake the monitor: to sample for a while, to resolve a timeline, or for other work."""
         with self.condition:
             if self.is_stopping:
                 return False
@@ -135,30 +141,33 @@ class Monitor:
             self.condition.notify_all()
         return True
 
-    def follow(self, position: Position, is_new: bool) -> bool:
+    def track(self, position: Position, is_new: bool) -> bool:
+        """Probe the replica until it has reached a position."""
         with self.condition:
             if self.is_stopping:
                 return False
             now = time.monotonic()
-            self._busy_until, self._follow_until = now + IDLE, now + NEEDED
+            self._busy_until, self._track_until = now + IDLE, now + NEEDED
             if is_new:
                 self._written = position
-            if self._followed is None:
-                self._followed, self._follow_pause = position, FOLLOW_EVERY
-                self._follow_at = max(now + FOLLOW_AFTER, self._last_check + FOLLOW_EVERY)
+            if self._tracked is None:
+                self._tracked, self._track_pause = position, TRACK_EVERY
+                self._track_at = max(now + TRACK_AFTER, self._last_check + TRACK_EVERY)
                 self.condition.notify_all()
         return True
 
-    def add_waiter(self, number: int) -> bool:
+    def change_waiters(self, by: int) -> bool:
+        """Change the number of callers that wait for each probe."""
         with self.condition:
             if self.is_stopping:
                 return False
-            self._waiters += number
+            self._waiters += by
             self._busy_until = time.monotonic() + IDLE
             self.condition.notify_all()
         return True
 
     def request_stop(self) -> None:
+        """Stop after the work that is under way."""
         with self.condition:
             self.is_stopping = True
             self.condition.notify_all()
@@ -188,8 +197,8 @@ class Monitor:
             elif work == "replay":
                 self._check_replay()
             elif work == "sessions":
-                self._last_look = time.monotonic()
-                look_for_sessions(self._endpoint, self._attempt)
+                self._last_search = time.monotonic()
+                find_sessions(self._endpoint, self._attempt)
             elif work == "hosts":
                 retry_hosts(self._endpoint)
                 self._last_hosts = time.monotonic()
@@ -219,7 +228,7 @@ class Monitor:
                 self.condition.wait(left)
 
     def _wait_for_work(self, pause: float) -> Work | None:
-        """Return the next work when it is due, or None if the monitor is to end."""
+        """Return the next work when it is due, or None if the monitor must stop."""
         with self.condition:
             while not self.is_stopping:
                 now = time.monotonic()
@@ -244,7 +253,7 @@ class Monitor:
             work.append((now, "replay"))
         if endpoint.slow_sessions:
             self._busy_until = now + AFTER_SLOW_READ
-            work.append((self._last_look + LOOK_EVERY, "sessions"))
+            work.append((self._last_search + SESSION_SEARCH_INTERVAL, "sessions"))
         if endpoint.unresponsive_hosts:
             self._busy_until = now + IDLE
             work.append((self._last_hosts + SAMPLE_EVERY, "hosts"))
@@ -265,26 +274,26 @@ class Monitor:
             interval = self._retry_pause * endpoint.jitter if is_urgent else SAMPLE_EVERY
             times.append(min(endpoint.retry_at, self._last_check + interval))
             self._busy_until = now + IDLE
-        elif self._followed is not None and now < self._follow_until:
-            times.append(self._follow_at)
+        elif self._tracked is not None and now < self._track_until:
+            times.append(self._track_at)
         return min(times) if times else None
 
     def _check(self) -> None:
         """Probe the server, measure its lag, and update its rotation status."""
-        endpoint = registry.endpoint(self.alias, self.primary)
-        self._follow_at = time.monotonic() + self._follow_pause
+        endpoint = self._endpoint
+        self._track_at = time.monotonic() + self._track_pause
         # A failed endpoint stays out of rotation for its time even if it answers now.
         is_early = endpoint.is_down and endpoint.retry_at > time.monotonic()
         is_trial = is_early and not self._is_urgent(endpoint)
-        # If a replica that is only followed is taken out meanwhile, it is not to return before its
+        # A replica that is only tracked may be taken out meanwhile. It must not return before its
         # retry is due.
-        only_follows = not (self._waiters or self._is_sampling() or endpoint.out_of_rotation)
-        server = self._probe(self.alias, is_trial or only_follows)
+        only_tracks = not (self._waiters or self._is_sampling() or endpoint.out_of_rotation)
+        server = self._probe(self.alias, is_trial or only_tracks)
         if server is not None:
-            self._check_followed(server)
-        if only_follows and server is None and not endpoint.out_of_rotation:
+            self._check_tracked(server)
+        if only_tracks and server is None and not endpoint.out_of_rotation:
             server = self._probe(self.alias)
-        elif only_follows:
+        elif only_tracks:
             self._last_check = time.monotonic()
             return
         is_reachable = server is not None or self._can_connect(endpoint, is_trial)
@@ -298,16 +307,14 @@ class Monitor:
                     server = self._measure_again(server)
             if server.replay_waits:
                 connection = self._connection_to(self.alias)
-                server.replay_waits = replay_waits(connection, self._attempt)
+                server.replay_waits = query_replay_waits(connection, self._attempt)
             self.update_status(endpoint, server)
-        if not endpoint.out_of_rotation:
-            self._retry_pause = LAST_REPLICA_RETRY_INTERVAL
-            return
-        if self._is_urgent(endpoint):
+        is_out = bool(endpoint.out_of_rotation)
+        if is_out and self._is_urgent(endpoint):
             self._retry_pause = min(2 * self._retry_pause, LAST_REPLICA_MAX_INTERVAL)
         else:
             self._retry_pause = LAST_REPLICA_RETRY_INTERVAL
-        if not is_trial and endpoint.retry_at <= self._last_check:
+        if is_out and not is_trial and endpoint.retry_at <= self._last_check:
             registry.schedule_retry(endpoint, _retry_interval(endpoint))
 
     def _is_urgent(self, endpoint: Endpoint) -> bool:
@@ -339,10 +346,10 @@ class Monitor:
         endpoint.replay_suspected = False
         if (server := self._probe(self.alias)) is not None:
             connection = self._connection_to(self.alias)
-            server.replay_waits = replay_waits(connection, self._attempt)
+            server.replay_waits = query_replay_waits(connection, self._attempt)
             self.update_status(endpoint, server)
 
-    def _check_followed(self, server: Server) -> None:
+    def _check_tracked(self, server: Server) -> None:
         """Record what a replica has reached of what was written lately."""
         dialect = dialect_for(self._connection_to(self.alias))
         if dialect is None:
@@ -351,23 +358,23 @@ class Monitor:
         def reached(position: Position) -> bool:
             return dialect.reached(position, server.position)
 
-        followed = self._followed
-        is_hidden = server.timeline_hidden and followed is not None and not reached(followed)
-        if is_hidden and followed and server.reported_at_least(followed.points):
+        tracked = self._tracked
+        is_hidden = server.timeline_hidden and tracked is not None and not reached(tracked)
+        if is_hidden and tracked and server.reported_at_least(tracked.points):
             # Resolved between two reports of the primary: that of the write, and this one.
             self._probe(self.primary)
         server.catch_up.record_probe(None, reached)
         with self.condition:
             now = time.monotonic()
-            if followed is None:
+            if tracked is None:
                 return
-            if reached(followed):
+            if reached(tracked):
                 is_newest = self._written is None or reached(self._written)
-                self._followed = None if is_newest else self._written
-                self._follow_pause = FOLLOW_EVERY
-            self._follow_at = now + self._follow_pause
-            if self._followed is followed:
-                self._follow_pause = min(2 * self._follow_pause, SAMPLE_EVERY)
+                self._tracked = None if is_newest else self._written
+                self._track_pause = TRACK_EVERY
+            self._track_at = now + self._track_pause
+            if self._tracked is tracked:
+                self._track_pause = min(2 * self._track_pause, SAMPLE_EVERY)
 
     def _resolve_timeline(self) -> None:
         """Probe the primary, the replica until it has caught up, and the primary again."""
@@ -388,11 +395,14 @@ class Monitor:
         return None if result is None else result.server
 
     def _can_connect(self, endpoint: Endpoint, is_trial: bool) -> bool:
-        """Check an endpoint that is out of rotation and has no positions to probe."""
+        """
+        Return whether an endpoint without positions accepts connections again, and mark it up
+        unless ``is_trial``. Return False for one that has positions, or is in rotation.
+        """
         has_positions = conf.positions and dialect_for(self._connection_to(self.alias)) is not None
         if has_positions or not endpoint.out_of_rotation:
             return False
-        if not self._attempt(_is_usable_anew):
+        if not self._attempt(_is_usable_after_reconnect):
             return False
         if not is_trial:
             registry.mark_up(endpoint)
@@ -423,8 +433,9 @@ class Monitor:
             with contextlib.suppress(Exception):
                 connection.close()
         except RuntimeError as error:
-            # Raised in tests that forbid queries.
-            logger.debug("Probes of %s are forbidden: %s", alias, error)
+            # By pytest-django in a test without database access, and by Python if no thread can be
+            # started.
+            logger.debug("Could not probe %s: %s", alias, error)
         return None
 
     def _disconnect(self) -> None:
@@ -457,7 +468,7 @@ def measure_lag(server: Server, primary: str) -> None:
     server.lag = newest - samples[-1][0] if len(samples) > 1 else None
 
 
-def _is_usable_anew(connection: BaseDatabaseWrapper) -> bool:
+def _is_usable_after_reconnect(connection: BaseDatabaseWrapper) -> bool:
     """Return whether a new connection can be used, within the deadline of a probe."""
     connection.close()
     connection.ensure_connection()
@@ -483,7 +494,7 @@ def _retry_interval(endpoint: Endpoint) -> float:
 
 
 def _all_replicas_are_out(endpoint: Endpoint) -> bool:
-    """Return whether no replica of the pool is left, so that all reads go to the primary."""
+    """Return whether every replica of the pool with a weight is out of rotation."""
     weights = conf.replicas.get(endpoint.pool, {})
     return all(
         other.out_of_rotation
@@ -502,13 +513,13 @@ _inherited: list[Any] = []
 def _assign(
     alias: str, primary: str, update_status: UpdateStatus, accepts: Callable[[Monitor], bool]
 ) -> Monitor:
-    """Return a running monitor of an alias that has accepted the work."""
-    while not accepts(monitor := _running_monitor(alias, primary, update_status)):
+    """Return a monitor that has accepted the work; it does not run if no thread could start."""
+    while not accepts(monitor := _get_monitor(alias, primary, update_status)):
         pass
     return monitor
 
 
-def _running_monitor(alias: str, primary: str, update_status: UpdateStatus) -> Monitor:
+def _get_monitor(alias: str, primary: str, update_status: UpdateStatus) -> Monitor:
     monitor = _monitors.get(alias)
     if monitor is None or monitor.is_stopping:
         with _lock:
@@ -533,8 +544,8 @@ def _running_monitor(alias: str, primary: str, update_status: UpdateStatus) -> M
     return monitor
 
 
-def attend(alias: str, primary: str, update_status: UpdateStatus) -> None:
-    """Do the work that has been noted on the endpoint of an alias."""
+def wake(alias: str, primary: str, update_status: UpdateStatus) -> None:
+    """Wake the monitor of an alias to do the work that is noted on its endpoint."""
     _assign(alias, primary, update_status, lambda monitor: monitor.schedule())
 
 
@@ -554,7 +565,7 @@ def sample_lag(primary: str, aliases: tuple[str, ...], update_status: UpdateStat
         _assign(alias, primary, update_status, lambda monitor: monitor.schedule(sampling=True))
 
 
-def follow(
+def track(
     position: Position,
     primary: str,
     aliases: tuple[str, ...],
@@ -563,11 +574,11 @@ def follow(
     is_new: bool,
 ) -> None:
     """
-    Probe these replicas until they have reached a position, so that it is known when a read needs
-    it, also if the primary fails. ``is_new``: it was just written. Does no I/O.
+    Have the monitors probe these replicas until they have reached a position, so that a later read
+    need not, also if the primary has failed. ``is_new``: it was just written.
     """
     for alias in aliases:
-        _assign(alias, primary, update_status, lambda monitor: monitor.follow(position, is_new))
+        _assign(alias, primary, update_status, lambda monitor: monitor.track(position, is_new))
 
 
 def resolve_timeline(alias: str, primary: str, update_status: UpdateStatus) -> None:
@@ -589,7 +600,7 @@ def wait_for(
     """
     until = clock.unfrozen() + seconds
     monitors = [
-        _assign(alias, primary, update_status, lambda monitor: monitor.add_waiter(1))
+        _assign(alias, primary, update_status, lambda monitor: monitor.change_waiters(1))
         for alias in aliases
     ]
     if not monitors:
@@ -603,7 +614,7 @@ def wait_for(
         return result
     finally:
         for monitor in monitors:
-            monitor.add_waiter(-1)
+            monitor.change_waiters(-1)
 
 
 def stop() -> None:

@@ -256,7 +256,7 @@ def _probe_once(connection: BaseDatabaseWrapper, dialect: Dialect, is_trial: boo
         sent_at = time.monotonic()
         server, row = _identify(connection, dialect, state, query)
         report = None
-        if server.should_report_position:
+        if server.should_query_position:
             report = _fetch_report(dialect, server, state, query, row, sent_at)
     except ServerUnresponsive as error:
         if is_trial:
@@ -366,7 +366,7 @@ def _identify(
     endpoint = state.endpoint
     if state.behind_pooler and not endpoint.pooler_mixes_servers:
         mixes_servers = len(endpoint.recent_servers) > 1
-        if endpoint.is_balanced is None:
+        if endpoint.splits_reads_and_writes is None:
             _record_whether_balanced(endpoint, dialect, query)
             # Another server may answer the same statement.
             again = _fetch_identity(connection, dialect, state, query)[0].identity
@@ -384,12 +384,12 @@ def _identify(
 
 def _record_whether_balanced(endpoint: Endpoint, dialect: Dialect, query: Query) -> None:
     try:
-        endpoint.is_balanced = dialect.balances_reads(query)
+        endpoint.splits_reads_and_writes = dialect.balances_reads(query)
     except DatabaseError as error:
         if isinstance(error, CONNECTION_ERRORS):
             raise
-        endpoint.is_balanced = False
-    if endpoint.is_balanced:
+        endpoint.splits_reads_and_writes = False
+    if endpoint.splits_reads_and_writes:
         endpoint.pooler_mixes_servers = True
         logger.error(
             "%s resolves to pgpool-II with load_balance_mode = on, so that any of its servers "

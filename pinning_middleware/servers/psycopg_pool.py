@@ -1,10 +1,10 @@
 """
 Connections from Django's psycopg pool.
 
-A read waits for one as long as the site's own settings of the pool say, since a pool whose
-connections are all in use is no fault of its server. While it waits, a fresh connection outside of
-the pool checks whether the server can be reached. A connection that its server closed while it was
-idle is never returned.
+A read waits for one as long as the site's pool settings specify, since a pool whose connections are
+all in use is no fault of its server. While it waits, a fresh connection outside of the pool checks
+whether the server can be reached. Connections that the server closed while they were idle are
+discarded, at most ``max_size + 1`` of them for each read.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ __all__ = [
     "has_pool",
 ]
 
-# Seconds that a read waits for a connection until it is checked whether the server can be reached,
-# and until it is checked again; for which one check serves all reads that wait.
+# Seconds that a read waits for a connection until a check of whether the server can be reached.
 FIRST_CHECK_AFTER: Final = 0.15
+# Seconds until the next check.
 NEXT_CHECK_AFTER: Final = 1.0
-CHECK_SERVES: Final = 1.0
+# Seconds for which one check counts for all reads that wait.
+CHECK_VALID_FOR: Final = 1.0
 
 # Seconds that ``getconn()`` waits now, if not as long as the pool's own timeout.
 _limit: ContextVar[float | None] = ContextVar("pinning_pool_limit", default=None)
@@ -43,13 +44,14 @@ _pools: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
 def has_pool(connection: Any) -> bool:
+    """Return whether a connection belongs to Django's pool of its alias."""
     return bool(connection.settings_dict["OPTIONS"].get("pool"))
 
 
 def close_for_good(connection: Any) -> None:
     """Close a connection. One that belongs to a pool is not returned to it, but replaced."""
     if connection.connection is not None and has_pool(connection):
-        # Closed first, it would be a warning in the pool's log.
+        # If it were closed first, the pool would log a warning.
         connection.connection._expire_at = 0.0
     connection.close()
 
@@ -93,7 +95,8 @@ def get_live_connection(
     connection: Any, get: Callable[[], Any], check_reachable: Callable[[], object]
 ) -> Any:
     """
-    Return a connection of the driver from the pool of a connection, that its server has not closed.
+    Return a driver connection from the pool that the server has not closed. Raise what
+    ``check_reachable`` raises, or the pool's own error.
 
     ``get`` returns the pool's next one. ``check_reachable`` raises if the server cannot be
     connected to, since the pool would otherwise retry until its timeout.
@@ -139,7 +142,7 @@ def _get_in_time(
                 try:
                     check_reachable()
                 except Exception:
-                    # What follows is not to rely on this check.
+                    # The next read must check again.
                     pool.pinning_checked_at = -math.inf
                     read_budget.spend(waited)
                     raise
@@ -153,9 +156,9 @@ def _get_in_time(
 
 
 def _claim_check(pool: Any) -> bool:
-    """Return whether the caller is to check the server, for all reads that wait for the pool."""
+    """Return whether the caller must check the server, for all reads that wait for the pool."""
     now = time.monotonic()
-    if now - getattr(pool, "pinning_checked_at", -math.inf) < CHECK_SERVES:
+    if now - getattr(pool, "pinning_checked_at", -math.inf) < CHECK_VALID_FOR:
         return False
     pool.pinning_checked_at = now
     return True

@@ -46,8 +46,8 @@ MAX_SERVERS = 64
 # second. libpq may connect twice for one attempt, with TLS and without.
 # https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNECT-SSLMODE
 LAST_REPLICA_RETRY_INTERVAL, LAST_REPLICA_MAX_INTERVAL = 0.05, 0.5
-# Seconds until a server that could not report a position is asked for it again.
-ASK_AGAIN_AFTER = 30.0
+# Seconds until a server that could not report a position is probed for it again.
+POSITION_RETRY_INTERVAL = 30.0
 # Number of reports of a primary that are kept to resolve hidden timelines.
 MAX_PRIMARY_SAMPLES = 32
 # Number of a primary's positions that are kept to measure lag, and minimum seconds between two.
@@ -63,9 +63,10 @@ class Identity(NamedTuple):
 
     @property
     def place(self) -> tuple[str, int]:
+        """The address and port."""
         return self.address, self.port
 
-    def may_follow(self, other: Identity) -> bool:
+    def may_replace(self, other: Identity) -> bool:
         """Return whether this may be the other server after a restart: it started later."""
         try:
             return float(self.started) > float(other.started)
@@ -79,8 +80,8 @@ class Report(NamedTuple):
 
     ``is_replica``: whether it replays another server's log, or None if unknown.
     ``written``: what a primary has written. ``timeline_hidden``: the role may not see to which
-    timeline ``replayed`` belongs. ``has_new_history``: it is behind what the server reported
-    before, because its log began anew under the same name; None if the database has no such logs.
+    timeline ``replayed`` belongs. ``has_new_history``: the server reported less than before,
+    because its log began again under the same name; None if the database has no such logs.
     ``is_complete``: ``replayed`` is all that the server has.
     """
 
@@ -100,7 +101,6 @@ class Server:
         "_hidden_timeline",
         "_predecessors",
         "_unavailable",
-        "ask_again_at",
         "catch_up",
         "checkpoint_timeline",
         "demoted_at",
@@ -117,6 +117,7 @@ class Server:
         "replayed_offset",
         "reports_position",
         "retry_at",
+        "retry_position_at",
         "status_since",
         "strategy",
         "system",
@@ -128,7 +129,7 @@ class Server:
         # The cluster that the server belongs to, if the database has a name for it.
         self.system = system
         self.is_replica: bool | None = None
-        # Monotonic time of the first report as a replica of a server that was none before.
+        # Monotonic time at which the server, a primary before, first reported that it is a replica.
         self.demoted_at = -math.inf
         # What the server has replayed, of logs whose timeline is known. It only grows.
         self.position: Points = {}
@@ -154,9 +155,9 @@ class Server:
         # strategy that works.
         self.reports_position: bool | None = None
         self.strategy = 0
-        # Why it cannot report one, and the monotonic time from which it is asked again.
+        # Why it cannot report one, and the monotonic time of the next attempt.
         self._unavailable = ""
-        self.ask_again_at = 0.0
+        self.retry_position_at = 0.0
         # Positions that the server reported in a history that has ended since. They do not count
         # for as long as the server reports them unchanged.
         self._disputed: dict[str, int] = {}
@@ -172,28 +173,35 @@ class Server:
         return f"<Server {self.identity.address}:{self.identity.port}>"
 
     @property
-    def should_report_position(self) -> bool:
-        """Whether to ask for a position: one that had none may have one some time later."""
-        return self.reports_position is not False or time.monotonic() >= self.ask_again_at
+    def should_query_position(self) -> bool:
+        """Whether to query the position. A server without one may report it later."""
+        return self.reports_position is not False or time.monotonic() >= self.retry_position_at
 
     def record_position_available(self) -> None:
+        """Record that the server reports a position."""
         self.reports_position, self._unavailable = True, ""
 
     def record_position_unavailable(self, cause: str) -> bool:
         """Record that the server reports no position; return whether that is news."""
         is_news, self._unavailable = cause != self._unavailable, cause
-        self.reports_position, self.ask_again_at = False, time.monotonic() + ASK_AGAIN_AFTER
+        self.reports_position, self.retry_position_at = (
+            False,
+            time.monotonic() + POSITION_RETRY_INTERVAL,
+        )
         self.position = {}
         return is_news
 
     def dispute(self, points: Points) -> None:
-        """Let these points not count until the server reports others, or they are confirmed."""
+        """
+        Ignore these points until the server reports others or ``confirm()`` is called. Also clear
+        the minimum position.
+        """
         self._disputed |= points
         self.position = {log: n for log, n in self.position.items() if points.get(log) != n}
         self.minimum_position = {}
 
     def confirm(self, points: Points) -> None:
-        """Let disputed points count again that the primary itself has reached by now."""
+        """Accept disputed points again that the primary has reached since."""
         for log, end in tuple(self._disputed.items()):
             if points.get(log, -1) >= end:
                 del self._disputed[log]
@@ -264,13 +272,13 @@ def _merged(positions: Iterable[Points]) -> Points:
 
 
 class SlowSession:
-    """A session of this process that has not answered for a moment, for the monitor to look for."""
+    """A session of this process that has not answered for a moment; the monitor searches for it."""
 
     __slots__ = ("pid", "seen_at", "waits_for_lock")
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        # Monotonic time at which the server was asked for it when it was last found there.
+        # Monotonic time at which the last successful search for the session was sent.
         self.seen_at = 0.0
         self.waits_for_lock = False
 
@@ -282,9 +290,9 @@ class Endpoint:
         self.alias = alias
         # The alias of the pool's primary, which is the sender of the pool's signals.
         self.pool = pool
-        # The monotonic time at which the newest connection to each server was opened.
+        # Monotonic time at which the newest connection to each server was opened.
         self.servers: dict[Server, float] = {}
-        # The same of the oldest one.
+        # Monotonic time at which the oldest connection to each server was opened.
         self._first_seen: dict[Server, float] = {}
         # Why the endpoint is out of rotation, or None if it is in rotation; and since when (epoch).
         self.out_of_rotation: Fault | None = None
@@ -300,7 +308,7 @@ class Endpoint:
         # A connection pooler mixes several servers, so that a position is of no use. Logged once.
         self.pooler_mixes_servers = False
         # Whether a pooler sends reads and writes to different servers; None if unknown.
-        self.is_balanced: bool | None = None
+        self.splits_reads_and_writes: bool | None = None
         # Whether a read ends if the server does not answer; None if no connection was made yet.
         self.reads_are_bounded: bool | None = None
         # The sessions in which a read waits for an answer.
@@ -311,8 +319,8 @@ class Endpoint:
         self.unresponsive_hosts: set[tuple[str, str]] = set()
         # Monotonic time at which one attempt to connect was not answered while another was.
         self.hung_at = -math.inf
-        # Of a primary's alias: what pins required that another primary must have written, by log:
-        # growing offsets, and when connections were opened anew for each (monotonic clock).
+        # For a primary's alias: by log, the growing offsets that pins required and its server
+        # lacked, and when the connections were reopened for each (monotonic clock).
         self.reopened_for: dict[str, list[tuple[int, float]]] = {}
         # The settings that the endpoint was made for have been replaced.
         self.is_stale = False
@@ -369,8 +377,9 @@ class Endpoint:
     @property
     def server(self) -> Server | None:
         """
-        The server that the alias resolves to, or None if none is known. A primary's alias resolves
-        to one, that of the newest connection; any other to one only if no other was seen lately.
+        The server that the alias resolves to, or None if unknown. A primary's alias resolves to the
+        server of its newest connection; another one to a server only if no other was seen within
+        RECENT_FOR seconds.
         """
         servers = self.servers
         if len(servers) == 1:
@@ -386,9 +395,8 @@ class Endpoint:
 
 class ServerRegistry:
     """
-    Servers and endpoints by identity and alias. Callables in ``listeners`` are called with each
-    endpoint that leaves or rejoins the rotation, those in ``attendants`` with each that has work
-    for its monitor.
+    Servers and endpoints by identity and alias. ``listeners`` are called with each endpoint that
+    leaves or rejoins the rotation, ``work_listeners`` with each that has work for its monitor.
     """
 
     def __init__(self) -> None:
@@ -399,7 +407,7 @@ class ServerRegistry:
         self._primary_samples: dict[str, deque[PrimarySample]] = {}
         self._lag_samples: dict[str, deque[tuple[float, Position]]] = {}
         self.listeners: list[Callable[[Endpoint], None]] = []
-        self.attendants: list[Callable[[Endpoint], None]] = []
+        self.work_listeners: list[Callable[[Endpoint], None]] = []
 
     def endpoint(self, alias: str, pool: str = "") -> Endpoint:
         """Return the endpoint of an alias, created on first use."""
@@ -424,12 +432,12 @@ class ServerRegistry:
             self._primary_samples.clear()
             self._lag_samples.clear()
             self.listeners.clear()
-            self.attendants.clear()
+            self.work_listeners.clear()
 
-    def request_attention(self, endpoint: Endpoint) -> None:
+    def request_work(self, endpoint: Endpoint) -> None:
         """Have the endpoint's monitor do the work that has been noted on the endpoint."""
-        for attend in () if endpoint.is_stale else tuple(self.attendants):
-            attend(endpoint)
+        for listener in () if endpoint.is_stale else tuple(self.work_listeners):
+            listener(endpoint)
 
     def get(self, identity: Identity) -> Server | None:
         """Return a registered server, or None."""
@@ -455,7 +463,7 @@ class ServerRegistry:
             for other in list(endpoint.servers) if is_new else ():
                 if other is server or other.identity.place != identity.place:
                     continue
-                if identity.may_follow(other.identity):
+                if identity.may_replace(other.identity):
                     if other.system == system:
                         server.replaces(other)
                     endpoint.forget(other)
@@ -495,7 +503,7 @@ class ServerRegistry:
 
     def _begin_new_history(self, server: Server) -> None:
         """
-        Forget what was known of a log that began anew. If it is a primary's, what the others
+        Forget what was known of a log that began again. If it is a primary's, what the others
         replayed of it is of the history that has ended.
         """
         logger.warning(
@@ -511,7 +519,7 @@ class ServerRegistry:
             other.dispute(other.position)
 
     def _compare_with_primary(self, primary: Server, written: Position, sent_at: float) -> None:
-        """A server that reported more of a log than its primary had later is of another history."""
+        """Dispute what servers reported of a log beyond what their primary had later."""
         for other in self._others_in_pools_of(primary):
             other.confirm(written.points)
             if other.last_probed < sent_at:
@@ -568,7 +576,7 @@ class ServerRegistry:
             self._publish(endpoint, 0.0, "")
 
     def schedule_retry(self, endpoint: Endpoint, seconds: float) -> None:
-        """Schedule the next attempt in so many seconds, times the endpoint's jitter."""
+        """Schedule the next attempt after ``seconds``, times the endpoint's jitter."""
         endpoint.retry_at = time.monotonic() + seconds * endpoint.jitter
 
     def _publish(self, endpoint: Endpoint, retry_in: float, error: object) -> None:
@@ -583,7 +591,8 @@ class ServerRegistry:
             has_changed, endpoint.out_of_rotation = endpoint.out_of_rotation != fault, fault
             endpoint.is_reachable_again = endpoint.is_reachable_again and not has_changed
             if fault is not None:
-                endpoint.error = str(error) or endpoint.error
+                if has_changed or str(error):
+                    endpoint.error = str(error) or fault.description
                 if has_changed or retry_in:
                     self.schedule_retry(endpoint, retry_in)
             if has_changed:

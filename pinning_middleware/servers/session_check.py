@@ -46,7 +46,7 @@ class SessionStatus(Enum):
 def session_query(pid: int) -> str:
     """
     Return a statement for whether a server runs a session of the current database, and whether the
-    session waits for a lock of recovery. Any role may run it.
+    session waits for a lock that WAL replay holds. Any role may run it.
     """
     return (
         f"SELECT EXISTS (SELECT 1 FROM pg_stat_activity WHERE pid = {pid} AND datname = "
@@ -57,9 +57,9 @@ def session_query(pid: int) -> str:
 
 def _waits_behind_pooler(seconds: float) -> str:
     """
-    Return an expression for whether a read that has been running for so many seconds waits for a
-    lock of recovery. Behind a connection pooler its process ID is unknown; so it is true only if
-    all reads of this role that have been running for as long wait for a lock.
+    Return an expression for whether a read that has been running for ``seconds`` waits for a lock
+    that WAL replay holds. Behind a connection pooler its process ID is unknown; so it is true only
+    if all reads of this role that have been running for as long wait for a lock.
     """
     return (
         "pg_is_in_recovery() AND (SELECT coalesce(bool_and(EXISTS (SELECT 1 FROM pg_locks WHERE "
@@ -93,8 +93,8 @@ _checks: dict[object, _Check] = {}
 def check_session(raw: Any, state: ConnectionState, began: float, seconds: float) -> SessionStatus:
     """
     Return the status of the session of a psycopg connection whose read began at that monotonic
-    time, on a fresh connection, within so many seconds. Reads that wait for the same server share a
-    check of whether it answers.
+    time, by a fresh connection, within ``seconds``. Reads that wait for the same server share a
+    check of whether it answers; if another one's answer does not apply, a second check follows.
     """
     key: object = state.server or state.endpoint
     with _lock:
@@ -104,7 +104,7 @@ def check_session(raw: Any, state: ConnectionState, began: float, seconds: float
             check = _checks[key] = _Check()
     if is_first:
         try:
-            check.status = _check_afresh(raw, state, began, seconds)
+            check.status = _check_by_new_connection(raw, state, began, seconds)
         finally:
             check.done.set()
             with _lock:
@@ -114,10 +114,12 @@ def check_session(raw: Any, state: ConnectionState, began: float, seconds: float
     if check.status in (SessionStatus.UNANSWERED, SessionStatus.RUNNING):
         return check.status
     # That of the other session is no answer for this one.
-    return _check_afresh(raw, state, began, seconds)
+    return _check_by_new_connection(raw, state, began, seconds)
 
 
-def _check_afresh(raw: Any, state: ConnectionState, began: float, seconds: float) -> SessionStatus:
+def _check_by_new_connection(
+    raw: Any, state: ConnectionState, began: float, seconds: float
+) -> SessionStatus:
     from psycopg import conninfo
 
     parameters = {
@@ -128,7 +130,7 @@ def _check_afresh(raw: Any, state: ConnectionState, began: float, seconds: float
     host = {"host": raw.info.host, "port": raw.info.port, "hostaddr": raw.info.hostaddr or None}
     text = conninfo.make_conninfo(**{**parameters, **host, "password": raw.info.password or None})
     until = time.monotonic() + seconds
-    attempt = partial(_ask_afresh, text.encode(), raw.info.backend_pid, state, began, until)
+    attempt = partial(_query_session, text.encode(), raw.info.backend_pid, state, began, until)
     has_several = len(state.endpoint.servers) > 1
     interval = BALANCED_ATTEMPT_INTERVAL if has_several else ATTEMPT_INTERVAL
     try:
@@ -145,13 +147,14 @@ def _check_afresh(raw: Any, state: ConnectionState, began: float, seconds: float
         return SessionStatus.UNANSWERED
 
 
-def _ask_afresh(
+def _query_session(
     text: bytes, pid: int, state: ConnectionState, began: float, until: float
 ) -> SessionStatus:
     """
     Return the status of a session, on one fresh connection.
 
-    Raise _OtherServer if another server answers, _PoolerAnswered or TimeoutError if none does.
+    Raise _OtherServer if another server answers or connecting fails, _PoolerAnswered if a pooler
+    answers in the server's place, TimeoutError if nothing answers.
     """
     from psycopg import Error, pq
 
@@ -160,39 +163,39 @@ def _ask_afresh(
     connection = pq.PGconn.connect_start(text)
     try:
         if _finish_connecting(connection, until) != pq.PollingStatus.OK:
-            # An error of the server ("too many clients"), not of the network: in every language,
-            # only these have two blanks after the severity.
-            if b":  " not in connection.error_message:
+            # libpq: in every language, only errors of the server, such as "too many clients", have
+            # two blanks after the severity.
+            is_of_server = b":  " in connection.error_message
+            if not is_of_server:
                 raise _OtherServer
             if state.behind_pooler:
                 raise _PoolerAnswered
             return SessionStatus.RUNNING
         pooled = _waits_behind_pooler(time.monotonic() - began)
         row = _fetch_row(connection, f"{session_query(pid)}, {columns}, {pooled}", until)
-        # A pooler reports a process ID of its own at connect.
-        if row and (state.behind_pooler or row[3] != str(connection.backend_pid)):
-            waits_for_lock = row[4] == "t"
-            return SessionStatus.WAITS_FOR_LOCK if waits_for_lock else SessionStatus.RUNNING
         if not row:
-            # It answers with an error, so the session cannot be looked for.
+            # It answers with an error, so that it cannot be searched for the session.
             return SessionStatus.RUNNING
         has_session, waits_for_lock = row[0] == "t", row[1] == "t"
-        if has_session if not started else row[2] == started:
-            if not has_session:
-                return SessionStatus.GONE
-            return SessionStatus.WAITS_FOR_LOCK if waits_for_lock else SessionStatus.RUNNING
-        raise _OtherServer
+        # A pooler reports a process ID of its own at connect.
+        if state.behind_pooler or row[3] != str(connection.backend_pid):
+            has_session, waits_for_lock = True, row[4] == "t"
+        elif row[2] != started if started else not has_session:
+            raise _OtherServer
+        if not has_session:
+            return SessionStatus.GONE
+        return SessionStatus.WAITS_FOR_LOCK if waits_for_lock else SessionStatus.RUNNING
     except Error as error:
         raise _OtherServer from error
     finally:
         connection.finish()
 
 
-def is_ready(number: int, seconds: float, is_writing: bool = False) -> bool:
-    """Return whether a socket becomes readable, or writable, within so many seconds."""
+def is_ready(fileno: int, seconds: float, is_writing: bool = False) -> bool:
+    """Return whether a socket becomes readable, or writable, within ``seconds``."""
     # select.select() does not accept a file descriptor above 1023.
     with selectors.DefaultSelector() as selector:
-        selector.register(number, selectors.EVENT_WRITE if is_writing else selectors.EVENT_READ)
+        selector.register(fileno, selectors.EVENT_WRITE if is_writing else selectors.EVENT_READ)
         return bool(selector.select(seconds))
 
 

@@ -22,7 +22,7 @@ from pinning_middleware.sql.lexers import ALL_LEXERS, LEXERS, UNKNOWN_STATEMENT
 from pinning_middleware.sql.words import WritingFunctions, contains
 
 __all__ = [
-    "Kind",
+    "StatementKind",
     "alters_session",
     "begins_transaction",
     "ends_transaction",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-class Kind(IntEnum):
+class StatementKind(IntEnum):
     """What a statement does to the data, in ascending order of severity."""
 
     NEITHER = 0  # transaction control, SET, SHOW, plain EXPLAIN
@@ -40,7 +40,9 @@ class Kind(IntEnum):
     WRITE = 3
 
 
-def kind_of(sql: str, vendor: str = "", writing_functions: frozenset[str] = frozenset()) -> Kind:
+def kind_of(
+    sql: str, vendor: str = "", writing_functions: frozenset[str] = frozenset()
+) -> StatementKind:
     """
     Return the kind of a statement, or the most severe kind of several statements.
 
@@ -52,13 +54,13 @@ def kind_of(sql: str, vendor: str = "", writing_functions: frozenset[str] = froz
     first = _first_word(sql)
     if first == "SELECT":
         if _is_plain_select(_searchable(sql), vendor, writing):
-            return Kind.READ
+            return StatementKind.READ
     elif first and first not in words.MAY_NOT_WRITE:
-        return Kind.WRITE
+        return StatementKind.WRITE
     classify = _kind if vendor in LEXERS else _kind_by_unknown_vendor
     return max(
         (classify(text, writing) for text in _statements(sql, vendor, writing.names)),
-        default=Kind.NEITHER,
+        default=StatementKind.NEITHER,
     )
 
 
@@ -186,41 +188,43 @@ def _statements(sql: str, vendor: str, functions: frozenset[str]) -> Iterator[st
         yield UNKNOWN_STATEMENT
 
 
-def _kind(text: str, writing: WritingFunctions) -> Kind:
+def _kind(text: str, writing: WritingFunctions) -> StatementKind:
     whole = text
     executed, text = _unwrapped(text)
     if not executed:
-        return Kind.NEITHER
+        return StatementKind.NEITHER
     if words.READ.match(text):
-        kind = Kind.READ
+        kind = StatementKind.READ
     elif _first_word(text) == "LOCK":
-        kind = Kind.LOCK
+        kind = StatementKind.LOCK
     elif (
         words.LOCAL_PRAGMA_SET.match(text) or words.PRAGMA_READ.match(text)
         if text.startswith("PRAGMA")
         else words.NO_DATA_ACCESS.match(text)
         and not (text.startswith("SET") and words.PERSISTENT_SET.search(text))
     ):
-        kind = Kind.NEITHER
+        kind = StatementKind.NEITHER
     else:
-        return Kind.WRITE
+        return StatementKind.WRITE
     return max(kind, _effect(whole, writing))
 
 
-def _effect(text: str, writing: WritingFunctions) -> Kind:
+def _effect(text: str, writing: WritingFunctions) -> StatementKind:
     """Return the most severe effect that a word anywhere in the statement has."""
     rest, clauses = words.LOCKING_CLAUSE.subn(" ", text)
     if contains(rest, words.CHANGES) or contains(rest, writing.calls):
-        return Kind.WRITE
-    return Kind.LOCK if clauses or contains(rest, words.CALLS_LOCK) else Kind.NEITHER
+        return StatementKind.WRITE
+    return (
+        StatementKind.LOCK if clauses or contains(rest, words.CALLS_LOCK) else StatementKind.NEITHER
+    )
 
 
-def _kind_by_unknown_vendor(text: str, writing: WritingFunctions) -> Kind:
+def _kind_by_unknown_vendor(text: str, writing: WritingFunctions) -> StatementKind:
     if words.TRANSACTION_CONTROL.fullmatch(text):
-        return Kind.NEITHER
+        return StatementKind.NEITHER
     if _first_word(text) != "SELECT" or contains(text, words.OTHER_STATEMENTS):
-        return Kind.WRITE
-    return max(Kind.READ, _effect(text, writing))
+        return StatementKind.WRITE
+    return max(StatementKind.READ, _effect(text, writing))
 
 
 def _unwrapped(text: str) -> tuple[bool, str]:

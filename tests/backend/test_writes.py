@@ -9,18 +9,21 @@ import pytest
 from django.db import connection
 
 from pinning_middleware.backend.writes import classify, sql_text
-from pinning_middleware.sql import Kind
+from pinning_middleware.sql import StatementKind
 
 # Template strings are a syntax error for an older Python.
 TEMPLATES = {
-    't"SELECT {number}::int"': ("SELECT %s::int", Kind.READ),
-    't"SELECT {number:l}"': ("SELECT %s", Kind.READ),
-    't"INSERT INTO {table:i} VALUES ({number})"': ('INSERT INTO "app_tag" VALUES (%s)', Kind.WRITE),
+    't"SELECT {number}::int"': ("SELECT %s::int", StatementKind.READ),
+    't"SELECT {number:l}"': ("SELECT %s", StatementKind.READ),
+    't"INSERT INTO {table:i} VALUES ({number})"': (
+        'INSERT INTO "app_tag" VALUES (%s)',
+        StatementKind.WRITE,
+    ),
     't"WITH gone AS ({delete:q}) SELECT 1"': (
         "WITH gone AS (DELETE FROM app_tag WHERE id = %s RETURNING 1) SELECT 1",
-        Kind.WRITE,
+        StatementKind.WRITE,
     ),
-    't"{composed:q} LIMIT {number}"': ("SELECT 1 LIMIT %s", Kind.READ),
+    't"{composed:q} LIMIT {number}"': ("SELECT 1 LIMIT %s", StatementKind.READ),
 }
 
 

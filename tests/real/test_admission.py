@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +14,7 @@ from asgiref.sync import async_to_sync
 from django.db import OperationalError, connections, transaction
 from django.test import override_settings
 
-from pinning_middleware import ReplicaWriteError, tokens, use_primary
+from pinning_middleware import ReplicaWriteError, scopes, tokens, use_primary
 from pinning_middleware.backend import failover
 from pinning_middleware.pins import Pin, PinKey, Position
 from pinning_middleware.reasons import Fault
@@ -45,8 +45,8 @@ from .layouts import Forwarder, database
 pytestmark = pytest.mark.real
 
 COUNT = "SELECT count(*) FROM app_book"
-WROTE = r"Cannot read from 'pg1' \(this request has written to the primary\)"
-NOT_CAUGHT_UP = r"Cannot read from 'pg1' \(no replica is known to have replayed the earlier write\)"
+WROTE = r"Cannot use 'pg1' \(this request has written to the primary\)"
+NOT_CAUGHT_UP = r"Cannot use 'pg1' \(no replica is known to have replayed the earlier write\)"
 
 
 def execute(cursor: Any) -> Any:
@@ -371,7 +371,7 @@ def test_connection_to_former_primary_is_replaced_for_pinned_read(
     before = connection.connection
     token = former()
     assert before is connection.connection
-    assert policy.admit(pool(), connection, current_scope()) == (Fault.DEMOTED, None)
+    assert policy.admit(pool(), connection, current_scope(), None) == (Fault.DEMOTED, None)
     assert titles(token) == ["before", "new"]
     assert connection.connection is not before
     with unrelated_scope(token):
@@ -531,23 +531,30 @@ READS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.fixture
-def calls() -> Iterator[Counter[str]]:
-    """Count the calls of decide() and admit()."""
+@contextmanager
+def counting(*functions: tuple[Any, str]) -> Iterator[Counter[str]]:
+    """Count the calls of functions, each given as a module and a name in it."""
     counted: Counter[str] = Counter()
 
     def count(patch: pytest.MonkeyPatch, module: Any, name: str) -> None:
         original = getattr(module, name)
 
-        def counting(*args: Any, **kwargs: Any) -> Any:
+        def counted_call(*args: Any, **kwargs: Any) -> Any:
             counted[name] += 1
             return original(*args, **kwargs)
 
-        patch.setattr(module, name, counting)
+        patch.setattr(module, name, counted_call)
 
     with pytest.MonkeyPatch.context() as patch:
-        count(patch, route, "decide")
-        count(patch, failover, "admit")
+        for module, name in functions:
+            count(patch, module, name)
+        yield counted
+
+
+@pytest.fixture
+def calls() -> Iterator[Counter[str]]:
+    """Count the calls of decide() and admit()."""
+    with counting((route, "decide"), (failover, "admit")) as counted:
         yield counted
 
 
@@ -593,6 +600,18 @@ def test_pinned_read_of_the_primary_is_decided_once_and_admitted_once(
         calls.clear()
         READS[read](Book.objects.all())
         assert calls == ONCE
+
+
+@pytest.mark.parametrize("read", READS)
+def test_read_looks_up_scope_and_overrides_once_to_decide_and_once_to_run(
+    token: str, read: str
+) -> None:
+    functions = (scopes.scope, "entered_scope"), (scopes.overrides, "current_overrides")
+    for known in (None, token):
+        with unrelated_scope(known), counting(*functions) as lookups:
+            READS[read](Book.objects.all())
+        # The overrides also when the cursor is opened.
+        assert lookups == {"entered_scope": 2, "current_overrides": 3}
 
 
 @pytest.mark.parametrize("alias", ["pg", "pg1"])

@@ -848,7 +848,9 @@ def test_replicas_restarted_while_the_primary_is_down_are_used(
                 return "nobody"
 
         assert eventually(lambda: {served() for _ in range(4)} == REPLICAS)
-        assert pool().replica_set.find_caught_up(Position(wanted), probe=True) is None
+        replicas = pool().replica_set
+        order = replicas.rotation.order()
+        assert replicas.find_caught_up(order, Position(wanted), probe=True) is None
 
 
 @pytest.mark.usefixtures("stale")

@@ -227,7 +227,7 @@ def test_log_that_was_reset_begins_a_new_history(own: Servers, are_replicas_rese
         own.resume()
         for alias in REPLICAS:
             # A MariaDB without any GTID had no position.
-            server_of(alias).ask_again_at = time.monotonic()
+            server_of(alias).retry_position_at = time.monotonic()
         assert eventually(lambda: server_for(token) in REPLICAS)
 
 

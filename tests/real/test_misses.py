@@ -9,7 +9,7 @@ import pytest
 from django.shortcuts import get_object_or_404
 from django.test import override_settings
 
-from pinning_middleware.misses import budget
+from pinning_middleware.misses import retry_limit
 from pinning_middleware.reasons import Reason
 from pinning_middleware.utils import counters
 from tests.app.models import Book
@@ -33,7 +33,7 @@ def test_reader_of_a_paused_replica_finds_what_another_browser_wrote(
         return str(get_object_or_404(Book, title="new").title)
 
     pg.pause()
-    budget.reset()
+    retry_limit.reset()
     writer, reader, path = new_browser(), new_browser(), f"/{kind}/{do(find)}/"
     writer.post(f"/{kind}/{do(create)}/")
     assert reader.get(path).status_code == 404

@@ -97,7 +97,7 @@ def test_gtids_that_are_switched_on_are_noticed(own: Servers) -> None:
     assert position_in(write()) is None
     primary = pool().endpoint.server
     assert primary is not None
-    primary.ask_again_at = time.monotonic()
+    primary.retry_position_at = time.monotonic()
     assert position_in(write()) == own["my"].written
 
 

@@ -53,7 +53,7 @@ def test_balanced_primary_is_an_error(
         balanced = [r for r in caplog.records if "pgpool-II" in r.getMessage()]
         assert len(balanced) == (mode == "on")
         assert all(record.levelno == logging.ERROR for record in balanced)
-        assert pool().endpoint.is_balanced is (mode == "on")
+        assert pool().endpoint.splits_reads_and_writes is (mode == "on")
 
 
 def test_live_check_proves_that_a_standby_answers_for_the_primary(pg: PostgreSQL) -> None:
@@ -77,5 +77,5 @@ def test_position_of_a_replica_alias_that_is_balanced_does_not_count(pg: Postgre
         for _ in range(20):
             connections["both"].close()
             assert titles(token) == ["one"]
-        assert endpoint("both").is_balanced
+        assert endpoint("both").splits_reads_and_writes
         assert ids("site", "both") == ["W019"]

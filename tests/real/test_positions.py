@@ -28,6 +28,7 @@ from pinning_middleware.routing.pools import pools
 from pinning_middleware.routing.route import route
 from pinning_middleware.scopes.scope import enter
 from pinning_middleware.servers import monitor
+from pinning_middleware.testing import capture_reads
 from sample_site.cluster import Node
 from tests.app.models import Book
 from tests.conftest import Visit
@@ -285,7 +286,7 @@ def test_pinned_reads_are_spread_in_a_process_that_has_not_written(
 ) -> None:
     probe_replicas()
     with monkeypatch.context() as other_process:
-        other_process.setattr(monitor, "follow", lambda *args, **kwargs: None)
+        other_process.setattr(monitor, "track", lambda *args, **kwargs: None)
         token = write("one")
     pg.wait_for()
     # The first of them probes one replica, and the other one is probed afterwards.
@@ -701,11 +702,15 @@ def test_locking_read_keeps_the_scope_on_the_primary_without_a_pin(
 def test_locking_read_under_atomic_requests_keeps_the_scope_on_the_primary(
     pg: PostgreSQL, act: Any
 ) -> None:
-    def lock_at_once(request: Any) -> tuple[str, int, str]:
-        return server(), len(Book.objects.select_for_update()), server()
+    def lock_at_once(request: Any) -> tuple[str, list[tuple[str, str]], str]:
+        before = server()
+        with capture_reads() as reads:
+            list(Book.objects.select_for_update())
+        return before, [(read.served, read.reason) for read in reads], server()
 
-    before, _, after = act(lock_at_once)
+    before, reads, after = act(lock_at_once)
     assert before in REPLICAS
+    assert reads == [("pg", "lock")]
     assert after == "pg"
     assert "pinning" not in act.client.cookies
 

@@ -102,6 +102,6 @@ def test_other_cluster_with_a_log_of_the_same_name_is_not_disputed(
 def test_server_without_a_position_is_asked_again_later(primary: Server) -> None:
     assert primary.record_position_unavailable("it has no GTIDs")
     assert not primary.record_position_unavailable("it has no GTIDs")
-    assert not primary.should_report_position
-    primary.ask_again_at = time.monotonic()
-    assert primary.should_report_position
+    assert not primary.should_query_position
+    primary.retry_position_at = time.monotonic()
+    assert primary.should_query_position

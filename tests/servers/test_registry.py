@@ -269,6 +269,15 @@ def test_status_changes_are_logged(
     assert [vars(record)["reason"] for record in caplog.records] == ["unreachable", ""]
 
 
+def test_status_without_an_error_is_logged_with_what_its_fault_means(
+    servers: ServerRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    endpoint = servers.endpoint("replica", "default")
+    servers.mark_down(endpoint, Fault.UNREACHABLE, 10, "refused")
+    servers.mark_down(endpoint, Fault.LAG, 10, "")
+    assert caplog.messages[1] == f"replica is out of rotation (lag): {Fault.LAG.description}"
+
+
 def test_endpoint_of_replaced_settings_notifies_no_listener(
     servers: ServerRegistry, caplog: pytest.LogCaptureFixture
 ) -> None:

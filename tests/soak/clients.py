@@ -20,13 +20,13 @@ __all__ = ["Device", "run"]
 DEVICES: Final = ("1", "2")
 WRITES: Final = ("orm", "get", "transaction", "cursor", "bulk", "stream", "task")
 SHARE_OF_WRITES: Final = 0.2
-# Reads of one request, each of which chooses a server.
+# Minimum and maximum number of reads in one request, each of which chooses a server.
 READS: Final = (1, 6)
-# Writes to a list. A device then begins another one, so that reads stay as fast as they were.
+# Number of writes after which a device begins a new list, so that reads do not become slower.
 LENGTH: Final = 200
 # Seconds. A request that takes longer is given up, and recorded without an answer.
 TIMEOUT: Final = 20.0
-THINKS: Final = (0.005, 0.03)
+THINK_TIME: Final = (0.005, 0.03)
 
 
 class Device:
@@ -47,7 +47,7 @@ class Device:
 
     def act(self, own: list[str], others: list[str]) -> list[Operation]:
         """Read, or write and read; return one operation for each read."""
-        time.sleep(self._random.uniform(*THINKS))
+        time.sleep(self._random.uniform(*THINK_TIME))
         lists = [*own, self._random.choice(others)] if others else own
         if self._random.random() < SHARE_OF_WRITES:
             return self._write(self._random.choice(WRITES), lists)

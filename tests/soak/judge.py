@@ -4,14 +4,14 @@ Weakly Consistent Replicated Data", 1994). Knows nothing of the package.
 
 - Read your writes: a read shows what its session wrote before, or its user on any device.
 - Monotonic reads: a read shows what its session has seen before.
-- Writes follow reads: who sees a write also sees what its writer had seen before it.
+- Writes follow reads: a session that sees a write also sees what its writer had seen before it.
 
 The last two concern writes that were acknowledged when the read began: PostgreSQL sends a commit to
 its standbys before it shows it on the primary.
 
-Besides, a read answers for every list that it was asked for, shows rows of these lists only, no
-number that nobody wrote, every acknowledged number up to the highest, and none twice. A request
-fails only while a fault excuses it, and takes no longer than its budget.
+Besides, a read answers for every list that it was asked for. It shows rows of these lists only, no
+number that was never written, every acknowledged number up to the highest, and none twice. A
+request fails only while a fault excuses it, and takes no longer than its budget.
 
 A promotion may lose writes that no replica had received. They, and whatever followed from having
 seen them, may be missing from reads that end later.
@@ -29,13 +29,13 @@ from .history import Fault, History, Operation, Promise
 
 __all__ = ["Violation", "judge", "problems"]
 
-# A fault still has consequences for so many seconds: a retry may already wait for its server.
+# Seconds for which a fault still has consequences: a retry may already wait for its server.
 AFTERMATH = 2.0
 # Kinds of operations that write and read after the headers of the response have been sent.
 WITHOUT_COOKIE = {"stream"}
 # Kinds of operations whose read does not update the pins of their session.
 ISOLATED = {"task"}
-# A run that is longer has faults (seconds).
+# Seconds after which a run without a successful fault proves nothing.
 WITHOUT_FAULTS = 10.0
 
 
@@ -60,7 +60,7 @@ class Losses:
             if operation.succeeded:
                 self._acknowledged[operation.session].append(operation.wrote)
             for fault in faults:
-                # Without an aftermath: its beginning and end are those of what can be lost.
+                # No AFTERMATH is added: only writes made during the fault can be lost.
                 if fault.began <= operation.ended and operation.began <= fault.end:
                     self._lost_at[operation.session][operation.wrote] = fault.end
 

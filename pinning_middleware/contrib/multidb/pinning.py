@@ -12,7 +12,7 @@ from django.db import DEFAULT_DB_ALIAS
 
 from pinning_middleware.api import is_pinned, pin_this_request, unpin_this_request
 from pinning_middleware.decorators import Block
-from pinning_middleware.scopes.overrides import Kind, current_overrides, innermost_override
+from pinning_middleware.scopes.overrides import OverrideKind, effects_on
 from pinning_middleware.scopes.scope import current_scope, entered_scope
 
 __all__ = [
@@ -30,9 +30,9 @@ T = TypeVar("T")
 
 def this_thread_is_pinned() -> bool:
     """Return whether reads go to the primary, by a pin or the innermost context manager."""
-    block = innermost_override(current_overrides(), DEFAULT_DB_ALIAS)
+    block = effects_on(DEFAULT_DB_ALIAS).routing
     if block is not None:
-        return block.kind is Kind.PRIMARY
+        return block.kind is OverrideKind.PRIMARY
     scope = entered_scope()
     return scope is not None and (scope.prefers_primary or is_pinned())
 
@@ -55,7 +55,7 @@ class UsePrimaryDB(Block):
     """``use_primary()`` as a single object that is reusable and reentrant."""
 
     def __init__(self) -> None:
-        super().__init__(Kind.PRIMARY)
+        super().__init__(OverrideKind.PRIMARY)
 
 
 class DeprecatedUseMaster(UsePrimaryDB):

@@ -161,7 +161,7 @@ def _check_live(
 
 def _balanced(pools: list[Pool]) -> list[str]:
     endpoints = [each for pool in pools for each in (pool.endpoint, *pool.endpoints.values())]
-    return [endpoint.alias for endpoint in endpoints if endpoint.is_balanced]
+    return [endpoint.alias for endpoint in endpoints if endpoint.splits_reads_and_writes]
 
 
 def _primary_problem(row: ServerState | None) -> str:

@@ -23,11 +23,10 @@ def balance_key(scope: Scope) -> str | None:
 def next_replica(pool: Pool, scope: Scope, state: PoolState) -> str | None:
     """Return the replica that the scope reads from, choosing the next one if necessary."""
     alias, now = state.replica, clock.monotonic()
-    key = None if scope.balance_key is None else scope.balance_key()
+    key = balance_key(scope)
     # Outside any scope a replica is kept for a window only.
-    is_kept = not scope.is_ambient or now - state.replica_since < conf.seconds
-    is_kept = is_kept and key is None
-    if alias is not None and is_kept and alias in pool.replica_set.rotation.names:
+    may_keep = not scope.is_ambient or now - state.replica_since < conf.seconds
+    if key is None and may_keep and alias in pool.replica_set.rotation.names:
         return alias
     chosen = pool.replica_set.next(after=alias, key=key)
     if chosen != alias or key is None:
@@ -44,10 +43,11 @@ def replica_caught_up(
     # For a pinned read the primary comes before a higher tier.
     if kept and not replicas.rotation.is_fallback(kept) and replicas.caught_up(kept, wanted):
         return kept
-    alias = replicas.find_caught_up(wanted, key, probe=probe)
-    if alias is not None:
-        # Otherwise all pinned reads would use the first replica of which it is known.
-        pool.follow(wanted, is_new=False)
+    order = replicas.rotation.order(key, fallback=bool(pool.endpoint.out_of_rotation))
+    alias = replicas.find_caught_up(order, wanted, probe=probe)
+    if alias is not None and alias != order[0]:
+        # Otherwise every pinned read would go to the one replica that is known to have caught up.
+        pool.track(wanted, is_new=False)
     return alias
 
 

@@ -17,7 +17,7 @@ from pinning_middleware.servers.probe import fetch
 from pinning_middleware.servers.registry import Endpoint
 from pinning_middleware.servers.session_check import session_query
 
-__all__ = ["look_for_sessions", "replay_waits", "retry_hosts"]
+__all__ = ["find_sessions", "query_replay_waits", "retry_hosts"]
 
 logger = logging.getLogger("pinning_middleware.servers")
 
@@ -25,8 +25,8 @@ logger = logging.getLogger("pinning_middleware.servers")
 Attempt = Callable[[Callable[[BaseDatabaseWrapper], Row]], Row | None]
 
 
-def look_for_sessions(endpoint: Endpoint, attempt: Attempt) -> None:
-    """Look for the sessions of slow reads, on the connection that the monitor has."""
+def find_sessions(endpoint: Endpoint, attempt: Attempt) -> None:
+    """Search for the sessions of slow reads, on the connection that the monitor has."""
     for session in tuple(endpoint.slow_sessions):
         asked_at = time.monotonic()
         row = attempt(partial(fetch, sql=session_query(session.pid)))
@@ -36,7 +36,7 @@ def look_for_sessions(endpoint: Endpoint, attempt: Attempt) -> None:
             session.waits_for_lock, session.seen_at = _is_true(row[1]), asked_at
 
 
-def replay_waits(connection: BaseDatabaseWrapper, attempt: Attempt) -> bool:
+def query_replay_waits(connection: BaseDatabaseWrapper, attempt: Attempt) -> bool:
     """Return whether a server's replay waits for a lock that a query holds."""
     dialect = dialect_for(connection)
     if dialect is None or not dialect.replay_waits:
