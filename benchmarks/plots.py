@@ -55,7 +55,11 @@ def pictures() -> dict[str, str]:
     waits = [
         (row[0], number(row[1]), number(row[2])) for row in table("Servers that do not answer")
     ]
+    capacity = [(row[0], number(row[3]), number(row[2])) for row in table("Capacity")]
     return {
+        "benchmark-capacity.svg": draw(
+            Bars("Reads a second", "pinning_middleware", "spread blindly", "", capacity)
+        ),
         "benchmark-stale.svg": draw(
             Bars("Reads while replicas lag", "on replicas", "stale", "%", stale)
         ),
@@ -92,7 +96,7 @@ def draw(bars: Bars) -> str:
                 f'  <rect class="{kind}" x="{LEFT}" y="{top}" width="{width:.1f}" '
                 f'height="{BAR - 2}"/>',
                 f'  <text class="quiet" x="{LEFT + width + 6:.1f}" y="{top + BAR - 3}" '
-                f'font-size="11">{value:g} {bars.unit}</text>',
+                f'font-size="11">{f"{value:g} {bars.unit}".strip()}</text>',
             ]
     return "\n".join([*parts, "</svg>"]) + "\n"
 

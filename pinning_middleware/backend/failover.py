@@ -153,7 +153,7 @@ def _execute_on_own_primary(pool: Pool, call: Call) -> Any:
         call.move_to(connection)
     result = call.run()
     if pool.guarantee.tracks_reads:
-        pool.guarantee.record_read(pool, call.scope, connection.alias)
+        pool.guarantee.record_observed(pool, call.scope, connection.alias)
     return result
 
 
@@ -204,7 +204,7 @@ def _run_on(pool: Pool, call: Call, connection: BaseDatabaseWrapper) -> _Served 
                 continue
             return _take_out(connection, error)
         if pool.guarantee.tracks_reads:
-            pool.guarantee.record_read(pool, call.scope, connection.alias)
+            pool.guarantee.record_observed(pool, call.scope, connection.alias)
         return _Served(result)
     raise AssertionError("unreachable")
 

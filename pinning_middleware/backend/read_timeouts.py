@@ -21,7 +21,7 @@ __all__ = ["answers_probe", "has_timed_out"]
 
 
 def has_timed_out(connection: BaseDatabaseWrapper, error: Exception, seconds: float) -> bool:
-    """Return whether a read that failed after so many seconds exceeded ``read_timeout``."""
+    """Return whether a read that failed after ``seconds`` exceeded ``read_timeout``."""
     limit = connection.settings_dict["OPTIONS"].get("read_timeout")
     dialect = dialect_for(connection)
     if not limit or dialect is None or seconds < float(limit):

@@ -49,7 +49,7 @@ class AssumedReplica(ReplicaSet):
         self._max_lag = None
 
     def _has_caught_up(self, seconds: float = 0.0) -> bool:
-        """Return whether it has what the scope's pins require, or will have in so many seconds."""
+        """Return whether it has what the scope's pins require, or will have in ``seconds``."""
         scope = current_scope()
         since, pin = _last_write(scope, self._spec), scope.state(self._spec.key).inherited
         if since == -math.inf and pin is not None:

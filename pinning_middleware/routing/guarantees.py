@@ -42,7 +42,7 @@ class ReadYourWrites:
         """
         return None
 
-    def record_read(self, pool: Guaranteed, scope: Scope, alias: str) -> None:
+    def record_observed(self, pool: Guaranteed, scope: Scope, alias: str) -> None:
         """Record which alias answered a read."""
 
     def observed_pin(self, pool: Guaranteed, state: PoolState, now: float) -> Pin | None:
@@ -75,7 +75,7 @@ class MonotonicReads(ReadYourWrites):
             raise LookupError(f"the position of {last} is unknown")
         return position
 
-    def record_read(self, pool: Guaranteed, scope: Scope, alias: str) -> None:
+    def record_observed(self, pool: Guaranteed, scope: Scope, alias: str) -> None:
         connection = connections[alias]
         source = alias, None if connection.connection is None else state_of(connection)
 

@@ -33,9 +33,10 @@ __all__ = ["ReplicaSet"]
 
 # Seconds that the first read under a `max_lag` waits until a lag has been measured.
 FIRST_LAG_TIMEOUT: Final = 0.25
-# Seconds after which a read starts the monitor of a replica again: its thread may have failed to.
+# Seconds past ``retry_at`` after which a read starts the monitor of a replica again: its thread may
+# have failed to start.
 MONITOR_OVERDUE: Final = 5.0
-# How often a connection is opened anew to reach another server behind its alias.
+# Maximum number of reconnects to reach another server behind an alias.
 MAX_RECONNECTS: Final = 6
 
 
@@ -58,7 +59,7 @@ class ReplicaSet:
         # The aliases out of rotation; replaced as a whole.
         self.out_of_rotation: frozenset[str] = frozenset()
         self._max_lag = conf.max_lag
-        # Since when, and until when, lags are needed that no setting limits.
+        # Begin and end of the period in which reads need lags (monotonic clock).
         self._lag_needed = (0.0, 0.0)
         # Serialises refreshes, so that the most recent status wins.
         self._refreshing = ForkSafeLock()
@@ -138,7 +139,7 @@ class ReplicaSet:
                 registry.mark_up(endpoint)
 
     def begin_after_fork(self) -> None:
-        """Start with a rotation and retry times of its own."""
+        """In a forked process: randomise the rotation and the retry times, start the monitors."""
         self.rotations.draw()
         for endpoint in self.endpoints.values():
             endpoint.draw_jitter()
@@ -237,7 +238,7 @@ class ReplicaSet:
         return False
 
     def wait_caught_up(self, wanted: Position, seconds: float) -> str | None:
-        """Wait at most so many seconds until a replica has caught up; return its alias or None."""
+        """Wait at most ``seconds`` until a replica has caught up; return its alias or None."""
         # In an open transaction the rows stay as they were.
         names = self.rotation.order(fallback=bool(self.health.endpoint.out_of_rotation))
         order = tuple(a for a in names if not connections[a].in_atomic_block)
@@ -330,7 +331,7 @@ class ReplicaSet:
     def within_lag(
         self, max_lag: float, preferred: str | None, group: str | None = None
     ) -> str | None:
-        """Return a replica that lags at most so many seconds, the preferred one first, or None."""
+        """Return a replica that lags at most ``max_lag`` seconds, preferably this one, or None."""
         order = self.rotations.of(group).order()
         if preferred in order:
             order = (preferred, *order)

@@ -377,7 +377,7 @@ class Scope:
 
     def close(self, seconds: float, on_late_change: Callable[[Scope], None] | None) -> None:
         """
-        End the unit of work. For so many seconds code that outlives it still belongs to it, and
+        End the unit of work. For ``seconds``, code that outlives it still belongs to it, and
         ``on_late_change`` is called with the scope for what that code does.
         """
         self.prefers_primary = False

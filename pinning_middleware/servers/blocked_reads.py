@@ -184,7 +184,7 @@ class _OtherServer(Exception):
 
 def probe_afresh(state: ConnectionState, seconds: float) -> ProbeOutcome:
     """
-    Probe the server of a connection over a new one, within so many seconds.
+    Probe the server of a connection over a new one, within ``seconds``.
 
     A load balancer may connect to another server: try again to reach the same one.
     """

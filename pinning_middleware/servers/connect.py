@@ -53,7 +53,7 @@ CONNECT_TIMEOUT: Final = 1.0
 # Seconds after which the driver gives up an abandoned attempt, unless OPTIONS has a value. Drivers
 # wait for minutes by default; libpq takes no less.
 DRIVER_TIMEOUT: Final = 2
-# An attempt that fails within so many seconds is retried once.
+# Seconds within which an attempt must fail to be retried once.
 RETRY_IF_FAILED_WITHIN: Final = 0.5
 # Seconds until another attempt, beside one that has not been answered; the second applies while the
 # alias is known to resolve to servers that answer and others that do not.

@@ -31,9 +31,9 @@ __all__ = [
 ]
 
 # Seconds that a read waits for a connection until a check of whether the server can be reached.
-FIRST_CHECK_AFTER: Final = 0.15
+POOL_CHECK_AFTER: Final = 0.15
 # Seconds until the next check.
-NEXT_CHECK_AFTER: Final = 1.0
+NEXT_POOL_CHECK_AFTER: Final = 1.0
 # Seconds for which one check counts for all reads that wait.
 CHECK_VALID_FOR: Final = 1.0
 
@@ -126,7 +126,7 @@ def _get_in_time(
     timeout = (getattr(pool, "pinning_probe_timeout", None) if probing.get() else None) or (
         pool.timeout
     )
-    deadline, check_after = time.monotonic() + timeout, FIRST_CHECK_AFTER
+    deadline, check_after = time.monotonic() + timeout, POOL_CHECK_AFTER
     while True:
         began = time.monotonic()
         limit = min(check_after, deadline - began)
@@ -152,7 +152,7 @@ def _get_in_time(
                 raise
         finally:
             _limit.reset(token)
-        check_after = NEXT_CHECK_AFTER
+        check_after = NEXT_POOL_CHECK_AFTER
 
 
 def _claim_check(pool: Any) -> bool:

@@ -1,5 +1,5 @@
 """
-Whether a server still runs a session of this process, determined on a connection of its own.
+Whether a server still runs a session of this process, determined on a separate connection.
 
 A server that does not answer is detected in this way, and a read that waits for a lock on a
 standby: only recovery takes locks that conflict with a read there.

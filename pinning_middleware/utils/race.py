@@ -46,7 +46,7 @@ class _Race:
             self._discard(result)
 
     def next_outcome(self, seconds: float) -> tuple[Any, Exception | None] | None:
-        """Return the next result or error, or None after so many seconds."""
+        """Return the next result or error, or None after ``seconds``."""
         try:
             outcome = self._outcomes.get(timeout=max(seconds, 0.0))
         except Empty:

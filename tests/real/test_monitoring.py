@@ -345,7 +345,7 @@ def error_of(function: Callable[[], object]) -> str:
 def test_reads_that_wait_for_a_pool_go_elsewhere_when_its_server_fails(
     pooled_replicas: PostgreSQL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(psycopg_pool, "NEXT_CHECK_AFTER", 8.0)
+    monkeypatch.setattr(psycopg_pool, "NEXT_POOL_CHECK_AFTER", 8.0)
     pg = pooled_replicas
     with ThreadPoolExecutor(8) as threads:
         reads = [threads.submit(in_threads, lambda _: sleep_and_read(1.0), 1) for _ in range(8)]
