@@ -58,9 +58,9 @@ def judge(
     """
     has_run = ran_for is not None
     if isinstance(error, (BudgetExhausted, ReplayWaits)):
-        connection.close()
         if isinstance(error, ReplayWaits):
-            _suspect_replay(connection)
+            _take_out_blocked(pool, connection)
+        connection.close()
         return Verdict.ELSEWHERE
     if connection.in_atomic_block or call.many:
         return Verdict.RAISE
@@ -79,7 +79,7 @@ def judge(
     if has_run and _waited_for_lock(pool, connection, error):
         if not may_fail_over(connection, call):
             return Verdict.RAISE
-        _suspect_replay(connection)
+        _take_out_blocked(pool, connection)
         return Verdict.ELSEWHERE
     if not _is_lost(connection, error):
         is_sites_own = has_run and not _is_retryable(connection, error)
@@ -102,9 +102,17 @@ def _waited_for_lock(pool: Pool, connection: BaseDatabaseWrapper, error: Excepti
     return is_timeout or code in dialect.lock_errors
 
 
-def _suspect_replay(connection: BaseDatabaseWrapper) -> None:
-    """Have the monitor find out whether the server's replay waits for a lock."""
-    endpoint = endpoint_for(connection)
+def _take_out_blocked(pool: Pool, connection: BaseDatabaseWrapper) -> None:
+    """
+    Take a standby out of rotation whose replay seems to wait for a lock, and have the monitor check
+    that. Behind a load balancer, the monitor may be connected to another server.
+    """
+    endpoint, dialect = endpoint_for(connection), dialect_for(connection)
+    can_check = dialect is not None and bool(dialect.replay_waits)
+    server = state_of(connection).server if connection.connection is not None else None
+    if can_check and server is not None:
+        server.replay_waits = True
+        pool.health.update_status(endpoint, server)
     endpoint.replay_suspected = True
     registry.request_work(endpoint)
 

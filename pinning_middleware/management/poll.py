@@ -19,7 +19,7 @@ from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.servers import connect
 from pinning_middleware.servers.dialects import Refusal
-from pinning_middleware.servers.liveness import clear_deadline, start_deadline
+from pinning_middleware.servers.liveness import probe_deadline
 from pinning_middleware.servers.probe import endpoint_for, probe, standby_limits, state_of
 from pinning_middleware.servers.registry import Server, registry
 from pinning_middleware.stats import DRAINED, ServerState, servers, with_freshest_serving
@@ -244,13 +244,13 @@ def _fetch_row(connection: BaseDatabaseWrapper, sql: str) -> tuple[Any, ...]:
     """Fetch one row within the deadline of a probe, bypassing Django's cursor wrappers."""
     raw: Any = connection.connection
     state = state_of(connection)
-    guard = start_deadline(raw, state)
-    try:
-        with connection.wrap_database_errors, raw.cursor() as cursor:
-            cursor.execute(sql)
-            return tuple(cursor.fetchone() or ())
-    finally:
-        clear_deadline(state, guard)
+    with (
+        probe_deadline(raw, state),
+        connection.wrap_database_errors,
+        raw.cursor() as cursor,
+    ):
+        cursor.execute(sql)
+        return tuple(cursor.fetchone() or ())
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from pinning_middleware.routing.compatibility import is_test_mirror
 from pinning_middleware.servers import monitor
 from pinning_middleware.servers.connection_state import ConnectionState
 from pinning_middleware.servers.dialects import Dialect
+from pinning_middleware.servers.monitor_tasks import query_replay_waits
 from pinning_middleware.servers.probe import CONNECTION_ERRORS, ProbeResult, probe, state_of
 from pinning_middleware.servers.registry import Endpoint, Server, registry
 
@@ -135,15 +136,17 @@ class Health:
             # The primary's alias has resolved to another server since.
             self.update_status(registry.endpoint(connection.alias, self.primary), server)
             return server.out_of_rotation
-        was_promoted = state.was_promoted()
-        if was_promoted or (server is None and state.endpoint.must_reidentify):
+        was_promoted, endpoint = state.was_promoted(), state.endpoint
+        is_unknown = server is None and (endpoint.must_reidentify or endpoint.has_server_out)
+        if was_promoted or is_unknown:
             result = self.probe(connection)
             state.promotion_seen = was_promoted
             if was_promoted:
                 # The primary's alias may have resolved to another server since it was last seen.
                 self._request_samples()
-            if result is not None and result.server.out_of_rotation not in (None, Fault.LAG):
-                return result.server.out_of_rotation
+            found = None if result is None else result.server
+            if found is not None and found.out_of_rotation not in (None, Fault.LAG):
+                return None if self._is_back(connection, found) else found.out_of_rotation
         return None
 
     def _serves(self, server: Server, is_last: bool) -> bool:
@@ -161,6 +164,8 @@ class Health:
             return False
         server.retry_at = now + _pause(server.out_of_rotation)
         with suppress(*CONNECTION_ERRORS):
+            if server.replay_waits:
+                server.replay_waits = query_replay_waits(connection, lambda run: run(connection))
             found = self._measure_lag(connection)
             return found is not None and found.out_of_rotation is None
         return False

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any, Final
 
 from django.db import OperationalError
@@ -36,10 +36,9 @@ __all__ = [
     "WAIT_INTERVAL",
     "ReplayWaits",
     "ServerUnresponsive",
-    "clear_deadline",
     "driver_connection",
     "mark_unresponsive",
-    "start_deadline",
+    "probe_deadline",
     "watch_waits",
     "watched_wait",
 ]
@@ -53,6 +52,8 @@ FIRST_CHECK_AFTER, NEXT_CHECK_AFTER = 0.3, 1.0
 WAIT_INTERVAL: Final = 0.1
 # Maximum seconds that a read waits for a lock that WAL replay holds if another server may serve it.
 LOCK_TIMEOUT: Final = 0.8
+# Maximum seconds to wait until a statement is cancelled that is given up.
+CANCEL_TIMEOUT: Final = 0.1
 
 
 class ServerUnresponsive(OperationalError):
@@ -198,8 +199,7 @@ class _SlowRead:
             self.check_after = left
             return
         # The server would go on waiting for the lock.
-        with contextlib.suppress(Exception):
-            self.raw.cancel()
+        _cancel(self.raw)
         self.last_seen = self.since
         self._give_up(ReplayWaits(f"{self.state.alias} waits for a lock that WAL replay holds"))
 
@@ -207,6 +207,18 @@ class _SlowRead:
         # Only the wait since the session was last found counts.
         read_budget.spend(time.monotonic() - self.last_seen)
         raise error
+
+
+def _cancel(raw: Any) -> None:
+    """
+    Cancel the statement that a psycopg connection runs. Bounded with libpq 17 and later; earlier
+    ones wait for the server, and psycopg 3.1 has no other method.
+
+    https://www.psycopg.org/psycopg3/docs/api/connections.html#psycopg.Connection.cancel_safe
+    """
+    cancel_safe = getattr(raw, "cancel_safe", None)
+    with contextlib.suppress(Exception):
+        raw.cancel() if cancel_safe is None else cancel_safe(timeout=CANCEL_TIMEOUT)
 
 
 def _is_marked_unresponsive(state: ConnectionState) -> bool:
@@ -225,16 +237,19 @@ def mark_unresponsive(state: ConnectionState) -> None:
         registry.mark_down(state.endpoint, Fault.UNRESPONSIVE, conf.retry_after, error)
 
 
-def start_deadline(raw: Any, state: ConnectionState) -> watchdog.Guard | None:
+@contextlib.contextmanager
+def probe_deadline(raw: Any, state: ConnectionState) -> Iterator[None]:
     """
-    Start the probe deadline on this connection; ``clear_deadline(state, guard)`` clears it. Return
-    the guard to pass on.
+    Bound the block, which probes by this driver connection, to DEADLINE seconds.
+
+    Raise ServerUnresponsive after that. The connection must then be closed.
     """
     state.deadline = time.monotonic() + DEADLINE
-    return None if state.waits_are_watched else watchdog.guard(raw, state.deadline)
-
-
-def clear_deadline(state: ConnectionState, guard: watchdog.Guard | None) -> None:
-    state.deadline = None
-    if guard is not None:
-        guard.done = True
+    guard = None if state.waits_are_watched else watchdog.guard(raw, state.deadline)
+    try:
+        yield
+    finally:
+        state.deadline = None
+        # The answer may have come while the socket was being shut down.
+        if guard is not None and guard.end():
+            raise ServerUnresponsive(f"{state.alias} did not answer within {DEADLINE} s")

@@ -29,7 +29,7 @@ from pinning_middleware.pins import Position
 from pinning_middleware.reasons import Fault
 from pinning_middleware.servers.connect import dedicated_connection
 from pinning_middleware.servers.dialects import dialect_for
-from pinning_middleware.servers.liveness import clear_deadline, start_deadline
+from pinning_middleware.servers.liveness import probe_deadline
 from pinning_middleware.servers.monitor_tasks import find_sessions, query_replay_waits, retry_hosts
 from pinning_middleware.servers.probe import probe, state_of
 from pinning_middleware.servers.registry import (
@@ -475,12 +475,8 @@ def _is_usable_after_reconnect(connection: BaseDatabaseWrapper) -> bool:
     if dialect_for(connection) is None:
         # SQLite: there is no server to wait for.
         return connection.is_usable()
-    state = state_of(connection)
-    guard = start_deadline(connection.connection, state)
-    try:
+    with probe_deadline(connection.connection, state_of(connection)):
         return connection.is_usable()
-    finally:
-        clear_deadline(state, guard)
 
 
 def _retry_interval(endpoint: Endpoint) -> float:

@@ -37,9 +37,8 @@ from pinning_middleware.servers.dialects import (
 from pinning_middleware.servers.liveness import (
     DEADLINE,
     ServerUnresponsive,
-    clear_deadline,
     driver_connection,
-    start_deadline,
+    probe_deadline,
     watch_waits,
 )
 from pinning_middleware.servers.registry import Endpoint, Identity, Report, Server, registry
@@ -280,12 +279,8 @@ def _query_for(connection: BaseDatabaseWrapper, state: ConnectionState) -> Query
 
     def query(sql: str) -> Row:
         probe_logger.debug("%s: %s", state.alias, sql)
-        guard = start_deadline(raw, state)
-        try:
-            with connection.wrap_database_errors:
-                return fetch(raw, sql, state)
-        finally:
-            clear_deadline(state, guard)
+        with probe_deadline(raw, state), connection.wrap_database_errors:
+            return fetch(raw, sql, state)
 
     return query
 

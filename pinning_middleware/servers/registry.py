@@ -366,6 +366,11 @@ class Endpoint:
         return self.out_of_rotation in (Fault.UNREACHABLE, Fault.UNRESPONSIVE)
 
     @property
+    def has_server_out(self) -> bool:
+        """Whether one of several servers that the alias resolves to is out of rotation."""
+        return len(self.servers) > 1 and any(one.out_of_rotation for one in self.recent_servers)
+
+    @property
     def recent_servers(self) -> list[Server]:
         """The servers that connections of the alias have resolved to lately."""
         servers = tuple(self.servers.items())

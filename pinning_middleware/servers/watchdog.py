@@ -17,13 +17,27 @@ __all__ = ["Guard", "guard"]
 
 
 class Guard:
-    """The deadline of one probe; ``done`` is set when it was answered."""
+    """The deadline of one probe, until ``end()`` is called."""
 
-    __slots__ = ("done", "socket")
+    __slots__ = ("_lock", "has_shut_down", "is_over", "socket")
 
-    def __init__(self, number: int) -> None:
-        self.socket = socket.socket(fileno=os.dup(number))
-        self.done = False
+    def __init__(self, fileno: int) -> None:
+        self.socket = socket.socket(fileno=os.dup(fileno))
+        self._lock = threading.Lock()
+        self.is_over = self.has_shut_down = False
+
+    def end(self) -> bool:
+        """End the deadline. Return whether the socket was shut down, and so is unusable."""
+        with self._lock:
+            self.is_over = True
+            return self.has_shut_down
+
+    def expire(self) -> None:
+        """Shut down the socket, unless the guard has ended."""
+        with self._lock:
+            if not self.is_over:
+                self.has_shut_down = True
+                self.socket.shutdown(socket.SHUT_RDWR)
 
 
 class _Watchdog:
@@ -56,13 +70,12 @@ class _Watchdog:
                     return
                 until, _, guard = self._guards[0]
                 left = until - time.monotonic()
-                if left > 0 and not guard.done:
+                if left > 0 and not guard.is_over:
                     self._condition.wait(min(left, 0.1))
                     continue
                 heapq.heappop(self._guards)
             with contextlib.suppress(OSError):
-                if not guard.done:
-                    guard.socket.shutdown(socket.SHUT_RDWR)
+                guard.expire()
             guard.socket.close()
 
 
@@ -72,7 +85,7 @@ _watchdog = _Watchdog()
 def guard(raw: Any, until: float) -> Guard | None:
     """
     Shut down the socket of a driver's connection at ``until`` (monotonic time), unless the guard
-    that is returned is ``done`` by then. Return None if the driver does not name its socket.
+    that is returned has ended by then. Return None if the driver does not name its socket.
     """
     return _watchdog.guard(raw, until)
 

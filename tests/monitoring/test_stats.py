@@ -80,7 +80,7 @@ def test_servers_several_behind_one_alias() -> None:
     pools()
     register_server("replica1", "10.0.0.1", lag=0.5, is_replica=True)
     lagging = register_server("replica1", "10.0.0.2", is_replica=True)
-    registry.set_status(lagging, "lag")
+    registry.set_status(lagging, Fault.LAG)
     counters.reads["default", "replica1", lagging, Reason.ROUND_ROBIN] += 3
     first, second = [each for each in stats.servers() if each.alias == "replica1"]
     assert (first.address, first.state, first.reason, first.lag) == ("10.0.0.1:5432", "in", "", 0.5)
@@ -99,13 +99,13 @@ def test_freshest_replica_is_in_rotation_if_all_lag() -> None:
     assert freshest.error == "behind, and serving since no other does"
     assert stats.health(stats.servers()) == DEGRADED
     registry.set_status(register_server("replica1", port=1), None)
-    assert (row("replica2").state, row("replica2").error) == ("out", "")
+    assert (row("replica2").state, row("replica2").error) == ("out", Fault.LAG.description)
 
 
 def test_servers_unreachable_endpoint() -> None:
     pools()
     register_server("replica1", is_replica=True)
-    registry.mark_down(registry.endpoint("replica1", "default"), "unreachable", 10, "refused")
+    registry.mark_down(registry.endpoint("replica1", "default"), Fault.UNREACHABLE, 10, "refused")
     out = row("replica1")
     assert (out.state, out.reason, out.error) == ("out", "unreachable", "refused")
     assert out.retry_in is not None
@@ -118,7 +118,7 @@ def test_servers_weight_zero_is_drained_unless_faulty() -> None:
         assert row("replica2").state == "unknown"
         register_server("replica2", is_replica=True)
         assert row("replica2")[5:7] == ("out", "drained")
-        registry.mark_down(registry.endpoint("replica2", "default"), "unresponsive", 10, "")
+        registry.mark_down(registry.endpoint("replica2", "default"), Fault.UNRESPONSIVE, 10, "")
         assert row("replica2").reason == "unresponsive"
 
 

@@ -330,7 +330,7 @@ def test_new_connection_to_a_known_server_keeps_its_state(
             assert asked["site"] == []
 
 
-@pytest.mark.usefixtures("unfollowed")
+@pytest.mark.usefixtures("untracked")
 def test_pooled_connection_is_identified_once(pg: PostgreSQL) -> None:
     with as_layout(pg, replica=pooled(pg["pg1"])):
         asked_by_turns = []

@@ -92,7 +92,7 @@ def test_writes_are_always_visible(my: Servers) -> None:
             assert Book.objects.filter(title=f"book {number}").exists()
 
 
-@pytest.mark.usefixtures("unfollowed")
+@pytest.mark.usefixtures("untracked")
 def test_number_of_added_queries(my: Servers, browser: Any, do: Callable[..., str]) -> None:
     r, w = (f"/sync/{do(act)}/" for act in (lambda request: Book.objects.count(), create))
 

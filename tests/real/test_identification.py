@@ -69,7 +69,7 @@ def as_role(pg: PostgreSQL, role: str) -> Iterator[None]:
         yield
 
 
-@pytest.mark.usefixtures("unfollowed")
+@pytest.mark.usefixtures("untracked")
 def test_connection_is_identified_once(pg: PostgreSQL) -> None:
     pg.pause("pg2")
     who = []
@@ -170,7 +170,7 @@ def look_around_one(alias: str) -> None:
     assert pool().health.probe(connections[alias]) is not None
 
 
-@pytest.mark.usefixtures("unfollowed")
+@pytest.mark.usefixtures("untracked")
 def test_timeline_without_a_receiver_is_unknown(pg: PostgreSQL) -> None:
     """The position may be from another timeline than that of the primary."""
     pg.pause("pg1")
@@ -225,7 +225,7 @@ def test_first_read_of_an_unprivileged_role_uses_a_replica(pg: PostgreSQL) -> No
         assert ports.count(pg["pg"].port) <= 3
 
 
-@pytest.mark.usefixtures("unfollowed")
+@pytest.mark.usefixtures("untracked")
 def test_replica_with_unresolved_timeline_is_probed_once_more(
     pg: PostgreSQL, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,24 +157,24 @@ def test_write_that_replicas_have_is_known_when_the_primary_fails(
     assert {server_for(token) for _ in range(4)} == REPLICAS
 
 
-def test_replica_is_followed_until_it_has_the_newest_write(pg: PostgreSQL) -> None:
+def test_replica_is_tracked_until_it_has_the_newest_write(pg: PostgreSQL) -> None:
     probe_replicas()
     pg.pause("pg1")
     tokens = [write(f"{number}") for number in range(3)]
     assert eventually(lambda: knows_to_have("pg2", tokens[-1]))
     pg.resume("pg1")
     assert eventually(lambda: knows_to_have("pg1", tokens[-1]))
-    assert eventually(lambda: monitor._monitors["pg1"]._followed is None)
+    assert eventually(lambda: monitor._monitors["pg1"]._tracked is None)
 
 
-def test_followed_replica_that_fails_leaves_the_rotation(pg: PostgreSQL) -> None:
+def test_tracked_replica_that_fails_leaves_the_rotation(pg: PostgreSQL) -> None:
     probe_replicas()
     pg["pg1"].stop("immediate")
     write()
     assert eventually(lambda: pool().replica_set.out_of_rotation == {"pg1"})
 
 
-def test_followed_replica_does_not_return_before_its_retry_is_due(
+def test_tracked_replica_does_not_return_before_its_retry_is_due(
     pg: PostgreSQL, asked: Asked
 ) -> None:
     probe_replicas()
@@ -190,7 +190,7 @@ def test_followed_replica_does_not_return_before_its_retry_is_due(
 
 
 @pytest.mark.parametrize("why", ["mirrors", "positions", "not identified"])
-def test_writes_are_not_followed(pg: PostgreSQL, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+def test_writes_are_not_tracked(pg: PostgreSQL, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     """A test database to which a monitor is connected could not be dropped."""
     if why == "mirrors":
         for alias in REPLICAS:

@@ -248,7 +248,7 @@ def test_number_of_added_queries(pg: PostgreSQL, browser: Any, do: Callable[...,
     pg.resume("pg1")
 
 
-@pytest.mark.usefixtures("unfollowed")
+@pytest.mark.usefixtures("untracked")
 def test_pinned_request_probes_once_with_healthy_replicas(
     pg: PostgreSQL, browser: Any, do: Callable[..., str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Reads on a standby that wait for a lock of recovery, as during a migration."""
+"""Reads on a standby that wait for a lock that WAL replay holds, as during a migration."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import pytest
 from django.db import OperationalError, connections, transaction
 
 from pinning_middleware import no_failover
+from pinning_middleware.reasons import Fault
+from pinning_middleware.servers import monitor
+from pinning_middleware.servers.liveness import ReplayWaits
+from pinning_middleware.servers.probe import state_of
 from tests.app.models import Book
 
 from .conftest import (
@@ -25,7 +29,7 @@ from .conftest import (
     port_for,
     unrelated_scope,
 )
-from .layouts import database, make_role, pgbouncer
+from .layouts import Forwarder, database, make_role, pgbouncer
 
 pytestmark = pytest.mark.real
 
@@ -155,6 +159,34 @@ def test_replica_returns_when_its_replay_goes_on(pg: PostgreSQL) -> None:
             assert not eventually(lambda: not pool().replica_set.out_of_rotation, 0.5)
         assert eventually(lambda: not pool().replica_set.out_of_rotation)
         assert {port_for(None) for _ in range(4)} == {pg["pg1"].port, pg["pg2"].port}
+
+
+def test_blocked_server_behind_a_balancer_is_taken_out_by_the_read_that_waited(
+    pg: PostgreSQL, monkeypatch: pytest.MonkeyPatch, sent_signals: SentSignals
+) -> None:
+    """The monitor may be connected to another server, and new connections are identified first."""
+    monkeypatch.setattr(monitor, "wake", lambda *args: None)
+
+    def identify() -> None:
+        assert pool().health.probe(connections["many"])
+
+    with Forwarder(pg["pg2"]) as address, as_layout(pg, many=database(address, conn_max_age=None)):
+        in_thread(identify)
+        address.point_to(pg["pg1"], cut=False)
+        identify()
+        server = state_of(connections["many"]).server
+        assert server is not None
+        with migration_behind_a_report(pg, "pg1"):
+            assert read("many") == pg["pg"].port
+            assert server.out_of_rotation is Fault.REPLAY_WAITS
+            assert {in_thread(lambda: read("many")) for _ in range(3)} == {pg["pg"].port}
+            errors = [each["error"] for each in sent_signals.of("read_retried")]
+            assert len([error for error in errors if isinstance(error, ReplayWaits)]) == 1
+            server.retry_at = 0.0
+            assert in_thread(lambda: read("many")) == pg["pg"].port
+        server.retry_at = 0.0
+        assert in_thread(lambda: read("many")) == pg["pg1"].port
+        assert server.out_of_rotation is None
 
 
 def test_read_behind_replayed_locks_on_both_replicas_is_served_by_the_primary(

@@ -716,7 +716,7 @@ def test_reachable_replica_returns_when_its_retry_is_due(pg: PostgreSQL, how: st
         assert endpoint("pg1").out_of_rotation == "unresponsive"
 
 
-@pytest.mark.usefixtures("unfollowed")
+@pytest.mark.usefixtures("untracked")
 def test_replica_returns_while_every_client_is_pinned(
     pg: PostgreSQL, connecting: list[tuple[str, str]]
 ) -> None:

@@ -101,9 +101,9 @@ class StoppingMonitor(Monitor):
         self.request_stop()
         return super().schedule(sampling, resolving)
 
-    def add_waiter(self, number: int) -> bool:
+    def change_waiters(self, number: int) -> bool:
         self.request_stop()
-        return super().add_waiter(number)
+        return super().change_waiters(number)
 
 
 WORK: dict[str, Callable[[], object]] = {
@@ -127,25 +127,25 @@ def test_work_for_a_stopping_monitor_goes_to_a_new_one(
 
 
 @pytest.mark.parametrize(("point", "left"), [(4, 5), (5, 9), (9, None)])
-def test_monitor_follows_the_newest_write_after_an_older_one(
+def test_monitor_tracks_the_newest_write_after_an_older_one(
     monkeypatch: pytest.MonkeyPatch, point: int, left: int | None
 ) -> None:
     monkeypatch.setattr(monitor, "dialect_for", lambda connection: PostgreSQL())
-    follower, server = unstarted_monitor("replica1"), Server(Identity("1", "10.0.0.1", 1))
+    tracker, server = unstarted_monitor("replica1"), Server(Identity("1", "10.0.0.1", 1))
     for written in (5, 7, 9):
-        follower.follow(Position({"ff-1": written}), is_new=True)
+        tracker.track(Position({"ff-1": written}), is_new=True)
     # That of a pin is older, and reached before.
-    follower.follow(Position({"ff-1": 3}), is_new=False)
+    tracker.track(Position({"ff-1": 3}), is_new=False)
     server.position = {"ff-1": point}
-    follower._check_followed(server)
-    assert follower._followed == (None if left is None else Position({"ff-1": left}))
+    tracker._check_tracked(server)
+    assert tracker._tracked == (None if left is None else Position({"ff-1": left}))
 
 
-def test_followed_replica_is_probed_at_most_ten_times_a_second() -> None:
-    follower = unstarted_monitor("replica1")
-    follower._last_check = time.monotonic()
-    follower.follow(Position({"ff-1": 5}), is_new=True)
-    assert seconds_until_next_check(follower) == pytest.approx(monitor.FOLLOW_EVERY, abs=0.05)
+def test_tracked_replica_is_probed_at_most_ten_times_a_second() -> None:
+    tracker = unstarted_monitor("replica1")
+    tracker._last_check = time.monotonic()
+    tracker.track(Position({"ff-1": 5}), is_new=True)
+    assert seconds_until_next_check(tracker) == pytest.approx(monitor.TRACK_EVERY, abs=0.05)
 
 
 # Replication lag

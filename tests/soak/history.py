@@ -35,7 +35,7 @@ class Operation(NamedTuple):
     ``wrote``: the number that it appends to the list of its session. ``asked``: the lists that it
     read after that. ``saw``: the highest number of each list; ``rows`` and ``numbers``: how many of
     them, and how many that differ; ``owners``: those of the rows; ``server``: which server answered
-    the read.
+    the read; ``took``: seconds of the read alone, None if it has not ended.
     """
 
     user: str
@@ -51,6 +51,7 @@ class Operation(NamedTuple):
     numbers: Mapping[str, int] = {}
     owners: Mapping[str, list[str]] = {}
     server: str = ""
+    took: float | None = None
 
     @property
     def succeeded(self) -> bool:

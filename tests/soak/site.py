@@ -3,7 +3,7 @@ The site: every way to write, and a read that returns what its session may have 
 
 ``GET /read/?user=…&list=…&list=…&reads=…`` reads the lists, once or several times. Each answer has
 the highest number of each list, how many rows and different numbers it has, the owners of the rows,
-and the server that answered.
+the server that answered, and the seconds that this read took.
 ``POST /write/<how>/?to=…&number=…&…`` appends a row before it reads.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +39,7 @@ def user_key(request: HttpRequest) -> str | None:
 
 def read_lists(lists: Iterable[str]) -> dict[str, Any]:
     """Read the lists by one statement, so that what it shows is one state of one server."""
-    names = list(lists)
+    names, began = list(lists), time.monotonic()
     rows = (
         Row.objects.filter(list__in=names)
         .values("list", "owner")
@@ -65,6 +66,7 @@ def read_lists(lists: Iterable[str]) -> dict[str, Any]:
         "numbers": distinct,
         "owners": owners,
         "server": server,
+        "took": time.monotonic() - began,
     }
 
 
