@@ -45,7 +45,7 @@ SETTINGS: Final[Mapping[str, str]] = {
     "max_connections": "200",
     "wal_level": "replica",
     "hot_standby": "on",
-    "max_wal_senders": "10",
+    "max_wal_senders": "20",
     "wal_keep_size": "256MB",
     "min_wal_size": "32MB",
     "wal_receiver_status_interval": "1s",

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +70,14 @@ class Served:
                 env=environ,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                # With a process group of its own.
+                start_new_session=True,
             )
 
     def stop(self) -> None:
         """Stop the server, and the processes that it started."""
-        if self.process.poll() is None:
-            # granian's processes end with their parent only if it may tell them.
-            self.process.terminate() if self.kind == "granian" else self.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(30)
 
     @property
