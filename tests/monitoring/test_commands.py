@@ -248,7 +248,7 @@ def test_check_reports_system_checks() -> None:
 
 def test_check_live_row_not_replicated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinning_check, "run_checks", lambda tags: [])
-    code, text = run("pinning_check", "--live", "--timeout", "0.2")
+    code, text = run("pinning_check", "--live", "--timeout", "1")
     assert code == DEGRADED
     assert "replica1" in text
     assert "primary pinned" in text
@@ -269,7 +269,7 @@ def test_check_live_excluded_replicas_are_correct(
 ) -> None:
     monkeypatch.setattr(pinning_check, "run_checks", lambda tags: [])
     with override_settings(PINNING_SECONDS=0, **values):
-        code, text = run("pinning_check", "--live", "--json", "--timeout", "0.1")
+        code, text = run("pinning_check", "--live", "--json", "--timeout", "1")
     assert code == DEGRADED
     for found in json.loads(text)["pools"]["default"]["replicas"]:
         (sample,) = found["samples"]
@@ -285,7 +285,7 @@ def test_check_live_row_replicated(monkeypatch: pytest.MonkeyPatch) -> None:
         return current_position(pool)
 
     monkeypatch.setattr(pinning_check.Pool, "current_position", as_replication_would)
-    code, text = run("pinning_check", "--live", "--json", "--timeout", "0.3")
+    code, text = run("pinning_check", "--live", "--json", "--timeout", "1")
     assert code == 0
     found = json.loads(text)["pools"]["default"]["replicas"]
     assert all(each["visible_after"] is not None for each in found)
