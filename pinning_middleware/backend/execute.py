@@ -104,6 +104,7 @@ def _execute(
         # Only the primary can take its locks.
         call.move_to(connections[pool.primary])
         call.cursor.pinning_decision = Decision(pool.primary, None, Reason.LOCK)
+        call.cursor.__dict__.pop("pinning_alias", None)
     if kind is StatementKind.LOCK:
         record_lock(call.cursor.db.alias)
     if kind is not StatementKind.WRITE:
