@@ -18,7 +18,7 @@ PIP = $(BIN)/pip --disable-pip-version-check
 
 help:
 	@echo "make demo             a site on a primary and two lagging replicas, on http://127.0.0.1:$(PORT)"
-	@echo "make test             all tests, real servers included: about ten minutes"
+	@echo "make test             all tests, real servers included: ten to fifteen minutes"
 	@echo "make test-fast        the tests that need no server: a minute and a half"
 	@echo "make corner           all tests on PYTHON=…, DJANGO=… and POSTGRESQL=…, by default $(DJANGO) and $(POSTGRESQL)"
 	@echo "make mutants          whether the tests notice small changes of central modules: an hour or more"
