@@ -14,7 +14,7 @@ import sys
 NAMES = (
     "decisions",
     "dry_run",
-    "misses",
+    "not_found",
     "memory",
     "overhead",
     "parts",

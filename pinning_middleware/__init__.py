@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         use_replica,
     )
     from pinning_middleware.exceptions import ReplicaWriteError
-    from pinning_middleware.misses import retry_404
+    from pinning_middleware.not_found import retry_404
     from pinning_middleware.scope_blocks import pinning_scope, propagate_scope
 
 __all__ = [
@@ -50,7 +50,7 @@ __all__ = [
 _ELSEWHERE = {
     "ReplicaWriteError": "exceptions",
     "propagate_scope": "scope_blocks",
-    "retry_404": "misses",
+    "retry_404": "not_found",
     "pinning_scope": "scope_blocks",
 }
 

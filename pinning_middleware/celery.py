@@ -22,6 +22,7 @@ from celery.signals import before_task_publish, task_postrun, task_prerun
 from django.core import checks
 
 from pinning_middleware import handoff
+from pinning_middleware.checks.messages import TAG
 from pinning_middleware.pins import Pins, merge_pins
 from pinning_middleware.scope_blocks import PinningScope
 from pinning_middleware.utils import counters
@@ -58,14 +59,14 @@ def propagate_pins(app: Celery) -> None:
     A task class that overrides ``before_start()`` has to call ``super()`` for ``"retry"``. An eager
     task is not put back.
 
-    A task with another value reads from the primary. ``manage.py check`` reports it as an error,
+    A task with other values reads from the primary. ``manage.py check`` reports it as an error,
     and it is logged when the app is finalized, for example in a worker.
     """
     before_task_publish.connect(_add_token, weak=False, dispatch_uid="pinning_middleware.send")
     task_prerun.connect(_open_scope, weak=False, dispatch_uid="pinning_middleware.begin")
     task_postrun.connect(_close_scope, weak=False, dispatch_uid="pinning_middleware.end")
     app.on_after_finalize.connect(_log_invalid_policies, weak=False)
-    checks.register(functools.partial(_check_policies, app))
+    checks.register(functools.partial(_check_policies, app), TAG)
     _put_back_before_start()
     _keep_pins_of_duplicates()
 
@@ -79,14 +80,21 @@ def _invalid_policies(app: Celery) -> Iterator[str]:
         policy = getattr(task, "pinning", "sticky")
         if policy not in POLICIES:
             yield f"Task {name}: pinning must be one of {choices}, not {policy!r}."
-        if not _has_valid_retries(task):
-            retries = task.pinning_retries
+        if not _is_number(retries := getattr(task, "pinning_retries", DEFAULT_RETRIES), int):
             yield f"Task {name}: pinning_retries must be an integer, 0 or more, not {retries!r}."
+        if not _is_number(wait := getattr(task, "pinning_wait", None) or 0, int, float):
+            yield f"Task {name}: pinning_wait must be a number of seconds, not {wait!r}."
 
 
-def _has_valid_retries(task: Any) -> bool:
+def _is_number(value: object, *types: type) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool) and value >= 0  # type: ignore[operator]
+
+
+def _has_valid_options(task: Any) -> bool:
     retries = getattr(task, "pinning_retries", DEFAULT_RETRIES)
-    return isinstance(retries, int) and not isinstance(retries, bool) and retries >= 0
+    wait = getattr(task, "pinning_wait", None) or 0
+    has_policy = getattr(task, "pinning", "sticky") in POLICIES
+    return has_policy and _is_number(retries, int) and _is_number(wait, int, float)
 
 
 def _log_invalid_policies(sender: Celery, **kwargs: Any) -> None:
@@ -97,8 +105,8 @@ def _log_invalid_policies(sender: Celery, **kwargs: Any) -> None:
 
 def _check_policies(app: Celery, **kwargs: Any) -> list[checks.CheckMessage]:
     hint = (
-        f"Set pinning to one of {', '.join(map(repr, POLICIES))}, and pinning_retries to a number. "
-        "The task reads from the primary."
+        f"Set pinning to one of {', '.join(map(repr, POLICIES))}, pinning_retries and pinning_wait "
+        "to a number. The task reads from the primary."
     )
     return [
         checks.Error(message, hint=hint, id="pinning_middleware.E101")
@@ -131,7 +139,7 @@ def _may_be_chord_body(name: object) -> bool:
     if current_task.name == "celery.chord_unlock":
         # Result backends without native chords poll for the end of the header.
         body = request.args[1] if len(request.args or ()) > 1 else request.kwargs.get("callback")
-    return bool(body) and name in set(_task_names(body))
+    return bool(body) and any(isinstance(each, str) and each == name for each in _task_names(body))
 
 
 def _pins_of_chord() -> Pins:
@@ -162,19 +170,17 @@ def _open_scope(task: Any, args: Any = (), **kwargs: Any) -> None:
     pins = handoff.pins_of_tokens(getattr(request, HEADER, None), *_batch_tokens(args))
     if hasattr(task, "on_duplicate") and request.id:
         pins = merge_pins(pins, handoff.load_pins(request.id))
-    policy = getattr(task, "pinning", "sticky")
-    block = handoff.task_scope(
+    policy = getattr(task, "pinning", "sticky") if _has_valid_options(task) else "primary"
+    scope = handoff.task_scope(
         pins,
         # An eager task runs inside the caller's scope; a worker processes unrelated tasks.
         isolated=not request.is_eager,
         wait=_seconds_to_wait(task, policy),
-        prefer_primary=policy not in POLICIES
-        or policy == "primary"
-        or not _has_valid_retries(task),
+        prefer_primary=policy == "primary",
     )
-    block.__enter__()
+    scope.__enter__()
     # Stored in the request, because the ID of a task is also that of its retries.
-    request.pinning_scope = block
+    request.pinning_scope = scope
 
 
 def _seconds_to_wait(task: Any, policy: object) -> float | None:
@@ -215,9 +221,9 @@ def _put_back_unless_caught_up(task: Any, args: Any, kwargs: Any) -> None:
 
 
 def _close_scope(task: Any, **kwargs: Any) -> None:
-    block: PinningScope | None = task.request.__dict__.pop("pinning_scope", None)
-    if block is not None:
-        block.__exit__(None, None, None)
+    scope: PinningScope | None = task.request.__dict__.pop("pinning_scope", None)
+    if scope is not None:
+        scope.__exit__(None, None, None)
 
 
 def _batch_tokens(args: Any) -> Iterator[object]:

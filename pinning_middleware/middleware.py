@@ -19,7 +19,7 @@ from pinning_middleware.backend.patches import require_app
 from pinning_middleware.backend.responses import close_within
 from pinning_middleware.conf import conf
 from pinning_middleware.decorators import aiterate_within, async_body_of, iterate_within
-from pinning_middleware.misses import RETRIED_METHODS, retry_404
+from pinning_middleware.not_found import RETRIED_METHODS, retry_404
 from pinning_middleware.pins import Pins
 from pinning_middleware.routing.outgoing import (
     asave_keys,
@@ -29,8 +29,8 @@ from pinning_middleware.routing.outgoing import (
 )
 from pinning_middleware.scopes.overrides import Override, current_overrides, set_overrides
 from pinning_middleware.scopes.scope import Scope, enter, entered_scope
+from pinning_middleware.stores import base
 from pinning_middleware.stores.balance_key import BalanceKey
-from pinning_middleware.stores.base import log_store_error
 from pinning_middleware.utils import counters
 
 if TYPE_CHECKING:
@@ -128,21 +128,13 @@ class PinningMiddleware:
 
     def load_pins(self, scope: Scope, request: HttpRequest, stores: Iterable[BaseStore]) -> None:
         """Let the scope inherit the pins of the request from these stores."""
-        for store in stores:
-            try:
-                _inherit(scope, store.load(request))
-            except Exception as error:
-                log_store_error(store, "load", error)
+        scope.inherit(base.load_pins(stores, request))
 
     async def aload_pins(
         self, scope: Scope, request: HttpRequest, stores: Iterable[BaseStore]
     ) -> None:
         """Async version of ``load_pins()``."""
-        for store in stores:
-            try:
-                _inherit(scope, await store.aload(request))
-            except Exception as error:
-                log_store_error(store, "load", error)
+        scope.inherit(await base.aload_pins(stores, request))
 
     def respond(self, request: HttpRequest) -> Any:
         """Return the response, inside the scope."""
@@ -155,33 +147,24 @@ class PinningMiddleware:
     def prepare_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
         """Load the stores that depend on the user, after every other middleware."""
         if conf.enabled and (scope := entered_scope()) is not None:
-            self.set_offload_predicate(scope, request)
-            self.set_balance_key(scope, request)
-            self.allow_retry_404(scope, request)
+            self.configure_scope(scope, request)
             self.load_pins(scope, request, conf.stores_at_view)
 
     async def aprepare_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
         """Async version of ``prepare_view()``."""
         if conf.enabled and (scope := entered_scope()) is not None:
-            self.set_offload_predicate(scope, request)
-            self.set_balance_key(scope, request)
-            self.allow_retry_404(scope, request)
+            self.configure_scope(scope, request)
             await self.aload_pins(scope, request, conf.stores_at_view)
 
-    def set_offload_predicate(self, scope: Scope, request: HttpRequest) -> None:
-        """If PINNING_OFFLOAD is a function, let the first read call it."""
+    def configure_scope(self, scope: Scope, request: HttpRequest) -> None:
+        """Apply PINNING_OFFLOAD, PINNING_BALANCE_BY and PINNING_RETRY_404 to the scope."""
         if callable(conf.offload):
+            # The first read calls it, when the user is known.
             scope.offload_predicate = functools.partial(_may_offload, request)
-
-    def allow_retry_404(self, scope: Scope, request: HttpRequest) -> None:
-        """If PINNING_RETRY_404 is set, let the view be run again on the primary after a 404."""
-        if conf.retry_404 and request.method in RETRIED_METHODS:
-            scope.wrap_view = retry_404
-
-    def set_balance_key(self, scope: Scope, request: HttpRequest) -> None:
-        """If PINNING_BALANCE_BY is "user", let reads go to the user's replica from now on."""
         if conf.balance_by_user:
             scope.balance_key = BalanceKey(request)
+        if conf.retry_404 and request.method in RETRIED_METHODS:
+            scope.wrap_view = retry_404
 
     def close_scope(self, scope: Scope, request: HttpRequest, response: Any) -> None:
         """End the scope of a request, or let the body and the end of the response belong to it."""
@@ -218,12 +201,8 @@ class PinningMiddleware:
             try:
                 save_keys(scope)
             except Exception as error:
-                log_store_error("The cache of keys", "save", error)
-        for store in _stores_to_save(scope, pins, response):
-            try:
-                store.save(request, response, pins)
-            except Exception as error:
-                log_store_error(store, "save", error)
+                base.log_store_error("The cache of keys", "save", error)
+        base.save_pins(_stores_to_save(scope, pins, response), request, response, pins)
 
     async def asave_pins(
         self, scope: Scope, request: HttpRequest, response: HttpResponseBase | None
@@ -237,24 +216,14 @@ class PinningMiddleware:
             try:
                 await asave_keys(scope)
             except Exception as error:
-                log_store_error("The cache of keys", "save", error)
-        for store in _stores_to_save(scope, pins, response):
-            try:
-                await store.asave(request, response, pins)
-            except Exception as error:
-                log_store_error(store, "save", error)
+                base.log_store_error("The cache of keys", "save", error)
+        await base.asave_pins(_stores_to_save(scope, pins, response), request, response, pins)
 
 
 def _restore(scope: Scope | None, overrides: Override | None) -> None:
     enter(scope)
     # A generator that is still suspended may have left an override active.
     set_overrides(overrides)
-
-
-def _inherit(scope: Scope, pins: Pins) -> None:
-    if pins:
-        counters.pin_events["inherited"] += 1
-        scope.inherit(pins)
 
 
 def _stores_to_save(

@@ -7,7 +7,7 @@ Neither Django nor the rest of the package is imported before a test uses one of
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,12 +23,7 @@ __all__ = [
 ]
 
 # Tests that use one of these fixtures, or the marker, start without pins in the cache.
-FIXTURES = {
-    "capture_reads",
-    "django_assert_num_reads",
-    "django_assert_reads_from",
-    "pinning_replicas",
-}
+FIXTURES = frozenset(__all__)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -59,24 +54,27 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
         return (yield)
 
 
+@contextmanager
 def _marked(
     lag: str | list[str] | tuple[str, ...] | bool | None = None,
     *more: object,
     forbid_stale_reads: bool = True,
-) -> ExitStack:
+) -> Iterator[None]:
     from pinning_middleware import testing
 
     if more:
         raise TypeError(f"pinning() takes one alias, a list of aliases or True, not also {more!r}")
-    stack = ExitStack()
-    if lag:
-        chosen = [lag] if isinstance(lag, str) else lag
-        aliases = () if isinstance(chosen, bool) else tuple(chosen)
-        stack.callback(testing.replicas.reset)
+    if not lag:
+        yield
+        return
+    chosen = [lag] if isinstance(lag, str) else lag
+    aliases = () if isinstance(chosen, bool) else tuple(chosen)
+    try:
         testing.replicas.lag(*aliases)
-        if forbid_stale_reads:
-            stack.enter_context(testing.forbid_stale_reads())
-    return stack
+        with testing.forbid_stale_reads() if forbid_stale_reads else nullcontext():
+            yield
+    finally:
+        testing.replicas.reset()
 
 
 @pytest.fixture

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Self
 
 __all__ = ["Fault", "Reason"]
 
 
-class Reason(StrEnum):
-    """
-    The reason for a routing decision.
-
-    The policy or failover assigns it once. Signals, log records, metrics, the debug panel and the
-    test utilities pass it on unchanged. ``description`` explains it in one phrase.
-    """
+class _Described(StrEnum):
+    """Strings with a description, which explains each in one phrase."""
 
     description: str
 
-    def __new__(cls, value: str, description: str = "") -> Reason:
+    def __new__(cls, value: str, description: str = "") -> Self:
         member = str.__new__(cls, value)
         member._value_ = value
         member.description = description
         return member
+
+
+class Reason(_Described):
+    """
+    The reason for a routing decision.
+
+    The policy or failover assigns it once. Signals, log records, metrics, the debug panel and the
+    test utilities pass it on unchanged.
+    """
 
     ROUND_ROBIN = "round_robin", "the next replica, round robin"
     WROTE = "wrote", "this request has written to the primary"
@@ -45,16 +50,8 @@ class Reason(StrEnum):
     EXPLICIT = "explicit", "the code named the database alias"
 
 
-class Fault(StrEnum):
+class Fault(_Described):
     """Why a server, or everything an alias resolves to, is out of rotation."""
-
-    description: str
-
-    def __new__(cls, value: str, description: str = "") -> Fault:
-        member = str.__new__(cls, value)
-        member._value_ = value
-        member.description = description
-        return member
 
     UNREACHABLE = "unreachable", "connecting to it fails"
     UNRESPONSIVE = "unresponsive", "it accepts connections but does not answer"

@@ -7,10 +7,9 @@ No function of this module queries a server. The state may be old: see ``ServerS
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal, NamedTuple
 
 from django.db import connections
@@ -24,6 +23,7 @@ from pinning_middleware.routing.pools import pools
 from pinning_middleware.servers.dialects.postgresql import LSN
 from pinning_middleware.servers.registry import Endpoint, Server
 from pinning_middleware.utils import counters
+from pinning_middleware.utils.forks import ForkSafeLock
 
 __all__ = [
     "DEGRADED",
@@ -192,9 +192,10 @@ def _rows_of(pool: Pool, endpoint: Endpoint, reads: Reads) -> Iterator[ServerSta
 def _row(pool: Pool, endpoint: Endpoint, server: Server | None, reads: int) -> ServerState:
     is_primary = endpoint is pool.endpoint
     weight = None if is_primary else pool.replica_set.rotations.weights.get(endpoint.alias)
-    fault, since = endpoint.out_of_rotation, endpoint.status_since
+    fault, since, retry_at = endpoint.out_of_rotation, endpoint.status_since, endpoint.retry_at
     if server is not None and fault in {each.out_of_rotation for each in endpoint.recent_servers}:
         fault, since = server.out_of_rotation, server.status_since
+        retry_at = endpoint.retry_at if endpoint.out_of_rotation else server.retry_at
     reason: str = fault or ""
     state: Literal["in", "out", "unknown"] = "out" if reason else "in"
     is_probed = server is not None and (server.last_probed or server.reports_position is False)
@@ -220,7 +221,7 @@ def _row(pool: Pool, endpoint: Endpoint, server: Server | None, reads: int) -> S
         behind_bytes=None if server is None or is_primary else _bytes_behind(pool, server),
         lag=None if server is None or is_primary else server.lag,
         age=now - server.last_probed if server is not None and server.last_probed else None,
-        retry_in=max(0.0, endpoint.retry_at - now) if endpoint.out_of_rotation else None,
+        retry_in=max(0.0, retry_at - now) if fault else None,
         error=endpoint.error if endpoint.out_of_rotation else _misdirection(pool, endpoint),
         reads_bounded=endpoint.reads_are_bounded,
     )
@@ -261,7 +262,7 @@ def _host_and_port(host: str, port: object) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def format_position(server: Server, vendor: str = "postgresql") -> str | None:
+def format_position(server: Server, vendor: str) -> str | None:
     """
     Return a server's position in its database's own notation, or None if unknown.
 
@@ -369,16 +370,7 @@ def format_size(number: float) -> str:
 # Counters
 
 
-class _Wait:
-    __slots__ = ("count", "reached", "seconds")
-
-    def __init__(self) -> None:
-        self.count, self.reached, self.seconds = 0, 0, 0.0
-
-
-_lock = threading.Lock()
-# Waits for replicas to catch up, by the alias of the pool's primary.
-_waits: defaultdict[str, _Wait] = defaultdict(_Wait)
+_lock = ForkSafeLock()
 
 
 def get_stats() -> dict[str, Any]:
@@ -401,25 +393,10 @@ def get_stats() -> dict[str, Any]:
     - ``waits``: pool → ``count`` of waits for a replica, ``reached`` of those that ended with one,
       and the total ``seconds``.
     """
-    reads: dict[str, Any] = {}
+    reads: Counter[tuple[str, ...]] = Counter()
     for (pool, alias, server, reason), number in dict(counters.reads).items():
         address = "" if server is None else address_of(alias, server)
-        by_reason = reads.setdefault(pool, {}).setdefault(alias, {}).setdefault(address, {})
-        by_reason[reason] = by_reason.get(reason, 0) + number
-    with _lock:
-        fallbacks: dict[str, dict[str, int]] = {}
-        for (pool, reason), number in counters.fallbacks.items():
-            fallbacks.setdefault(pool, {})[reason] = number
-        retries: dict[str, dict[str, dict[str, int]]] = {}
-        for (pool, failed, served), number in counters.retries.items():
-            retries.setdefault(pool, {}).setdefault(failed, {})[served] = number
-        waits = {
-            pool: {"count": wait.count, "reached": wait.reached, "seconds": wait.seconds}
-            for pool, wait in _waits.items()
-        }
-    refusals: dict[str, dict[str, int]] = {}
-    for (pool, name), number in dict(counters.refusals).items():
-        refusals.setdefault(pool, {})[name] = number
+        reads[pool, alias, address, reason] += number
     rejected = dict(counters.rejected_tokens)
     pins = {
         "set": counters.pin_events["set"],
@@ -428,16 +405,28 @@ def get_stats() -> dict[str, Any]:
         "lost": counters.pin_events["lost"],
     }
     return {
-        "reads": reads,
+        "reads": _nested(reads),
         "pins": pins,
         "rejected": rejected,
-        "fallbacks": fallbacks,
-        "retries": retries,
-        "refusals": refusals,
+        "fallbacks": _nested(counters.fallbacks),
+        "retries": _nested(counters.retries),
+        "refusals": _nested(counters.refusals),
         "retry_404": {name: counters.retries_404[name] for name in ("found", "missing", "refused")},
         "task_retries": {name: counters.task_retries[name] for name in ("put_back", "primary")},
-        "waits": waits,
+        "waits": _nested(counters.waits),
     }
+
+
+def _nested(counts: Mapping[Any, float]) -> dict[str, Any]:
+    """Return counts by tuples of names as nested dictionaries."""
+    nested: dict[str, Any] = {}
+    # Copy, because other threads count during the iteration.
+    for (*path, name), number in dict(counts).items():
+        inner = nested
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[name] = number
+    return nested
 
 
 # Signal receivers, called from any thread
@@ -473,9 +462,9 @@ def _count_retry(*, sender: str, failed: str, served: str, error: object, **kwar
 
 def _count_wait(*, sender: str, seconds: float, reached: bool, **kwargs: Any) -> None:
     with _lock:
-        wait = _waits[sender]
-        wait.count, wait.reached = wait.count + 1, wait.reached + reached
-        wait.seconds += seconds
+        counters.waits[sender, "count"] += 1
+        counters.waits[sender, "reached"] += int(reached)
+        counters.waits[sender, "seconds"] += seconds
 
 
 def _record_removed(*, sender: str, replica: str, reason: str, **kwargs: Any) -> None:
@@ -503,10 +492,4 @@ def install() -> None:
         signal.connect(receiver, dispatch_uid=f"pinning_middleware.stats{receiver.__name__}")
 
 
-def _reset_lock_after_fork() -> None:
-    global _lock
-    # A thread that does not exist in the child may have held it.
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_reset_lock_after_fork)
+os.register_at_fork(after_in_child=recent_events.clear)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import wraps
@@ -37,6 +38,7 @@ from pinning_middleware.stats import (
     format_duration,
     format_size,
 )
+from pinning_middleware.utils import counters
 
 __all__ = ["data", "page"]
 
@@ -47,15 +49,6 @@ SHOWN_EVENTS: Final = 20
 # Text of an empty cell.
 NONE: Final = "-"
 
-FAULTS: Final = {
-    Fault.UNREACHABLE: "is unreachable",
-    Fault.UNRESPONSIVE: "is unresponsive",
-    Fault.PROMOTED: "is not a replica of this primary",
-    Fault.STALE_RESTART: "has not yet replayed what it had before its restart",
-    Fault.LAG: "lags too far behind",
-    Fault.REPLAY_WAITS: "waits for a lock that a query holds, and replays nothing",
-    DRAINED: "drained: its weight is 0",
-}
 EVENTS: Final = {
     "fell_back_to_primary": "Fell back to the primary",
     "fell_back_to_replica": "Fell back to a replica",
@@ -204,7 +197,7 @@ def _summary(rows: list[ServerState]) -> dict[str, str]:
         usable = {row.alias for row in rows if row.alias in aliases and row.state != "out"}
         sentences.append(f"{pool}: {len(usable)} of {len(aliases)} replicas are in rotation.")
     sentences += [
-        f"{row.alias} {FAULTS.get(row.reason, row.reason)}."
+        f"{row.alias}: {_description(row.reason)}."
         for row in rows
         if row.state == "out" and row.reason != DRAINED
     ]
@@ -218,7 +211,7 @@ def _server(row: ServerState) -> dict[str, Any]:
     """Return the fields of a row, and the texts of its table cells under ``cells``."""
     state = "Not probed yet" if row.state == "unknown" else row.state.capitalize()
     if row.reason:
-        state = f"Out: {FAULTS.get(row.reason, row.reason)}"
+        state = f"Out: {_description(row.reason)}"
     if row.since is not None:
         state += f", for {format_duration(time.time() - row.since)}"
     if row.retry_in is not None:
@@ -251,16 +244,11 @@ def _by_server(rows: list[ServerState]) -> list[dict[str, Any]]:
 
 
 def _by_reason() -> list[dict[str, Any]]:
-    found = dict.fromkeys(map(str, Reason), 0)
-    for by_alias in stats.get_stats()["reads"].values():
-        for by_server in by_alias.values():
-            for by_reason in by_server.values():
-                for reason, number in by_reason.items():
-                    found[reason] = found.get(reason, 0) + number
-    most_first = sorted(found.items(), key=lambda each: -each[1])
-    return _shares(
-        [(name, Reason(name).description, number) for name, number in most_first if number]
-    )
+    found: Counter[str] = Counter()
+    # Copy, because other threads count during the iteration.
+    for (*_, reason), number in dict(counters.reads).items():
+        found[reason] += number
+    return _shares([(name, _description(name), number) for name, number in found.most_common()])
 
 
 def _shares(reads: list[tuple[str, str, int]]) -> list[dict[str, Any]]:
@@ -277,13 +265,18 @@ def _shares(reads: list[tuple[str, str, int]]) -> list[dict[str, Any]]:
 
 
 def _description(reason: str) -> str:
-    return Reason(reason).description if reason in set(Reason) else reason
+    """Return the text for a fault or a reason; an error is its own text."""
+    if reason == DRAINED:
+        return "its weight is 0"
+    for kind in (Fault, Reason):
+        if reason in set(kind):
+            return kind(reason).description
+    return reason
 
 
 def _event(event: stats.Event) -> dict[str, Any]:
     at = datetime.fromtimestamp(event.at, UTC)
     title = EVENTS.get(event.kind, event.kind)
-    reason = FAULTS.get(event.reason) or _description(event.reason)
     return {
         **event._asdict(),
         "iso": at.isoformat(timespec="seconds"),
@@ -293,6 +286,6 @@ def _event(event: stats.Event) -> dict[str, Any]:
             title if event.times == 1 else f"{title}, {event.times} times",
             event.alias or event.pool,
             event.served or NONE,
-            reason or NONE,
+            _description(event.reason) or NONE,
         ),
     }

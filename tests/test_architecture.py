@@ -37,7 +37,7 @@ LAYERS: list[tuple[str, ...]] = [
         "decorators",
         "scope_blocks",
         "handoff",
-        "misses",
+        "not_found",
         "api",
         "managers",
         "routers",

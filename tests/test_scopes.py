@@ -21,10 +21,10 @@ from pinning_middleware import (
     use_primary,
     use_replica,
 )
+from pinning_middleware.handoff import token_to_send
 from pinning_middleware.pins import PinKey
 from pinning_middleware.reasons import Reason
 from pinning_middleware.routing import policy
-from pinning_middleware.routing.outgoing import current_token
 from pinning_middleware.scopes.scope import PoolState, Scope, current_scope, enter, entered_scope
 from pinning_middleware.utils.counters import rejected_tokens
 from tests.app.models import Account, Book
@@ -432,7 +432,7 @@ def test_token_of_a_nested_scope_contains_writes_of_the_outer_scope() -> None:
             pass
         assert inner.token
         assert innermost.token
-        assert current_token() == inner.token
+        assert token_to_send() == inner.token
 
 
 def test_scope_inside_a_post_reads_the_primary(visit: Visit) -> None:

@@ -38,7 +38,7 @@ from pinning_middleware.routing.route import take_decision
 from pinning_middleware.scopes import transactions
 from pinning_middleware.scopes.overrides import OverrideKind, effects_on
 from pinning_middleware.scopes.scope import Scope, current_scope
-from pinning_middleware.scopes.write_watch import is_watching, note_write
+from pinning_middleware.scopes.watch import is_watching, note_write
 from pinning_middleware.servers.probe import is_pool_exhausted
 from pinning_middleware.servers.registry import registry
 from pinning_middleware.sql import StatementKind

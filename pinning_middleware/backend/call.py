@@ -89,10 +89,21 @@ class Call(NamedTuple):
     def move_to(self, connection: BaseDatabaseWrapper) -> None:
         """Replace the driver's cursor by a new one of a connection, which may be the same one."""
         cursor = self.cursor
+        if connection.alias != cursor.db.alias:
+            # Not by getattr(), which Django's cursors pass on to the driver's.
+            cursor.__dict__.setdefault("pinning_alias", cursor.db.alias)
         is_chunked = getattr(cursor.cursor, "name", None) is not None
         with without_failover():
             fresh = connection.chunked_cursor() if is_chunked else connection.cursor()
         cursor.cursor, cursor.db = fresh.cursor, fresh.db
+
+    def renew_cursor(self, raw: Any) -> None:
+        """
+        Replace the driver's cursor if a probe has closed or reopened its connection. ``raw``: the
+        driver's connection before the probe.
+        """
+        if self.cursor.db.connection is not raw:
+            self.move_to(self.cursor.db)
 
 
 def may_move(connection: BaseDatabaseWrapper) -> bool:

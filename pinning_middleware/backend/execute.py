@@ -36,7 +36,7 @@ from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.overrides import effects_on
 from pinning_middleware.scopes.scope import PoolState, Scope, current_scope
-from pinning_middleware.scopes.write_watch import is_watching, note_write
+from pinning_middleware.scopes.watch import is_watching, note_read, note_write
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.probe import failover_disabled, state_of
 from pinning_middleware.servers.registry import Server
@@ -63,7 +63,7 @@ def execute_wrapper(execute: Any, sql: Any, params: Any, many: bool, context: An
     if statement.begins_transaction or statement.ends_transaction:
         execute = functools.partial(_execute_control, execute, statement)
     if pool is None:
-        # The alias is a further one of a primary's database.
+        # Another alias of a primary's database.
         is_write = statement.kind is StatementKind.WRITE
         with recording_write(connection, connection.alias, sql) if is_write else nullcontext():
             set_up_session(connection)
@@ -113,9 +113,8 @@ def _execute(
     if raw is not None and not bypasses and may_move(connection):
         if is_former_primary(pool, connection, call.scope):
             leave_former_primary(pool, call)
-        elif connection.connection is not raw:
-            # Closed or reopened by a probe.
-            call.move_to(connection)
+        else:
+            call.renew_cursor(raw)
     with recording_write(call.cursor.db, alias, call.sql):
         try:
             return call.run()
@@ -125,7 +124,10 @@ def _execute(
 
 
 def _may_run_anywhere(call: Call, statement: Statement) -> bool:
-    """Return whether a statement such as SHOW was sent to a server that could not be reached."""
+    """
+    Return whether a statement may run on any server: it is neither a read nor a write, and its
+    connection could not be opened.
+    """
     is_unopened = isinstance(call.cursor.cursor, UnopenedCursor)
     is_control = statement.begins_transaction or statement.ends_transaction
     return (
@@ -187,7 +189,9 @@ def record_read(
     one by one, the scope's next read gets another replica.
     """
     reason = Reason.LOCK if kind is StatementKind.LOCK else decision.reason
-    scope.record_route((connection.alias, reason), MAX_ROUTES)
+    route = connection.alias, reason
+    scope.record_route(route, MAX_ROUTES)
+    note_read(route)
     if conf.balance_by_query:
         # Django may ask the router several times for one read; the next read gets another replica.
         scope.update(pool.key, PoolState.without_replica)

@@ -28,9 +28,8 @@ from pinning_middleware.backend.call import (
     rejection_error,
 )
 from pinning_middleware.backend.former_primary import (
-    discard,
-    is_superseded,
     leave_former_primary,
+    reopen_elsewhere,
 )
 from pinning_middleware.backend.read_errors import Verdict, is_unresponsive, judge
 from pinning_middleware.backend.writes import sql_text
@@ -69,15 +68,22 @@ logger = logging.getLogger("pinning_middleware.reads")
 MIN_LEFT: Final = 0.25
 
 # The policy requires the primary: no other replica may serve, and nothing has failed.
-_PRIMARY_ONLY: Final = (
-    *(Reason.WROTE, Reason.MANUAL, Reason.LOCK, Reason.PINNED, Reason.PRIMARY_MODEL),
+_PRIMARY_ONLY: Final = frozenset(
+    {Reason.WROTE, Reason.MANUAL, Reason.LOCK, Reason.PINNED, Reason.PRIMARY_MODEL}
 )
 # Reasons that are decisions of the policy, not failures: logged at DEBUG, without a signal.
-_BY_POLICY: Final = (*_PRIMARY_ONLY, Reason.NOT_CAUGHT_UP)
+_BY_POLICY: Final = _PRIMARY_ONLY | {Reason.NOT_CAUGHT_UP}
 
 
 class _Served(NamedTuple):
     result: Any
+
+
+class _Lost(NamedTuple):
+    """A connection was lost, before or while it ran the statement; a new one may succeed."""
+
+    error: Exception
+    has_run: bool
 
 
 def execute_read(pool: Pool, call: Call) -> Any:
@@ -88,23 +94,23 @@ def execute_read(pool: Pool, call: Call) -> Any:
     not serve this scope and nothing may take over.
     """
     try:
-        return _execute_read(pool, call)
+        return _run_where_possible(pool, call)
     finally:
         read_budget.renew()
 
 
-def _execute_read(pool: Pool, call: Call) -> Any:
+def _run_where_possible(pool: Pool, call: Call) -> Any:
     first = call.cursor.db
     refused = pool.refusals
     known = None if refused.is_empty else refused.find(sql_text(first, call.sql))
     if known is not None and known.is_write:
         call = call.as_write(pool.primary)
     if first.alias == pool.primary and not pool.can_replace_primary:
-        return _execute_on_own_primary(pool, call)
+        return _run_without_failover(pool, call)
     if known is not None and may_run_on_primary(pool, call):
         refusals[pool.primary, known.name] += 1
-        return _run_on_primary_only(pool, call, Rejection(Reason.PRIMARY_MODEL)).result
-    outcome = _run_on(pool, call, first)
+        return _move_to_primary(pool, call, Rejection(Reason.PRIMARY_MODEL)).result
+    outcome = _try_connection(pool, call, first)
     if isinstance(outcome, _Served):
         return outcome.result
     first_rejection = outcome
@@ -118,9 +124,11 @@ def _execute_read(pool: Pool, call: Call) -> Any:
             continue
         if alias != pool.primary and read_budget.left < MIN_LEFT:
             continue
-        next_outcome = _run_on(pool, call, connections[alias])
+        next_outcome = _try_connection(pool, call, connections[alias])
         if isinstance(next_outcome, _Served):
-            _report_failover(pool, call, first.alias, alias, first_rejection)
+            # The alias may have refused the statement in turn, so that the primary ran it.
+            served = call.cursor.db.alias
+            _report_failover(pool, call, first.alias, served, first_rejection)
             return next_outcome.result
         if next_outcome.error is not None:
             outcome = next_outcome
@@ -139,7 +147,7 @@ def admit_cursor(pool: Pool, cursor: Any) -> None:
     execute_read(pool, Call(lambda *args: None, "", None, False, context, cursor, scope, effects))
 
 
-def _execute_on_own_primary(pool: Pool, call: Call) -> Any:
+def _run_without_failover(pool: Pool, call: Call) -> Any:
     """
     Run a read on a primary that no replica may replace. Leave a former primary first; raise the
     errors unchanged.
@@ -148,85 +156,98 @@ def _execute_on_own_primary(pool: Pool, call: Call) -> Any:
     rejection = None if raw is None else admit(pool, connection, call.scope, call.effects.routing)
     if rejection is not None:
         leave_former_primary(pool, call, rejection)
-    elif connection.connection is not raw:
-        # Closed or reopened by a probe.
-        call.move_to(connection)
+    else:
+        call.renew_cursor(raw)
     result = call.run()
     if pool.guarantee.tracks_reads:
         pool.guarantee.record_observed(pool, call.scope, connection.alias)
     return result
 
 
-def _run_on(pool: Pool, call: Call, connection: BaseDatabaseWrapper) -> _Served | Rejection:
+def _try_connection(pool: Pool, call: Call, connection: BaseDatabaseWrapper) -> _Served | Rejection:
     """
-    Admit a connection and run the statement on it.
+    Admit a connection and run the statement on it, or take its server out of rotation.
 
-    A connection that turns out to be lost is reopened once: it may have been closed while it was
-    idle. Raise errors that another server would repeat.
+    Raise errors that another server would repeat.
     """
-    is_first, opened = call.cursor.db is connection, call.cursor.cursor
-    is_unopened = isinstance(opened, UnopenedCursor)
-    if is_unopened and is_first and (error := _connect_error(opened, connection)) is not None:
-        return _take_out(connection, error)
-    for is_last in (False, True):
-        was_open, began = connection.connection is not None, None
-        try:
-            if is_last or not is_first or is_unopened or connection.connection is None:
-                _reopen(connection)
-                call.move_to(connection)
-            raw = connection.connection
-            rejection = admit(pool, connection, call.scope, call.effects.routing)
-            if rejection is not None:
-                if rejection.reason is not Fault.DEMOTED or not may_move(connection):
-                    return rejection
-                if not is_last:
-                    discard(connection)
-                    continue
-                if is_superseded(pool, connection):
-                    return rejection
-            if connection.connection is not raw:
-                # Reopened by a probe.
-                call.move_to(connection)
-            began = time.monotonic()
-            result = _run_watched(pool, call, connection)
-        except (DatabaseError, InterfaceError) as error:
-            ran_for = None if began is None else time.monotonic() - began
-            verdict = judge(pool, call, connection, error, ran_for)
-            if verdict is Verdict.RAISE:
-                raise
-            if isinstance(verdict, Refusal):
-                return _run_refused(pool, call, error, verdict)
-            if verdict is Verdict.ELSEWHERE:
-                return Rejection(Reason.FAILOVER, error)
-            may_reopen = was_open or is_first or began is None
-            if verdict is Verdict.REOPEN and may_reopen and not is_last:
-                endpoint_for(connection).must_reidentify = True
-                continue
+    opened, is_first = call.cursor.cursor, call.cursor.db is connection
+    must_open = not is_first or connection.connection is None
+    if is_first and isinstance(opened, UnopenedCursor):
+        if (error := _connect_error(opened, connection)) is not None:
             return _take_out(connection, error)
-        if pool.guarantee.tracks_reads:
-            pool.guarantee.record_observed(pool, call.scope, connection.alias)
-        return _Served(result)
-    raise AssertionError("unreachable")
+        must_open = True
+    may_be_stale = is_first or connection.connection is not None
+    outcome = _try_once(pool, call, connection, must_open)
+    if isinstance(outcome, _Lost) and (may_be_stale or not outcome.has_run):
+        # The server may have closed it while it was idle.
+        endpoint_for(connection).must_reidentify = True
+        outcome = _try_once(pool, call, connection, must_open=True)
+    if isinstance(outcome, _Lost):
+        return _take_out(connection, outcome.error)
+    return outcome
 
 
-def _run_on_primary_only(pool: Pool, call: Call, rejection: Rejection) -> _Served:
+def _try_once(
+    pool: Pool, call: Call, connection: BaseDatabaseWrapper, must_open: bool
+) -> _Served | Rejection | _Lost:
+    began = None
+    try:
+        if must_open:
+            _reopen(connection)
+            call.move_to(connection)
+        if (rejection := _admit(pool, call)) is not None:
+            return rejection
+        began = time.monotonic()
+        result = _run_watched(pool, call, connection)
+    except (DatabaseError, InterfaceError) as error:
+        ran_for = None if began is None else time.monotonic() - began
+        verdict = judge(pool, call, connection, error, ran_for)
+        if verdict is Verdict.RAISE:
+            raise
+        if isinstance(verdict, Refusal):
+            return _move_refused(pool, call, error, verdict)
+        if verdict is Verdict.ELSEWHERE:
+            return Rejection(Reason.FAILOVER, error)
+        if verdict is Verdict.REOPEN:
+            return _Lost(error, has_run=began is not None)
+        return _take_out(connection, error)
+    if pool.guarantee.tracks_reads:
+        pool.guarantee.record_observed(pool, call.scope, connection.alias)
+    return _Served(result)
+
+
+def _admit(pool: Pool, call: Call) -> Rejection | None:
+    """
+    Return why the cursor's connection must not serve the statement, or None. A connection to a
+    former primary is reopened.
+    """
+    connection, raw = call.cursor.db, call.cursor.db.connection
+    rejection = admit(pool, connection, call.scope, call.effects.routing)
+    if rejection is None:
+        call.renew_cursor(raw)
+    elif rejection.reason is Fault.DEMOTED and may_move(connection):
+        return None if reopen_elsewhere(pool, call) else rejection
+    return rejection
+
+
+def _move_to_primary(pool: Pool, call: Call, rejection: Rejection) -> _Served:
     """Run a statement on the primary, because no replica can. Raise the primary's own error."""
     failed = call.cursor.db.alias
-    outcome = _run_on(pool, call, connections[pool.primary])
+    outcome = _try_connection(pool, call, connections[pool.primary])
     if not isinstance(outcome, _Served):
         raise rejection_error(pool.primary, outcome, "no replica can run the statement")
     _report_failover(pool, call, failed, pool.primary, rejection)
     return outcome
 
 
-def _run_refused(pool: Pool, call: Call, error: Exception, refusal: Refusal) -> _Served:
+def _move_refused(pool: Pool, call: Call, error: Exception, refusal: Refusal) -> _Served:
     """
-    Run a statement on the primary that a standby has refused for being one. If that succeeds, the
-    next one goes there at once.
+    Run a statement on the primary that a server has refused because it is a standby. If that
+    succeeds, the next one goes there at once.
     """
     if refusal.is_write:
         call = call.as_write(pool.primary)
-    outcome = _run_on_primary_only(pool, call, Rejection(Reason.FAILOVER, error))
+    outcome = _move_to_primary(pool, call, Rejection(Reason.FAILOVER, error))
     primary = call.cursor.db
     known = pool.refusals.add(refusal, sql_text(primary, call.sql), primary.settings_dict["USER"])
     refusals[pool.primary, known.name] += 1
@@ -259,7 +280,7 @@ def _connect_error(opened: UnopenedCursor, connection: BaseDatabaseWrapper) -> E
 
 def _take_out(connection: BaseDatabaseWrapper, error: Exception) -> Rejection:
     """
-    Take what an alias resolves to out of rotation, unless it is already.
+    Take the endpoint of a connection out of rotation, unless it already is.
 
     Raise the error if only the site's own pool had no connection, which is no fault of the server.
     """
@@ -353,7 +374,6 @@ def _report_failover(
     if decision is None:
         decision = Decision(failed, None if failed == pool.primary else failed, reason)
     cursor.pinning_decision = decision._replace(reason=reason)
-    cursor.__dict__.setdefault("pinning_alias", failed)
     may_keep = served == pool.primary or served in pool.replica_set.rotation.weights
     if may_keep and (failed in pool.replica_set.out_of_rotation or reason is Reason.NOT_CAUGHT_UP):
         call.scope.update(pool.key, lambda state: state._replace(replica=replica))

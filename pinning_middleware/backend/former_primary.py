@@ -11,12 +11,11 @@ from pinning_middleware.backend.call import Call, may_move, rejection_error
 from pinning_middleware.reasons import Fault
 from pinning_middleware.routing.policy import Rejection, is_former_primary
 from pinning_middleware.routing.pool import Pool
-from pinning_middleware.scopes.scope import current_scope
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.probe import endpoint_for, state_of, without_failover
 from pinning_middleware.servers.psycopg_pool import close_for_good
 
-__all__ = ["discard", "is_superseded", "leave_former_primary", "record_rejected_write"]
+__all__ = ["discard", "leave_former_primary", "record_rejected_write", "reopen_elsewhere"]
 
 _DEMOTED: Final = Rejection(Fault.DEMOTED)
 
@@ -27,21 +26,32 @@ def leave_former_primary(pool: Pool, call: Call, rejection: Rejection = _DEMOTED
 
     Raise OperationalError if it cannot be reopened, or if the alias still resolves to that server.
     """
-    connection = call.cursor.db
-    if not may_move(connection):
-        raise rejection_error(connection.alias, rejection, "a transaction is open")
-    began, superseded, is_old = time.monotonic(), True, True
-    while superseded and is_old:
+    alias = call.cursor.db.alias
+    if not may_move(call.cursor.db):
+        raise rejection_error(alias, rejection, "a transaction is open")
+    if not reopen_elsewhere(pool, call):
+        why = "its address still resolves to the former primary"
+        raise rejection_error(alias, rejection, why)
+
+
+def reopen_elsewhere(pool: Pool, call: Call) -> bool:
+    """
+    Reopen the connection of a statement until it is a new one.
+
+    Return whether the alias resolves to another server than a former primary by now. Raise what
+    connecting raises.
+    """
+    connection, began = call.cursor.db, time.monotonic()
+    is_former, is_old = True, True
+    while is_former and is_old:
         discard(connection)
         call.move_to(connection)
-        superseded = is_superseded(pool, connection)
+        with without_failover():
+            is_former = is_former_primary(pool, connection, call.scope)
         # A pool may have more connections of the same age.
         raw = connection.connection
         is_old = raw is not None and state_of(connection).opened_at < began
-    if superseded:
-        raise rejection_error(
-            connection.alias, rejection, "its address still resolves to the former primary"
-        )
+    return not is_former
 
 
 def record_rejected_write(connection: BaseDatabaseWrapper, error: Exception) -> None:
@@ -61,9 +71,3 @@ def discard(connection: BaseDatabaseWrapper) -> None:
     """Close a connection to a former primary for good, also one that belongs to a pool."""
     close_for_good(connection)
     endpoint_for(connection).must_reidentify = True
-
-
-def is_superseded(pool: Pool, connection: BaseDatabaseWrapper) -> bool:
-    """Return whether a new connection of the primary's alias is to a former primary, too."""
-    with without_failover():
-        return is_former_primary(pool, connection, current_scope())

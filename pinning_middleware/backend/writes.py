@@ -21,7 +21,7 @@ from pinning_middleware.routing.outgoing import announce
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.overrides import writes_ignored
 from pinning_middleware.scopes.scope import Scope, Write, current_scope, entered_scope
-from pinning_middleware.scopes.write_watch import note_write
+from pinning_middleware.scopes.watch import note_write
 from pinning_middleware.servers.registry import registry
 from pinning_middleware.sql import (
     StatementKind,

@@ -26,7 +26,7 @@ from pinning_middleware.conf import conf
 from pinning_middleware.pins import Pins, merge_pins
 from pinning_middleware.routing.outgoing import outgoing_pins
 from pinning_middleware.scopes.scope import Scope, entered_scope
-from pinning_middleware.stores.base import log_store_error
+from pinning_middleware.stores import base
 
 __all__ = ["PinnedConsumer"]
 
@@ -67,31 +67,19 @@ class PinnedConsumer:
         return self._pins
 
     async def _load(self, stores: tuple[Any, ...]) -> Pins:
-        found: Pins = {}
-        for store in stores if self._request is not None else ():
-            try:
-                found = merge_pins(found, await store.aload(self._request))
-            except Exception as error:
-                log_store_error(store, "load", error)
-        return found
+        return {} if self._request is None else await base.aload_pins(stores, self._request)
 
     def _save_late(self, scope: Scope) -> None:
         """Save writes after the end of a message; later messages inherit their pins."""
         self._pins = merge_pins(self._pins or {}, outgoing_pins(scope))
-        for store in conf.stores if self._request is not None else ():
-            if not store.needs_response:
-                try:
-                    store.save(self._request, None, self._pins)
-                except Exception as error:
-                    log_store_error(store, "save", error)
+        if self._request is not None:
+            stores = (store for store in conf.stores if not store.needs_response)
+            base.save_pins(stores, self._request, None, self._pins)
 
     async def _save(self) -> None:
         self._pins = await sync_to_async(handoff.pins_to_send)()
-        for store in conf.stores if self._request is not None else ():
-            try:
-                await store.asave(self._request, None, self._pins)
-            except Exception as error:
-                log_store_error(store, "save", error)
+        if self._request is not None:
+            await base.asave_pins(conf.stores, self._request, None, self._pins)
 
 
 def _request_of(scope: dict[str, Any]) -> ASGIRequest:

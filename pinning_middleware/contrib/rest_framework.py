@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from pinning_middleware.conf import conf
 from pinning_middleware.scopes.scope import entered_scope
-from pinning_middleware.stores.base import log_store_error
+from pinning_middleware.stores import base
 
 __all__ = ["load_pins", "pinned"]
 
@@ -50,8 +50,4 @@ def load_pins(request: Any, user: Any) -> None:
     scope = entered_scope()
     if scope is None or not conf.enabled:
         return
-    for store in conf.stores_at_view:
-        try:
-            scope.inherit(store.load(plain))
-        except Exception as error:
-            log_store_error(store, "load", error)
+    scope.inherit(base.load_pins(conf.stores_at_view, plain))

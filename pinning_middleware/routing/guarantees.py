@@ -121,7 +121,7 @@ class MonotonicReads(ReadYourWrites):
         if known is not None and known.server is not None:
             is_same = known.server is result.server
         else:
-            is_same = known is state or pool.health.is_sole_server(state, certain=True)
+            is_same = known is state or pool.health.is_only_server(state, certain=True)
         return Position(result.server.position) if is_same else None
 
 

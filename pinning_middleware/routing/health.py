@@ -1,7 +1,7 @@
 """
 Which servers of a pool are out of rotation, and why.
 
-What is known belongs to a server, never to an alias; the registry stores it.
+The status is that of a server, never of an alias; the registry stores it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Health:
             return Fault.PROMOTED
         if server.minimum_position:
             if self._has_recovered(server, self.dialect):
-                server.minimum_position = {}
+                server.clear_minimum()
             else:
                 return Fault.STALE_RESTART
         if server.replay_waits:
@@ -85,7 +85,7 @@ class Health:
         return None
 
     def _has_recovered(self, server: Server, dialect: Dialect) -> bool:
-        """Return whether a restarted server has what the one before it at this address had."""
+        """Return whether a restarted server has reached its predecessor's position."""
         minimum = server.minimum_position
         return (
             dialect.reached(Position(minimum), server.position)
@@ -110,25 +110,25 @@ class Health:
     # Admission of a connection
 
     def reject(
-        self, connection: BaseDatabaseWrapper, max_lag: float | None, is_last: bool
+        self, connection: BaseDatabaseWrapper, max_lag: float | None, is_last_replica: bool
     ) -> Fault | None:
         """
         Return why the server of a replica's open connection must not serve reads now, or None.
 
-        ``max_lag`` (seconds) limits the lag for this read. ``is_last``: no other replica is in the
-        rotation, so that one that lags serves. May probe the server if its status is unknown; raise
-        what ``servers.probe.probe()`` raises.
+        ``max_lag`` (seconds) limits the lag for this read. ``is_last_replica``: no other replica is
+        in the rotation, so that one that lags serves. May probe the server if its status is
+        unknown; raise what ``servers.probe.probe()`` raises.
         """
         state = state_of(connection)
         server = state.server
-        if server is not None and not self._serves(server, is_last):
+        if server is not None and not self._serves(server, is_last_replica):
             if not self._is_back(connection, server):
                 return server.out_of_rotation
             state = state_of(connection)
             server = state.server
         limits_lag = max_lag is not None or self._max_lag is not None
-        if limits_lag and not self.is_sole_server(state, certain=max_lag is not None):
-            if (fault := self._check_lag(connection, max_lag, is_last)) is not None:
+        if limits_lag and not self.is_only_server(state, certain=max_lag is not None):
+            if (fault := self._check_lag(connection, max_lag, is_last_replica)) is not None:
                 return fault
             state = state_of(connection)
             server = state.server
@@ -140,8 +140,8 @@ class Health:
         is_unknown = server is None and (endpoint.must_reidentify or endpoint.has_server_out)
         if was_promoted or is_unknown:
             result = self.probe(connection)
-            state.promotion_seen = was_promoted
-            if was_promoted:
+            if was_promoted and result is not None:
+                state.promotion_seen = True
                 # The primary's alias may have resolved to another server since it was last seen.
                 self._request_samples()
             found = None if result is None else result.server
@@ -149,14 +149,14 @@ class Health:
                 return None if self._is_back(connection, found) else found.out_of_rotation
         return None
 
-    def _serves(self, server: Server, is_last: bool) -> bool:
+    def _serves(self, server: Server, is_last_replica: bool) -> bool:
         fault = server.out_of_rotation
-        return fault is None or (fault is Fault.LAG and is_last)
+        return fault is None or (fault is Fault.LAG and is_last_replica)
 
     def _is_back(self, connection: BaseDatabaseWrapper, server: Server) -> bool:
         """
         Probe a server that is out of rotation while others behind the same alias are not, so that
-        no monitor retries it. One read does, when its time has come.
+        no monitor retries it. One read does, from ``retry_at`` on.
         """
         now = time.monotonic()
         endpoint = registry.endpoint(connection.alias, self.primary)
@@ -172,7 +172,7 @@ class Health:
 
     # Lag
 
-    def is_sole_server(self, state: ConnectionState, *, certain: bool) -> bool:
+    def is_only_server(self, state: ConnectionState, *, certain: bool) -> bool:
         """
         Return whether a connection's server is the only one that its alias resolves to, for certain
         or as far as is known without a probe. The monitor of an alias samples that one.
@@ -187,13 +187,13 @@ class Health:
         result = self.probe(connection)
         if result is None:
             return None
-        if not self.is_sole_server(state_of(connection), certain=True):
+        if not self.is_only_server(state_of(connection), certain=True):
             monitor.measure_lag(result.server, self.primary)
             self.update_status(registry.endpoint(connection.alias, self.primary), result.server)
         return result.server
 
     def _check_lag(
-        self, connection: BaseDatabaseWrapper, max_lag: float | None, is_last: bool
+        self, connection: BaseDatabaseWrapper, max_lag: float | None, is_last_replica: bool
     ) -> Fault | None:
         """
         Return why the server of a connection is too far behind, or None. A monitor samples one of
@@ -208,14 +208,14 @@ class Health:
             server = self._measure_lag(connection)
         if server is None:
             return None
-        if not self._serves(server, is_last):
+        if not self._serves(server, is_last_replica):
             return server.out_of_rotation
         exceeds = max_lag is not None and (server.lag is None or server.lag > max_lag)
-        is_sole = self.is_sole_server(state_of(connection), certain=True)
-        return Fault.LAG if exceeds and not is_sole else None
+        is_only = self.is_only_server(state_of(connection), certain=True)
+        return Fault.LAG if exceeds and not is_only else None
 
     def sample_lag(self) -> None:
-        """Have the monitors measure the lag for the next while."""
+        """Have the monitors measure the lag for the next ``monitor.NEEDED`` seconds."""
         now = time.monotonic()
         if now >= self._next_sample and self.supports_positions:
             self._next_sample = now + monitor.SAMPLE_EVERY

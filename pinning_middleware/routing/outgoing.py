@@ -13,12 +13,11 @@ import functools
 from asgiref.sync import sync_to_async
 from django.db import transaction
 
-from pinning_middleware import tokens
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Pin, PinKey, PinKind, Pins, live
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.scopes.scope import PoolState, Scope, entered_scope
+from pinning_middleware.scopes.scope import PoolState, Scope
 from pinning_middleware.servers.budget import read_budget
 from pinning_middleware.stores import cache
 from pinning_middleware.utils import clock
@@ -27,7 +26,6 @@ __all__ = [
     "announce",
     "asave_keys",
     "current_pin",
-    "current_token",
     "outgoing_pins",
     "pin_keys",
     "queries_primary",
@@ -110,16 +108,6 @@ def current_pin(pool: Pool) -> Pin:
 
 def _used_pools(scope: Scope) -> list[tuple[Pool, PoolState]]:
     return [(pool, scope.state(pool.key)) for pool in pools().all if scope.has_state_for(pool.key)]
-
-
-def current_token() -> str | None:
-    """
-    Return the token of the outgoing pins of the current scope, to send it in a message for example;
-    None if there are none. May query the primary for its position.
-    """
-    scope = entered_scope()
-    pins = outgoing_pins(scope) if scope is not None else {}
-    return tokens.dumps(pins) if pins else None
 
 
 # Keys

@@ -139,8 +139,8 @@ def admit(
         else:
             max_lag = None if override is None else override.max_lag
             rotation = pool.replica_set.rotation
-            is_last = not rotation and alias in rotation.weights
-            fault = pool.health.reject(connection, max_lag, is_last)
+            is_last_replica = not rotation and alias in rotation.weights
+            fault = pool.health.reject(connection, max_lag, is_last_replica)
         if fault is not None:
             return Rejection(fault)
     if ignores_pins:

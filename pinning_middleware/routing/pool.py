@@ -98,7 +98,9 @@ class Pool:
         monitor.track(position, self.primary, aliases, update, is_new=is_new)
 
     def sample_lag(self) -> None:
-        """Have the lag of the replicas measured for the next while. Does no I/O."""
+        """
+        Have the lag of the replicas measured for the next ``monitor.NEEDED`` seconds. Does no I/O.
+        """
         if self.supports_positions and (aliases := self._monitored()):
             monitor.sample_lag(self.primary, aliases, self.health.update_status)
 

@@ -64,8 +64,8 @@ class ReplicaSet:
         # Serialises refreshes, so that the most recent status wins.
         self._refreshing = ForkSafeLock()
         self._substitute: tuple[float, str | None] = (0.0, None)
-        # The position that a read last waited for in vain, and the seconds.
-        self._in_vain: tuple[Position, float] | None = None
+        # The position and the seconds of the last wait that timed out.
+        self._last_timeout: tuple[Position, float] | None = None
         registry.listeners.append(self._on_status_change)
         registry.work_listeners.append(self._wake_monitor)
         if self.behind_in_tests or self.unreachable_in_tests:
@@ -93,8 +93,8 @@ class ReplicaSet:
             if endpoint.is_down and endpoint.retry_at + MONITOR_OVERDUE < now:
                 monitor.retry_until_up(name, self.primary, self.health.update_status)
         if alias is None and rotation is self.rotation:
-            # Every replica lags. An unpinned read may be stale, and the primary may not have the
-            # capacity for the reads of all replicas.
+            # If all replicas lag, the least lagging one serves unpinned reads: they may be stale,
+            # and the primary may not have the capacity for all of them.
             endpoints = [self.endpoints[name] for name in rotation.weights]
             lagging = [e for e in endpoints if e.out_of_rotation is Fault.LAG]
             alias = min(lagging, key=_lag_of).alias if lagging else None
@@ -158,7 +158,7 @@ class ReplicaSet:
         endpoint = self.endpoints.get(alias)
         if endpoint is None:
             return alias == self.primary
-        if self._cannot_catch_up(endpoint):
+        if self._is_excluded(endpoint):
             return False
         connection = connection or connections[alias]
         if connection.in_atomic_block or is_transaction_open(connection):
@@ -203,7 +203,7 @@ class ReplicaSet:
         """
         endpoint = self.endpoints[alias]
         known = endpoint.server
-        if self._cannot_catch_up(endpoint) or (known and not known.should_query_position):
+        if self._is_excluded(endpoint) or (known and not known.should_query_position):
             return False
         connection = connection or connections[alias]
         open_on = None if connection.connection is None else state_of(connection).server
@@ -223,6 +223,9 @@ class ReplicaSet:
             server = result.server
             if server.timeline_hidden and not self._has_reached(server, wanted):
                 self._resolve(connection, server, wanted)
+                if connection.connection is None:
+                    # It was lost meanwhile.
+                    return False
             server.catch_up.record_probe(wanted, partial(self._has_reached, server))
             if self._has_reached(server, wanted):
                 return True
@@ -242,7 +245,7 @@ class ReplicaSet:
         # In an open transaction the rows stay as they were.
         names = self.rotation.order(fallback=bool(self.health.endpoint.out_of_rotation))
         order = tuple(a for a in names if not connections[a].in_atomic_block)
-        if not order or self._would_wait_in_vain(order, wanted, seconds):
+        if not order or self._would_time_out(order, wanted, seconds):
             return None
 
         def found() -> str | None:
@@ -255,30 +258,30 @@ class ReplicaSet:
 
         update, began = self.health.update_status, clock.unfrozen()
         alias: str | None = monitor.wait_for(order, self.primary, update, seconds, found)
-        if alias is None and not self._would_wait_in_vain(order, wanted, seconds):
-            self._in_vain = wanted, seconds
+        if alias is None and not self._would_time_out(order, wanted, seconds):
+            self._last_timeout = wanted, seconds
         replica_wait_finished.send_robust(
             self.primary,
-            replica=alias or next(iter(self.endpoints)),
+            replica=alias,
             seconds=clock.unfrozen() - began,
             reached=alias is not None,
         )
         return alias
 
-    def _would_wait_in_vain(self, order: tuple[str, ...], wanted: Position, seconds: float) -> bool:
+    def _would_time_out(self, order: tuple[str, ...], wanted: Position, seconds: float) -> bool:
         """
-        Return whether an earlier read has waited as long for this position or an older one in
-        vain, and no replica has that one by now.
+        Return whether a wait as long, for this position or an older one, has timed out before, and
+        no replica has reached that one by now.
         """
         dialect = self.health.dialect
-        if self._in_vain is None or dialect is None:
+        if self._last_timeout is None or dialect is None:
             return False
-        position, waited = self._in_vain
+        position, waited = self._last_timeout
         if seconds > waited or not dialect.reached(position, wanted.points):
             return False
         return not any(self.all_have_reached(alias, position) for alias in order)
 
-    def _cannot_catch_up(self, endpoint: Endpoint) -> bool:
+    def _is_excluded(self, endpoint: Endpoint) -> bool:
         is_behind = endpoint.alias in self.behind_in_tests
         return endpoint.pooler_mixes_servers or bool(endpoint.out_of_rotation) or is_behind
 

@@ -1,5 +1,5 @@
 """
-What one unit of work has done and inherited, for each pool. No I/O, no settings.
+The state of a unit of work, for each pool: writes, pins and preferences. No I/O, no settings.
 
 A scope is a mutable object in a context variable. Child tasks and the threads of
 ``sync_to_async`` copy the context and so share the object: a write in one of them is visible in
@@ -102,7 +102,7 @@ class PoolState(NamedTuple):
     # unpin_this_request(): the HTTP method no longer counts; the inherited pin was dropped.
     method_ignored: bool = False
     cleared: bool = False
-    # Incremented by everything that later scopes have to know.
+    # Incremented by each change that affects the outgoing pins.
     revision: int = 0
     # The replica that the scope reads from, and since when (monotonic clock).
     replica: str | None = None
@@ -219,19 +219,21 @@ class Scope:
     # The connections on which Django has opened a transaction for the view that is running
     # (ATOMIC_REQUESTS), by alias.
     view_transactions: Mapping[str, Any] = _NOTHING
-    # What to wrap the view in, and whether it was run again after a 404, or must not be.
+    # What to wrap the view in.
     wrap_view: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
-    retried_404 = False
+    # Whether a view must not be retried after a 404: one was, or retry_404(False) excludes it.
+    retry_404_disabled = False
     # Keys to pin when it ends, each with the primary's alias that it was given with.
     keys: tuple[tuple[str, str | None], ...] = ()
-    # The first routes of its reads (alias, reason), without consecutive duplicates; the fallbacks
-    # that were signalled.
+    # The first routes of its reads (alias, reason), without consecutive duplicates.
     routes: tuple[tuple[str, str], ...] = ()
+    # The fallbacks that were signalled.
     signalled: frozenset[tuple[PoolKey, str]] = frozenset()
     # The pins made for its writes, each with the revision that it covers: to make one costs a round
     # trip.
     made_pins: Mapping[PoolKey, tuple[int, Pin]] = _NOTHING
-    # Monotonic time from which code that outlives it no longer belongs to it, None: it is open.
+    # Monotonic time at which a closed scope expires, so that code which still runs no longer
+    # belongs to it. None while it is open.
     expires_at: float | None = None
     # Called with the scope for each fact that is recorded after it was closed. It does not refer to
     # the scope itself: a cycle would keep every request in memory until the garbage collector runs.
@@ -272,7 +274,7 @@ class Scope:
     # Recording
 
     def record_write(self, key: PoolKey, write: Write) -> None:
-        """Record the latest write on a connection; later scopes have to know of it."""
+        """Record the latest write on a connection, which becomes an outgoing pin."""
 
         def change(state: PoolState) -> PoolState:
             writes = {**state.writes, id(write.connection): write}
@@ -358,6 +360,7 @@ class Scope:
             self.may_offload, self.offload_predicate = parent.may_offload, parent.offload_predicate
             self.view_transactions = parent.view_transactions
             self.balance_key = parent.balance_key
+            self.max_wait = parent.max_wait if self.max_wait is None else self.max_wait
 
     def merge_into(self, outer: Scope) -> None:
         """Merge the state of this scope into an enclosing one."""
@@ -386,7 +389,7 @@ class Scope:
 
     @property
     def revision(self) -> int:
-        """A number that grows with everything that later scopes have to know."""
+        """A number that grows with each change that affects the outgoing pins."""
         number = len(self.keys)
         for state in self.pools.values():
             number += state.revision

@@ -125,44 +125,52 @@ class Monitor:
         # threading.Thread begins with the caller's context on free-threaded builds.
         _thread.start_new_thread(self._run, ())
 
-    # Called from other threads. Return False if the monitor is shutting down and did not accept
-    # the work.
+    # Called from other threads
 
     def schedule(self, sampling: bool = False, resolving: bool = False) -> bool:
-        """Wake the monitor: to sample for a while, to resolve a timeline, or for other work."""
+        """
+        Wake the monitor: to sample for a while, to resolve a timeline, or for the work that is
+        noted on its endpoint. Return False if it is shutting down and did not accept that.
+        """
         with self.condition:
             if self.is_stopping:
                 return False
-            now = time.monotonic()
-            self._busy_until = now + IDLE
+            self._stay_for(IDLE)
             if sampling:
-                self._sampling_until = now + NEEDED
+                self._sampling_until = time.monotonic() + NEEDED
             self._resolving = self._resolving or resolving
             self.condition.notify_all()
         return True
 
     def track(self, position: Position, is_new: bool) -> bool:
-        """Probe the replica until it has reached a position."""
+        """
+        Probe the replica until it has reached a position, written just now if ``is_new``. Return
+        False if the monitor is shutting down.
+        """
         with self.condition:
             if self.is_stopping:
                 return False
             now = time.monotonic()
-            self._busy_until, self._track_until = now + IDLE, now + NEEDED
+            has_expired, self._track_until = now >= self._track_until, now + NEEDED
+            self._stay_for(IDLE)
             if is_new:
                 self._written = position
-            if self._tracked is None:
+            if self._tracked is None or has_expired:
                 self._tracked, self._track_pause = position, TRACK_EVERY
                 self._track_at = max(now + TRACK_AFTER, self._last_check + TRACK_EVERY)
                 self.condition.notify_all()
         return True
 
     def change_waiters(self, by: int) -> bool:
-        """Change the number of callers that wait for each probe."""
+        """
+        Change the number of callers that wait for each probe. Return False if the monitor is
+        shutting down.
+        """
         with self.condition:
             if self.is_stopping:
                 return False
             self._waiters += by
-            self._busy_until = time.monotonic() + IDLE
+            self._stay_for(IDLE)
             self.condition.notify_all()
         return True
 
@@ -171,6 +179,9 @@ class Monitor:
         with self.condition:
             self.is_stopping = True
             self.condition.notify_all()
+
+    def _stay_for(self, seconds: float) -> None:
+        self._busy_until = max(self._busy_until, time.monotonic() + seconds)
 
     # The monitor's own thread
 
@@ -215,7 +226,7 @@ class Monitor:
                 logger,
                 logging.ERROR,
                 ("monitor", self.alias),
-                "Monitoring of %s failed and goes on: %r",
+                "Monitoring of %s failed and is resumed: %r",
                 self.alias,
                 error,
                 extra={"alias": self.alias, "pool": self.primary, "error": str(error)},
@@ -252,10 +263,10 @@ class Monitor:
         if endpoint.replay_suspected:
             work.append((now, "replay"))
         if endpoint.slow_sessions:
-            self._busy_until = now + AFTER_SLOW_READ
+            self._stay_for(AFTER_SLOW_READ)
             work.append((self._last_search + SESSION_SEARCH_INTERVAL, "sessions"))
         if endpoint.unresponsive_hosts:
-            self._busy_until = now + IDLE
+            self._stay_for(IDLE)
             work.append((self._last_hosts + SAMPLE_EVERY, "hosts"))
         if (due := self._next_check(now, pause)) is not None:
             work.append((due, "check"))
@@ -273,7 +284,7 @@ class Monitor:
             is_urgent = self._is_urgent(endpoint)
             interval = self._retry_pause * endpoint.jitter if is_urgent else SAMPLE_EVERY
             times.append(min(endpoint.retry_at, self._last_check + interval))
-            self._busy_until = now + IDLE
+            self._stay_for(IDLE)
         elif self._tracked is not None and now < self._track_until:
             times.append(self._track_at)
         return min(times) if times else None
@@ -287,7 +298,8 @@ class Monitor:
         is_trial = is_early and not self._is_urgent(endpoint)
         # A replica that is only tracked may be taken out meanwhile. It must not return before its
         # retry is due.
-        only_tracks = not (self._waiters or self._is_sampling() or endpoint.out_of_rotation)
+        is_sampling = time.monotonic() < self._sampling_until
+        only_tracks = not (self._waiters or is_sampling or endpoint.out_of_rotation)
         server = self._probe(self.alias, is_trial or only_tracks)
         if server is not None:
             self._check_tracked(server)
@@ -301,7 +313,7 @@ class Monitor:
         if is_trial:
             endpoint.is_reachable_again = is_reachable
         elif server is not None:
-            if self._is_sampling() or endpoint.out_of_rotation:
+            if is_sampling or endpoint.out_of_rotation:
                 measure_lag(server, self.primary)
                 if server.lag and not endpoint.out_of_rotation:
                     server = self._measure_again(server)
@@ -323,9 +335,6 @@ class Monitor:
         if _all_replicas_are_out(endpoint):
             self._none_left_at = now
         return now - self._none_left_at < URGENT_FOR
-
-    def _is_sampling(self) -> bool:
-        return time.monotonic() < self._sampling_until
 
     def _measure_again(self, server: Server) -> Server:
         """
@@ -425,7 +434,7 @@ class Monitor:
             return operation(connection)
         except (DatabaseError, InterfaceError) as error:
             logger.debug(
-                "%s did not answer a probe: %s",
+                "A probe of %s failed: %s",
                 alias,
                 error,
                 extra={"alias": alias, "pool": self.primary, "error": str(error)},
@@ -433,8 +442,8 @@ class Monitor:
             with contextlib.suppress(Exception):
                 connection.close()
         except RuntimeError as error:
-            # By pytest-django in a test without database access, and by Python if no thread can be
-            # started.
+            # Raised by pytest-django in a test without database access, and by Python if no thread
+            # can be started.
             logger.debug("Could not probe %s: %s", alias, error)
         return None
 
@@ -517,26 +526,28 @@ def _assign(
 
 def _get_monitor(alias: str, primary: str, update_status: UpdateStatus) -> Monitor:
     monitor = _monitors.get(alias)
-    if monitor is None or monitor.is_stopping:
+    if monitor is not None and not monitor.is_stopping:
+        return monitor
+    try:
         with _lock:
             monitor = _monitors.get(alias)
             if monitor is None or monitor.is_stopping:
                 monitor = Monitor(alias, primary, update_status)
-                try:
-                    monitor.start()
-                except RuntimeError as error:
-                    # No thread can be started now. The next request for work tries again.
-                    log_rate_limited(
-                        logger,
-                        logging.ERROR,
-                        ("start", alias),
-                        "Could not start a thread to monitor %s: %s",
-                        alias,
-                        error,
-                        extra={"alias": alias, "pool": primary, "error": str(error)},
-                    )
-                else:
-                    _monitors[alias] = monitor
+                monitor.start()
+                _monitors[alias] = monitor
+    except RuntimeError as error:
+        # No thread can be started now. The next request for work tries again. Logged without the
+        # lock: a handler may read a database.
+        log_rate_limited(
+            logger,
+            logging.ERROR,
+            ("start", alias),
+            "Could not start a thread to monitor %s: %s",
+            alias,
+            error,
+            extra={"alias": alias, "pool": primary, "error": str(error)},
+        )
+    assert monitor is not None
     return monitor
 
 
@@ -578,7 +589,7 @@ def track(
 
 
 def resolve_timeline(alias: str, primary: str, update_status: UpdateStatus) -> None:
-    """Find out to which timeline the position of a replica belongs that hides it."""
+    """Resolve the hidden timeline of a replica's position."""
     _assign(alias, primary, update_status, lambda monitor: monitor.schedule(resolving=True))
 
 

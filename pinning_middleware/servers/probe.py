@@ -38,6 +38,7 @@ from pinning_middleware.servers.liveness import (
     DEADLINE,
     ServerUnresponsive,
     driver_connection,
+    mark_unresponsive,
     probe_deadline,
     watch_waits,
 )
@@ -142,16 +143,14 @@ def state_of(connection: BaseDatabaseWrapper, raw: Any = None) -> ConnectionStat
         if state is not None:
             fresh.session_modified = state.session_modified
         watch_waits(raw, fresh)
-        _record_whether_bounded(connection, raw, fresh)
+        _record_read_timeout(connection, raw, fresh)
         state = _states[raw] = fresh
     state.session_modified_at_checkout = state.session_modified
     connection.__dict__["pinning_state"] = (raw, state)
     return state
 
 
-def _record_whether_bounded(
-    connection: BaseDatabaseWrapper, raw: Any, state: ConnectionState
-) -> None:
+def _record_read_timeout(connection: BaseDatabaseWrapper, raw: Any, state: ConnectionState) -> None:
     """Record whether a read ends if the server of a replica does not answer; log it once if not."""
     endpoint = state.endpoint
     if dialect_for(connection) is None or endpoint.alias == endpoint.pool:
@@ -162,8 +161,8 @@ def _record_whether_bounded(
     endpoint.reads_are_bounded = state.waits_are_watched or has_timeout or has_socket
     if was_bounded is not endpoint.reads_are_bounded is False:
         logger.info(
-            "A read of %s waits for as long as its server does not answer: connections of %s "
-            "have no fileno(). Use psycopg or mysqlclient.",
+            "Reads of %s cannot time out: connections of %s have no fileno(). Set the option "
+            "read_timeout, or use psycopg or mysqlclient.",
             state.alias,
             type(raw).__module__,
         )
@@ -219,7 +218,7 @@ def fetch(connection: BaseDatabaseWrapper, sql: str) -> Row:
 
 def refusal_of(connection: BaseDatabaseWrapper, error: Exception) -> Refusal | None:
     """
-    Return why the server of a connection has just refused a statement for being a standby, None
+    Return why the server of a connection has refused a statement because it is a standby, or None
     for any other error. May probe the server.
     """
     dialect = dialect_for(connection)
@@ -231,7 +230,10 @@ def refusal_of(connection: BaseDatabaseWrapper, error: Exception) -> Refusal | N
 
 
 def standby_limits(connection: BaseDatabaseWrapper) -> Refusal:
-    """Query an open connection of a primary for what every standby refuses to its role."""
+    """
+    Return which statements every standby refuses to the role of a primary's connection, which must
+    be open.
+    """
     dialect = dialect_for(connection)
     if dialect is None:
         return Refusal()
@@ -257,15 +259,9 @@ def _probe_once(connection: BaseDatabaseWrapper, dialect: Dialect, is_trial: boo
         report = None
         if server.should_query_position:
             report = _fetch_report(dialect, server, state, query, row, sent_at)
-    except ServerUnresponsive as error:
-        if is_trial:
-            pass
-        elif state.server is not None:
-            registry.set_status(state.server, Fault.UNRESPONSIVE, conf.retry_after, error)
-        else:
-            registry.mark_down(endpoint, Fault.UNRESPONSIVE, conf.retry_after, error)
-        # A late reply may still arrive on this connection, so it must not be reused.
-        connection.close()
+    except ServerUnresponsive:
+        if not is_trial:
+            mark_unresponsive(state)
         raise
     if not is_trial:
         endpoint.must_reidentify = False
@@ -279,8 +275,13 @@ def _query_for(connection: BaseDatabaseWrapper, state: ConnectionState) -> Query
 
     def query(sql: str) -> Row:
         probe_logger.debug("%s: %s", state.alias, sql)
-        with probe_deadline(raw, state), connection.wrap_database_errors:
-            return fetch(raw, sql, state)
+        try:
+            with probe_deadline(raw, state), connection.wrap_database_errors:
+                return fetch(raw, sql, state)
+        except ServerUnresponsive:
+            # A late reply may still arrive on this connection, so it must not be reused.
+            connection.close()
+            raise
 
     return query
 
@@ -338,8 +339,8 @@ def _identify(
         return state.server, ()
     identification, row = _fetch_identity(connection, dialect, state, query)
     identity = identification.identity
-    session, own = identification.session, _driver_session(connection)
-    state.behind_pooler = session is not None and own is not None and session != own
+    at_server, at_driver = identification.session, _driver_session(connection)
+    state.behind_pooler = None not in (at_server, at_driver) and at_server != at_driver
     # The alias resolved to this server when the connection was opened; it may not any more.
     seen_at = None if state.behind_pooler else state.opened_at
     server = registry.get(identity)
@@ -362,22 +363,23 @@ def _identify(
     if state.behind_pooler and not endpoint.pooler_mixes_servers:
         mixes_servers = len(endpoint.recent_servers) > 1
         if endpoint.splits_reads_and_writes is None:
-            _record_whether_balanced(endpoint, dialect, query)
+            _detect_load_balancing(endpoint, dialect, query)
             # Another server may answer the same statement.
             again = _fetch_identity(connection, dialect, state, query)[0].identity
             mixes_servers = mixes_servers or again != identity
         if mixes_servers and not endpoint.pooler_mixes_servers:
             endpoint.pooler_mixes_servers = True
             logger.warning(
-                "%s resolves to several servers behind a connection pooler; positions are ignored "
-                "and pins last the full window.",
+                "%s resolves to several servers behind a connection pooler; positions are ignored, "
+                "and %s.",
                 state.alias,
+                _without_positions(endpoint),
             )
     state.server = server
     return server, row
 
 
-def _record_whether_balanced(endpoint: Endpoint, dialect: Dialect, query: Query) -> None:
+def _detect_load_balancing(endpoint: Endpoint, dialect: Dialect, query: Query) -> None:
     try:
         endpoint.splits_reads_and_writes = dialect.balances_reads(query)
     except DatabaseError as error:
@@ -432,7 +434,7 @@ def _fetch_report(
             cause = error
             break
         except DatabaseError as error:
-            if not dialect.refuses_probe(error):
+            if isinstance(error, CONNECTION_ERRORS) and not dialect.refuses_probe(error):
                 raise
             cause = error
         else:
@@ -445,18 +447,27 @@ def _fetch_report(
             dialect.error_code(cause) not in dialect.permission_errors
         ):
             logger.warning(
-                "%s refuses the probe for its replication position with an unexpected error; pins "
-                "on it last the full window: %s",
+                "%s refuses the probe for its replication position with an unexpected error; %s: "
+                "%s",
                 state.alias,
+                _without_positions(state.endpoint),
                 cause,
             )
         else:
             logger.info(
-                "%s cannot report a replication position; pins on it last the full window: %s",
+                "%s cannot report a replication position; %s: %s",
                 state.alias,
+                _without_positions(state.endpoint),
                 cause,
             )
     return None
+
+
+def _without_positions(endpoint: Endpoint) -> str:
+    """Return what it means for pins if the servers of an alias report no position."""
+    if endpoint.alias == endpoint.pool:
+        return "its pins last the full window"
+    return "it serves no pinned reads"
 
 
 def _driver_of(connection: BaseDatabaseWrapper) -> Driver:
@@ -465,7 +476,7 @@ def _driver_of(connection: BaseDatabaseWrapper) -> Driver:
     settings = connection.settings_dict
     host = getattr(info, "host", None) or settings["HOST"] or ""
     port = getattr(info, "port", None) or settings["PORT"] or 0
-    # The version as a server of MySQL or MariaDB greets with it.
+    # MySQL and MariaDB send their version in the handshake.
     version = getattr(connection.connection, "get_server_info", str)()
     return Driver(str(host), int(port) if str(port).isdigit() else 0, version)
 

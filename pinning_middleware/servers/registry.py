@@ -13,7 +13,8 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import reduce
 from typing import NamedTuple
 
 from pinning_middleware.pins import Points, Position, merge_points
@@ -38,7 +39,7 @@ __all__ = [
 
 logger = logging.getLogger("pinning_middleware.servers")
 
-# Seconds during which an endpoint is assumed to resolve to a server that was last seen there.
+# Seconds after its last connection for which a server counts as one that the alias resolves to.
 RECENT_FOR = 60.0
 # Maximum number of servers that are remembered behind one alias.
 MAX_SERVERS = 64
@@ -80,8 +81,8 @@ class Report(NamedTuple):
 
     ``is_replica``: whether it replays another server's log, or None if unknown.
     ``written``: what a primary has written. ``timeline_hidden``: the role may not see to which
-    timeline ``replayed`` belongs. ``has_new_history``: the server reported less than before,
-    because its log began again under the same name; None if the database has no such logs.
+    timeline ``replayed`` belongs. ``has_new_history``: the server reports fewer transactions than
+    before, since its log was reset; None if the database has no such logs.
     ``is_complete``: ``replayed`` is all that the server has.
     """
 
@@ -131,9 +132,10 @@ class Server:
         self.is_replica: bool | None = None
         # Monotonic time at which the server, a primary before, first reported that it is a replica.
         self.demoted_at = -math.inf
-        # What the server has replayed, of logs whose timeline is known. It only grows.
+        # What the server has replayed, of logs whose timeline is known. Extended by each report;
+        # replaced by one that is complete.
         self.position: Points = {}
-        # Monotonic time of the last report, and how far the server was then, on any log.
+        # Monotonic time of the last report, and the size of all logs in it, to rank replicas.
         self.last_probed = 0.0
         self.replayed_offset = 0
         # What the servers that this one may have replaced had replayed. A replica that restarts
@@ -182,14 +184,14 @@ class Server:
         self.reports_position, self._unavailable = True, ""
 
     def record_position_unavailable(self, cause: str) -> bool:
-        """Record that the server reports no position; return whether that is news."""
-        is_news, self._unavailable = cause != self._unavailable, cause
+        """Record that the server reports no position. Return whether the cause is a new one."""
+        is_new, self._unavailable = cause != self._unavailable, cause
         self.reports_position, self.retry_position_at = (
             False,
             time.monotonic() + POSITION_RETRY_INTERVAL,
         )
         self.position = {}
-        return is_news
+        return is_new
 
     def dispute(self, points: Points) -> None:
         """
@@ -198,13 +200,13 @@ class Server:
         """
         self._disputed |= points
         self.position = {log: n for log, n in self.position.items() if points.get(log) != n}
-        self.minimum_position = {}
+        self.clear_minimum()
 
     def confirm(self, points: Points) -> None:
         """Accept disputed points again that the primary has reached since."""
         for log, end in tuple(self._disputed.items()):
             if points.get(log, -1) >= end:
-                del self._disputed[log]
+                self._disputed.pop(log, None)
 
     def apply_report(self, report: Report, sent_at: float) -> None:
         """Store a report. ``sent_at``: monotonic time at which the probe was sent."""
@@ -214,7 +216,7 @@ class Server:
         self.last_probed = time.monotonic()
         if was_primary and report.is_replica:
             self.demoted_at = self.last_probed
-        self.replayed_offset = sum(report.replayed.values())
+        self.replayed_offset = sum(_length(log, end) for log, end in report.replayed.items())
         is_hidden = bool(report.timeline_hidden and report.is_replica)
         self._hidden_timeline.record(report.replayed, sent_at, self.last_probed, is_hidden)
         if is_hidden:
@@ -227,8 +229,8 @@ class Server:
             for log, end in replayed.items()
             if not is_unresolved(log) and self._disputed.get(log) != end
         }
-        for log in self._disputed.keys() & points.keys():
-            del self._disputed[log]
+        for log in points:
+            self._disputed.pop(log, None)
         if is_sequential and (report.is_complete or report.has_new_history):
             self.position = points
         else:
@@ -241,12 +243,16 @@ class Server:
     def replaces(self, other: Server) -> None:
         """Record that this may be the other server after a restart."""
         self._predecessors[other.identity] = merge_points(other.minimum_position, other.position)
-        self.minimum_position = _merged(self._predecessors.values())
+        self.minimum_position = reduce(merge_points, self._predecessors.values(), {})
+
+    def clear_minimum(self) -> None:
+        """Forget what this server's predecessors had replayed."""
+        self.minimum_position, self._predecessors = {}, {}
 
     def undo_replaces(self, identity: Identity) -> None:
         """Undo replaces(): the server that this one was thought to have replaced still runs."""
         if self._predecessors.pop(identity, None):
-            self.minimum_position = _merged(self._predecessors.values())
+            self.minimum_position = reduce(merge_points, self._predecessors.values(), {})
 
     def reported_at_least(self, wanted: Points) -> bool:
         """Return whether the last report without a timeline is at or past a point of ``wanted``."""
@@ -264,11 +270,10 @@ class Server:
         self._advance(self._hidden_timeline.resolve(samples, self.checkpoint_timeline))
 
 
-def _merged(positions: Iterable[Points]) -> Points:
-    merged: Points = {}
-    for position in positions:
-        merged = merge_points(merged, position)
-    return merged
+def _length(log: str, end: int) -> int:
+    """Return how much of a log a point includes: the part after a gap is named "log/first"."""
+    first = log.partition("/")[2]
+    return end - int(first) + 1 if first else end
 
 
 class SlowSession:
@@ -313,14 +318,14 @@ class Endpoint:
         self.reads_are_bounded: bool | None = None
         # The sessions in which a read waits for an answer.
         self.slow_sessions: set[SlowSession] = set()
-        # A read waited for a lock: find out whether replay waits for one.
+        # A read waited for a lock, so that the monitor must check whether replay waits for one.
         self.replay_suspected = False
         # Hosts of a list that do not answer, as pairs of HOST and PORT.
         self.unresponsive_hosts: set[tuple[str, str]] = set()
         # Monotonic time at which one attempt to connect was not answered while another was.
         self.hung_at = -math.inf
-        # For a primary's alias: by log, the growing offsets that pins required and its server
-        # lacked, and when the connections were reopened for each (monotonic clock).
+        # For a primary's alias: by log, offsets that a pin required and the server lacked, each
+        # with the monotonic time since which a new connection proves that they are lost.
         self.reopened_for: dict[str, list[tuple[int, float]]] = {}
         # The settings that the endpoint was made for have been replaced.
         self.is_stale = False
@@ -368,7 +373,8 @@ class Endpoint:
     @property
     def has_server_out(self) -> bool:
         """Whether one of several servers that the alias resolves to is out of rotation."""
-        return len(self.servers) > 1 and any(one.out_of_rotation for one in self.recent_servers)
+        servers = self.recent_servers if len(self.servers) > 1 else ()
+        return any(server.out_of_rotation for server in servers)
 
     @property
     def recent_servers(self) -> list[Server]:
@@ -386,11 +392,10 @@ class Endpoint:
         server of its newest connection; another one to a server only if no other was seen within
         RECENT_FOR seconds.
         """
-        servers = self.servers
-        if len(servers) == 1:
-            return next(iter(servers))
+        seen = tuple(self.servers.items())
+        if len(seen) == 1:
+            return seen[0][0]
         if self.alias == self.pool:
-            seen = tuple(servers.items())
             # A standby in a list of hosts is not the primary.
             seen = tuple(each for each in seen if not each[0].is_replica) or seen
             return max(seen, key=lambda each: each[1])[0] if seen else None
@@ -428,7 +433,7 @@ class ServerRegistry:
         return [each for each in endpoints if each.pool == pool != each.alias]
 
     def clear(self) -> None:
-        """Forget everything, because the settings have changed."""
+        """Discard all servers, endpoints and listeners, because the settings have changed."""
         with self._lock:
             for endpoint in self._endpoints.values():
                 endpoint.is_stale = True
@@ -440,7 +445,7 @@ class ServerRegistry:
             self.work_listeners.clear()
 
     def request_work(self, endpoint: Endpoint) -> None:
-        """Have the endpoint's monitor do the work that has been noted on the endpoint."""
+        """Notify the listeners that an endpoint has work for its monitor."""
         for listener in () if endpoint.is_stale else tuple(self.work_listeners):
             listener(endpoint)
 
@@ -465,6 +470,7 @@ class ServerRegistry:
             if server is None:
                 server = self._servers[identity] = Server(identity, system)
             is_new = server not in endpoint.servers
+            endpoint.record(server, time.monotonic() if at is None else at)
             for other in list(endpoint.servers) if is_new else ():
                 if other is server or other.identity.place != identity.place:
                     continue
@@ -476,7 +482,6 @@ class ServerRegistry:
                 else:
                     # Two networks may use the same addresses, so both servers may be running.
                     other.undo_replaces(identity)
-            endpoint.record(server, time.monotonic() if at is None else at)
             if len(endpoint.servers) > MAX_SERVERS:
                 oldest = min(endpoint.servers, key=endpoint.servers.__getitem__)
                 endpoint.forget(oldest)
@@ -512,8 +517,8 @@ class ServerRegistry:
         replayed of it is of the history that has ended.
         """
         logger.warning(
-            "%s:%s has fewer transactions than before: its log was reset, or a backup restored. "
-            "What was known of its replication position no longer counts.",
+            "%s:%s reports fewer transactions than before: its log was reset, or a backup "
+            "restored. Its recorded replication position was discarded.",
             *server.identity.place,
         )
         if server.is_replica:
@@ -588,11 +593,11 @@ class ServerRegistry:
         if endpoint.is_stale:
             # This endpoint belongs to settings that have been replaced; do not notify listeners.
             return
-        fault = endpoint._connection_fault
-        if fault is None:
-            faults = [server.out_of_rotation for server in endpoint.recent_servers]
-            fault = faults[0] if faults and all(faults) else None
         with self._lock:
+            fault = endpoint._connection_fault
+            if fault is None:
+                faults = [server.out_of_rotation for server in endpoint.recent_servers]
+                fault = faults[0] if faults and all(faults) else None
             has_changed, endpoint.out_of_rotation = endpoint.out_of_rotation != fault, fault
             endpoint.is_reachable_again = endpoint.is_reachable_again and not has_changed
             if fault is not None:

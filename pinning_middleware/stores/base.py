@@ -6,20 +6,30 @@ pins)` keeps the pins for later requests. Stores are independent of routing.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 from asgiref.sync import sync_to_async
 
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Pin, PinKey, Pins, live, merge_pins
-from pinning_middleware.utils import clock
+from pinning_middleware.utils import clock, counters
 from pinning_middleware.utils.logging import log_rate_limited
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
     from django.http.response import HttpResponseBase
 
-__all__ = ["BaseStore", "loaded_pins", "log_store_error", "remember_loaded"]
+__all__ = [
+    "BaseStore",
+    "aload_pins",
+    "asave_pins",
+    "load_pins",
+    "loaded_pins",
+    "log_store_error",
+    "remember_loaded",
+    "save_pins",
+]
 
 logger = logging.getLogger("pinning_middleware.pins")
 
@@ -60,6 +70,63 @@ class BaseStore:
         self, request: HttpRequest, response: HttpResponseBase | None, pins: Pins
     ) -> None:
         await sync_to_async(self.save)(request, response, pins)
+
+
+def load_pins(stores: Iterable[BaseStore], request: HttpRequest) -> Pins:
+    """Return the merged pins of a request from these stores. Their errors are logged."""
+    found: Pins = {}
+    for store in stores:
+        try:
+            found = _merged(found, store.load(request))
+        except Exception as error:
+            log_store_error(store, "load", error)
+    return found
+
+
+async def aload_pins(stores: Iterable[BaseStore], request: HttpRequest) -> Pins:
+    """Async version of ``load_pins()``."""
+    found: Pins = {}
+    for store in stores:
+        try:
+            found = _merged(found, await store.aload(request))
+        except Exception as error:
+            log_store_error(store, "load", error)
+    return found
+
+
+def _merged(found: Pins, pins: Pins) -> Pins:
+    if not pins:
+        return found
+    counters.pin_events["inherited"] += 1
+    return merge_pins(found, pins)
+
+
+def save_pins(
+    stores: Iterable[BaseStore],
+    request: HttpRequest,
+    response: HttpResponseBase | None,
+    pins: Pins,
+) -> None:
+    """Save pins in these stores. Their errors are logged."""
+    for store in stores:
+        try:
+            store.save(request, response, pins)
+        except Exception as error:
+            log_store_error(store, "save", error)
+
+
+async def asave_pins(
+    stores: Iterable[BaseStore],
+    request: HttpRequest,
+    response: HttpResponseBase | None,
+    pins: Pins,
+) -> None:
+    """Async version of ``save_pins()``."""
+    for store in stores:
+        try:
+            await store.asave(request, response, pins)
+        except Exception as error:
+            log_store_error(store, "save", error)
 
 
 def remember_loaded(request: HttpRequest, store: BaseStore, pins: Pins) -> Pins:

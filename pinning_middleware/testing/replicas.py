@@ -85,9 +85,10 @@ class Replicas:
         chosen = self._chosen(aliases)
         for alias in chosen:
             self._command(alias, _PAUSE, _PAUSED)
-        if not self._written:
-            counters.write_observers.append(self._record_write)
-        self._written.update({alias: {} for alias in chosen if alias not in self._written})
+            if not self._written:
+                counters.write_observers.append(self._record_write)
+            # At once, so that reset() resumes it if the next one cannot be paused.
+            self._written.setdefault(alias, {})
         # A real replica keeps serving what it has replayed.
         simulated = {alias for alias in chosen if not _is_real(alias)}
         self._simulate(ReplicaSet.behind_in_tests | simulated, ReplicaSet.unreachable_in_tests)

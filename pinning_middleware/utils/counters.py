@@ -23,6 +23,7 @@ __all__ = [
     "retries",
     "retries_404",
     "task_retries",
+    "waits",
     "write_observers",
 ]
 
@@ -75,12 +76,15 @@ task_retries: Counter[str] = Counter()
 # Reads of a dry run that would have missed a write of their own client without pins, by the pool's
 # primary.
 missed_writes: Counter[str] = Counter()
+# Waits for replicas to catch up, by the pool's primary: their number (count), how many ended with a
+# replica (reached), and their total time (seconds).
+waits: defaultdict[tuple[str, str], float] = defaultdict(int)
 
 
 def _clear() -> None:
     for counted in (
         *(reads, pin_events, rejected_tokens, fallbacks, retries, refusals),
-        *(retries_404, task_retries, missed_writes),
+        *(retries_404, task_retries, missed_writes, waits),
     ):
         counted.clear()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from celery._state import _task_stack
 from celery.signals import task_postrun, task_prerun
 from django.core import checks
 from django.core.cache import caches
@@ -152,3 +153,38 @@ def test_propagate_pins_wraps_singletons_once(app: Celery) -> None:
     before = package.Singleton.on_duplicate
     adapter.propagate_pins(app)
     assert package.Singleton.on_duplicate is before
+
+
+# Options and messages
+
+
+@pytest.mark.parametrize("options", [{"pinning_wait": "5"}, {"pinning_retries": 1.5}])
+def test_task_with_an_invalid_option_reads_the_primary_and_is_reported(
+    app: Celery, options: dict[str, Any]
+) -> None:
+    @app.task(name="tests.invalid", shared=False, pinning="wait", **options)
+    def task() -> None:
+        pass
+
+    assert alias_read_by(task, id="1", is_eager=False) == "default"
+    (found,) = [each for each in checks.run_checks(tags=["pinning"]) if "tests.invalid" in each.msg]
+    assert found.id == "pinning_middleware.E101"
+
+
+def test_message_of_a_chord_has_a_token_whatever_the_arguments_are(app: Celery) -> None:
+    """An argument may be named like the name of a task."""
+
+    @app.task(name="tests.part", shared=False)
+    def task() -> None:
+        pass
+
+    body = {"task": "tests.body", "kwargs": {"task": ["of", "the", "site"]}}
+    task.push_request(id="1", chord=body)
+    _task_stack.push(task)
+    headers: dict[str, Any] = {}
+    try:
+        adapter._add_token("tests.body", headers)
+    finally:
+        _task_stack.pop()
+        task.pop_request()
+    assert adapter.HEADER in headers

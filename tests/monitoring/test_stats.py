@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -28,7 +28,7 @@ def counted_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     counters.rejected_tokens.clear()
     monkeypatch.setattr(counters, "fallbacks", Counter())
     monkeypatch.setattr(counters, "retries", Counter())
-    monkeypatch.setattr(stats, "_waits", defaultdict(stats._Wait))
+    counters.waits.clear()
     stats.recent_events.clear()
 
 
@@ -110,6 +110,16 @@ def test_servers_unreachable_endpoint() -> None:
     assert (out.state, out.reason, out.error) == ("out", "unreachable", "refused")
     assert out.retry_in is not None
     assert 9 < out.retry_in < 13
+
+
+def test_servers_one_of_several_out_has_a_time_of_its_retry() -> None:
+    pools()
+    for port in (1, 2):
+        server = register_server("replica1", port=port)
+    registry.set_status(server, Fault.LAG, retry_in=5)
+    retries = {each.address: each.retry_in for each in stats.servers() if each.alias == "replica1"}
+    assert retries["10.0.0.1:1"] is None
+    assert retries["10.0.0.1:2"] == pytest.approx(5, abs=1)
 
 
 def test_servers_weight_zero_is_drained_unless_faulty() -> None:

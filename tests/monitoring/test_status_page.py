@@ -164,7 +164,7 @@ def test_page_shows_servers_reads_and_events(staff: Client) -> None:
     counters.reads["default", "replica2", None, Reason.ROUND_ROBIN] += 3
     signals.fell_back_to_primary.send("default", served="default", reason="no_replica")
     html = staff.get(PAGE).content.decode()
-    assert "default: 1 of 2 replicas are in rotation. replica1 is unreachable." in html
+    assert "default: 1 of 2 replicas are in rotation. replica1: connecting to it fails." in html
     assert 'class="summary degraded"' in html
     assert "&lt;refused&gt;" in html
     assert re.search(

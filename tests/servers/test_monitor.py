@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -146,6 +148,51 @@ def test_tracked_replica_is_probed_at_most_ten_times_a_second() -> None:
     tracker._last_check = time.monotonic()
     tracker.track(Position({"ff-1": 5}), is_new=True)
     assert seconds_until_next_check(tracker) == pytest.approx(monitor.TRACK_EVERY, abs=0.05)
+
+
+def test_tracking_that_has_expired_begins_anew() -> None:
+    tracker = unstarted_monitor("replica1")
+    tracker.track(Position({"ff-1": 5}), is_new=True)
+    tracker._track_until, tracker._track_at = time.monotonic() - 1, math.inf
+    tracker.track(Position({"ff-1": 7}), is_new=True)
+    assert tracker._tracked == Position({"ff-1": 7})
+    assert seconds_until_next_check(tracker) <= monitor.TRACK_EVERY
+
+
+def test_other_work_does_not_shorten_the_time_after_a_slow_read() -> None:
+    slow = unstarted_monitor("replica1")
+    slow._stay_for(monitor.AFTER_SLOW_READ)
+    slow.schedule()
+    slow.change_waiters(1)
+    slow.track(Position({"ff-1": 5}), is_new=True)
+    assert slow._busy_until - time.monotonic() > monitor.IDLE
+
+
+def test_log_handler_that_needs_a_monitor_does_not_block_if_no_thread_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A handler that reads the database needs one, for example."""
+
+    def start(self: Monitor) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Monitor, "start", start)
+    monkeypatch.setattr(monitor, "_monitors", {})
+    first, done = [True], threading.Event()
+
+    def work() -> None:
+        monitor.wake("replica1", "default", ignore)
+        done.set()
+
+    def log(*args: object, **kwargs: object) -> None:
+        if first:
+            first.clear()
+            monitor.wake("replica2", "default", ignore)
+
+    monkeypatch.setattr(monitor, "log_rate_limited", log)
+    threading.Thread(target=work, daemon=True).start()
+    assert done.wait(10)
+    assert not first
 
 
 # Replication lag

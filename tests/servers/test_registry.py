@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from typing import Any
 
@@ -304,6 +305,71 @@ def test_server_found_after_a_settings_change_is_not_registered(servers: ServerR
     assert servers.get(server.identity) is None
     assert servers.endpoint("replica", "default").pool == "default"
     assert servers.endpoint("replica").recent_servers == []
+
+
+def test_offset_of_a_server_with_a_gap_counts_what_it_has_replayed(servers: ServerRegistry) -> None:
+    """It ranks the replicas while the primary is down."""
+    with_gap, without = register(servers, "r1"), register(servers, "r2", port=2)
+    servers.apply_report(with_gap, Report(True, {"u": 5, "u/9": 9}), time.monotonic())
+    servers.apply_report(without, Report(True, {"u": 10}), time.monotonic())
+    assert (with_gap.replayed_offset, without.replayed_offset) == (6, 10)
+
+
+def test_cleared_minimum_does_not_return_with_the_next_restart(servers: ServerRegistry) -> None:
+    first = register(servers, "replica")
+    report_replayed(servers, first, "ff-1", 30)
+    second = register(servers, "replica", "b")
+    assert second.minimum_position == {"ff-1": 30}
+    second.clear_minimum()
+    third = register(servers, "replica", "c")
+    assert third.minimum_position == {}
+    second.undo_replaces(first.identity)
+    assert second.minimum_position == {}
+
+
+def test_alias_resolves_to_a_server_while_one_replaces_another(
+    servers: ServerRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Server | None] = []
+    forget = Endpoint.forget
+
+    def forget_and_look(self: Endpoint, server: Server) -> None:
+        forget(self, server)
+        found.append(self.server)
+
+    monkeypatch.setattr(Endpoint, "forget", forget_and_look)
+    register(servers, "replica")
+    second = register(servers, "replica", "b")
+    assert found == [second]
+
+
+def test_status_of_an_endpoint_follows_the_last_of_two_changes_at_once(
+    servers: ServerRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers.endpoint("replica", "default")
+    server = servers.register("replica", Identity("a", "10.0.0.1", 1), SYSTEM)
+    recent_servers = Endpoint.recent_servers.fget
+    assert recent_servers is not None
+    is_computing, is_back = threading.Event(), threading.Event()
+
+    def wait_for_the_other(self: Endpoint) -> list[Server]:
+        found = recent_servers(self)
+        if server.out_of_rotation and threading.current_thread() is not threading.main_thread():
+            found = [Server(server.identity)]
+            found[0].out_of_rotation = server.out_of_rotation
+            is_computing.set()
+            # The other thread cannot change the status meanwhile, so this ends after its timeout.
+            is_back.wait(0.2)
+        return found
+
+    monkeypatch.setattr(Endpoint, "recent_servers", property(wait_for_the_other))
+    first = threading.Thread(target=servers.set_status, args=(server, Fault.LAG))
+    first.start()
+    assert is_computing.wait(10)
+    servers.set_status(server, None)
+    is_back.set()
+    first.join()
+    assert servers.endpoint("replica").out_of_rotation is None
 
 
 def test_lock_that_is_held_at_a_fork_is_free_in_the_child() -> None:

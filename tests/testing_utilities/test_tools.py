@@ -605,8 +605,25 @@ def test_marker_positional_argument() -> None:
 @pytest.mark.pinning(lag=["replica1", "replica2"], forbid_stale_reads=False)
 def test_marker_list_of_replicas() -> None:
     assert replicas.lagging == {"replica1", "replica2"}
-    with pytest.raises(TypeError, match="a list of aliases"):
-        _marked("replica1", "replica2")
+    with pytest.raises(TypeError, match="a list of aliases"), _marked("replica1", "replica2"):
+        pass
+
+
+def test_replica_that_could_be_paused_is_resumed_if_another_could_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commands: list[tuple[str, str]] = []
+
+    def command(self: Any, alias: str, statements: dict[str, str], *checks: Any) -> None:
+        commands.append((alias, statements["postgresql"]))
+        if alias == "replica2":
+            raise RuntimeError("it did not run the statement")
+
+    monkeypatch.setattr(type(replicas), "_command", command)
+    with pytest.raises(RuntimeError), _marked(["replica1", "replica2"]):
+        pass
+    assert commands[-1] == ("replica1", "SELECT pg_wal_replay_resume()")
+    assert not replicas.lagging
 
 
 def test_fixtures(

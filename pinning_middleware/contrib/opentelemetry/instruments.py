@@ -6,7 +6,7 @@ https://opentelemetry.io/docs/specs/semconv/general/metrics/
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
@@ -24,6 +24,34 @@ __all__ = ["Instruments", "instrument"]
 NAME: Final = "pinning_middleware"
 # Histogram boundaries (seconds). The SDK's defaults are for milliseconds.
 BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+# Counters of get_stats(): name, unit, description, and an attribute for each level.
+COUNTERS: Final = (
+    ("pins", "{pin}", "Pins that were set, inherited, rejected or lost.", ("event",)),
+    (
+        "fallbacks",
+        "{fallback}",
+        "Scopes that read from another role than intended.",
+        ("pool", "reason"),
+    ),
+    (
+        "retries",
+        "{retry}",
+        "Reads that were retried on another server.",
+        ("pool", "failed", "served"),
+    ),
+    (
+        "retry_404",
+        "{request}",
+        "Views that ended in 404 on a replica, by the answer of the primary.",
+        ("result",),
+    ),
+    (
+        "task_retries",
+        "{task}",
+        "Tasks that found no replica which had caught up, by what became of them.",
+        ("result",),
+    ),
+)
 
 
 class Instruments:
@@ -62,37 +90,22 @@ class Instruments:
         replica_wait_finished.disconnect(self._waited, dispatch_uid=NAME)
 
     def _waited(
-        self, sender: str, replica: str, seconds: float, reached: bool, **kwargs: Any
+        self, sender: str, replica: str | None, seconds: float, reached: bool, **kwargs: Any
     ) -> None:
-        self._waits.record(seconds, {"pool": sender, "alias": replica, "reached": reached})
+        alias = {} if replica is None else {"alias": replica}
+        self._waits.record(seconds, {"pool": sender, **alias, "reached": reached})
         self._span(sender=sender, replica=replica, seconds=seconds, reached=reached)
 
     def _observe(self, meter: Meter) -> None:
-        for name, unit, description, count in (
-            ("reads", "{read}", "Completed reads.", _reads),
-            ("pins", "{pin}", "Pins that were set, inherited or rejected.", _pins),
-            (
-                "fallbacks",
-                "{fallback}",
-                "Scopes that read from another role than intended.",
-                _fallbacks,
-            ),
-            ("retries", "{retry}", "Reads that were retried on another server.", _retries),
-            (
-                "retry_404",
-                "{request}",
-                "Views that ended in 404 on a replica, by the answer of the primary.",
-                _retries_404,
-            ),
-            (
-                "task_retries",
-                "{task}",
-                "Tasks that found no replica which had caught up, by what became of them.",
-                _task_retries,
-            ),
-        ):
+        meter.create_observable_counter(
+            f"{NAME}.reads", [_observe_reads], unit="{read}", description="Completed reads."
+        )
+        for name, unit, description, labels in COUNTERS:
             meter.create_observable_counter(
-                f"{NAME}.{name}", [_counter_callback(count)], unit=unit, description=description
+                f"{NAME}.{name}",
+                [_counter_callback(name, labels)],
+                unit=unit,
+                description=description,
             )
         for name, unit, description, value in (
             ("lag", "s", "Replication lag of a replica.", lambda s: s.lag),
@@ -118,22 +131,30 @@ class Instruments:
             )
 
 
-Measurements = Iterator[tuple[int, dict[str, str]]]
+Callback = Callable[[CallbackOptions], Iterator[Observation]]
 
 
-def _counter_callback(
-    count: Callable[[], Measurements],
-) -> Callable[[CallbackOptions], Iterator[Observation]]:
+def _counter_callback(name: str, labels: tuple[str, ...]) -> Callback:
     def observe(options: CallbackOptions) -> Iterator[Observation]:
-        for number, attributes in count():
-            yield Observation(number, attributes)
+        return _flatten(stats.get_stats()[name], labels, {})
 
     return observe
 
 
+def _flatten(
+    counts: Any, labels: tuple[str, ...], attributes: dict[str, str]
+) -> Iterator[Observation]:
+    """Yield the counts of nested dictionaries, with one attribute for each level."""
+    if not labels:
+        yield Observation(counts, attributes)
+        return
+    for value, inner in counts.items():
+        yield from _flatten(inner, labels[1:], {**attributes, labels[0]: value})
+
+
 def _gauge_callback(
     value: Callable[[stats.ServerState], float | None],
-) -> Callable[[CallbackOptions], Iterator[Observation]]:
+) -> Callback:
     def observe(options: CallbackOptions) -> Iterator[Observation]:
         for state in stats.servers():
             if state.configured == "replica" and (found := value(state)) is not None:
@@ -145,59 +166,21 @@ def _gauge_callback(
     return observe
 
 
-def _reads() -> Measurements:
-    counted: Counter[tuple[str, str, str, str]] = Counter()
-    for pool, aliases in stats.get_stats()["reads"].items():
-        for alias, addresses in aliases.items():
-            for address, reasons in addresses.items():
-                where = pool, alias, address or _only_address(pool, alias)
-                for reason, number in reasons.items():
-                    counted[*where, reason] += number
-    for (pool, alias, address, reason), number in counted.items():
-        yield (
-            number,
-            {
-                "pool": pool,
-                "alias": alias,
-                "server": address,
-                "role": "primary" if alias == pool else "replica",
-                "reason": reason,
-            },
-        )
+def _observe_reads(options: CallbackOptions) -> Iterator[Observation]:
+    labels = ("pool", "alias", "server", "reason")
+    counted: defaultdict[tuple[str, ...], float] = defaultdict(int)
+    for observation in _flatten(stats.get_stats()["reads"], labels, {}):
+        pool, alias, address, reason = (str(each) for each in observation.attributes.values())
+        counted[pool, alias, address or _only_address(pool, alias), reason] += observation.value
+    for key, number in counted.items():
+        role = "primary" if key[1] == key[0] else "replica"
+        yield Observation(number, {**dict(zip(labels, key, strict=True)), "role": role})
 
 
 def _only_address(pool: str, alias: str) -> str:
     """Return the address behind an alias, for reads of an unidentified server."""
     found = [s.address for s in stats.servers() if (s.pool, s.alias) == (pool, alias)]
     return (found[0] if len(found) == 1 else "") or alias
-
-
-def _pins() -> Measurements:
-    for event, number in stats.get_stats()["pins"].items():
-        yield number, {"event": event}
-
-
-def _fallbacks() -> Measurements:
-    for pool, reasons in stats.get_stats()["fallbacks"].items():
-        for reason, number in reasons.items():
-            yield number, {"pool": pool, "reason": reason}
-
-
-def _retries() -> Measurements:
-    for pool, failed in stats.get_stats()["retries"].items():
-        for alias, served in failed.items():
-            for other, number in served.items():
-                yield number, {"pool": pool, "failed": alias, "served": other}
-
-
-def _retries_404() -> Measurements:
-    for result, number in stats.get_stats()["retry_404"].items():
-        yield number, {"result": result}
-
-
-def _task_retries() -> Measurements:
-    for result, number in stats.get_stats()["task_retries"].items():
-        yield number, {"result": result}
 
 
 _running: Instruments | None = None

@@ -58,7 +58,9 @@ def _address(read: Read) -> tuple[str, int]:
 def wait_receiver(tracer: Tracer) -> Callable[..., None]:
     """Return a receiver of ``replica_wait_finished`` that creates a span for each wait."""
 
-    def receive(sender: str, replica: str, seconds: float, reached: bool, **kwargs: Any) -> None:
+    def receive(
+        sender: str, replica: str | None, seconds: float, reached: bool, **kwargs: Any
+    ) -> None:
         if not get_current_span().is_recording():
             return
         now = time.time_ns()
@@ -67,7 +69,7 @@ def wait_receiver(tracer: Tracer) -> Callable[..., None]:
             start_time=now - int(seconds * 1e9),
             attributes={
                 "pinning_middleware.pool": sender,
-                "pinning_middleware.alias": replica,
+                **({} if replica is None else {"pinning_middleware.alias": replica}),
                 "pinning_middleware.reached": reached,
             },
         )

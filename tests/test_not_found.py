@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from pinning_middleware import ignore_writes, pinning_scope, retry_404, use_replica
-from pinning_middleware.misses import RetryLimit, retry_limit
+from pinning_middleware.not_found import RetryLimit, retry_limit
 from pinning_middleware.reasons import Reason
 from pinning_middleware.scopes.scope import current_scope
 from pinning_middleware.stats import get_stats
@@ -366,6 +367,18 @@ def test_function_that_wrote_is_not_run_again() -> None:
     assert runs == ["task"]
 
 
+def test_runs_at_the_same_time_are_repeated_each() -> None:
+    """As the resolvers of GraphQL."""
+
+    async def both() -> list[str]:
+        return await asyncio.gather(*[retry_404(aget_book)() for _ in range(2)])
+
+    write()
+    with pinning_scope(isolated=True):
+        assert async_to_sync(both)() == ["new", "new"]
+    assert runs == ["task"] * 4
+
+
 def test_class_is_refused() -> None:
     with pytest.raises(TypeError, match="method_decorator"):
         retry_404(FindView)
@@ -377,7 +390,7 @@ def test_routes_of_a_run_are_kept_for_server_timing() -> None:
         Book.objects.count()
         retry_404(get_book)()
         reasons_of_scope = [reason for _, reason in current_scope().routes]
-    assert reasons_of_scope == [Reason.ROUND_ROBIN, Reason.ROUND_ROBIN, Reason.RETRY_404]
+    assert reasons_of_scope == [Reason.ROUND_ROBIN, Reason.RETRY_404]
 
 
 def test_model_without_rows_is_no_miss(browser: Browser, do: Do) -> None:

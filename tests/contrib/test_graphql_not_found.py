@@ -17,7 +17,7 @@ from strawberry.django.views import AsyncGraphQLView
 from strawberry.django.views import GraphQLView as StrawberryView
 
 from pinning_middleware import pinning_scope, retry_404
-from pinning_middleware.misses import retry_limit
+from pinning_middleware.not_found import retry_limit
 from pinning_middleware.stats import get_stats
 from tests.app.models import Book
 from tests.conftest import Browser

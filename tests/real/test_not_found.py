@@ -9,7 +9,7 @@ import pytest
 from django.shortcuts import get_object_or_404
 from django.test import override_settings
 
-from pinning_middleware.misses import retry_limit
+from pinning_middleware.not_found import retry_limit
 from pinning_middleware.reasons import Reason
 from pinning_middleware.utils import counters
 from tests.app.models import Book

@@ -29,7 +29,7 @@ from pinning_middleware.decorators import Block
 from pinning_middleware.reasons import Reason
 from pinning_middleware.scopes.overrides import OverrideKind
 from pinning_middleware.scopes.scope import Scope, current_scope
-from pinning_middleware.scopes.write_watch import WriteWatch
+from pinning_middleware.scopes.watch import Watch
 from pinning_middleware.utils import clock, counters
 from pinning_middleware.utils.forks import ForkSafeLock
 from pinning_middleware.utils.logging import log_rate_limited
@@ -43,7 +43,7 @@ IsMiss = Callable[[Any], object]
 RETRIED_METHODS: Final = ("GET", "HEAD")
 MISSES: Final = (Http404, ObjectDoesNotExist)
 # The code chose a replica for these reads, and would choose it again.
-_CHOSEN: Final = (Reason.USE_REPLICA, Reason.EXPLICIT)
+_EXPLICIT_REASONS: Final = (Reason.USE_REPLICA, Reason.EXPLICIT)
 
 logger = logging.getLogger("pinning_middleware")
 
@@ -51,7 +51,7 @@ logger = logging.getLogger("pinning_middleware")
 class RetryLimit:
     """A token bucket: a share of the requests may be retried, and at least one each second."""
 
-    # What quiet traffic saves up.
+    # Maximum number of saved tokens.
     CAPACITY: Final = 10.0
 
     def __init__(self) -> None:
@@ -135,9 +135,9 @@ def _decorate(function: Callable[..., Any], is_miss: IsMiss | None = None) -> Ca
         if not first.is_stale:
             return first.result
         try:
-            return first.count(again())
+            return first.finish(again())
         except Exception as error:
-            return first.answer(error)
+            return first.finish_with_error(error)
 
     return call
 
@@ -148,9 +148,9 @@ async def _arun(first: _FirstRun, awaitable: Awaitable[Any], again: Callable[[],
     if not first.is_stale:
         return first.result
     try:
-        return first.count(await again())
+        return first.finish(await again())
     except Exception as error:
-        return first.answer(error)
+        return first.finish_with_error(error)
 
 
 def _exclude(view: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,14 +158,14 @@ def _exclude(view: Callable[..., Any]) -> Callable[..., Any]:
 
         @functools.wraps(view)
         async def acall(*args: Any, **kwargs: Any) -> Any:
-            current_scope().retried_404 = True
+            current_scope().retry_404_disabled = True
             return await view(*args, **kwargs)
 
         return acall
 
     @functools.wraps(view)
     def call(*args: Any, **kwargs: Any) -> Any:
-        current_scope().retried_404 = True
+        current_scope().retry_404_disabled = True
         return view(*args, **kwargs)
 
     return call
@@ -179,16 +179,14 @@ class _FirstRun(AbstractContextManager[None]):
 
     def __init__(self, args: tuple[Any, ...], is_miss: IsMiss | None) -> None:
         self._request, self._is_miss = _request_of(args), is_miss
-        self._watch = WriteWatch()
+        self._watch = Watch()
         self.result: Any = None
         self.is_stale = False
         self._error: BaseException | None = None
 
     def __enter__(self) -> None:
         self._scope = scope = current_scope()
-        self._revision, self._routes = scope.revision, scope.routes
-        # Of this run only. Otherwise a route that repeats the last one is not recorded.
-        scope.routes = ()
+        self._revision = scope.revision
         self._watch.__enter__()
 
     def __exit__(
@@ -200,8 +198,7 @@ class _FirstRun(AbstractContextManager[None]):
         self._watch.__exit__()
         if self._request is not None and not inspect.iscoroutine(self.result):
             retry_limit.earn(conf.retry_404 or RETRY_404_SHARE)
-        routes, self._scope.routes = self._scope.routes, (*self._routes, *self._scope.routes)
-        if self._ended_in_miss(error) and self._has_read_replica(routes) and not self._has_written:
+        if self._ended_in_miss(error) and self._has_read_replica and not self._has_written:
             self.is_stale = self._request is None or _may_retry(self._request, self._scope)
         if self.is_stale:
             self._error = error
@@ -223,19 +220,20 @@ class _FirstRun(AbstractContextManager[None]):
         # A thread that has only the scope is not watched.
         return self._watch.has_written or self._scope.revision != self._revision
 
-    @staticmethod
-    def _has_read_replica(routes: tuple[tuple[str, str], ...]) -> bool:
+    @property
+    def _has_read_replica(self) -> bool:
         return any(
-            alias in conf.primary_by_replica and reason not in _CHOSEN for alias, reason in routes
+            alias in conf.primary_by_replica and reason not in _EXPLICIT_REASONS
+            for alias, reason in tuple(self._watch.routes)
         )
 
-    def count(self, result: Any) -> Any:
+    def finish(self, result: Any) -> Any:
         """Count the second run by its result, and return that."""
         self._error, self.result = None, result
         counters.retries_404["missing" if self._ended_in_miss(None) else "found"] += 1
         return result
 
-    def answer(self, error: Exception) -> Any:
+    def finish_with_error(self, error: Exception) -> Any:
         """
         Count the second run by its exception, and raise that. If the primary is unreachable, return
         the response of the first run, or raise its exception.
@@ -269,10 +267,10 @@ def _request_of(args: tuple[Any, ...]) -> Any:
 
 def _may_retry(request: Any, scope: Scope) -> bool:
     """Return whether a view may be retried now: once in a request, and within the limit."""
-    if request.method not in RETRIED_METHODS or scope.retried_404:
+    if request.method not in RETRIED_METHODS or scope.retry_404_disabled:
         return False
     if not retry_limit.spend():
         counters.retries_404["refused"] += 1
         return False
-    scope.retried_404 = True
+    scope.retry_404_disabled = True
     return True
