@@ -24,7 +24,7 @@ from pinning_middleware.api import no_failover
 from pinning_middleware.reasons import Fault
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.servers import connect, monitor
+from pinning_middleware.servers import connect
 
 __all__ = ["Replicas"]
 
@@ -79,13 +79,7 @@ class Replicas(HealthCheck):  # type: ignore[misc]
 
         if pool.supports_positions and aliases:
             pool.health.sample_lag()
-            monitor.wait_for(
-                tuple(aliases),
-                pool.primary,
-                pool.health.update_status,
-                REMEASURE,
-                lambda: not lagging(),
-            )
+            pool.health.monitors.wait_for(tuple(aliases), REMEASURE, lambda: not lagging())
         return lagging()
 
 

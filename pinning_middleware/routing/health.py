@@ -20,6 +20,7 @@ from pinning_middleware.routing.compatibility import is_test_mirror
 from pinning_middleware.servers import monitor
 from pinning_middleware.servers.connection_state import ConnectionState
 from pinning_middleware.servers.dialects import Dialect
+from pinning_middleware.servers.monitor import Monitors
 from pinning_middleware.servers.monitor_tasks import query_replay_waits
 from pinning_middleware.servers.probe import CONNECTION_ERRORS, ProbeResult, probe, state_of
 from pinning_middleware.servers.registry import Endpoint, Server, registry
@@ -41,6 +42,7 @@ class Health:
         self.primary = endpoint.alias
         self.endpoint, self.endpoints, self.dialect = endpoint, endpoints, dialect
         self.supports_positions = dialect is not None and bool(dialect.strategies(conf.positions))
+        self.monitors = Monitors(self.primary, self.update_status)
         self._max_lag = conf.max_lag
         self._next_sample = 0.0
         # Aliases that name several hosts.
@@ -119,39 +121,44 @@ class Health:
         in the rotation, so that one that lags serves. May probe the server if its status is
         unknown; raise what ``servers.probe.probe()`` raises.
         """
-        state = state_of(connection)
-        server = state.server
-        if server is not None and not self._serves(server, is_last_replica):
-            if not self._is_back(connection, server):
-                return server.out_of_rotation
-            state = state_of(connection)
-            server = state.server
         limits_lag = max_lag is not None or self._max_lag is not None
-        if limits_lag and not self.is_only_server(state, certain=max_lag is not None):
-            if (fault := self._check_lag(connection, max_lag, is_last_replica)) is not None:
-                return fault
-            state = state_of(connection)
-            server = state.server
+        fault = self._reject_status(connection, is_last_replica)
+        if fault is None and limits_lag:
+            fault = self._reject_lag(connection, max_lag, is_last_replica)
+        return self._reject_role(connection) if fault is None else fault
+
+    def _reject_status(
+        self, connection: BaseDatabaseWrapper, is_last_replica: bool
+    ) -> Fault | None:
+        server = state_of(connection).server
+        if server is None or _serves(server, is_last_replica):
+            return None
+        return None if self._is_back(connection, server) else server.out_of_rotation
+
+    def _reject_role(self, connection: BaseDatabaseWrapper) -> Fault | None:
+        """
+        Return why the server is no replica of this pool, or what else a probe of an unknown server
+        has found.
+        """
+        state = state_of(connection)
+        server, endpoint = state.server, state.endpoint
         if server is not None and server.is_replica is False and self.find_fault(server):
             # The primary's alias has resolved to another server since.
             self.update_status(registry.endpoint(connection.alias, self.primary), server)
             return server.out_of_rotation
-        was_promoted, endpoint = state.was_promoted(), state.endpoint
+        was_promoted = state.was_promoted()
         is_unknown = server is None and (endpoint.must_reidentify or endpoint.has_server_out)
-        if was_promoted or is_unknown:
-            result = self.probe(connection)
-            if was_promoted and result is not None:
-                state.promotion_seen = True
-                # The primary's alias may have resolved to another server since it was last seen.
-                self._request_samples()
-            found = None if result is None else result.server
-            if found is not None and found.out_of_rotation not in (None, Fault.LAG):
-                return None if self._is_back(connection, found) else found.out_of_rotation
-        return None
-
-    def _serves(self, server: Server, is_last_replica: bool) -> bool:
-        fault = server.out_of_rotation
-        return fault is None or (fault is Fault.LAG and is_last_replica)
+        if not (was_promoted or is_unknown):
+            return None
+        result = self.probe(connection)
+        if was_promoted:
+            state.promotion_seen = state.promotion_seen or result is not None
+            # The primary's alias may have resolved to another server since it was last seen.
+            self._request_samples()
+        found = None if result is None else result.server
+        if found is None or found.out_of_rotation in (None, Fault.LAG):
+            return None
+        return None if self._is_back(connection, found) else found.out_of_rotation
 
     def _is_back(self, connection: BaseDatabaseWrapper, server: Server) -> bool:
         """
@@ -192,7 +199,7 @@ class Health:
             self.update_status(registry.endpoint(connection.alias, self.primary), result.server)
         return result.server
 
-    def _check_lag(
+    def _reject_lag(
         self, connection: BaseDatabaseWrapper, max_lag: float | None, is_last_replica: bool
     ) -> Fault | None:
         """
@@ -201,6 +208,8 @@ class Health:
         """
         if connection.in_atomic_block or not self.supports_positions:
             return None
+        if self.is_only_server(state_of(connection), certain=max_lag is not None):
+            return None
         server, now = state_of(connection).server, time.monotonic()
         if server is None or now - server.lag_measured > 2 * monitor.SAMPLE_EVERY:
             if server is not None:
@@ -208,7 +217,7 @@ class Health:
             server = self._measure_lag(connection)
         if server is None:
             return None
-        if not self._serves(server, is_last_replica):
+        if not _serves(server, is_last_replica):
             return server.out_of_rotation
         exceeds = max_lag is not None and (server.lag is None or server.lag > max_lag)
         is_only = self.is_only_server(state_of(connection), certain=True)
@@ -225,7 +234,12 @@ class Health:
         # A test database to which a monitor is connected could not be dropped.
         aliases = tuple(a for a in self.endpoints if not is_test_mirror(self.primary, a))
         if aliases:
-            monitor.sample_lag(self.primary, aliases, self.update_status)
+            self.monitors.sample_lag(aliases)
+
+
+def _serves(server: Server, is_last_replica: bool) -> bool:
+    fault = server.out_of_rotation
+    return fault is None or (fault is Fault.LAG and is_last_replica)
 
 
 def _pause(fault: Fault | None) -> float:

@@ -17,7 +17,6 @@ from pinning_middleware.routing.primary_connections import PrimaryConnections
 from pinning_middleware.routing.refusals import Refusals
 from pinning_middleware.routing.replica_set import ReplicaSet
 from pinning_middleware.scopes.scope import PoolState
-from pinning_middleware.servers import monitor
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.registry import registry
 from pinning_middleware.utils.logging import log_rate_limited
@@ -94,15 +93,14 @@ class Pool:
             for alias in self._monitored()
             if weights.get(alias) and not self.replica_set.all_have_reached(alias, position)
         )
-        update = self.health.update_status
-        monitor.track(position, self.primary, aliases, update, is_new=is_new)
+        self.health.monitors.track(position, aliases, is_new=is_new)
 
     def sample_lag(self) -> None:
         """
         Have the lag of the replicas measured for the next ``monitor.NEEDED`` seconds. Does no I/O.
         """
         if self.supports_positions and (aliases := self._monitored()):
-            monitor.sample_lag(self.primary, aliases, self.health.update_status)
+            self.health.monitors.sample_lag(aliases)
 
     def _monitored(self) -> tuple[str, ...]:
         """

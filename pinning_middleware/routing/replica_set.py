@@ -56,6 +56,7 @@ class ReplicaSet:
         self.rotations = Rotations(spec)
         self.rotation = self.rotations.default
         self.primary, self.endpoints, self.health = health.primary, health.endpoints, health
+        self.monitors = health.monitors
         # The aliases out of rotation; replaced as a whole.
         self.out_of_rotation: frozenset[str] = frozenset()
         self._max_lag = conf.max_lag
@@ -91,7 +92,7 @@ class ReplicaSet:
         for name in self.out_of_rotation:
             endpoint = self.endpoints[name]
             if endpoint.is_down and endpoint.retry_at + MONITOR_OVERDUE < now:
-                monitor.retry_until_up(name, self.primary, self.health.update_status)
+                self.monitors.retry_until_up(name)
         if alias is None and rotation is self.rotation:
             # If all replicas lag, the least lagging one serves unpinned reads: they may be stale,
             # and the primary may not have the capacity for all of them.
@@ -124,11 +125,11 @@ class ReplicaSet:
             if is_primary:
                 # No replica can substitute for it for long.
                 registry.schedule_retry(endpoint, monitor.SAMPLE_EVERY)
-            monitor.retry_until_up(endpoint.alias, self.primary, self.health.update_status)
+            self.monitors.retry_until_up(endpoint.alias)
 
     def _wake_monitor(self, endpoint: Endpoint) -> None:
         if endpoint.alias in self.endpoints:
-            monitor.wake(endpoint.alias, self.primary, self.health.update_status)
+            self.monitors.wake(endpoint.alias)
 
     def _readmit_reachable(self) -> None:
         """Return reachable replicas to the rotation early: no other replica is left."""
@@ -144,7 +145,7 @@ class ReplicaSet:
         for endpoint in self.endpoints.values():
             endpoint.draw_jitter()
             if endpoint.out_of_rotation:
-                monitor.retry_until_up(endpoint.alias, self.primary, self.health.update_status)
+                self.monitors.retry_until_up(endpoint.alias)
 
     # Replicas that have caught up
 
@@ -253,11 +254,11 @@ class ReplicaSet:
                 if self.all_have_reached(alias, wanted):
                     return alias
                 if any(_is_unresolved(s, wanted) for s in self.endpoints[alias].recent_servers):
-                    monitor.resolve_timeline(alias, self.primary, self.health.update_status)
+                    self.monitors.resolve_timeline(alias)
             return None
 
-        update, began = self.health.update_status, clock.unfrozen()
-        alias: str | None = monitor.wait_for(order, self.primary, update, seconds, found)
+        began = clock.unfrozen()
+        alias = self.monitors.wait_for(order, seconds, found)
         if alias is None and not self._would_time_out(order, wanted, seconds):
             self._last_timeout = wanted, seconds
         replica_wait_finished.send_robust(
@@ -322,7 +323,7 @@ class ReplicaSet:
                     return
                 if not is_last:
                     self.health.probe(connection)
-        monitor.resolve_timeline(connection.alias, self.primary, self.health.update_status)
+        self.monitors.resolve_timeline(connection.alias)
 
     # Lag
 
@@ -362,8 +363,7 @@ class ReplicaSet:
             and not self._is_lag_settled(order)
             and probing_allowed(connections[self.primary])
         ):
-            update = self.health.update_status
-            monitor.wait_for(order, self.primary, update, left, lambda: self._is_lag_settled(order))
+            self.monitors.wait_for(order, left, lambda: self._is_lag_settled(order))
 
     def _is_lag_settled(self, aliases: tuple[str, ...]) -> bool:
         """Return whether there is nothing to wait for: a lag is known, or never will be."""

@@ -43,17 +43,7 @@ from pinning_middleware.utils import clock
 from pinning_middleware.utils.forks import ForkSafeLock
 from pinning_middleware.utils.logging import log_rate_limited
 
-__all__ = [
-    "UpdateStatus",
-    "measure_lag",
-    "resolve_timeline",
-    "retry_until_up",
-    "sample_lag",
-    "stop",
-    "track",
-    "wait_for",
-    "wake",
-]
+__all__ = ["Monitors", "UpdateStatus", "measure_lag", "stop"]
 
 T = TypeVar("T")
 Work = Literal["resolve", "replay", "sessions", "hosts", "check"]
@@ -515,113 +505,100 @@ _monitors: dict[str, Monitor] = {}
 _inherited: list[Any] = []
 
 
-def _assign(
-    alias: str, primary: str, update_status: UpdateStatus, accepts: Callable[[Monitor], bool]
-) -> Monitor:
-    """Return a monitor that has accepted the work; it does not run if no thread could start."""
-    while not accepts(monitor := _get_monitor(alias, primary, update_status)):
-        pass
-    return monitor
+class Monitors:
+    """
+    The monitors of a pool, one for each alias, which the first work for it starts.
 
+    ``primary`` is the alias of the pool's primary.
+    """
 
-def _get_monitor(alias: str, primary: str, update_status: UpdateStatus) -> Monitor:
-    monitor = _monitors.get(alias)
-    if monitor is not None and not monitor.is_stopping:
+    def __init__(self, primary: str, update_status: UpdateStatus) -> None:
+        self.primary, self.update_status = primary, update_status
+
+    def wake(self, alias: str) -> None:
+        """Have the work done that is noted on the endpoint of an alias."""
+        self._assign(alias, Monitor.schedule)
+
+    def retry_until_up(self, alias: str) -> None:
+        """Retry an alias that is out of rotation until it is back."""
+        self.wake(alias)
+        # A replica whose retry is far off may now be the last one.
+        for other in tuple(_monitors.values()):
+            if other.primary == self.primary and other.alias != alias:
+                with other.condition:
+                    other.condition.notify_all()
+
+    def sample_lag(self, aliases: tuple[str, ...]) -> None:
+        """Measure the lag of these replicas every second for the next NEEDED seconds."""
+        for alias in (self.primary, *aliases):
+            self._assign(alias, lambda monitor: monitor.schedule(sampling=True))
+
+    def track(self, position: Position, aliases: tuple[str, ...], *, is_new: bool) -> None:
+        """
+        Probe these replicas until they have reached a position, so that a later read need not, also
+        if the primary has failed. ``is_new``: it was just written.
+        """
+        for alias in aliases:
+            self._assign(alias, lambda monitor: monitor.track(position, is_new))
+
+    def resolve_timeline(self, alias: str) -> None:
+        """Resolve the hidden timeline of a replica's position."""
+        self._assign(alias, lambda monitor: monitor.schedule(resolving=True))
+
+    def wait_for(self, aliases: tuple[str, ...], seconds: float, condition: Callable[[], T]) -> T:
+        """
+        Probe replicas repeatedly until ``condition()`` is true, for at most ``seconds``.
+
+        Return its last result. However many callers wait, each replica is probed once for all.
+        """
+        until = clock.unfrozen() + seconds
+        monitors = [
+            self._assign(alias, lambda monitor: monitor.change_waiters(1)) for alias in aliases
+        ]
+        if not monitors:
+            return condition()
+        try:
+            first = monitors[0]
+            while not (result := condition()) and (left := until - clock.unfrozen()) > 0:
+                with first.condition:
+                    # The first monitor does not notify of the others' probes.
+                    first.condition.wait(left if len(monitors) == 1 else min(left, MAX_PAUSE))
+            return result
+        finally:
+            for monitor in monitors:
+                monitor.change_waiters(-1)
+
+    def _assign(self, alias: str, accepts: Callable[[Monitor], bool]) -> Monitor:
+        """Return a monitor that has accepted the work; it does not run if no thread could start."""
+        while not accepts(monitor := self._get(alias)):
+            pass
         return monitor
-    try:
-        with _lock:
-            monitor = _monitors.get(alias)
-            if monitor is None or monitor.is_stopping:
-                monitor = Monitor(alias, primary, update_status)
-                monitor.start()
-                _monitors[alias] = monitor
-    except RuntimeError as error:
-        # No thread can be started now. The next request for work tries again. Logged without the
-        # lock: a handler may read a database.
-        log_rate_limited(
-            logger,
-            logging.ERROR,
-            ("start", alias),
-            "Could not start a thread to monitor %s: %s",
-            alias,
-            error,
-            extra={"alias": alias, "pool": primary, "error": str(error)},
-        )
-    assert monitor is not None
-    return monitor
 
-
-def wake(alias: str, primary: str, update_status: UpdateStatus) -> None:
-    """Wake the monitor of an alias to do the work that is noted on its endpoint."""
-    _assign(alias, primary, update_status, lambda monitor: monitor.schedule())
-
-
-def retry_until_up(alias: str, primary: str, update_status: UpdateStatus) -> None:
-    """Retry an alias that is out of rotation until it is back."""
-    _assign(alias, primary, update_status, lambda monitor: monitor.schedule())
-    # Wake the pool's other monitors: a replica whose retry is far off may now be the last one.
-    for other in tuple(_monitors.values()):
-        if other.primary == primary and other.alias != alias:
-            with other.condition:
-                other.condition.notify_all()
-
-
-def sample_lag(primary: str, aliases: tuple[str, ...], update_status: UpdateStatus) -> None:
-    """Measure the lag of these replicas every second for the next NEEDED seconds."""
-    for alias in (primary, *aliases):
-        _assign(alias, primary, update_status, lambda monitor: monitor.schedule(sampling=True))
-
-
-def track(
-    position: Position,
-    primary: str,
-    aliases: tuple[str, ...],
-    update_status: UpdateStatus,
-    *,
-    is_new: bool,
-) -> None:
-    """
-    Have the monitors probe these replicas until they have reached a position, so that a later read
-    need not, also if the primary has failed. ``is_new``: it was just written.
-    """
-    for alias in aliases:
-        _assign(alias, primary, update_status, lambda monitor: monitor.track(position, is_new))
-
-
-def resolve_timeline(alias: str, primary: str, update_status: UpdateStatus) -> None:
-    """Resolve the hidden timeline of a replica's position."""
-    _assign(alias, primary, update_status, lambda monitor: monitor.schedule(resolving=True))
-
-
-def wait_for(
-    aliases: tuple[str, ...],
-    primary: str,
-    update_status: UpdateStatus,
-    seconds: float,
-    condition: Callable[[], Any],
-) -> Any:
-    """
-    Probe replicas repeatedly until ``condition()`` is true, for at most ``seconds``.
-
-    Return its last result. However many callers wait, each replica is probed once for all.
-    """
-    until = clock.unfrozen() + seconds
-    monitors = [
-        _assign(alias, primary, update_status, lambda monitor: monitor.change_waiters(1))
-        for alias in aliases
-    ]
-    if not monitors:
-        return condition()
-    try:
-        first = monitors[0]
-        while not (result := condition()) and (left := until - clock.unfrozen()) > 0:
-            with first.condition:
-                # The first monitor does not notify of the others' probes.
-                first.condition.wait(left if len(monitors) == 1 else min(left, MAX_PAUSE))
-        return result
-    finally:
-        for monitor in monitors:
-            monitor.change_waiters(-1)
+    def _get(self, alias: str) -> Monitor:
+        monitor = _monitors.get(alias)
+        if monitor is not None and not monitor.is_stopping:
+            return monitor
+        try:
+            with _lock:
+                monitor = _monitors.get(alias)
+                if monitor is None or monitor.is_stopping:
+                    monitor = Monitor(alias, self.primary, self.update_status)
+                    monitor.start()
+                    _monitors[alias] = monitor
+        except RuntimeError as error:
+            # No thread can be started now. The next request for work tries again. Logged without
+            # the lock: a handler may read a database.
+            log_rate_limited(
+                logger,
+                logging.ERROR,
+                ("start", alias),
+                "Could not start a thread to monitor %s: %s",
+                alias,
+                error,
+                extra={"alias": alias, "pool": self.primary, "error": str(error)},
+            )
+        assert monitor is not None
+        return monitor
 
 
 def stop() -> None:

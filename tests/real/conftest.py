@@ -337,7 +337,7 @@ def mark_unreachable(alias: str, seconds: float = 1000) -> None:
 def make_retry_due(alias: str) -> None:
     """Make the retry of an alias due now."""
     registry.endpoint(alias, OnServers.primary).retry_at = time.monotonic()
-    monitor.retry_until_up(alias, OnServers.primary, pool().health.update_status)
+    pool().health.monitors.retry_until_up(alias)
 
 
 def write(title: str = "new") -> str:

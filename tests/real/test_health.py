@@ -13,7 +13,7 @@ from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware import use_replica
 from pinning_middleware.servers import connect, monitor
-from pinning_middleware.servers.monitor import Monitor
+from pinning_middleware.servers.monitor import Monitor, Monitors
 from pinning_middleware.servers.registry import Server, registry
 from tests.app.models import Book
 
@@ -350,7 +350,7 @@ def test_read_starts_the_monitor_of_an_overdue_replica(
 ) -> None:
     """No thread could be started when the replica failed."""
     with monkeypatch.context() as patch:
-        patch.setattr("pinning_middleware.servers.monitor.retry_until_up", lambda *args: None)
+        patch.setattr(Monitors, "retry_until_up", lambda *args: None)
         mark_unreachable("pg1")
     endpoint("pg1").retry_at = -1000.0
     assert server_for(None) == "pg2"

@@ -361,14 +361,14 @@ def test_wait_until_a_replica_has_caught_up(pg: PostgreSQL, sent_signals: SentSi
     thread = threading.Thread(target=resume)
     thread.start()
 
-    begin = monitor.wait_for
+    begin = monitor.Monitors.wait_for
 
     def begun(*args: Any) -> Any:
         waiting.set()
         return begin(*args)
 
     with pytest.MonkeyPatch.context() as patch, unrelated_scope(token):
-        patch.setattr(monitor, "wait_for", begun)
+        patch.setattr(monitor.Monitors, "wait_for", begun)
         assert read() == ("pg1", ["new"])
     thread.join()
     (waited,) = sent_signals.of("replica_wait_finished")

@@ -11,7 +11,10 @@ import pytest
 from django.db import DatabaseError, NotSupportedError, connections, transaction
 
 from pinning_middleware import no_failover
+from pinning_middleware.backend.execute import intended_alias
+from pinning_middleware.reasons import Fault
 from pinning_middleware.routing import refusals
+from pinning_middleware.servers.registry import registry
 from pinning_middleware.utils import counters
 from tests.app.models import Account, Book
 from tests.conftest import Visit
@@ -27,6 +30,7 @@ from .conftest import (
     pool,
     server,
     server_for,
+    server_of,
     unrelated_scope,
 )
 from .layouts import make_role
@@ -150,6 +154,21 @@ def test_refusal_is_raised_in_a_modified_session(refused: Refused) -> None:
         with pytest.raises(NotSupportedError):
             cursor.execute("SELECT * FROM app_account")
     connections["pg1"].close()
+
+
+@pytest.mark.usefixtures("unlogged")
+def test_read_that_two_replicas_cannot_serve_is_reported_with_the_server_that_did(
+    refused: Refused, sent_signals: SentSignals
+) -> None:
+    with unrelated_scope(), connections["pg1"].cursor() as cursor:
+        cursor.execute("SELECT 1")
+        registry.set_status(server_of("pg1"), Fault.STALE_RESTART, 60)
+        cursor.execute("SELECT count(*) FROM app_account")
+        assert cursor.db.alias == "pg"
+        assert intended_alias(cursor) == "pg1"
+    assert len(refused) == 1
+    moves = [(one["failed"], one["served"]) for one in sent_signals.of("read_retried")]
+    assert moves == [("pg2", "pg"), ("pg1", "pg")]
 
 
 def test_statement_that_no_server_supports_raises_and_is_not_remembered(refused: Refused) -> None:

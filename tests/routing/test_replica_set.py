@@ -40,13 +40,13 @@ def register_server(alias: str, started: str = "1") -> Server:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return the list of waits (seconds), in order."""
     found: list[float] = []
-    wait_for = monitor.wait_for
+    wait_for = monitor.Monitors.wait_for
 
-    def recording(aliases: Any, primary: str, judge: Any, seconds: float, over: Any) -> Any:
+    def recording(self: Any, aliases: Any, seconds: float, over: Any) -> Any:
         found.append(seconds)
-        return wait_for(aliases, primary, judge, seconds, over)
+        return wait_for(self, aliases, seconds, over)
 
-    monkeypatch.setattr(monitor, "wait_for", recording)
+    monkeypatch.setattr(monitor.Monitors, "wait_for", recording)
     return found
 
 

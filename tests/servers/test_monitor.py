@@ -14,7 +14,7 @@ from pinning_middleware.pins import Position
 from pinning_middleware.reasons import Fault
 from pinning_middleware.servers import monitor
 from pinning_middleware.servers.dialects.postgresql import PostgreSQL
-from pinning_middleware.servers.monitor import FIRST_PAUSE, SAMPLE_EVERY, Monitor
+from pinning_middleware.servers.monitor import FIRST_PAUSE, SAMPLE_EVERY, Monitor, Monitors
 from pinning_middleware.servers.registry import (
     LAST_REPLICA_RETRY_INTERVAL,
     Endpoint,
@@ -108,11 +108,12 @@ class StoppingMonitor(Monitor):
         return super().change_waiters(number)
 
 
+MONITORS = Monitors("default", ignore)
 WORK: dict[str, Callable[[], object]] = {
-    "retry_until_up": lambda: monitor.retry_until_up("replica1", "default", ignore),
-    "sample_lag": lambda: monitor.sample_lag("default", ("replica1",), ignore),
-    "resolve_timeline": lambda: monitor.resolve_timeline("replica1", "default", ignore),
-    "wait_for": lambda: monitor.wait_for(("replica1",), "default", ignore, 1, lambda: True),
+    "retry_until_up": lambda: MONITORS.retry_until_up("replica1"),
+    "sample_lag": lambda: MONITORS.sample_lag(("replica1",)),
+    "resolve_timeline": lambda: MONITORS.resolve_timeline("replica1"),
+    "wait_for": lambda: MONITORS.wait_for(("replica1",), 1, lambda: True),
 }
 
 
@@ -181,13 +182,13 @@ def test_log_handler_that_needs_a_monitor_does_not_block_if_no_thread_starts(
     first, done = [True], threading.Event()
 
     def work() -> None:
-        monitor.wake("replica1", "default", ignore)
+        MONITORS.wake("replica1")
         done.set()
 
     def log(*args: object, **kwargs: object) -> None:
         if first:
             first.clear()
-            monitor.wake("replica2", "default", ignore)
+            MONITORS.wake("replica2")
 
     monkeypatch.setattr(monitor, "log_rate_limited", log)
     threading.Thread(target=work, daemon=True).start()
