@@ -1,4 +1,4 @@
-"""Cache backends for tests: they count calls or have async methods."""
+"""Cache backends for tests."""
 
 from __future__ import annotations
 
@@ -29,19 +29,3 @@ class NamedPool(ConnectionPool):
     def __init__(self, *, service: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.service = service
-
-
-class AsyncCache(LocMemCache):
-    """An in-process cache that async code can use without a thread."""
-
-    async def aget(self, *args: Any, **kwargs: Any) -> Any:
-        calls["aget"] += 1
-        return self.get(*args, **kwargs)
-
-    async def aget_many(self, *args: Any, **kwargs: Any) -> Any:
-        calls["aget_many"] += 1
-        return self.get_many(*args, **kwargs)
-
-    async def aset(self, *args: Any, **kwargs: Any) -> None:
-        calls["aset"] += 1
-        self.set(*args, **kwargs)

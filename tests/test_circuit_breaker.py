@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterator
 
@@ -111,22 +110,3 @@ def test_error_without_an_outage_does_not_open(breaker: CircuitBreaker) -> None:
     fail(breaker, ValueError())
     assert breaker.allows_loads
     assert breaker.allows_saves
-
-
-async def _calls(breaker: CircuitBreaker, blocks: bool) -> None:
-    for _ in range(2):
-        async with breaker.aguard():
-            if blocks:
-                asyncio.get_running_loop().call_soon(time.sleep, 0.4)
-                await asyncio.sleep(0.01)
-            else:
-                await asyncio.sleep(0.4)
-
-
-@pytest.mark.parametrize("blocks", [True, False])
-def test_blocked_event_loop_is_not_a_slow_cache(
-    breaker: CircuitBreaker, monkeypatch: pytest.MonkeyPatch, blocks: bool
-) -> None:
-    monkeypatch.setattr(circuit_breaker, "TIMEOUT", 0.2)
-    asyncio.run(_calls(breaker, blocks))
-    assert breaker.allows_loads == blocks

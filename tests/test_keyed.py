@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from asgiref.sync import SyncToAsync, async_to_sync
+from asgiref.sync import async_to_sync
 from django.core.cache import caches
 from django.core.cache.backends.base import BaseCache
 from django.test import override_settings
@@ -25,7 +25,6 @@ from pinning_middleware.stores import cache as keyed
 from pinning_middleware.stores import circuit_breaker
 from pinning_middleware.stores.redis_pins import _with_timeouts, redis_pins
 from pinning_middleware.utils import counters
-from tests.caches import calls
 from tests.valkey import LOCMEM, on_valkey, pins_in, redis_cache, running, valkey
 
 __all__ = ["on_valkey", "valkey"]
@@ -41,15 +40,13 @@ KEEPS: dict[str, Callable[..., None]] = {
 }
 
 
-@pytest.fixture(params=["locmem", "async-locmem", "valkey"])
+@pytest.fixture(params=["locmem", "valkey"])
 def cache(request: pytest.FixtureRequest) -> Iterator[BaseCache]:
     """Each kind of cache, empty."""
     if request.param == "valkey":
         entry = redis_cache(request.getfixturevalue("valkey"))
-    elif request.param == "locmem":
-        entry = {**LOCMEM, "LOCATION": "pins"}
     else:
-        entry = {"BACKEND": "tests.caches.AsyncCache", "LOCATION": "pins"}
+        entry = {**LOCMEM, "LOCATION": "pins"}
     with pins_in(entry):
         caches["pins"].clear()
         yield caches["pins"]
@@ -391,29 +388,6 @@ def test_parallel_forgets_on_valkey_keep_newer_pins(on_valkey: None) -> None:
 
     in_threads(8, work)
     assert lost == []
-
-
-# The interface for async code
-
-
-def test_async_cache_is_used_without_a_thread(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def hop(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise AssertionError(f"hopped to a thread for {self.func}")
-
-    async def work() -> Pins:
-        monkeypatch.setattr(SyncToAsync, "__call__", hop)
-        try:
-            await keyed.asave_pins("key", ["a"], {DEFAULT: pin(5, 1)})
-            return await keyed.aload_pins("key", ["a"])
-        finally:
-            monkeypatch.undo()
-
-    with pins_in({"BACKEND": "tests.caches.AsyncCache", "LOCATION": "hops"}):
-        calls.clear()
-        assert set(async_to_sync(work)()) == {DEFAULT}
-    assert {name for name in calls if name.startswith("a")} == {"aget", "aget_many", "aset"}
 
 
 # Outages

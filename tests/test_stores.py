@@ -10,15 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from asgiref.sync import SyncToAsync, async_to_sync, sync_to_async
+from asgiref.sync import async_to_sync, sync_to_async
 from django.contrib.auth import alogin, alogout, login, logout
 from django.contrib.auth.models import User
 from django.contrib.sessions.backends.cache import SessionStore as CacheSession
-from django.core.handlers.base import BaseHandler
 from django.core.management import call_command
 from django.db import connections, transaction
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
-from django.test import AsyncRequestFactory, RequestFactory, TestCase, override_settings
+from django.test import RequestFactory, TestCase, override_settings
 from django.test.utils import CaptureQueriesContext
 from freezegun.api import FrozenDateTimeFactory
 
@@ -397,17 +396,15 @@ def test_token_of_a_response_continues_in_a_scope(visit: Visit) -> None:
 # The cache: a user on all devices
 
 
-@pytest.fixture(params=["locmem", "async-locmem", "valkey"])
+@pytest.fixture(params=["locmem", "valkey"])
 def by_user(request: pytest.FixtureRequest) -> Iterator[None]:
     """Pins follow the user, on each kind of cache."""
     from django.core.cache import caches
 
     if request.param == "valkey":
         entry = redis_cache(request.getfixturevalue("valkey"))
-    elif request.param == "locmem":
-        entry = {"BACKEND": "tests.caches.CountingCache", "LOCATION": "pins"}
     else:
-        entry = {"BACKEND": "tests.caches.AsyncCache", "LOCATION": "pins"}
+        entry = {"BACKEND": "tests.caches.CountingCache", "LOCATION": "pins"}
     with pins_in(entry, PINNING_STORES=[CACHE], SESSION_ENGINE=SESSIONS):
         caches["pins"].clear()
         calls.clear()
@@ -795,45 +792,6 @@ def test_emptied_cache_loses_pins_of_other_devices_only(
         caches["pins"].clear()
         assert visit() == "default"
         assert is_replica(phone())
-
-
-# Async
-
-
-def test_async_view_uses_an_async_cache_without_a_thread(
-    do: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[str] = []
-
-    async def act(request: Any) -> HttpResponse:
-        seen.append(where())
-        return HttpResponse()
-
-    def hop(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise AssertionError(f"hopped to a thread for {self.func}")
-
-    async def handle() -> Any:
-        request = AsyncRequestFactory().get(address, headers={"Tenant": "acme"})
-        monkeypatch.setattr(SyncToAsync, "__call__", hop)
-        try:
-            return await handler.get_response_async(request)
-        finally:
-            monkeypatch.undo()
-
-    address = f"/async/{do(act)}/"
-    with pins_in(
-        {"BACKEND": "tests.caches.AsyncCache", "LOCATION": "pins"},
-        PINNING_STORES=[CACHE],
-        PINNING_USER_KEY="tests.test_stores.aby_header",
-        MIDDLEWARE=[MIDDLEWARE],
-    ):
-        with pinning_scope() as scope:
-            write()
-        keyed.save_pins("user", ["acme"], scope.pins)
-        handler = BaseHandler()
-        handler.load_middleware(is_async=True)
-        assert async_to_sync(handle)().status_code == 200
-    assert seen == ["default"]
 
 
 # Keys of shared objects

@@ -15,13 +15,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
-from django.core.cache import BaseCache, caches
+from django.core.cache import caches
 
 from pinning_middleware.conf import conf, on_change
 from pinning_middleware.pins import Pin, PinKey, Pins, live, merge_pins, pack, unpack, within_window
 from pinning_middleware.stores.base import BaseStore, loaded_pins, remember_loaded
 from pinning_middleware.stores.circuit_breaker import CircuitBreaker
-from pinning_middleware.stores.redis_pins import is_redis, lifetime, redis_pins
+from pinning_middleware.stores.redis_pins import lifetime, redis_pins
 from pinning_middleware.stores.user_key import auser_key, user_key
 from pinning_middleware.utils import clock, counters
 
@@ -65,17 +65,8 @@ def load_pins(namespace: Namespace, keys: Sequence[str]) -> dict[PinKey, Pin]:
 
 
 async def aload_pins(namespace: Namespace, keys: Sequence[str]) -> dict[PinKey, Pin]:
-    """Async version of `load_pins()`, without a thread if the cache has async methods."""
-    if not _is_async(caches[conf.cache]):
-        return await sync_to_async(load_pins)(namespace, keys)
-    names = _names(namespace, keys)
-    found: dict[PinKey, Pin] = {}
-    if not breaker.allows_loads:
-        return found
-    async with breaker.aguard():
-        rows = await caches[conf.cache].aget_many(names)
-        found = merge_pins(*map(unpack, rows.values()))
-    return live(found, clock.now(), conf.seconds)
+    """Async version of `load_pins()`."""
+    return await sync_to_async(load_pins)(namespace, keys)
 
 
 def save_pins(
@@ -100,21 +91,8 @@ def save_pins(
 async def asave_pins(
     namespace: Namespace, keys: Sequence[str], pins: Pins, forget: Pins | None = None
 ) -> None:
-    """Async version of `save_pins()`, without a thread if the cache has async methods."""
-    cache = caches[conf.cache]
-    if not _is_async(cache):
-        await sync_to_async(save_pins)(namespace, keys, pins, forget)
-        return
-    names = _names(namespace, keys)
-    if not breaker.allows_saves:
-        counters.pin_events["lost"] += bool(pins)
-        return
-    pins = within_window(pins, clock.now())
-    async with breaker.aguard():
-        with _counting_lost(pins):
-            for name in names:
-                merged = _merged(await cache.aget(name), pins, forget or {})
-                await cache.aset(name, pack(merged), lifetime(merged))
+    """Async version of `save_pins()`."""
+    await sync_to_async(save_pins)(namespace, keys, pins, forget)
 
 
 @contextmanager
@@ -125,16 +103,6 @@ def _counting_lost(pins: Pins) -> Iterator[None]:
     except Exception:
         counters.pin_events["lost"] += bool(pins)
         raise
-
-
-def _is_async(cache: BaseCache) -> bool:
-    """
-    Return whether the cache has async methods of its own. Those of Django's `BaseCache` call the
-    sync ones in a thread; then one thread for the whole operation is enough, and the time that it
-    takes is measured there, where a busy event loop does not count.
-    """
-    own = type(cache).aget_many is not BaseCache.aget_many
-    return own and not is_redis(cache)
 
 
 def _merged(row: Any, pins: Pins, forget: Pins) -> dict[PinKey, Pin]:

@@ -11,12 +11,11 @@ one, because a single pause of the process delays every call that is in progress
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from django.db import InterfaceError, OperationalError
 
@@ -30,8 +29,6 @@ logger = logging.getLogger("pinning_middleware.pins")
 # Maximum duration of a call on Redis and Valkey (seconds). A call of another cache that takes
 # longer is slow.
 TIMEOUT = 0.5
-# Seconds between two measurements of the event loop's delay.
-_TICK = 0.05
 
 # Base classes of the errors that clients raise if a server is unreachable, times out,
 # or no longer accepts writes.
@@ -95,22 +92,6 @@ class CircuitBreaker:
         else:
             self._record_success(started, time.monotonic())
 
-    @asynccontextmanager
-    async def aguard(self) -> AsyncIterator[None]:
-        """
-        Async version of `guard()`. The time during which other code blocked the
-        loop does not count, since the cache may have answered long before.
-        """
-        started, delay = time.monotonic(), _LoopDelay()
-        try:
-            yield
-        except Exception as error:
-            self._record_error(error)
-        else:
-            self._record_success(started, time.monotonic() - delay.total)
-        finally:
-            delay.stop()
-
     def _record_success(self, started: float, ended: float) -> None:
         if ended - started <= TIMEOUT:
             # Only for a call that began after the last slow one is the cache fast again.
@@ -167,27 +148,3 @@ class CircuitBreaker:
             cause,
             extra={"cache": conf.cache, "seconds": conf.retry_after, "error": str(cause)},
         )
-
-
-class _LoopDelay:
-    """Measures for how long other code blocks the running event loop (seconds)."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._delay = 0.0
-        self._schedule()
-
-    @property
-    def total(self) -> float:
-        return self._delay + max(0.0, self._loop.time() - self._due)
-
-    def stop(self) -> None:
-        self._timer.cancel()
-
-    def _schedule(self) -> None:
-        self._due = self._loop.time() + _TICK
-        self._timer = self._loop.call_at(self._due, self._tick)
-
-    def _tick(self) -> None:
-        self._delay = self.total
-        self._schedule()
