@@ -4,7 +4,8 @@ override `from_db()` or `close()` themselves are wrapped when they are met, in `
 `responses`; `connection` adds the mixin to the class of each connection.
 
 Each row names the attribute that is replaced, why, the ticket if Django has one, and the test that
-fails without it. The replacements themselves are defined in the modules they belong to.
+fails without it. The replacements are defined in the modules they belong to. The adapters
+of task queues wrap hooks of their queue themselves.
 """
 
 from __future__ import annotations
@@ -22,10 +23,8 @@ from pinning_middleware.backend import (
     async_connections,
     connection,
     cursor_methods,
-    generic_relations,
     instances,
-    lookups,
-    querysets,
+    orm,
     responses,
     view_transactions,
 )
@@ -50,9 +49,9 @@ class Patch(NamedTuple):
     names: tuple[str, ...]
     wrap: Wrap
     why: str
-    ticket: str
     test: str
     app: str = "django"
+    ticket: str = ""
     is_optional: bool = False
 
 
@@ -63,7 +62,6 @@ PATCHES = (
         connection.wrap_create_connection,
         "Gives each connection the mixin and the execute wrapper. connection_created is too late "
         "for a connection that cannot be opened.",
-        "",
         "tests/real/test_failover.py",
     ),
     Patch(
@@ -71,15 +69,14 @@ PATCHES = (
         ("callproc",),
         cursor_methods.record_callproc,
         "callproc() does not pass the execute wrappers.",
-        "https://code.djangoproject.com/ticket/29190",
         "tests/test_writes.py",
+        ticket="https://code.djangoproject.com/ticket/29190",
     ),
     Patch(
         "django.db.backends.utils.CursorWrapper",
         tuple(cursor_methods.STATEMENT_ARGUMENTS),
         cursor_methods.record_driver_method,
         "The driver's own methods do not pass the execute wrappers.",
-        "",
         "tests/test_writes.py",
     ),
     Patch(
@@ -87,7 +84,6 @@ PATCHES = (
         ("_record",),
         cursor_methods.open_before_recording,
         "django-debug-toolbar needs the driver's connection before the statement is run.",
-        "",
         "tests/real/test_integrations.py",
         "debug_toolbar",
     ),
@@ -96,7 +92,6 @@ PATCHES = (
         ("create_connection",),
         async_connections.wrap_create_connection,
         "Gives each async connection a mixin and an execute wrapper, as those of Django.",
-        "",
         "tests/real/test_async_backend.py",
         "django_async_backend",
     ),
@@ -105,24 +100,22 @@ PATCHES = (
         ("make_view_atomic",),
         view_transactions.mark_view_transactions,
         "Tells the transaction of ATOMIC_REQUESTS from those that the code opens.",
-        "",
         "tests/test_scopes.py",
     ),
     Patch(
         "django.contrib.contenttypes.fields",
         ("create_generic_related_manager",),
-        generic_relations.route_writes,
+        orm.route_writes,
         "A write through a GenericRelation calls db_for_read().",
-        "https://code.djangoproject.com/ticket/36389",
         "tests/test_routers.py",
         "django.contrib.contenttypes",
+        "https://code.djangoproject.com/ticket/36389",
     ),
     Patch(
         "django.db.models.base.Model",
         ("save_base",),
         instances.read_primary_while_saving,
         "What save() reads itself is part of the write.",
-        "",
         "tests/backend/test_instances.py",
     ),
     Patch(
@@ -130,24 +123,21 @@ PATCHES = (
         ("fetch_many",),
         instances.fetch_peers_by_route,
         "FETCH_PEERS of Django 6.1 asks no router for the database of a deferred field.",
-        "",
         "tests/backend/test_instances.py",
         is_optional=True,
     ),
     Patch(
         "django.db.models.query.QuerySet",
         ("db",),
-        querysets.named_alias,
+        orm.named_alias,
         "A read whose alias the code named follows no decision of the router.",
-        "",
         "tests/backend/test_execute.py",
     ),
     Patch(
         "django.db.models.lookups.In",
         ("process_rhs",),
-        lookups.accept_pool_aliases,
+        orm.accept_pool_aliases,
         "The aliases of a pool are one database, also to a subquery.",
-        "",
         "tests/backend/test_lookups.py",
     ),
     Patch(
@@ -155,7 +145,6 @@ PATCHES = (
         ("render",),
         responses.render_in_context,
         "A template response is rendered under the rule of the decorator around its view.",
-        "",
         "tests/test_api.py",
     ),
     Patch(
@@ -163,7 +152,6 @@ PATCHES = (
         ("wait",),
         liveness.watched_wait,
         "A read that waits for a server which no longer answers must fail over.",
-        "",
         "tests/real/test_unresponsive.py",
         is_optional=True,
     ),
@@ -172,7 +160,6 @@ PATCHES = (
         ("getconn",),
         psycopg_pool.bounded_getconn,
         "A probe must not wait for a connection of the pool as long as the site's own code may.",
-        "",
         "tests/real/test_unresponsive.py",
         is_optional=True,
     ),
