@@ -123,7 +123,9 @@ class BoundedConnect(Base):  # type: ignore[misc]
         of_driver = (self.Database.OperationalError, self.Database.InterfaceError)
         try:
             super().connect()
-        except (*CONNECTION_ERRORS, *of_driver):
+        except (*CONNECTION_ERRORS, *of_driver) as error:
+            if isinstance(error, ConnectTimeout):
+                raise
             if time.monotonic() - began >= RETRY_IF_FAILED_WITHIN or not _needs_timeout(self):
                 raise
             if self.is_dedicated and endpoint_for(self).is_down:
@@ -152,13 +154,14 @@ def _connect_in_time(
     """
     Return a new connection of the driver.
 
-    Raise ConnectTimeout if there is none within CONNECT_TIMEOUT, BudgetExhausted if a read has less
-    time left.
+    Raise ConnectTimeout if there is none within CONNECT_TIMEOUT, or another caller finds meanwhile
+    that the endpoint is down; BudgetExhausted if a read has less time left.
     """
     seconds = CONNECT_TIMEOUT
     if connection.is_for_read:
         seconds = min(read_budget.left, CONNECT_TIMEOUT)
     endpoint = endpoint_for(connection)
+    was_down = endpoint.is_down
     has_hung = time.monotonic() - endpoint.hung_at < RECENT_FOR
     attempts = list(_rotations(params, endpoint, MAX_ATTEMPTS if has_hung else 2))
 
@@ -171,11 +174,12 @@ def _connect_in_time(
             seconds=seconds,
             interval=HUNG_ATTEMPT_INTERVAL if has_hung else ATTEMPT_INTERVAL,
             discard=lambda late: late[1].close(),
+            give_up=lambda: endpoint.is_down and not was_down,
         )
     except TimeoutError as error:
-        message = f"{connection.alias} did not accept a connection within {seconds:.1f} s"
-        kind = ConnectTimeout if seconds == CONNECT_TIMEOUT else BudgetExhausted
-        raise kind(message) from error
+        is_down = seconds == CONNECT_TIMEOUT or endpoint.is_down
+        kind = ConnectTimeout if is_down else BudgetExhausted
+        raise kind(f"{connection.alias} did not accept a connection in time") from error
     if number:
         # The attempts before this one have not been answered.
         endpoint.hung_at = time.monotonic()

@@ -7,13 +7,15 @@ import contextvars
 import time
 from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from pinning_middleware.utils.forks import ForkSafeLock
 
 __all__ = ["first_result"]
 
 T = TypeVar("T")
+
+GIVE_UP_INTERVAL: Final = 0.1
 
 
 class _Race:
@@ -69,20 +71,22 @@ def first_result(
     interval: float,
     retry: type[Exception] | tuple[type[Exception], ...] = (),
     discard: Callable[[T], object] = lambda result: None,
+    give_up: Callable[[], bool] = lambda: False,
 ) -> T:
     """
     Return the result of the attempt that succeeds first.
 
     The next attempt is started ``interval`` seconds after the last one, beside those that still
     run, or as soon as one has raised ``retry``. Raise any other error of an attempt; the last error
-    if no attempt is left; TimeoutError after ``seconds``. ``discard`` is called with the results of
-    attempts that end later.
+    if no attempt is left; TimeoutError after ``seconds``, or when ``give_up()`` is true, which is
+    called every GIVE_UP_INTERVAL seconds. ``discard`` is called with the results of attempts that
+    end later.
     """
     waiting, race = iter(attempts), _Race(discard)
     now = next_start = time.monotonic()
     until, error, is_exhausted = now + seconds, None, False
     try:
-        while now < until:
+        while now < until and not give_up():
             if not is_exhausted and now >= next_start:
                 attempt = next(waiting, None)
                 if attempt is None:
@@ -92,7 +96,7 @@ def first_result(
                     next_start = now + interval
             if is_exhausted and not race.running:
                 break
-            wake_at = until if is_exhausted else min(next_start, until)
+            wake_at = min(until if is_exhausted else next_start, until, now + GIVE_UP_INTERVAL)
             outcome = race.next_outcome(wake_at - now)
             now = time.monotonic()
             if outcome is None:

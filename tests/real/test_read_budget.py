@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,7 +15,10 @@ import pytest
 from django.db import close_old_connections, connections
 from django.db.backends.postgresql.base import DatabaseWrapper
 
+from pinning_middleware.reasons import Fault
+from pinning_middleware.servers import budget, connect
 from pinning_middleware.servers.budget import READ_BUDGET, read_budget
+from pinning_middleware.servers.registry import registry
 from sample_site.cluster import Node
 from tests.app.models import Book
 
@@ -99,6 +103,22 @@ def test_two_black_holes_in_one_alias_are_abandoned_together(pg: PostgreSQL) -> 
         while not pool().replica_set.out_of_rotation:
             assert port_of_request() == pg["pg2"].port
         assert pool().replica_set.out_of_rotation == {"r1"}
+
+
+def test_read_that_connects_moves_on_when_another_finds_the_replica_unresponsive(
+    pg: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect, "CONNECT_TIMEOUT", 60.0)
+    monkeypatch.setattr(budget, "READ_BUDGET", 100.0)
+    with black_hole() as hole:
+        entries = {"r1": database(hole, conn_max_age=0), "r2": database(pg["pg2"], conn_max_age=0)}
+        with as_layout(pg, **entries), ThreadPoolExecutor() as executor:
+            # One of two goes to the black hole, and waits there.
+            reads = [executor.submit(port_of_request) for _ in range(2)]
+            assert eventually(lambda: any(read.done() for read in reads))
+            assert not all(read.done() for read in reads)
+            registry.mark_down(endpoint("r1"), Fault.UNRESPONSIVE, 1000, "by another read")
+            assert [read.result(20) for read in reads] == [pg["pg2"].port] * 2
 
 
 def test_name_server_without_an_answer_does_not_hold_up_the_read(

@@ -65,6 +65,12 @@ def test_no_answer_in_time_raises_timeout_error(never: threading.Event) -> None:
         first_result([never.wait], seconds=0.05, interval=1)
 
 
+def test_attempts_are_given_up_when_there_is_nothing_to_wait_for(never: threading.Event) -> None:
+    answers = iter([False, False, True])
+    with pytest.raises(TimeoutError):
+        first_result([never.wait], seconds=1000, interval=1000, give_up=lambda: next(answers))
+
+
 def test_late_result_is_discarded() -> None:
     release, discarded, is_discarded = threading.Event(), [], threading.Event()
 
