@@ -173,7 +173,7 @@ def _reads_by_address() -> Reads:
     # Copy, because other threads add reads during the iteration.
     for (pool, alias, server, _), number in dict(counters.reads).items():
         by_address = found.setdefault((pool, alias), {})
-        address = None if server is None else server.identity.place
+        address = None if server is None else server.identity.host_and_port
         by_address[address] = by_address.get(address, 0) + number
     return found
 
@@ -185,7 +185,7 @@ def _rows_of(pool: Pool, endpoint: Endpoint, reads: Reads) -> Iterator[ServerSta
         if len(recent) < 2:
             number = sum(by_address.values())
         else:
-            number = by_address.get(None if server is None else server.identity.place, 0)
+            number = by_address.get(None if server is None else server.identity.host_and_port, 0)
         yield _row(pool, endpoint, server, number)
 
 
@@ -249,7 +249,7 @@ def _vendor(alias: str) -> str:
 def address_of(alias: str, server: Server | None) -> str:
     """Return the address reported by a server, or the configured one if it is unknown."""
     if server is not None and server.identity.address:
-        return _host_and_port(*server.identity.place)
+        return _host_and_port(*server.identity.host_and_port)
     settings = connections.settings[alias]
     if settings["HOST"]:
         return _host_and_port(settings["HOST"], settings["PORT"])

@@ -63,7 +63,7 @@ class Identity(NamedTuple):
     port: int
 
     @property
-    def place(self) -> tuple[str, int]:
+    def host_and_port(self) -> tuple[str, int]:
         """The address and port."""
         return self.address, self.port
 
@@ -472,7 +472,7 @@ class ServerRegistry:
             is_new = server not in endpoint.servers
             endpoint.record(server, time.monotonic() if at is None else at)
             for other in list(endpoint.servers) if is_new else ():
-                if other is server or other.identity.place != identity.place:
+                if other is server or other.identity.host_and_port != identity.host_and_port:
                     continue
                 if identity.may_replace(other.identity):
                     if other.system == system:
@@ -519,7 +519,7 @@ class ServerRegistry:
         logger.warning(
             "%s:%s reports fewer transactions than before: its log was reset, or a backup "
             "restored. Its recorded replication position was discarded.",
-            *server.identity.place,
+            *server.identity.host_and_port,
         )
         if server.is_replica:
             return

@@ -45,7 +45,7 @@ def annotate(read: Read) -> None:
 def _address(read: Read) -> tuple[str, int]:
     """Return the host and port of the server, from the driver if it is unidentified."""
     if read.server is not None:
-        address, port = read.server.identity.place
+        address, port = read.server.identity.host_and_port
         return address, port
     if read.connection is None:
         return "", 0
