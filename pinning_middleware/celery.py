@@ -6,7 +6,7 @@ with these pins. Retries, chains and chords inherit the pins of the tasks before
 celery-batches begins with the pins of all of its messages.
 
 celery-singleton sends no message if the same task is already waiting. The pins of such a call are
-kept in ``PINNING_CACHE`` for the waiting task, so the workers have to share that cache.
+kept in ``PINNING_CACHE`` for the waiting task, so the workers must share that cache.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def propagate_pins(app: Celery) -> None:
       task back before it runs, with a countdown of 1, 2, 4 … seconds, at most ``pinning_retries``
       times (default: 3), then read from the primary. These retries are not the task's own.
 
-    A task class that overrides ``before_start()`` has to call ``super()`` for ``"retry"``. An eager
+    A task class that overrides ``before_start()`` must call ``super()`` for ``"retry"``. An eager
     task is not put back.
 
     A task with other values reads from the primary. ``manage.py check`` reports it as an error,
@@ -213,6 +213,9 @@ def _put_back_unless_caught_up(task: Any, args: Any, kwargs: Any) -> None:
     if number >= getattr(task, "pinning_retries", DEFAULT_RETRIES):
         counters.task_retries["primary"] += 1
         return
+    if hasattr(task, "release_lock"):
+        # celery-singleton sends no message while the lock is held, also by the task itself.
+        task.release_lock(task_args=args, task_kwargs=kwargs)
     delay = FIRST_DELAY * 2**number
     signature = task.signature_from_request(task.request, args, kwargs, countdown=delay)
     signature.apply_async(headers={**(task.request.headers or {}), PUT_BACK: number + 1})

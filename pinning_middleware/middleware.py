@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction, sync_to_async
+from django.core.exceptions import SynchronousOnlyOperation
 
 from pinning_middleware.backend.patches import require_app
 from pinning_middleware.backend.responses import close_within
@@ -43,6 +44,9 @@ __all__ = ["PinningMiddleware"]
 
 logger = logging.getLogger("pinning_middleware")
 
+NOT_SAVED = "Could not save the pins of a request after its response."
+# The tasks that save pins: an event loop itself only keeps weak references.
+_saving: set[asyncio.Task[None]] = set()
 # Minimum time for which code after a response belongs to its request (seconds).
 MIN_LATE_SECONDS = 1.0
 
@@ -235,15 +239,26 @@ def _stores_to_save(
     return tuple(store for store in conf.stores if response is not None or not store.needs_response)
 
 
-def _may_offload(request: HttpRequest) -> bool:
+def _may_offload(request: HttpRequest) -> bool | None:
+    """Return what PINNING_OFFLOAD decides, None if it cannot run in the thread of an event loop."""
     offload: Any = conf.offload
     try:
         if iscoroutinefunction(offload):
-            return bool(async_to_sync(offload)(request))
+            return None if _in_event_loop() else bool(async_to_sync(offload)(request))
         return bool(offload(request))
+    except SynchronousOnlyOperation:
+        return None
     except Exception:
         logger.exception("PINNING_OFFLOAD failed; the request reads from the primary.")
         return False
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _is_staff(request: HttpRequest) -> bool:
@@ -311,10 +326,22 @@ def _save_late(middleware: PinningMiddleware, request: HttpRequest, scope: Scope
     if not scope.keys and all(store.needs_response for store in conf.stores):
         # No store can save it, so do not query the primary's position.
         return
+    if _in_event_loop():
+        task = asyncio.get_running_loop().create_task(_asave_late(middleware, request, scope))
+        _saving.add(task)
+        task.add_done_callback(_saving.discard)
+        return
     try:
         middleware.save_pins(scope, request, None)
     except Exception:
-        logger.exception("Could not save the pins of a request after its response.")
+        logger.exception(NOT_SAVED)
+
+
+async def _asave_late(middleware: PinningMiddleware, request: HttpRequest, scope: Scope) -> None:
+    try:
+        await middleware.asave_pins(scope, request, None)
+    except Exception:
+        logger.exception(NOT_SAVED)
 
 
 class _Closing(AbstractContextManager[None]):

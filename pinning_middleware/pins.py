@@ -68,7 +68,7 @@ class PoolKey(NamedTuple):
 class PinKind(StrEnum):
     """
     What a pin protects: what a client has written, or what it has read (``monotonic-reads``). That
-    of a dry run protects nothing: it tells when the client wrote. The value is that of the
+    of a dry run protects nothing: it records when the client wrote. The value is that of the
     serialised form.
     """
 

@@ -20,7 +20,7 @@ _EXAMPLE: Final = '{"weight": 1, "tier": 2, "groups": ["reports"]}'
 
 class Placement(NamedTuple):
     """
-    When a replica serves. ``tier``: only while every replica of the lower tiers is out of
+    When a replica is used. ``tier``: only while every replica of the lower tiers is out of
     rotation. ``groups``: only reads of these groups; all other reads if there are none.
     """
 

@@ -49,7 +49,7 @@ __all__ = [
 # The reason of a replica with weight 0, which is out of rotation on purpose.
 DRAINED: Final = "drained"
 # The error of the replica that serves although it lags too far behind.
-ONLY_ONE_LEFT: Final = "behind, and serving since no other does"
+ONLY_ONE_LEFT: Final = "lags, but serves because no other replica is in rotation"
 # Overall health; also the exit status of ``pinning_status``.
 OK, DEGRADED, DOWN = range(3)
 HEALTH_NAMES: Final = {OK: "healthy", DEGRADED: "degraded", DOWN: "down"}
@@ -157,7 +157,7 @@ def with_freshest_serving(rows: list[ServerState]) -> list[ServerState]:
     """Return the rows, with the freshest replica of each pool in rotation if all of them lag."""
     for pool in {row.pool for row in rows}:
         replicas = [row for row in rows if row.pool == pool and row.configured == "replica"]
-        lagging = [row for row in replicas if row.reason == Fault.LAG]
+        lagging = [row for row in replicas if row.reason == Fault.LAG and row.weight != 0]
         if lagging and all(row.state == "out" for row in replicas):
             freshest = min(lagging, key=lambda row: row.lag or 0.0)
             serving = freshest._replace(state="in", reason="", retry_in=None, error=ONLY_ONE_LEFT)

@@ -52,6 +52,8 @@ class InstrumentedConnection(BoundedConnect):
     snapshot: Points | None = None
     # The driver's cursor that was opened last, and the decision behind it.
     last_opened: tuple[Any, Decision | None] = (None, None)
+    # The code has changed session state of the primary, which keeps its scope there.
+    has_modified_session = False
     # What PINNING_SESSION_SETUP was last called for: the driver's connection and the scope.
     session_set_up_for: tuple[Any, Any] = (None, None)
 
@@ -181,7 +183,10 @@ class InstrumentedConnection(BoundedConnect):
         finally:
             self.in_raw_transaction = False
             record_transaction_end(self)
-            record_session_end(self)
+            undo_session_setup(self)
+            if self.has_modified_session:
+                self.has_modified_session = False
+                record_session_end(self)
 
 
 @lru_cache

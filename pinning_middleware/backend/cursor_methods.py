@@ -11,7 +11,7 @@ from django.db.backends.utils import CursorWrapper
 from pinning_middleware.backend.call import UnopenedCursor
 from pinning_middleware.backend.execute import intended_alias
 from pinning_middleware.backend.failover import admit_cursor
-from pinning_middleware.backend.session_setup import set_up_session
+from pinning_middleware.backend.session_setup import is_unmanaged, set_up_session
 from pinning_middleware.backend.writes import classify, recording_write
 from pinning_middleware.conf import conf
 from pinning_middleware.routing.pools import pools
@@ -31,9 +31,12 @@ STATEMENT_ARGUMENTS: Final = {
     "copy": "statement",
     "copy_expert": "sql",
     "copy_from": "",
+    "copy_to": "",
     "executescript": "sql_script",
     "stream": "query",
 }
+# The statements of methods that take none; unknown ones count as writes.
+_STATEMENTS: Final = {"copy_to": "COPY source TO STDOUT"}
 _UNREADABLE: Final = "?"
 
 
@@ -43,6 +46,8 @@ def record_callproc(original: Callable[..., Any]) -> Callable[..., Any]:
     def callproc(
         self: CursorWrapper, procname: str, params: Any = None, kparams: Any = None
     ) -> Any:
+        if is_unmanaged():
+            return original(self, procname, params, kparams)
         set_up_session(self.db)
         with recording_write(self.db, intended_alias(self), f"CALL {procname}"):
             return original(self, procname, params, kparams)
@@ -66,8 +71,9 @@ class DriverMethod:
             getattr(cursor.cursor, self.name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            keyword = STATEMENT_ARGUMENTS[self.name]
-            sql = _UNREADABLE
+            if is_unmanaged():
+                return getattr(cursor.cursor, self.name)(*args, **kwargs)
+            keyword, sql = STATEMENT_ARGUMENTS[self.name], _STATEMENTS.get(self.name, _UNREADABLE)
             if keyword:
                 sql = args[0] if args else kwargs.get(keyword, _UNREADABLE)
             kind = classify(cursor.db, sql).kind

@@ -11,7 +11,7 @@ from typing import Any, Final
 from django.db import DatabaseError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from pinning_middleware.backend.call import Call, UnopenedCursor, may_move
+from pinning_middleware.backend.call import Call, UnopenedCursor, may_run_on_primary
 from pinning_middleware.backend.failover import execute_read
 from pinning_middleware.backend.former_primary import leave_former_primary, record_rejected_write
 from pinning_middleware.backend.session_setup import (
@@ -37,6 +37,7 @@ from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.overrides import effects_on
 from pinning_middleware.scopes.scope import PoolState, Scope, current_scope
 from pinning_middleware.scopes.watch import is_watching, note_read, note_write
+from pinning_middleware.servers.budget import read_budget
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.probe import failover_disabled, state_of
 from pinning_middleware.servers.registry import Server
@@ -52,6 +53,16 @@ MAX_ROUTES: Final = 16
 
 def execute_wrapper(execute: Any, sql: Any, params: Any, many: bool, context: Any) -> Any:
     """Run one statement, as an execute wrapper of every connection."""
+    try:
+        return _execute_statement(execute, sql, params, many, context)
+    finally:
+        if not (is_unmanaged() or context["connection"].is_connecting):
+            # What opening its cursor has spent belongs to this statement. Those that set up a
+            # connection belong to another one.
+            read_budget.renew()
+
+
+def _execute_statement(execute: Any, sql: Any, params: Any, many: bool, context: Any) -> Any:
     connection, cursor = context["connection"], context["cursor"]
     known = pools()
     pool = known.by_connection.get(connection.alias)
@@ -100,27 +111,39 @@ def _execute(
         # A replica substituted for the primary, which it can for reads only: let the primary's own
         # error surface.
         call.move_to(connections[pool.primary])
-    elif is_replica and kind is StatementKind.LOCK and not bypasses and may_move(connection):
+    elif (
+        is_replica
+        and kind is StatementKind.LOCK
+        and not bypasses
+        and may_run_on_primary(pool, call)
+    ):
         # Only the primary can take its locks.
         call.move_to(connections[pool.primary])
         call.cursor.pinning_decision = Decision(pool.primary, None, Reason.LOCK)
         call.cursor.__dict__.pop("pinning_alias", None)
     if kind is StatementKind.LOCK:
         record_lock(call.cursor.db.alias)
+    if not bypasses and (kind is StatementKind.WRITE or statement.begins_transaction):
+        _check_primary(pool, call)
     if kind is not StatementKind.WRITE:
         return call.run()
-    connection, raw = call.cursor.db, call.cursor.db.connection
-    if raw is not None and not bypasses and may_move(connection):
-        if is_former_primary(pool, connection, call.scope):
-            leave_former_primary(pool, call)
-        else:
-            call.renew_cursor(raw)
     with recording_write(call.cursor.db, alias, call.sql):
         try:
             return call.run()
         except DatabaseError as error:
             record_rejected_write(call.cursor.db, error)
             raise
+
+
+def _check_primary(pool: Pool, call: Call) -> None:
+    """Leave a former primary before a write, or before a transaction that may write."""
+    connection, raw = call.cursor.db, call.cursor.db.connection
+    if raw is None or connection.in_atomic_block:
+        return
+    if is_former_primary(pool, connection, call.scope):
+        leave_former_primary(pool, call)
+    else:
+        call.renew_cursor(raw)
 
 
 def _may_run_anywhere(call: Call, statement: Statement) -> bool:
@@ -150,6 +173,7 @@ def _record_modified_session(pool: Pool, connection: Any) -> None:
     if dialect_for(connection) is not None:
         state_of(connection).session_modified = True
     if connection.alias == pool.primary and conf.session_setup is None:
+        connection.has_modified_session = True
         current_scope().record_session_state(pool.key)
 
 

@@ -93,13 +93,6 @@ def execute_read(pool: Pool, call: Call) -> Any:
     Raise the last server's error if none could serve it; OperationalError if the connection must
     not serve this scope and nothing may take over.
     """
-    try:
-        return _run_where_possible(pool, call)
-    finally:
-        read_budget.renew()
-
-
-def _run_where_possible(pool: Pool, call: Call) -> Any:
     first = call.cursor.db
     refused = pool.refusals
     known = None if refused.is_empty else refused.find(sql_text(first, call.sql))
@@ -144,7 +137,12 @@ def admit_cursor(pool: Pool, cursor: Any) -> None:
     """
     context = {"cursor": cursor, "connection": cursor.db}
     scope, effects = current_scope(), effects_on(pool.primary)
-    execute_read(pool, Call(lambda *args: None, "", None, False, context, cursor, scope, effects))
+    try:
+        execute_read(
+            pool, Call(lambda *args: None, "", None, False, context, cursor, scope, effects)
+        )
+    finally:
+        read_budget.renew()
 
 
 def _run_without_failover(pool: Pool, call: Call) -> Any:

@@ -57,7 +57,7 @@ def reopen_elsewhere(pool: Pool, call: Call) -> bool:
 def record_rejected_write(connection: BaseDatabaseWrapper, error: Exception) -> None:
     """
     Note that a server rejected a write because it is read-only: if it is a former primary, a new
-    connection leads to another server.
+    connection resolves to another server.
     """
     dialect = dialect_for(connection)
     if dialect is None or connection.connection is None:

@@ -99,7 +99,7 @@ PATCHES = (
         "django.core.handlers.base.BaseHandler",
         ("make_view_atomic",),
         view_transactions.mark_view_transactions,
-        "Tells the transaction of ATOMIC_REQUESTS from those that the code opens.",
+        "Distinguishes the transaction of ATOMIC_REQUESTS from those that the code opens.",
         "tests/test_scopes.py",
     ),
     Patch(

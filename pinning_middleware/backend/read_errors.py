@@ -26,6 +26,7 @@ from pinning_middleware.servers.probe import (
     without_failover,
 )
 from pinning_middleware.servers.registry import registry
+from pinning_middleware.utils.transactions import is_transaction_open
 
 __all__ = ["Verdict", "is_unresponsive", "judge"]
 
@@ -33,7 +34,7 @@ __all__ = ["Verdict", "is_unresponsive", "judge"]
 class Verdict(Enum):
     """What becomes of a read after an error."""
 
-    # The error is the site's: another server would raise the same, or nothing may take over.
+    # Another server would raise the same error, or failover is not possible.
     RAISE = auto()
     # The connection was lost, perhaps while it was idle: open it anew, once.
     REOPEN = auto()
@@ -57,12 +58,14 @@ def judge(
     cannot be used any more is closed.
     """
     has_run = ran_for is not None
+    # Before the connection is closed, which ends a transaction.
+    in_transaction = connection.in_atomic_block or is_transaction_open(connection)
     if isinstance(error, (BudgetExhausted, ReplayWaits)):
         if isinstance(error, ReplayWaits):
             _take_out_blocked(pool, connection)
         connection.close()
-        return Verdict.ELSEWHERE
-    if connection.in_atomic_block or call.many:
+        return Verdict.RAISE if in_transaction else Verdict.ELSEWHERE
+    if in_transaction or call.many:
         return Verdict.RAISE
     refusal = None
     if has_run and may_run_on_primary(pool, call):

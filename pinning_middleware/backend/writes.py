@@ -61,11 +61,23 @@ def sql_text(connection: BaseDatabaseWrapper, sql: Any) -> str:
     if isinstance(sql, bytes):
         return sql.decode(errors="replace")
     if hasattr(sql, "as_string"):
-        # psycopg's composed statements.
-        return str(sql.as_string(connection.connection))
+        return _composed_text(connection.connection, sql)
     if hasattr(sql, "interpolations"):
         return _template_text(connection, sql)
     return _UNREADABLE
+
+
+def _composed_text(raw: Any, sql: Any) -> str:
+    """
+    Return the text of a composed statement of psycopg or psycopg2. The latter quotes names and
+    values by a connection; without one, as for a server that is down, values are placeholders.
+    """
+    try:
+        return str(sql.as_string(raw))
+    except TypeError:
+        if hasattr(sql, "seq"):
+            return "".join(_composed_text(raw, part) for part in sql.seq)
+        return ".".join(f'"{name}"' for name in sql.strings) if hasattr(sql, "strings") else "%s"
 
 
 def _template_text(connection: BaseDatabaseWrapper, template: Any) -> str:
@@ -227,6 +239,9 @@ def _is_ignored(connection: BaseDatabaseWrapper, sql: Any) -> bool:
     if writes_ignored():
         return True
     tables = conf.ignored_tables
-    if not tables or (table := table_of(sql_text(connection, sql))) is None:
+    if not tables:
+        return False
+    table = table_of(sql_text(connection, sql), conf.writing_functions)
+    if table is None:
         return False
     return table in tables or table.rpartition(".")[2] in tables

@@ -1,4 +1,4 @@
-"""Remains of other packages and of hand-written routers beside this package."""
+"""Leftover settings of other packages, and routers of one's own, beside this package."""
 
 from __future__ import annotations
 

@@ -403,7 +403,7 @@ def _is_listed(label: str, listed: Container[str]) -> bool:
     try:
         return not parsed_replicas().get(router.db_for_write(apps.get_model(label)))
     except Exception:
-        # A router that needs hints cannot be asked.
+        # A router that needs hints cannot be called here.
         return not _replicas()
 
 

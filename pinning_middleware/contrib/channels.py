@@ -7,7 +7,7 @@ Put the mixin before the consumer's class, sync or async::
         ...
 
 A message inherits the pins of the connecting request (for example from its cookie) and of earlier
-messages. A socket cannot set a cookie. Later requests learn of a message's writes from
+messages. A socket cannot set a cookie. Later requests inherit a message's pins from
 ``CacheStore``, which is loaded before each message and saved after it. Or the client sends
 ``pinning_token()`` back in the header of ``HeaderStore``.
 """

@@ -10,7 +10,7 @@ Add the mixin to the class of the instance, for senders and the consumer::
     HUEY = {"huey_class": "shop.queues.Huey"}    # huey.contrib.djhuey's setting
 
 Messages of huey have no headers, so the pins are kept in the cache ``PINNING_CACHE`` under the
-task's ID. All processes have to share that cache (Redis, Valkey, memcached, a database); see
+task's ID. All processes must share that cache (Redis, Valkey, memcached, a database); see
 ``pinning_middleware.tasks`` for the limits. In the consumer, each task runs in a scope of its own.
 Its retries, the next task (``then``) and the callback of a chord inherit its outgoing pins.
 """
@@ -36,6 +36,12 @@ class PinnedHuey:
             others = [handoff.pins_of_all_writes()] if _is_chord_callback(task) else []
             handoff.save_pins(task.id, handoff.pins_to_send(*others))
         return super().enqueue(task)  # type: ignore[misc]
+
+    def add_schedule(self, task: Any) -> Any:
+        # A retry with a delay is enqueued by the scheduler, outside of any scope.
+        if _running.get() is task:
+            handoff.save_pins(task.id, handoff.pins_to_send())
+        return super().add_schedule(task)  # type: ignore[misc]
 
     def execute(self, task: Any, timestamp: Any = None) -> Any:
         with handoff.task_scope(handoff.load_pins(task.id)):

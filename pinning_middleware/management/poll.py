@@ -87,13 +87,17 @@ class ServerPoll:
                 if (server := replies.get(alias, _Reply()).server) is not None:
                     pool.health.update_status(registry.endpoint(alias, pool.primary), server)
             self._record_primary_position(pool)
-        by_primary = {pool.primary: pool for pool in polled}
-        return with_freshest_serving(
-            [
-                _without_lagging(self._state(row, replies, by_primary[row.pool], row.alias in late))
-                for row in servers()
-            ]
+        # SLAVE_DATABASES may be a second pool of a primary.
+        pool_of = {
+            (pool.primary, alias): pool
+            for pool in polled
+            for alias in (pool.primary, *pool.replicas)
+        }
+        states = (
+            self._state(row, replies, pool_of[row.pool, row.alias], row.alias in late)
+            for row in servers()
         )
+        return with_freshest_serving([_without_lagging(state) for state in states])
 
     def close(self) -> None:
         """Close idle connections. A thread that is still probing closes its own."""
@@ -245,8 +249,8 @@ def _fetch_row(connection: BaseDatabaseWrapper, sql: str) -> tuple[Any, ...]:
     raw: Any = connection.connection
     state = state_of(connection)
     with (
-        probe_deadline(raw, state),
         connection.wrap_database_errors,
+        probe_deadline(raw, state),
         raw.cursor() as cursor,
     ):
         cursor.execute(sql)

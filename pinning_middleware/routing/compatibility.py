@@ -100,7 +100,7 @@ def is_test_mirror(primary: str, alias: str) -> bool:
 
 
 def is_same_database(one: str, other: str) -> bool:
-    """Return whether two aliases have the same server and database, as far as settings tell."""
+    """Return whether two aliases have the same server and database, according to the settings."""
     first, second = connections.settings[one], connections.settings[other]
     if first["PORT"] != second["PORT"] or first["HOST"] != second["HOST"]:
         return False

@@ -27,7 +27,7 @@ class Rotations:
     @property
     def any_exhausted(self) -> bool:
         """Whether all replicas of a rotation are out of it."""
-        return any(not rotation and any(rotation.weights.values()) for rotation in self._all)
+        return any(not rotation and bool(rotation.weights) for rotation in self._all)
 
     def draw(self) -> None:
         """Start each at a random place."""
@@ -35,12 +35,12 @@ class Rotations:
             rotation.draw()
 
     def exclude(self, names: Collection[str]) -> None:
-        """Continue without these names; an empty collection takes all of them back."""
+        """Exclude these names; an empty collection readmits all."""
         for rotation in self._all:
             rotation.exclude(names)
 
     def of(self, group: str | None) -> Rotation:
-        """Return the rotation of a group, the default one for a group that the pool has not."""
+        """Return the rotation of a group, the default one if the pool does not have the group."""
         return self.default if group is None else self.by_group.get(group, self.default)
 
     def alternatives(

@@ -242,8 +242,9 @@ def _may_offload(scope: Scope) -> bool:
             return False
         # What the function itself reads must not call it again.
         scope.may_offload = False
+        # None: it cannot run here; a later read calls it.
         scope.may_offload = scope.offload_predicate()
-    return scope.may_offload
+    return bool(scope.may_offload)
 
 
 def _is_primary_model(model: Any) -> bool:
@@ -279,7 +280,7 @@ def _find_replica(pool: Pool, scope: Scope, state: PoolState, wanted: Position) 
 
 
 def _replica(pool: Pool, alias: str, reason: Reason) -> Decision:
-    # The primary's connection answers for a test mirror, since only it sees the test's own rows.
+    # The primary's connection serves a test mirror, since only it sees the test's own rows.
     return Decision(pool.primary if pool.is_mirror(alias) else alias, alias, reason)
 
 

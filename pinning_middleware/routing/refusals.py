@@ -16,7 +16,8 @@ from pinning_middleware.servers.dialects import Refusal
 
 __all__ = ["KnownRefusal", "Refusals"]
 
-# Seconds after which a standby is asked again: the table or the role may have been changed.
+# Seconds after which the statement is tried on a standby again: the table or the role may have
+# been changed.
 REMEMBERED_FOR: Final = 60.0
 # Maximum number of statements that are remembered.
 MAX_STATEMENTS: Final = 256
@@ -75,7 +76,9 @@ class Refusals:
             # A function that writes; a view or a function that reads such a table.
             self._statements[sql] = known
             if len(self._statements) > MAX_STATEMENTS:
-                self._statements.pop(next(iter(self._statements)), None)
+                # Copy, because other threads may add statements.
+                oldest, *_ = tuple(self._statements)
+                self._statements.pop(oldest, None)
         return known
 
     def find(self, sql: str) -> KnownRefusal | None:

@@ -33,6 +33,8 @@ __all__ = ["ReplicaSet"]
 
 # Seconds that the first read under a `max_lag` waits until a lag has been measured.
 FIRST_LAG_TIMEOUT: Final = 0.25
+# Seconds for which a measured lag counts.
+LAG_VALID_FOR: Final = 3 * monitor.SAMPLE_EVERY
 # Seconds past ``retry_at`` after which a read starts the monitor of a replica again: its thread may
 # have failed to start.
 MONITOR_OVERDUE: Final = 5.0
@@ -380,7 +382,8 @@ class ReplicaSet:
             return []
         if alias in self.behind_in_tests:
             return [math.inf]
-        return [server.lag for server in endpoint.recent_servers]
+        oldest = time.monotonic() - LAG_VALID_FOR
+        return [s.lag if s.lag_measured >= oldest else None for s in endpoint.recent_servers]
 
     # While the primary is down
 

@@ -43,7 +43,8 @@ class Rotation:
     together do not all begin with the same name.
 
     Only those of the lowest of the ``tiers`` (1 if not given) that is left take part: ``names``.
-    With the ``key`` of a user, the order is that of ``affinity.ranking()``.
+    With the ``key`` of a user, the order is that of ``affinity.ranking()``. Names of weight 0 are
+    left out.
 
     Thread-safe without a lock: the counter advances atomically, and the round is a tuple that is
     only ever replaced as a whole.
@@ -52,7 +53,8 @@ class Rotation:
     __slots__ = ("_count", "_first_tier", "_round", "_tiers", "_weights", "names", "weights")
 
     def __init__(self, weights: Mapping[str, int], tiers: Mapping[str, int] | None = None) -> None:
-        self.weights, self._tiers = dict(weights), dict(tiers or {})
+        self.weights = {name: weight for name, weight in weights.items() if weight}
+        self._tiers = dict(tiers or {})
         self.exclude(())
         self._first_tier = self.names
         self.draw()
@@ -70,8 +72,8 @@ class Rotation:
         self._count: Iterator[int] = itertools.count(start)
 
     def exclude(self, names: Collection[str]) -> None:
-        """Continue without these names; an empty collection takes all of them back."""
-        left = {name: w for name, w in self.weights.items() if w and name not in names}
+        """Exclude these names; an empty collection readmits all."""
+        left = {name: w for name, w in self.weights.items() if name not in names}
         lowest = min((self._tiers.get(name, 1) for name in left), default=1)
         left = {name: w for name, w in left.items() if self._tiers.get(name, 1) == lowest}
         self._round, self.names, self._weights = spread(left), frozenset(left), (*left.items(),)

@@ -211,7 +211,7 @@ class Scope:
     offloaded = False
     # Whether it may read from replicas, None: not evaluated yet; and the function that decides.
     may_offload: bool | None = None
-    offload_predicate: Callable[[], bool] | None = None
+    offload_predicate: Callable[[], bool | None] | None = None
     # Seconds to wait for a replica to catch up, None: PINNING_WAIT.
     max_wait: float | None = None
     # Returns the key by which a user stays on one replica, None: unknown, so round robin.

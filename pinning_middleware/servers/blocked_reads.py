@@ -122,13 +122,14 @@ class _ReadTracker:
         self._probed: set[object] = set()
 
     def add(self, read: BlockedRead) -> None:
+        """Track a read. Raise RuntimeError if the thread cannot be started."""
         with self._condition:
+            if not self._is_running:
+                _thread.start_new_thread(self._run, ())
+                self._is_running = True
             self._reads.add(read)
             self._has_begun = True
-            if not self._is_running:
-                self._is_running = True
-                _thread.start_new_thread(self._run, ())
-            elif self._is_asleep:
+            if self._is_asleep:
                 self._is_asleep = False
                 self._condition.notify()
 
@@ -229,10 +230,11 @@ def track_read(raw: Any, state: ConnectionState) -> BlockedRead | None:
         return None
     try:
         read = BlockedRead(state, driver_connection(raw).fileno())
+        _tracker.add(read)
     except Exception:
-        # It is closed, for which the read itself raises the driver's error.
+        # It is closed, for which the read itself raises the driver's error; or no thread can be
+        # started.
         return None
-    _tracker.add(read)
     return read
 
 

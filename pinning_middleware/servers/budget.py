@@ -19,6 +19,9 @@ __all__ = ["READ_BUDGET", "BudgetExhausted", "read_budget"]
 # Seconds. After that only the primary is tried, so that a read waits no longer than 1.5 s.
 READ_BUDGET: Final = 1.4
 
+# Seconds after which a thread that only connects, and runs no statement, has a new one.
+RENEWED_AFTER: Final = 1.0
+
 
 class BudgetExhausted(OperationalError):
     """
@@ -29,11 +32,15 @@ class BudgetExhausted(OperationalError):
 
 class _ReadBudget(threading.local):
     _spent = 0.0
+    # Monotonic time at which some of it was spent last.
+    _spent_at = 0.0
     _is_spending = False
 
     @property
     def left(self) -> float:
         """Seconds that are left."""
+        if not self._is_spending and time.monotonic() - self._spent_at > RENEWED_AFTER:
+            self.renew()
         return max(READ_BUDGET - self._spent, 0.0)
 
     def spend(self, seconds: float) -> None:
@@ -42,7 +49,7 @@ class _ReadBudget(threading.local):
         is subtracted anyway.
         """
         if not self._is_spending:
-            self._spent += seconds
+            self._add(seconds)
 
     @contextmanager
     def spending(self) -> Iterator[None]:
@@ -55,11 +62,15 @@ class _ReadBudget(threading.local):
             yield
         finally:
             self._is_spending = False
-            self._spent += time.monotonic() - began
+            self._add(time.monotonic() - began)
 
     def renew(self) -> None:
-        """Begin again for the thread's next read."""
+        """Begin again for the thread's next statement."""
         self._spent = 0.0
+
+    def _add(self, seconds: float) -> None:
+        if self._spent < READ_BUDGET:
+            self._spent, self._spent_at = self._spent + seconds, time.monotonic()
 
 
 read_budget = _ReadBudget()

@@ -128,7 +128,7 @@ class BoundedConnect(Base):  # type: ignore[misc]
                 raise
             if time.monotonic() - began >= RETRY_IF_FAILED_WITHIN or not _needs_timeout(self):
                 raise
-            if self.is_dedicated and endpoint_for(self).is_down:
+            if endpoint_for(self).is_down:
                 # Its monitor tries again in a moment.
                 raise
             self.close()

@@ -516,7 +516,7 @@ class Monitors:
         self.primary, self.update_status = primary, update_status
 
     def wake(self, alias: str) -> None:
-        """Have the work done that is noted on the endpoint of an alias."""
+        """Wake the monitor of an alias, whose endpoint has work."""
         self._assign(alias, Monitor.schedule)
 
     def retry_until_up(self, alias: str) -> None:

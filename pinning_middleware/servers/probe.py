@@ -276,7 +276,7 @@ def _query_for(connection: BaseDatabaseWrapper, state: ConnectionState) -> Query
     def query(sql: str) -> Row:
         probe_logger.debug("%s: %s", state.alias, sql)
         try:
-            with probe_deadline(raw, state), connection.wrap_database_errors:
+            with connection.wrap_database_errors, probe_deadline(raw, state):
                 return fetch(raw, sql, state)
         except ServerUnresponsive:
             # A late reply may still arrive on this connection, so it must not be reused.

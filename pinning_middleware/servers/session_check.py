@@ -105,6 +105,10 @@ def check_session(raw: Any, state: ConnectionState, began: float, seconds: float
     if is_first:
         try:
             check.status = _check_by_new_connection(raw, state, began, seconds)
+        except Exception:
+            # Nothing is known of the server.
+            check.status = SessionStatus.RUNNING
+            raise
         finally:
             check.done.set()
             with _lock:

@@ -54,12 +54,20 @@ class _Watchdog:
         fileno = getattr(raw, "fileno", None)
         if fileno is None:
             return None
-        guard = Guard(fileno())
+        try:
+            guard = Guard(fileno())
+        except OSError:
+            # It is closed, or no more descriptors are left.
+            return None
         with self._condition:
-            heapq.heappush(self._guards, (until, next(self._order), guard))
             if not self._is_running:
+                try:
+                    _thread.start_new_thread(self._run, ())
+                except RuntimeError:
+                    guard.socket.close()
+                    return None
                 self._is_running = True
-                _thread.start_new_thread(self._run, ())
+            heapq.heappush(self._guards, (until, next(self._order), guard))
         return guard
 
     def _run(self) -> None:
@@ -85,7 +93,8 @@ _watchdog = _Watchdog()
 def guard(raw: Any, until: float) -> Guard | None:
     """
     Shut down the socket of a driver's connection at ``until`` (monotonic time), unless the guard
-    that is returned has ended by then. Return None if the driver does not name its socket.
+    that is returned has ended by then. Return None if the driver does not name its socket, or no
+    thread can be started.
     """
     return _watchdog.guard(raw, until)
 

@@ -113,10 +113,11 @@ def ends_transaction(sql: str, vendor: str = "") -> bool:
     )
 
 
-def table_of(sql: str) -> str | None:
+def table_of(sql: str, functions: frozenset[str] = frozenset()) -> str | None:
     """
     Return the only table that a write changes, without quotes and in lower case, with its schema
-    if the statement names it. Return None if it is not obvious.
+    if the statement names it. Return None if it is not obvious. ``functions``: names of functions
+    that write.
     """
     if "/*" in sql or "--" in sql or len([s for s in sql.split(";") if s.strip()]) != 1:
         return None
@@ -128,7 +129,7 @@ def table_of(sql: str) -> str | None:
     if (
         contains(rest, words.CHANGES)
         or contains(rest, words.OTHER_STATEMENTS)
-        or contains(rest, words.writing_functions(frozenset()).calls)
+        or contains(rest, words.writing_functions(functions).calls)
     ):
         return None
     return re.sub(r'["`]', "", found[found.lastgroup]).lower()

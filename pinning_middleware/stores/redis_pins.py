@@ -21,7 +21,7 @@ from pinning_middleware.pins import Pin, PinKey, Pins, Position, merge_pins
 from pinning_middleware.stores import circuit_breaker
 from pinning_middleware.utils import clock
 
-__all__ = ["RedisPins", "is_redis", "lifetime", "redis_pins"]
+__all__ = ["RedisPins", "lifetime", "redis_pins"]
 
 logger = logging.getLogger("pinning_middleware.pins")
 
@@ -199,10 +199,6 @@ def _pin_of(known: Mapping[str, int]) -> Pin:
 # Clients
 
 
-def is_redis(cache: BaseCache) -> bool:
-    return _client_factory(cache) is not None
-
-
 def _client_factory(cache: BaseCache) -> Callable[[], Any] | None:
     """Return what makes a client of the writable server: Django's backend or django-redis."""
     for name in ("_cache", "client"):
@@ -236,9 +232,14 @@ def _with_timeouts(client: Any) -> Any:
         "socket_timeout": circuit_breaker.TIMEOUT,
         "socket_connect_timeout": circuit_breaker.TIMEOUT,
     }
+    limits = {
+        name: getattr(pool, name) for name in ("max_connections", "timeout") if hasattr(pool, name)
+    }
     chosen = {name: value for name, value in pool.connection_kwargs.items() if value is not None}
     try:
-        bounded = type(pool)(connection_class=pool.connection_class, **{**bounds, **chosen})
+        bounded = type(pool)(
+            connection_class=pool.connection_class, **{**bounds, **limits, **chosen}
+        )
     except TypeError:
         # A pool with another constructor, for example Sentinel's: only the site can bound it.
         bounded = pool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, Final
 
 from django.db import DatabaseError, InterfaceError, connections
@@ -132,18 +132,19 @@ class Replicas:
         self._simulate(ReplicaSet.behind_in_tests, ReplicaSet.unreachable_in_tests - set(chosen))
 
     def reset(self) -> None:
-        """Undo all changes."""
+        """Undo all changes. Raise RuntimeError if a real replica cannot be resumed."""
         by_replica = pools().by_replica
-        for alias in tuple(self._written):
-            # The test may have overridden the settings.
-            if alias in by_replica:
-                self._command(alias, _RESUME)
+        # The test may have overridden the settings.
+        paused = [alias for alias in self._written if alias in by_replica]
         self._written.clear()
         if self._record_write in counters.write_observers:
             counters.write_observers.remove(self._record_write)
         connect.unreachable_in_tests.clear()
         if ReplicaSet.behind_in_tests or ReplicaSet.unreachable_in_tests:
             self._simulate(frozenset(), frozenset())
+        with ExitStack() as stack:
+            for alias in paused:
+                stack.callback(self._command, alias, _RESUME)
 
     # Writes since a replica lags
 

@@ -30,9 +30,16 @@ class _Race:
         self._outcomes: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
 
     def start(self, attempt: Callable[[], Any]) -> None:
+        context = contextvars.copy_context()
+        try:
+            # threading.Thread.start() takes twice as long.
+            _thread.start_new_thread(context.run, (self._run, attempt))
+        except RuntimeError:
+            # No thread can be started. An only attempt runs here, and cannot be abandoned.
+            if self.running:
+                return
+            context.run(self._run, attempt)
         self.running += 1
-        # threading.Thread.start() takes twice as long.
-        _thread.start_new_thread(contextvars.copy_context().run, (self._run, attempt))
 
     def _run(self, attempt: Callable[[], Any]) -> None:
         result, error = None, None

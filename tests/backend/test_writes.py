@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,3 +39,16 @@ def test_template_string_is_classified_with_the_parts_it_contains(source: str) -
     text, kind = TEMPLATES[source]
     assert sql_text(connection, template) == text
     assert classify(connection, template).kind is kind
+
+
+def test_composed_statement_of_psycopg2_is_classified_without_a_connection() -> None:
+    """As for a replica that cannot be reached, whose read another server runs."""
+    sql = pytest.importorskip("psycopg2.sql")
+    query = sql.SQL("SELECT {} FROM {} WHERE id = {} OR id = {}").format(
+        sql.Identifier("id"),
+        sql.Identifier("public", "app_book"),
+        sql.Literal(1),
+        sql.Placeholder(),
+    )
+    text = sql_text(SimpleNamespace(connection=None), query)  # type: ignore[arg-type]
+    assert text == 'SELECT "id" FROM "public"."app_book" WHERE id = %s OR id = %s'

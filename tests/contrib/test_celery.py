@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from celery import Celery
+from celery import Celery, Task
 from celery._state import _task_stack
+from celery.exceptions import Retry
 from celery.signals import task_postrun, task_prerun
 from django.core import checks
 from django.core.cache import caches
@@ -101,7 +102,8 @@ class Locks:
         return self.tasks.get(lock)
 
     def lock(self, lock: str, task_id: str, expiry: int | None = None) -> bool:
-        return self.tasks.setdefault(lock, task_id) == task_id
+        # As by Redis, the lock is not acquired again by its own task.
+        return lock not in self.tasks and self.tasks.setdefault(lock, task_id) == task_id
 
     def unlock(self, lock: str) -> None:
         self.tasks.pop(lock, None)
@@ -139,6 +141,22 @@ def test_waiting_singleton_inherits_the_pins_of_dropped_calls(single: Any) -> No
         assert single.delay(1).id == first.id
     assert alias_read_by(single, id=first.id) == "default"
     assert is_replica(alias_read_by(single, id="another"))
+
+
+def test_singleton_that_is_put_back_is_sent_again(
+    single: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[dict[str, Any]] = []
+    monkeypatch.setattr(Task, "apply_async", lambda *args, **options: sent.append(options) or True)
+    single.apply_async((1,), task_id="1")
+    monkeypatch.setattr(handoff, "has_caught_up", lambda: False)
+    single.push_request(id="1", args=(1,), kwargs={}, called_directly=False)
+    try:
+        with pytest.raises(Retry):
+            adapter._put_back_unless_caught_up(single, (1,), {})
+    finally:
+        single.pop_request()
+    assert [options["task_id"] for options in sent] == ["1", "1"]
 
 
 def test_dropped_call_without_pins_saves_none(single: Any) -> None:

@@ -713,6 +713,43 @@ def test_replica_alias_of_the_primary_is_treated_as_the_primary(
     assert sent_signals.of("replica_removed") == []
 
 
+# Transactions that the code begins by a statement
+
+
+RAW_TRANSACTIONS = {
+    "a statement timeout": (
+        "SET LOCAL statement_timeout = 50",
+        "SELECT pg_sleep(10)",
+        "statement timeout",
+    ),
+    "the end of its session": (
+        "SELECT 1",
+        "SELECT pg_terminate_backend(pg_backend_pid())",
+        "terminating connection",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RAW_TRANSACTIONS)
+@pytest.mark.parametrize("alias", ["pg", "pg1"])
+def test_error_in_a_raw_transaction_is_raised(
+    one_book: PostgreSQL, stale: None, alias: str, case: str
+) -> None:
+    """On another connection the rest of the transaction would be lost, or see another snapshot."""
+    first, read, error = RAW_TRANSACTIONS[case]
+    with unrelated_scope(), connections[alias].cursor() as cursor:
+        cursor.execute("BEGIN")
+        if alias == "pg":
+            cursor.execute("UPDATE app_book SET title = 'changed'")
+        cursor.execute(first)
+        with pytest.raises(OperationalError, match=error):
+            cursor.execute(read)
+        assert cursor.db.alias == alias
+    connections[alias].close()
+    with unrelated_scope():
+        assert not Book.objects.using("pg").filter(title="changed").exists()
+
+
 # The primary is down
 
 

@@ -15,6 +15,7 @@ import pytest
 from django.db import close_old_connections, connections
 from django.db.backends.postgresql.base import DatabaseWrapper
 
+from pinning_middleware import no_failover
 from pinning_middleware.reasons import Fault
 from pinning_middleware.servers import budget, connect
 from pinning_middleware.servers.budget import READ_BUDGET, read_budget
@@ -87,6 +88,19 @@ def test_read_begins_with_a_whole_budget_after_a_request_that_used_it_up(pg: Pos
         read_budget.spend(READ_BUDGET)
         assert port_of_request() in (pg["pg1"].port, pg["pg2"].port)
         assert read_budget.left == READ_BUDGET
+
+
+@pytest.mark.parametrize("alias", ["pg", "pg1"])
+def test_statement_that_never_fails_over_leaves_a_whole_budget(pg: PostgreSQL, alias: str) -> None:
+    """A thread may run nothing else, a health check for example."""
+    with no_failover():
+        with connections[alias].cursor() as cursor:
+            read_budget.spend(READ_BUDGET)
+            cursor.execute("SELECT 1")
+        connections[alias].close()
+        with connections[alias].cursor() as cursor:
+            cursor.execute("SELECT 1")
+    assert read_budget.left == READ_BUDGET
 
 
 def test_two_black_holes_in_one_alias_are_abandoned_together(pg: PostgreSQL) -> None:

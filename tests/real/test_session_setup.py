@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import pytest
-from django.db import connections, transaction
+from django.db import DatabaseError, connections, transaction
 from django.test import override_settings
 
-from pinning_middleware import no_failover
+from pinning_middleware import no_failover, propagate_scope
 from pinning_middleware.testing import capture_reads
 from tests.app.models import Book
 from tests.conftest import Visit
 from tests.contrib.pages import load
 
-from .conftest import PostgreSQL, unrelated_scope
+from .conftest import PostgreSQL, as_layout, database, in_thread, server, unrelated_scope
 
 pytestmark = pytest.mark.real
 
@@ -144,6 +145,18 @@ def test_statement_that_leaves_the_session_as_it_was_keeps_no_read_on_the_primar
 
 
 @pytest.mark.usefixtures("tenants")
+def test_session_state_of_primary_outlives_the_connection_of_another_thread() -> None:
+    def read() -> None:
+        run("pg", "SELECT 1")
+        connections["pg"].close()
+
+    with unrelated_scope():
+        run("pg", STATEMENTS["SET"])
+        in_thread(propagate_scope(read))
+        assert titles() == ["north"]
+
+
+@pytest.mark.usefixtures("tenants")
 def test_session_state_of_primary_ends_with_the_scope() -> None:
     with unrelated_scope():
         run("pg", STATEMENTS["SET"])
@@ -217,6 +230,62 @@ def test_session_of_reopened_connection_is_set_up_again(
         connections["pg1"].close()
         assert run("pg1", SCHEMA) == [("north",)]
     assert calls == ["pg1"] * 3
+
+
+@pytest.mark.usefixtures("set_up_sessions")
+def test_session_from_a_pool_is_set_up_again_after_another_scope_has_used_it(
+    pg: PostgreSQL, of_tenant: Callable[[str], None]
+) -> None:
+    def read_as(name: str) -> None:
+        with unrelated_scope():
+            of_tenant(name)
+            assert run("r1", SCHEMA) == [(name,)]
+            connections["r1"].close()
+
+    entry = database(pg["pg1"], pool={"min_size": 1, "max_size": 1})
+    with as_layout(pg, r1=entry), unrelated_scope():
+        of_tenant("north")
+        assert run("r1", SCHEMA) == [("north",)]
+        connections["r1"].close()
+        in_thread(partial(read_as, "south"))
+        assert run("r1", SCHEMA) == [("north",)]
+
+
+@pytest.mark.usefixtures("set_up_sessions")
+def test_session_whose_setup_failed_is_set_up_before_the_next_statement(
+    of_tenant: Callable[[str], None],
+) -> None:
+    with unrelated_scope():
+        of_tenant("south")
+        assert run("pg1", SCHEMA) == [("south",)]
+    with unrelated_scope():
+        of_tenant("no such; syntax")
+        with pytest.raises(DatabaseError):
+            run("pg1", SCHEMA)
+        of_tenant("north")
+        assert run("pg1", SCHEMA) == [("north",)]
+
+
+@pytest.mark.usefixtures("set_up_sessions")
+def test_session_outside_the_pools_is_not_set_up() -> None:
+    with unrelated_scope(), transaction.atomic(using="default"):
+        assert run("default", "SELECT 1") == [(1,)]
+    assert calls == []
+
+
+def set_up_by_procedure(connection: Any) -> None:
+    with connection.cursor() as cursor:
+        cursor.callproc("set_config", ["search_path", tenant.get(), "false"])
+
+
+@pytest.mark.usefixtures("tenants")
+def test_setup_may_call_a_procedure(of_tenant: Callable[[str], None]) -> None:
+    setup = f"{__name__}.set_up_by_procedure"
+    with override_settings(PINNING_SESSION_SETUP=setup), unrelated_scope():
+        of_tenant("north")
+        for alias in ALIASES:
+            assert run(alias, SCHEMA) == [("north",)]
+        assert server() in REPLICAS
 
 
 @pytest.mark.usefixtures("set_up_sessions")

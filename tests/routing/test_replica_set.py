@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Collection, Iterator
 from typing import Any
 
 import pytest
+from django.test import override_settings
 
 from pinning_middleware.reasons import Fault
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
+from pinning_middleware.routing.replica_set import LAG_VALID_FOR
 from pinning_middleware.routing.rotation import Rotation
 from pinning_middleware.servers import monitor
 from pinning_middleware.servers.registry import Identity, Server, registry
@@ -22,7 +25,7 @@ from tests.real.conftest import as_databases
 def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
     """Return a pool whose servers are not connected to."""
     for work in ("retry_until_up", "sample_lag"):
-        monkeypatch.setattr(monitor, work, lambda *args: None)
+        monkeypatch.setattr(monitor.Monitors, work, lambda *args: None)
     monkeypatch.setattr(monitor.Monitor, "_probe", lambda *args: None)
     entry = {"ENGINE": "django.db.backends.postgresql", "NAME": "site", "HOST": "10.0.0.1"}
     with as_databases({alias: {**entry, "PORT": PORTS[alias]} for alias in PORTS}):
@@ -48,6 +51,25 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(monitor.Monitors, "wait_for", recording)
     return found
+
+
+def test_drained_replica_never_serves_in_place_of_another(pool: Pool) -> None:
+    """Also if it lags, so that it would be the last one to serve."""
+    weights = {"pg": {"pg1": 1, "pg2": 0}}
+    with override_settings(PINNING_REPLICAS=weights, PINNING_MAX_LAG=5):
+        drained = pools().by_primary["pg"]
+        registry.set_status(register_server("pg2"), Fault.LAG)
+        registry.mark_down(drained.endpoints["pg1"], Fault.UNREACHABLE, 1000, "by the test")
+        assert drained.replica_set.next() is None
+        assert drained.replica_set.freshest_first() == []
+
+
+def test_old_lag_does_not_count(pool: Pool) -> None:
+    server = register_server("pg1")
+    server.lag, server.lag_measured = 0.0, time.monotonic()
+    assert pool.replica_set.lag("pg1") == 0.0
+    server.lag_measured -= LAG_VALID_FOR
+    assert pool.replica_set.lag("pg1") is None
 
 
 def test_unknown_lag_is_waited_for_once(pool: Pool, waits: list[float]) -> None:

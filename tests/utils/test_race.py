@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 
+from pinning_middleware.utils import race
 from pinning_middleware.utils.race import first_result
 
 
@@ -69,6 +70,18 @@ def test_attempts_are_given_up_when_there_is_nothing_to_wait_for(never: threadin
     answers = iter([False, False, True])
     with pytest.raises(TimeoutError):
         first_result([never.wait], seconds=1000, interval=1000, give_up=lambda: next(answers))
+
+
+def test_only_attempt_runs_in_the_caller_if_no_thread_can_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*args: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(race._thread, "start_new_thread", refuse)
+    assert first_result([lambda: "first", lambda: "second"], seconds=1, interval=0) == "first"
+    with pytest.raises(ZeroDivisionError):
+        first_result([partial(fail, ZeroDivisionError())], seconds=1, interval=0)
 
 
 def test_late_result_is_discarded() -> None:

@@ -39,7 +39,9 @@ __all__ = [
 def get_replica() -> str:
     """Return the next replica of ``default``, or ``default`` if none is usable."""
     pool = pools().default
-    return (pool and pool.replica_set.next()) or DEFAULT_DB_ALIAS
+    if pool is None or not pool.has_replicas:
+        return DEFAULT_DB_ALIAS
+    return pool.replica_set.next() or DEFAULT_DB_ALIAS
 
 
 class ReplicaRouter(PinningRouter):

@@ -56,7 +56,7 @@ class Command(BaseCommand):
     def handle(self, *args: Any, **options: Any) -> None:
         """Run the checks, print the results, and set the exit status."""
         chosen = self._pools(options["pool"])
-        messages = [each for each in run_checks(tags=[TAG]) if not each.is_silenced()]
+        messages = run_checks(tags=[TAG])
         results: dict[str, dict[str, Any]] = {}
         if options["live"]:
             with _sigterm_as_exit(), silence_server_logs(), ServerPoll() as server_poll:
@@ -64,15 +64,17 @@ class Command(BaseCommand):
                 states = {row.alias: row for row in server_poll.poll()}
                 messages += check_balanced_by_a_pooler(databases=_balanced(chosen))
                 messages += check_evictions()
-                results = {
-                    pool.primary: _check_live(
+                for pool in chosen:
+                    found = _check_live(
                         pool,
                         options["timeout"],
                         _primary_problem(states.get(pool.primary)),
                         server_poll.misconfigured,
                     )
-                    for pool in chosen
-                }
+                    # SLAVE_DATABASES may be a second pool of this primary.
+                    known = results.get(pool.primary)
+                    results[pool.primary] = found if known is None else _merged(known, found)
+        messages = [each for each in messages if not each.is_silenced()]
         status = max([_status(messages), *(pool["status"] for pool in results.values())])
         if options["json"]:
             report = {
@@ -157,6 +159,19 @@ def _check_live(
     else:
         status = OK
     return {"status": status, "error": problem, "replicas": results, "missing_privileges": missing}
+
+
+def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return the result of two pools of one primary."""
+    return {
+        "status": max(one["status"], other["status"]),
+        "error": one["error"] or other["error"],
+        "replicas": [*one["replicas"], *other["replicas"]],
+        "missing_privileges": [
+            *one["missing_privileges"],
+            *(m for m in other["missing_privileges"] if m not in one["missing_privileges"]),
+        ],
+    }
 
 
 def _balanced(pools: list[Pool]) -> list[str]:
