@@ -101,7 +101,7 @@ def outside_any_scope() -> Iterator[None]:
     set_overrides(blocks)
     monitor.stop()
     # Reset rate-limited logging and the status of servers, too.
-    rate_limit._said.clear()
+    rate_limit._last_logged.clear()
     counters.reads.clear()
     if any(endpoint.status_since for pool in pools().all for endpoint in pool.endpoints.values()):
         setting_changed.send(

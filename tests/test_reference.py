@@ -282,7 +282,7 @@ def _line(node: ast.Call, loggers: dict[str, str], named: dict[str, Any]) -> Lin
             logger, how, _, message = node.args[:4]
             if isinstance(logger, ast.Name) and isinstance(message, ast.Constant):
                 level = ast.unparse(how).rpartition(".")[2]
-                extra = extra | {"unsaid"}
+                extra = extra | {"suppressed"}
                 return Line(loggers[logger.id], level, str(message.value), extra)
     return None
 

@@ -17,7 +17,7 @@ MOST: Final = 1000
 
 _lock = ForkSafeLock()
 # When a condition was last logged (monotonic clock), and how many records were suppressed since.
-_said: dict[tuple[str, Hashable], tuple[float, int]] = {}
+_last_logged: dict[tuple[str, Hashable], tuple[float, int]] = {}
 
 
 def log_rate_limited(
@@ -32,24 +32,24 @@ def log_rate_limited(
     """
     Log a condition, unless this logger has logged this ``key`` within the last minute.
 
-    Return whether it was logged. The record's ``unsaid`` is the number of records suppressed since
-    the last one.
+    Return whether it was logged. The record's ``suppressed`` is the number of records that were
+    suppressed since the last one.
     """
     if not logger.isEnabledFor(level):
         return False
     now = time.monotonic()
     known = logger.name, key
     with _lock:
-        at, unsaid = _said.get(known, (0.0, 0))
+        at, suppressed = _last_logged.get(known, (0.0, 0))
         if at and now - at < EVERY:
-            _said[known] = at, unsaid + 1
+            _last_logged[known] = at, suppressed + 1
             return False
         # Insert it at the end, so that the oldest is the first.
-        _said.pop(known, None)
-        _said[known] = now, 0
-        if len(_said) > MOST:
-            del _said[next(iter(_said))]
-    all_extra = {**(extra or {}), "unsaid": unsaid}
+        _last_logged.pop(known, None)
+        _last_logged[known] = now, 0
+        if len(_last_logged) > MOST:
+            del _last_logged[next(iter(_last_logged))]
+    all_extra = {**(extra or {}), "suppressed": suppressed}
     # Report the caller's line, not this one.
     logger.log(level, message, *args, extra=all_extra, exc_info=exc_info, stacklevel=2)
     return True

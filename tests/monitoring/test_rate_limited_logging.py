@@ -13,7 +13,7 @@ logger = logging.getLogger("pinning_middleware.monitoring_tests")
 
 @pytest.fixture(autouse=True)
 def reset_rate_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rate_limit, "_said", {})
+    monkeypatch.setattr(rate_limit, "_last_logged", {})
 
 
 def say(key: object = "a", level: int = logging.WARNING) -> bool:
@@ -32,8 +32,8 @@ def test_log_rate_limited_repeats_after_a_minute(
     assert say()
     first, second = caplog.records
     assert first.getMessage() == "replica1 is out"
-    assert (first.__dict__["alias"], first.__dict__["unsaid"]) == ("replica1", 0)
-    assert second.__dict__["unsaid"] == 4
+    assert (first.__dict__["alias"], first.__dict__["suppressed"]) == ("replica1", 0)
+    assert second.__dict__["suppressed"] == 4
     assert first.filename == "test_rate_limited_logging.py"
 
 
@@ -53,7 +53,7 @@ def test_log_rate_limited_keeps_a_limited_number_of_keys(monkeypatch: pytest.Mon
     monkeypatch.setattr(rate_limit, "MOST", 2)
     for key in "abc":
         say(key)
-    assert len(rate_limit._said) == 2
+    assert len(rate_limit._last_logged) == 2
     assert say("a")
     assert not say("c")
 
