@@ -170,7 +170,8 @@ def _observe_reads(options: CallbackOptions) -> Iterator[Observation]:
     labels = ("pool", "alias", "server", "reason")
     counted: defaultdict[tuple[str, ...], float] = defaultdict(int)
     for observation in _flatten(stats.get_stats()["reads"], labels, {}):
-        pool, alias, address, reason = (str(each) for each in observation.attributes.values())
+        attributes = observation.attributes or {}
+        pool, alias, address, reason = (str(attributes[label]) for label in labels)
         counted[pool, alias, address or _only_address(pool, alias), reason] += observation.value
     for key, number in counted.items():
         role = "primary" if key[1] == key[0] else "replica"
