@@ -44,7 +44,6 @@ __all__ = ["PinningMiddleware"]
 
 logger = logging.getLogger("pinning_middleware")
 
-NOT_SAVED = "Could not save the pins of a request after its response."
 # The tasks that save pins: an event loop itself only keeps weak references.
 _saving: set[asyncio.Task[None]] = set()
 # Minimum time for which code after a response belongs to its request (seconds).
@@ -334,14 +333,14 @@ def _save_late(middleware: PinningMiddleware, request: HttpRequest, scope: Scope
     try:
         middleware.save_pins(scope, request, None)
     except Exception:
-        logger.exception(NOT_SAVED)
+        logger.exception("Could not save the pins of a request after its response.")
 
 
 async def _asave_late(middleware: PinningMiddleware, request: HttpRequest, scope: Scope) -> None:
     try:
         await middleware.asave_pins(scope, request, None)
     except Exception:
-        logger.exception(NOT_SAVED)
+        logger.exception("Could not save the pins of a request after its response.")
 
 
 class _Closing(AbstractContextManager[None]):

@@ -112,11 +112,7 @@ def execute_read(pool: Pool, call: Call) -> Any:
     if first.alias == pool.primary:
         # The replicas are the last resort while the primary is down: give them a full budget.
         read_budget.renew()
-    for alias in _alternatives(pool, call, first.alias, outcome):
-        if not is_interchangeable(first.alias, alias):
-            continue
-        if alias != pool.primary and read_budget.left < MIN_LEFT:
-            continue
+    for alias in _candidates(pool, call, first.alias, outcome):
         next_outcome = _try_connection(pool, call, connections[alias])
         if isinstance(next_outcome, _Served):
             # The alias may have refused the statement in turn, so that the primary ran it.
@@ -340,6 +336,24 @@ def _run_blocking(call: Call, connection: BaseDatabaseWrapper, state: Connection
     finally:
         if read is not None:
             read.end()
+
+
+def _candidates(pool: Pool, call: Call, failed: str, rejection: Rejection) -> Iterator[str]:
+    """
+    Yield the interchangeable aliases that may serve instead. A replica is skipped if too little of
+    the budget is left, unless the primary is not interchangeable.
+    """
+    skipped = None
+    for alias in _alternatives(pool, call, failed, rejection):
+        if not is_interchangeable(failed, alias):
+            continue
+        if alias == pool.primary or read_budget.left >= MIN_LEFT:
+            yield alias
+        else:
+            skipped = skipped or alias
+    if skipped is not None and not is_interchangeable(failed, pool.primary):
+        read_budget.renew()
+        yield skipped
 
 
 def _alternatives(pool: Pool, call: Call, failed: str, rejection: Rejection) -> Iterator[str]:

@@ -30,8 +30,7 @@ def leave_former_primary(pool: Pool, call: Call, rejection: Rejection = _DEMOTED
     if not may_move(call.cursor.db):
         raise rejection_error(alias, rejection, "a transaction is open")
     if not reopen_elsewhere(pool, call):
-        why = "its address still resolves to the former primary"
-        raise rejection_error(alias, rejection, why)
+        raise rejection_error(alias, rejection, "its address still resolves to the former primary")
 
 
 def reopen_elsewhere(pool: Pool, call: Call) -> bool:

@@ -21,8 +21,15 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.utils import load_backend
 
 from pinning_middleware.conf import conf
+from pinning_middleware.servers import watchdog
 from pinning_middleware.servers.budget import BudgetExhausted, read_budget
 from pinning_middleware.servers.dialects import dialect_for
+from pinning_middleware.servers.liveness import (
+    ServerUnresponsive,
+    driver_connection,
+    mark_unresponsive,
+    probe_deadline,
+)
 from pinning_middleware.servers.probe import CONNECTION_ERRORS, endpoint_for, probing, state_of
 from pinning_middleware.servers.psycopg_pool import (
     apply_pool_timeouts,
@@ -80,6 +87,8 @@ class BoundedConnect(Base):  # type: ignore[misc]
     is_dedicated = False
     # A read waits for it.
     is_for_read = True
+    # The deadline for setting up a new connection of a driver whose waits cannot be watched.
+    _guard: watchdog.Guard | None = None
 
     def get_connection_params(self) -> dict[str, Any]:
         """Return the driver's parameters, with a timeout unless OPTIONS has one."""
@@ -110,9 +119,36 @@ class BoundedConnect(Base):  # type: ignore[misc]
         else:
             with read_budget.spending():
                 raw = _connect_in_time(self, get_new_connection, conn_params)
-        # Watch the connection from here on: Django's init_connection_state() waits for it too.
-        state_of(self, raw)
+        # Django's init_connection_state() waits for the server, too.
+        state = state_of(self, raw)
+        if not state.waits_are_watched:
+            until = time.monotonic() + CONNECT_TIMEOUT
+            self._guard = watchdog.guard(driver_connection(raw), until)
         return raw
+
+    def is_usable(self) -> bool:
+        """Return whether the server answers, within the deadline of a probe if there is another."""
+        raw, usable = self.connection, super().is_usable
+        if raw is None or not _needs_timeout(self):
+            return usable()  # type: ignore[no-any-return]
+        state = state_of(self)
+        if state.waits_are_watched or state.deadline is not None:
+            return usable()  # type: ignore[no-any-return]
+        try:
+            with read_budget.spending(), probe_deadline(raw, state):
+                return usable()  # type: ignore[no-any-return]
+        except ServerUnresponsive:
+            mark_unresponsive(state)
+            return False
+
+    def _connect_guarded(self) -> None:
+        try:
+            super().connect()
+        finally:
+            guard, self._guard = self._guard, None
+            if guard is not None and guard.end():
+                self.close()
+                raise ConnectTimeout(f"{self.alias} did not set up a connection in time")
 
     def connect(self) -> None:
         """Connect, and retry once if the attempt failed at once."""
@@ -122,7 +158,7 @@ class BoundedConnect(Base):  # type: ignore[misc]
         # Django wraps the driver's errors outside of connect().
         of_driver = (self.Database.OperationalError, self.Database.InterfaceError)
         try:
-            super().connect()
+            self._connect_guarded()
         except (*CONNECTION_ERRORS, *of_driver) as error:
             if isinstance(error, ConnectTimeout):
                 raise
@@ -132,7 +168,7 @@ class BoundedConnect(Base):  # type: ignore[misc]
                 # Its monitor tries again in a moment.
                 raise
             self.close()
-            super().connect()
+            self._connect_guarded()
 
 
 def _needs_timeout(connection: Any) -> bool:

@@ -517,7 +517,7 @@ class Monitors:
 
     def wake(self, alias: str) -> None:
         """Wake the monitor of an alias, whose endpoint has work."""
-        self._assign(alias, Monitor.schedule)
+        self._assign(alias, lambda monitor: monitor.schedule())
 
     def retry_until_up(self, alias: str) -> None:
         """Retry an alias that is out of rotation until it is back."""

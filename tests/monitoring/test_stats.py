@@ -96,7 +96,7 @@ def test_freshest_replica_is_in_rotation_if_all_lag() -> None:
     assert (row("replica1").state, row("replica1").reason) == ("out", "lag")
     freshest = row("replica2")
     assert (freshest.state, freshest.reason, freshest.retry_in) == ("in", "", None)
-    assert freshest.error == "behind, and serving since no other does"
+    assert freshest.error == "lags, but serves because no other replica is in rotation"
     assert stats.health(stats.servers()) == DEGRADED
     registry.set_status(register_server("replica1", port=1), None)
     assert (row("replica2").state, row("replica2").error) == ("out", Fault.LAG.description)

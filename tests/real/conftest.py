@@ -294,7 +294,7 @@ def pooled(*places: Place) -> dict[str, Any]:
 @pytest.fixture
 def untracked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without monitors that probe for each write, so that the probes of reads can be counted."""
-    monkeypatch.setattr(monitor, "track", lambda *args, **kwargs: None)
+    monkeypatch.setattr(monitor.Monitors, "track", lambda *args, **kwargs: None)
 
 
 # State that tests check

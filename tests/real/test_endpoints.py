@@ -231,8 +231,8 @@ def test_pooler_of_several_servers_is_detected(
         assert {port_for(None) for _ in range(8)} <= {pg["pg1"].port, pg["pg2"].port}
     said = [one.getMessage() for one in caplog.records if "connection pooler" in one.getMessage()]
     assert said == [
-        "many resolves to several servers behind a connection pooler; positions are ignored and "
-        "pins last the full window."
+        "many resolves to several servers behind a connection pooler; positions are ignored, "
+        "and it serves no pinned reads."
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from django.db import OperationalError, ProgrammingError, connections, transaction
+from django.db.backends.mysql.base import DatabaseWrapper
 from django.db.backends.signals import connection_created
 from django.test import Client, override_settings
 from freezegun.api import FrozenDateTimeFactory
@@ -373,6 +374,40 @@ def test_frozen_server_is_unresponsive_without_read_timeout(
             assert read() in [(alias, ["one"]) for alias in (OTHER[first], "my")]
         assert sent_signals.of("replica_removed")[0]["reason"] == "unresponsive"
         assert [each["failed"] for each in sent_signals.of("read_retried")] == [first]
+
+
+def test_server_that_freezes_while_a_connection_is_set_up_is_abandoned(
+    one_book: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Django sends statements of its own, after the driver has connected."""
+    first = server_for(None)
+    connections[first].close()
+    setting_up = DatabaseWrapper.init_connection_state
+    with ExitStack() as stack:
+
+        def freeze(self: Any) -> None:
+            if self.alias == first and not self.is_dedicated and not frozen:
+                frozen.append(stack.enter_context(one_book[first].frozen()))
+            setting_up(self)
+
+        frozen: list[object] = []
+        monkeypatch.setattr(DatabaseWrapper, "init_connection_state", freeze)
+        with connections[first].cursor() as cursor:
+            cursor.execute("SELECT 1")
+            assert cursor.db.alias != first
+        assert frozen
+
+
+def test_health_check_of_a_frozen_server_ends(one_book: Servers) -> None:
+    """Django's check, with CONN_HEALTH_CHECKS."""
+    first = server_for(None)
+    with one_book[first].frozen():
+        connections[first].health_check_enabled = True
+        connections[first].health_check_done = False
+        with connections[first].cursor() as cursor:
+            cursor.execute("SELECT 1")
+            assert cursor.db.alias != first
+    connections[first].health_check_enabled = False
 
 
 def test_threads_on_a_frozen_server_share_its_probes(

@@ -258,7 +258,7 @@ def test_monitor_survives_an_error_that_is_not_the_databases(
         assert eventually(lambda: not pool().replica_set.out_of_rotation)
     assert failed == ["pg1", "pg1"]
     (record,) = caplog.records
-    assert record.getMessage() == f"Monitoring of pg1 failed and goes on: {error!r}"
+    assert record.getMessage() == f"Monitoring of pg1 failed and is resumed: {error!r}"
 
 
 def test_read_succeeds_if_no_thread_can_be_started(

@@ -286,7 +286,7 @@ def test_pinned_reads_are_spread_in_a_process_that_has_not_written(
 ) -> None:
     probe_replicas()
     with monkeypatch.context() as other_process:
-        other_process.setattr(monitor, "track", lambda *args, **kwargs: None)
+        other_process.setattr(monitor.Monitors, "track", lambda *args, **kwargs: None)
         token = write("one")
     pg.wait_for()
     # The first of them probes one replica, and the other one is probed afterwards.
@@ -582,7 +582,7 @@ def test_pin_without_permission_for_the_position_lasts_for_the_window(
         pg["pg"].execute(f"GRANT {function} TO PUBLIC", database="site")
     assert visit.response.status_code == 200
     assert pin_in(visit.browser.cookies["pinning"].value).position is None
-    assert "pins on it last the full window: permission denied" in caplog.text
+    assert "its pins last the full window: permission denied" in caplog.text
     pg.wait_for()
     assert visit(read)[0] == "pg"
     clock.tick(16)

@@ -28,6 +28,7 @@ from .conftest import (
     database,
     endpoint,
     pool,
+    probe_replicas,
     server,
     server_for,
     server_of,
@@ -160,6 +161,7 @@ def test_refusal_is_raised_in_a_modified_session(refused: Refused) -> None:
 def test_read_that_two_replicas_cannot_serve_is_reported_with_the_server_that_did(
     refused: Refused, sent_signals: SentSignals
 ) -> None:
+    probe_replicas()
     with unrelated_scope(), connections["pg1"].cursor() as cursor:
         cursor.execute("SELECT 1")
         registry.set_status(server_of("pg1"), Fault.STALE_RESTART, 60)

@@ -165,7 +165,7 @@ def test_blocked_server_behind_a_balancer_is_taken_out_by_the_read_that_waited(
     pg: PostgreSQL, monkeypatch: pytest.MonkeyPatch, sent_signals: SentSignals
 ) -> None:
     """The monitor may be connected to another server, and new connections are identified first."""
-    monkeypatch.setattr(monitor, "wake", lambda *args: None)
+    monkeypatch.setattr(monitor.Monitors, "wake", lambda *args: None)
 
     def identify() -> None:
         assert pool().health.probe(connections["many"])

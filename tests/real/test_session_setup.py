@@ -267,10 +267,14 @@ def test_session_whose_setup_failed_is_set_up_before_the_next_statement(
 
 
 @pytest.mark.usefixtures("set_up_sessions")
-def test_session_outside_the_pools_is_not_set_up() -> None:
-    with unrelated_scope(), transaction.atomic(using="default"):
-        assert run("default", "SELECT 1") == [(1,)]
+def test_session_outside_the_pools_is_not_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = {**connections.settings["default"], "NAME": ":memory:"}
+    monkeypatch.setitem(connections.settings, "elsewhere", elsewhere)
+    with unrelated_scope(), transaction.atomic(using="elsewhere"):
+        assert run("elsewhere", "SELECT 1") == [(1,)]
     assert calls == []
+    connections["elsewhere"].close()
+    del connections["elsewhere"]
 
 
 def set_up_by_procedure(connection: Any) -> None:

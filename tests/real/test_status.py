@@ -92,9 +92,11 @@ def test_status_of_replicas_that_all_lag(pg: PostgreSQL) -> None:
         text = run("pinning_status")[1]
     assert code == stats.DEGRADED
     serving = [rows[alias] for alias in ("pg1", "pg2") if rows[alias]["state"] == "in"]
-    assert [row["error"] for row in serving] == ["behind, and serving since no other does"]
+    assert [row["error"] for row in serving] == [
+        "lags, but serves because no other replica is in rotation"
+    ]
     assert {row["reason"] for row in rows.values()} == {"", "lag"}
-    assert "behind, and serving since no other does" in text
+    assert "lags, but serves because no other replica is in rotation" in text
     assert "1 of 2 replicas in rotation" in text
 
 
