@@ -9,7 +9,7 @@ import pytest
 from asgiref.sync import async_to_sync
 from django.core import checks
 from django.http import HttpRequest, HttpResponse
-from django.test import AsyncClient, Client, RequestFactory
+from django.test import AsyncClient, Client, RequestFactory, override_settings
 from django.urls import path
 from freezegun.api import FrozenDateTimeFactory
 
@@ -329,6 +329,11 @@ def test_this_thread_is_pinned_without_a_scope() -> None:
 
 def test_get_replica_round_robin() -> None:
     assert {multidb.get_replica() for _ in range(4)} == {"replica1", "replica2"}
+
+
+def test_get_replica_of_a_disabled_site() -> None:
+    with override_settings(PINNING_ENABLED=False):
+        assert multidb.get_replica() == "default"
 
 
 def test_get_replica_without_replicas(site: Any) -> None:

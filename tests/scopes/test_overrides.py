@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import gc
 import pickle
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any
 
 import pytest
@@ -29,7 +29,7 @@ from pinning_middleware import (
 from pinning_middleware.backend.execute import execute_wrapper
 from pinning_middleware.scopes.overrides import current_overrides
 from tests.app.models import Author, Book, OwnBook, Tag
-from tests.conftest import Visit, is_replica, where
+from tests.conftest import Browser, Visit, is_replica, where
 
 pytestmark = pytest.mark.django_db(transaction=True, databases="__all__")
 
@@ -239,6 +239,26 @@ def for_staff(request: Any) -> bool:
 
 async def afor_staff(request: Any) -> bool:
     return for_staff(request)
+
+
+@pytest.mark.parametrize("name", ["for_staff", "afor_staff"])
+def test_offload_predicate_that_cannot_run_in_an_event_loop_is_called_by_a_later_read(
+    browser: Browser, do: Callable[..., str], name: str
+) -> None:
+    """Django chooses the database of aiterator() in the loop's own thread."""
+    served: list[str] = []
+
+    async def act(request: Any) -> str:
+        async for _ in Book.objects.aiterator():
+            pass
+        served.append(await sync_to_async(where)())
+        return "done"
+
+    ASKED.clear()
+    with override_settings(PINNING_OFFLOAD=f"{__name__}.{name}"):
+        assert browser.get(f"/async/{do(act)}/", {"staff": "1"}).status_code == 200
+    assert is_replica(served.pop())
+    assert len(ASKED) == 1
 
 
 @pytest.mark.parametrize("name", ["for_staff", "afor_staff"])

@@ -491,6 +491,25 @@ def test_catch_up_copies_the_rows() -> None:
     assert replicas.lagging == frozenset()
 
 
+def test_reset_resumes_the_others_if_one_replica_cannot_be_resumed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[str] = []
+
+    def command(self: Any, alias: str, *statements: Any) -> None:
+        tried.append(alias)
+        if alias == "replica2":
+            raise RuntimeError("it did not run the statement")
+
+    replicas.lag()
+    monkeypatch.setattr(type(replicas), "_command", command)
+    with pytest.raises(RuntimeError):
+        replicas.reset()
+    assert set(tried) == {"replica1", "replica2"}
+    assert not replicas.lagging
+    assert where() in {"replica1", "replica2"}
+
+
 def test_catch_up_fails_inside_a_transaction() -> None:
     with transaction.atomic("replica1"), pytest.raises(RuntimeError, match="TransactionTestCase"):
         replicas.catch_up("replica1")
