@@ -33,7 +33,8 @@ TESTS: Final = {
     "sql/__init__": "tests/test_sql.py tests/test_sql_laws.py",
     "routing/rotation": "tests/routing/test_rotation.py tests/routing/test_affinity.py",
     "routing/outgoing": (
-        "tests/routing/test_outgoing.py tests/test_keyed.py tests/scopes tests/test_scopes.py"
+        "tests/routing/test_outgoing.py tests/test_keyed.py tests/scopes tests/test_scopes.py "
+        "tests/test_stores.py"
     ),
     "routing/policy": (
         "tests/test_routers.py tests/test_scopes.py tests/test_pools.py tests/test_api.py "

@@ -854,6 +854,19 @@ def test_key_is_pinned_in_one_pool(with_keys: None, visit: Visit, phone: Visit) 
             pin_keys("x", using="nowhere")
 
 
+def test_keys_of_one_scope_are_pinned_each_in_its_pool(with_keys: None, visit: Visit) -> None:
+    def change(request: Any) -> None:
+        pin_keys("order:44", using="users")
+        pin_keys("order:45", using="default")
+
+    with override_settings(
+        PINNING_REPLICAS={"default": ["replica1", "replica2"], "users": ["users_replica"]}
+    ):
+        visit(change)
+        assert set(keyed.load_pins("key", ["order:44"])) == {USERS}
+        assert set(keyed.load_pins("key", ["order:45"])) == {DEFAULT}
+
+
 def test_key_is_pinned_without_a_write(with_keys: None, visit: Visit) -> None:
     """For writes by a trigger or another system."""
     visit(lambda request: pin_keys("order:42"))
