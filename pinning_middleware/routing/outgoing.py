@@ -38,7 +38,7 @@ def announce(scope: Scope) -> None:
     Pass on a fact that has just become visible, if the scope is closed: to the scope around it, or
     to the stores that need no response. An open scope does so at its end.
     """
-    if scope.is_closed and scope.on_late_change is not None:
+    if scope.on_late_change is not None:
         scope.on_late_change(scope)
 
 

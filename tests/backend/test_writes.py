@@ -7,10 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from django.db import connection
+from django.db import DatabaseError, connection
 
 from pinning_middleware.backend.writes import classify, sql_text
+from pinning_middleware.reasons import Fault
+from pinning_middleware.servers.registry import registry
 from pinning_middleware.sql import StatementKind
+from tests.app.models import Tag
 
 # Template strings are a syntax error for an older Python.
 TEMPLATES = {
@@ -52,3 +55,35 @@ def test_composed_statement_of_psycopg2_is_classified_without_a_connection() -> 
     )
     text = sql_text(SimpleNamespace(connection=None), query)  # type: ignore[arg-type]
     assert text == 'SELECT "id" FROM "public"."app_book" WHERE id = %s OR id = %s'
+
+
+@pytest.mark.parametrize(
+    ("sql", "begins", "ends"),
+    [
+        ("BEGIN", True, False),
+        ("START TRANSACTION READ ONLY", True, False),
+        ("COMMIT", False, True),
+        ("ROLLBACK", False, True),
+        ("SAVEPOINT a", False, False),
+        ("SELECT 1", False, False),
+        ("INSERT INTO app_tag (name) VALUES (1)", False, False),
+    ],
+)
+def test_statement_that_begins_or_ends_a_transaction_is_recognised(
+    sql: str, begins: bool, ends: bool
+) -> None:
+    statement = classify(connection, sql)
+    assert (statement.begins_transaction, statement.ends_transaction) == (begins, ends)
+
+
+@pytest.mark.django_db(transaction=True, databases="__all__")
+@pytest.mark.parametrize("succeeds", [True, False])
+def test_write_that_succeeds_returns_a_primary_to_the_rotation(succeeds: bool) -> None:
+    endpoint = registry.endpoint("default")
+    registry.mark_down(endpoint, Fault.UNREACHABLE, 1000, "by the test")
+    tag = Tag.objects.create(name="a") if succeeds else None
+    if tag is None:
+        with pytest.raises(DatabaseError), connection.cursor() as cursor:
+            cursor.execute("INSERT INTO missing VALUES (1)")
+    assert (endpoint.out_of_rotation is None) == succeeds
+    registry.mark_up(endpoint)
