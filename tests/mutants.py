@@ -38,7 +38,8 @@ TESTS: Final = {
     ),
     "routing/policy": (
         "tests/test_routers.py tests/test_scopes.py tests/test_pools.py tests/test_api.py "
-        "tests/test_replica_choice.py tests/scopes tests/test_middleware.py"
+        "tests/test_replica_choice.py tests/scopes tests/test_middleware.py "
+        "tests/test_explicit_replicas.py"
     ),
     "backend/writes": "tests/backend tests/test_writes.py tests/scopes tests/test_scopes.py",
 }

@@ -9,6 +9,7 @@ import pytest
 from django.db import connections
 from django.test import override_settings
 
+from pinning_middleware import use_primary, use_replica
 from pinning_middleware.testing import capture_reads
 from tests.app.models import Book
 from tests.conftest import Visit
@@ -60,6 +61,18 @@ def test_named_replica_is_the_primary_after_a_write(visit: Visit) -> None:
         return Book.objects.using("replica1").count()
 
     assert visit(act, "post") == 1
+
+
+def test_named_replica_serves_inside_use_replica_after_a_write(visit: Visit) -> None:
+    def act(request: Any) -> list[str]:
+        Book.objects.create()
+        with use_replica(), capture_reads() as reads:
+            Book.objects.using("replica1").count()
+        with use_primary(), capture_reads() as others:
+            Book.objects.using("replica1").count()
+        return [read.served for read in (*reads, *others)]
+
+    assert visit(act) == ["replica1", "default"]
 
 
 def test_mirror_tells_which_alias_was_meant(
