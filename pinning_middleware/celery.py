@@ -213,7 +213,7 @@ def _put_back_unless_caught_up(task: Any, args: Any, kwargs: Any) -> None:
     if number >= getattr(task, "pinning_retries", DEFAULT_RETRIES):
         counters.task_retries["primary"] += 1
         return
-    if hasattr(task, "release_lock"):
+    if hasattr(task, "on_duplicate") and hasattr(task, "release_lock"):
         # celery-singleton sends no message while the lock is held, also by the task itself.
         task.release_lock(task_args=args, task_kwargs=kwargs)
     delay = FIRST_DELAY * 2**number

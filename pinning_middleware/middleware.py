@@ -131,13 +131,13 @@ class PinningMiddleware:
 
     def load_pins(self, scope: Scope, request: HttpRequest, stores: Iterable[BaseStore]) -> None:
         """Let the scope inherit the pins of the request from these stores."""
-        scope.inherit(base.load_pins(stores, request))
+        base.load_pins(stores, request, scope.inherit)
 
     async def aload_pins(
         self, scope: Scope, request: HttpRequest, stores: Iterable[BaseStore]
     ) -> None:
         """Async version of ``load_pins()``."""
-        scope.inherit(await base.aload_pins(stores, request))
+        await base.aload_pins(stores, request, scope.inherit)
 
     def respond(self, request: HttpRequest) -> Any:
         """Return the response, inside the scope."""
@@ -339,6 +339,10 @@ def _save_late(middleware: PinningMiddleware, request: HttpRequest, scope: Scope
 async def _asave_late(middleware: PinningMiddleware, request: HttpRequest, scope: Scope) -> None:
     try:
         await middleware.asave_pins(scope, request, None)
+    except asyncio.CancelledError:
+        # The loop ends, for example that of async_to_sync().
+        logger.error("Could not save the pins of a request after its response.")
+        raise
     except Exception:
         logger.exception("Could not save the pins of a request after its response.")
 

@@ -17,6 +17,7 @@ from pinning_middleware.routing.outgoing import announce, asave_keys, outgoing_p
 from pinning_middleware.scopes.overrides import Override, current_overrides, set_overrides
 from pinning_middleware.scopes.scope import Scope, current_scope, enter, entered_scope
 from pinning_middleware.scopes.threads import not_inherited
+from pinning_middleware.scopes.watch import Watch, current_watch, set_watch
 
 __all__ = ["PinningScope", "pinning_scope", "propagate_scope"]
 
@@ -165,7 +166,7 @@ def propagate_scope(function: Callable[P, R]) -> Callable[P, R]:
 
     Its writes pin this scope, and its reads are routed like those of this scope.
     """
-    state = current_scope(), current_overrides()
+    state = current_scope(), current_overrides(), current_watch()
 
     if iscoroutinefunction(function):
 
@@ -191,9 +192,10 @@ def propagate_scope(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _switch(
-    scope: Scope | None, overrides: Override | None
-) -> tuple[Scope | None, Override | None]:
-    previous = entered_scope(), current_overrides()
+    scope: Scope | None, overrides: Override | None, watch: Watch | None
+) -> tuple[Scope | None, Override | None, Watch | None]:
+    previous = entered_scope(), current_overrides(), current_watch()
     enter(scope)
     set_overrides(overrides)
+    set_watch(watch)
     return previous

@@ -397,6 +397,9 @@ def get_stats() -> dict[str, Any]:
     for (pool, alias, server, reason), number in dict(counters.reads).items():
         address = "" if server is None else address_of(alias, server)
         reads[pool, alias, address, reason] += number
+    with _lock:
+        # The three counts of one pool belong together.
+        waits = _nested(counters.waits)
     rejected = dict(counters.rejected_tokens)
     pins = {
         "set": counters.pin_events["set"],
@@ -413,7 +416,7 @@ def get_stats() -> dict[str, Any]:
         "refusals": _nested(counters.refusals),
         "retry_404": {name: counters.retries_404[name] for name in ("found", "missing", "refused")},
         "task_retries": {name: counters.task_retries[name] for name in ("put_back", "primary")},
-        "waits": _nested(counters.waits),
+        "waits": waits,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -23,7 +24,13 @@ from freezegun.api import FrozenDateTimeFactory
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from pinning_middleware import ignore_writes, pinning_scope, retry_404, use_replica
+from pinning_middleware import (
+    ignore_writes,
+    pinning_scope,
+    propagate_scope,
+    retry_404,
+    use_replica,
+)
 from pinning_middleware.not_found import RetryLimit, retry_limit
 from pinning_middleware.reasons import Reason
 from pinning_middleware.scopes.scope import current_scope
@@ -365,6 +372,17 @@ def test_function_that_wrote_is_not_run_again() -> None:
     with pinning_scope(isolated=True), pytest.raises(Book.DoesNotExist):
         retry_404(act)()
     assert runs == ["task"]
+
+
+def test_read_of_a_thread_with_the_scope_counts() -> None:
+    def act() -> str:
+        with ThreadPoolExecutor(1) as executor:
+            return executor.submit(propagate_scope(get_book)).result()
+
+    write()
+    with pinning_scope(isolated=True):
+        assert retry_404(act)() == "new"
+    assert runs == ["task"] * 2
 
 
 def test_runs_at_the_same_time_are_repeated_each() -> None:

@@ -38,7 +38,7 @@ from pinning_middleware.routing.route import take_decision
 from pinning_middleware.scopes import transactions
 from pinning_middleware.scopes.overrides import OverrideKind, effects_on
 from pinning_middleware.scopes.scope import Scope, current_scope
-from pinning_middleware.scopes.watch import is_watching, note_write
+from pinning_middleware.scopes.watch import current_watch, note_write
 from pinning_middleware.servers.probe import is_pool_exhausted
 from pinning_middleware.servers.registry import registry
 from pinning_middleware.sql import StatementKind
@@ -59,6 +59,8 @@ class InstrumentedAsyncConnection:
     uncommitted_scopes: frozenset[Scope] = frozenset()
     # BEGIN was sent as a statement of its own.
     in_raw_transaction = False
+    # The code has changed session state of the primary, which keeps its scope there.
+    has_modified_session = False
 
     async def _cursor(self, name: str | None = None) -> Any:
         decision = take_decision(self.alias)
@@ -103,7 +105,9 @@ class InstrumentedAsyncConnection:
         finally:
             self.in_raw_transaction = False
             await self._record_transaction_end()
-            record_session_end(self)  # type: ignore[arg-type]
+            if self.has_modified_session:
+                self.has_modified_session = False
+                record_session_end(self)  # type: ignore[arg-type]
 
     async def _record_transaction_end(self) -> None:
         await _record(self.uncommitted_scopes, record_transaction_end, self)
@@ -122,7 +126,7 @@ async def execute_wrapper(execute: Any, sql: Any, params: Any, many: bool, conte
     connection, cursor = context["connection"], context["cursor"]
     pool = pools().by_connection.get(connection.alias)
     if pool is None:
-        if is_watching() and classify(connection, sql).kind is StatementKind.WRITE:
+        if current_watch() is not None and classify(connection, sql).kind is StatementKind.WRITE:
             note_write()
         return await execute(sql, params, many, context)
     statement = classify(connection, sql)
@@ -139,6 +143,7 @@ async def execute_wrapper(execute: Any, sql: Any, params: Any, many: bool, conte
     finally:
         await _record_control(connection, statement)
     if statement.modifies_session and connection.alias == pool.primary:
+        connection.has_modified_session = True
         current_scope().record_session_state(pool.key)
     if statement.kind in (StatementKind.READ, StatementKind.LOCK):
         decision = cursor.__dict__.get("pinning_decision") or _explicit_decision(

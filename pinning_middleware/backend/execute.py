@@ -36,7 +36,7 @@ from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.overrides import effects_on
 from pinning_middleware.scopes.scope import PoolState, Scope, current_scope
-from pinning_middleware.scopes.watch import is_watching, note_read, note_write
+from pinning_middleware.scopes.watch import current_watch, note_read, note_write
 from pinning_middleware.servers.budget import read_budget
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.probe import failover_disabled, state_of
@@ -67,7 +67,7 @@ def _execute_statement(execute: Any, sql: Any, params: Any, many: bool, context:
     known = pools()
     pool = known.by_connection.get(connection.alias)
     if is_unmanaged() or (pool is None and connection.alias not in known.same_as_primary):
-        if is_watching() and classify(connection, sql).kind is StatementKind.WRITE:
+        if current_watch() is not None and classify(connection, sql).kind is StatementKind.WRITE:
             note_write()
         return execute(sql, params, many, context)
     statement = classify(connection, sql)

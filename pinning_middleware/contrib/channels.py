@@ -67,7 +67,10 @@ class PinnedConsumer:
         return self._pins
 
     async def _load(self, stores: tuple[Any, ...]) -> Pins:
-        return {} if self._request is None else await base.aload_pins(stores, self._request)
+        found: list[Pins] = []
+        if self._request is not None:
+            await base.aload_pins(stores, self._request, found.append)
+        return merge_pins(*found)
 
     def _save_late(self, scope: Scope) -> None:
         """Save writes after the end of a message; later messages inherit their pins."""

@@ -50,4 +50,4 @@ def load_pins(request: Any, user: Any) -> None:
     scope = entered_scope()
     if scope is None or not conf.enabled:
         return
-    scope.inherit(base.load_pins(conf.stores_at_view, plain))
+    base.load_pins(conf.stores_at_view, plain, scope.inherit)

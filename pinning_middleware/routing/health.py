@@ -82,9 +82,12 @@ class Health:
                 return Fault.STALE_RESTART
         if server.replay_waits:
             return Fault.REPLAY_WAITS
-        if conf.max_lag is not None and (server.lag or 0.0) > conf.max_lag:
-            return Fault.LAG
-        return None
+        if conf.max_lag is None:
+            return None
+        if server.lag is None:
+            # A replica stays out until its lag is known to be small enough.
+            return Fault.LAG if server.out_of_rotation is Fault.LAG else None
+        return Fault.LAG if server.lag > conf.max_lag else None
 
     def _has_recovered(self, server: Server, dialect: Dialect) -> bool:
         """Return whether a restarted server has reached its predecessor's position."""
@@ -154,7 +157,7 @@ class Health:
         if was_promoted:
             state.promotion_seen = state.promotion_seen or result is not None
             # The primary's alias may have resolved to another server since it was last seen.
-            self._request_samples()
+            self.sample_lag()
         found = None if result is None else result.server
         if found is None or found.out_of_rotation in (None, Fault.LAG):
             return None

@@ -382,8 +382,10 @@ class ReplicaSet:
             return []
         if alias in self.behind_in_tests:
             return [math.inf]
-        oldest = time.monotonic() - LAG_VALID_FOR
-        return [s.lag if s.lag_measured >= oldest else None for s in endpoint.recent_servers]
+        servers, oldest = endpoint.recent_servers, time.monotonic() - LAG_VALID_FOR
+        measured: list[float | None] = [s.lag for s in servers if s.lag_measured >= oldest]
+        # The monitor measures one of several servers; a connection is judged when it is used.
+        return measured or [None for _ in servers]
 
     # While the primary is down
 

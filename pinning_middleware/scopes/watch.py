@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 
-__all__ = ["Watch", "is_watching", "note_read", "note_write"]
+__all__ = ["Watch", "current_watch", "note_read", "note_write", "set_watch"]
 
 
 class Watch(AbstractContextManager["Watch"]):
@@ -29,9 +29,8 @@ class Watch(AbstractContextManager["Watch"]):
 _watch: ContextVar[Watch | None] = ContextVar("pinning_watch", default=None)
 
 
-def is_watching() -> bool:
-    """Return whether a ``Watch`` is active."""
-    return _watch.get() is not None
+current_watch = _watch.get
+set_watch = _watch.set
 
 
 def note_read(route: tuple[str, str]) -> None:

@@ -138,7 +138,8 @@ class BoundedConnect(Base):  # type: ignore[misc]
             with read_budget.spending(), probe_deadline(raw, state):
                 return usable()  # type: ignore[no-any-return]
         except ServerUnresponsive:
-            mark_unresponsive(state)
+            if not self.is_dedicated:
+                mark_unresponsive(state)
             return False
 
     def _connect_guarded(self) -> None:

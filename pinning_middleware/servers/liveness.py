@@ -244,9 +244,10 @@ def probe_deadline(raw: Any, state: ConnectionState) -> Iterator[None]:
 
     Raise ServerUnresponsive after that. The connection must then be closed.
     """
-    state.deadline = time.monotonic() + DEADLINE
-    guard = None if state.waits_are_watched else watchdog.guard(raw, state.deadline)
+    state.deadline = until = time.monotonic() + DEADLINE
+    guard = None
     try:
+        guard = None if state.waits_are_watched else watchdog.guard(raw, until)
         yield
     finally:
         state.deadline = None

@@ -52,6 +52,8 @@ logger = logging.getLogger("pinning_middleware.servers")
 
 # Seconds between two samples.
 SAMPLE_EVERY = 1.0
+# Maximum seconds between two samples for the older one to tell how far a replica lags.
+MAX_SAMPLE_GAP = 5.0
 # Seconds without work after which a monitor ends.
 IDLE = 5.0
 # Seconds that a monitor goes on with what it was last requested to sample or to track.
@@ -454,15 +456,21 @@ def measure_lag(server: Server, primary: str) -> None:
     if not samples or not server.is_replica:
         server.lag = None if not samples else 0.0
         return
-    newest = samples[0][0]
+    newest = next_sample = samples[0][0]
     dialect = dialect_for(connections[primary])
     for at, position in samples:
         # For lag, the reported LSN is enough even if the timeline is hidden.
         if server.reported_at_least(position.points) or (
             dialect is not None and dialect.reached(position, server.position)
         ):
-            server.lag = newest - at
+            if next_sample - at <= MAX_SAMPLE_GAP:
+                server.lag = newest - at
+            else:
+                # Samples were paused after the position that it has reached, so only how long it
+                # has lacked the one after them is known.
+                server.lag = newest - next_sample or None
             return
+        next_sample = at
     # If the server is behind the oldest sample, one sample is not enough to estimate the lag.
     server.lag = newest - samples[-1][0] if len(samples) > 1 else None
 

@@ -53,8 +53,6 @@ POSITION_RETRY_INTERVAL = 30.0
 MAX_PRIMARY_SAMPLES = 32
 # Number of a primary's positions that are kept to measure lag, and minimum seconds between two.
 MAX_LAG_SAMPLES, LAG_SAMPLE_INTERVAL = 600, 0.5
-# Maximum seconds between two of them to tell how old a position is.
-MAX_LAG_SAMPLE_GAP = 5.0
 
 
 class Identity(NamedTuple):
@@ -505,11 +503,7 @@ class ServerRegistry:
             samples = self._primary_samples.setdefault(system, deque(maxlen=MAX_PRIMARY_SAMPLES))
             samples.append(PrimarySample(sent_at, server.last_probed, report.written))
             positions = self._lag_samples.setdefault(system, deque(maxlen=MAX_LAG_SAMPLES))
-            since_last = sent_at - positions[-1][0] if positions else math.inf
-            if since_last > MAX_LAG_SAMPLE_GAP:
-                # A replica that lacks the newest position may have reached it long before now.
-                positions.clear()
-            if since_last >= LAG_SAMPLE_INTERVAL:
+            if not positions or sent_at - positions[-1][0] >= LAG_SAMPLE_INTERVAL:
                 positions.append((sent_at, report.written))
             for other in tuple(self._servers.values()):
                 if other.timeline_hidden and other.system == system:

@@ -1,4 +1,7 @@
-"""Deadlines of probes for drivers whose waits cannot be watched: a thread shuts down the socket."""
+"""
+Deadlines of probes, and of setting up a connection, for drivers whose waits cannot be watched: a
+thread shuts down the socket.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ __all__ = ["Guard", "guard"]
 
 
 class Guard:
-    """The deadline of one probe, until ``end()`` is called."""
+    """A deadline, until ``end()`` is called."""
 
     __slots__ = ("_lock", "has_shut_down", "is_over", "socket")
 
@@ -41,7 +44,7 @@ class Guard:
 
 
 class _Watchdog:
-    """A lazily started thread that shuts down the sockets of probes that miss their deadline."""
+    """A lazily started thread that shuts down the sockets of those that miss their deadline."""
 
     _order: ClassVar[Iterator[int]] = itertools.count()
 
@@ -56,8 +59,8 @@ class _Watchdog:
             return None
         try:
             guard = Guard(fileno())
-        except OSError:
-            # It is closed, or no more descriptors are left.
+        except Exception:
+            # It is closed, for which drivers raise errors of their own, or no descriptors are left.
             return None
         with self._condition:
             if not self._is_running:

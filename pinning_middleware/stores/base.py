@@ -6,7 +6,7 @@ pins)` keeps the pins for later requests. Stores are independent of routing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 from asgiref.sync import sync_to_async
@@ -72,33 +72,32 @@ class BaseStore:
         await sync_to_async(self.save)(request, response, pins)
 
 
-def load_pins(stores: Iterable[BaseStore], request: HttpRequest) -> Pins:
-    """Return the merged pins of a request from these stores. Their errors are logged."""
-    found: Pins = {}
+def load_pins(
+    stores: Iterable[BaseStore], request: HttpRequest, inherit: Callable[[Pins], object]
+) -> None:
+    """Pass the pins of a request to ``inherit``, store by store. Errors are logged."""
     for store in stores:
         try:
-            found = _merged(found, store.load(request))
+            _pass_on(store.load(request), inherit)
         except Exception as error:
             log_store_error(store, "load", error)
-    return found
 
 
-async def aload_pins(stores: Iterable[BaseStore], request: HttpRequest) -> Pins:
+async def aload_pins(
+    stores: Iterable[BaseStore], request: HttpRequest, inherit: Callable[[Pins], object]
+) -> None:
     """Async version of ``load_pins()``."""
-    found: Pins = {}
     for store in stores:
         try:
-            found = _merged(found, await store.aload(request))
+            _pass_on(await store.aload(request), inherit)
         except Exception as error:
             log_store_error(store, "load", error)
-    return found
 
 
-def _merged(found: Pins, pins: Pins) -> Pins:
-    if not pins:
-        return found
-    counters.pin_events["inherited"] += 1
-    return merge_pins(found, pins)
+def _pass_on(pins: Pins, inherit: Callable[[Pins], object]) -> None:
+    if pins:
+        inherit(pins)
+        counters.pin_events["inherited"] += 1
 
 
 def save_pins(

@@ -67,3 +67,18 @@ def test_slow_read_of_a_replica_that_answers_is_left_alone(
     pg: PostgreSQL, site: subprocess.Popen[str]
 ) -> None:
     assert read(site, 2) == pg["pg1"].port
+
+
+def test_lost_connection_is_opened_again(pg: PostgreSQL, site: subprocess.Popen[str]) -> None:
+    assert read(site) == pg["pg1"].port
+    pg.terminate("pg1")
+    assert read(site) == pg["pg1"].port
+
+
+def test_read_of_a_crashed_replica_runs_on_the_primary(
+    pg: PostgreSQL, site: subprocess.Popen[str]
+) -> None:
+    """The driver has no descriptor for a connection that it has lost, and raises its own error."""
+    assert read(site) == pg["pg1"].port
+    pg["pg1"].stop("immediate")
+    assert [read(site) for _ in range(2)] == [pg["pg"].port] * 2

@@ -72,6 +72,26 @@ def test_old_lag_does_not_count(pool: Pool) -> None:
     assert pool.replica_set.lag("pg1") is None
 
 
+def test_lag_of_the_servers_that_are_measured_counts(pool: Pool) -> None:
+    """Another one behind the alias may be gone."""
+    for started, measured in (("1", 0.0), ("2", time.monotonic())):
+        identity = Identity(started, f"10.0.0.{started}", 2)
+        server = registry.register("pg1", identity, "ff")
+        server.lag, server.lag_measured = float(started), measured
+    assert pool.replica_set.lag("pg1") == 2.0
+
+
+def test_replica_out_for_its_lag_stays_out_while_the_lag_is_unknown(pool: Pool) -> None:
+    with override_settings(PINNING_MAX_LAG=5):
+        limited = pools().by_primary["pg"]
+        server = register_server("pg1")
+        server.reports_position, server.is_replica = True, True
+        for lag, fault in ((10.0, Fault.LAG), (None, Fault.LAG), (1.0, None), (None, None)):
+            server.lag = lag
+            limited.health.update_status(limited.endpoints["pg1"], server)
+            assert server.out_of_rotation is fault
+
+
 def test_unknown_lag_is_waited_for_once(pool: Pool, waits: list[float]) -> None:
     for _ in range(3):
         assert pool.replica_set.within_lag(60, None) is None

@@ -202,11 +202,12 @@ def test_log_handler_that_needs_a_monitor_does_not_block_if_no_thread_starts(
 class Lag:
     """A primary that reported 10, 20 and 30 at one-second intervals, and its replica."""
 
-    def __init__(self, ends: tuple[int, ...] = (10, 20, 30)) -> None:
+    def __init__(self, ends: tuple[int, ...] = (10, 20, 30), pause: float = 0.0) -> None:
         self.primary, self.replica = self.server("default", 1), self.server("replica1", 2)
         for second, end in enumerate(ends):
             report = Report(False, {"ff-1": end}, Position({"ff-1": end}))
-            registry.apply_report(self.primary, report, float(second))
+            at = second + (pause if second > 1 else 0.0)
+            registry.apply_report(self.primary, report, at)
 
     def server(self, alias: str, port: int) -> Server:
         registry.endpoint(alias, "default")
@@ -227,6 +228,27 @@ def postgresql(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("point", "lag"), [(30, 0.0), (35, 0.0), (29, 1.0), (10, 2.0)])
 def test_lag_is_the_age_of_the_newest_sample_that_is_reached(point: int, lag: float) -> None:
     assert Lag().measure(Report(True, {"ff-1": point})) == lag
+
+
+@pytest.mark.usefixtures("postgresql")
+@pytest.mark.parametrize(
+    ("ends", "point", "lag"),
+    [
+        ((10, 20, 30), 30, 0.0),
+        ((10, 20, 30), 20, None),
+        ((10, 20, 30), 10, 61.0),
+        ((10, 20, 30), 5, 61.0),
+        ((10, 20, 30, 40), 30, 1.0),
+        ((10, 20, 30, 40), 20, 1.0),
+        ((10, 20, 30, 40), 10, 62.0),
+    ],
+)
+def test_lag_after_a_pause_of_a_minute_does_not_include_it(
+    ends: tuple[int, ...], point: int, lag: float | None
+) -> None:
+    """A replica that lacks the newest position may have had the one before it all the time."""
+    measured = Lag(ends, pause=59.0).measure(Report(True, {"ff-1": point}))
+    assert measured == (None if lag is None else pytest.approx(lag))
 
 
 @pytest.mark.usefixtures("postgresql")

@@ -343,15 +343,6 @@ def test_alias_resolves_to_a_server_while_one_replaces_another(
     assert found == [second]
 
 
-def test_lag_is_unknown_after_a_time_without_samples(servers: ServerRegistry) -> None:
-    """A replica without the newest position may have had the one before it long ago."""
-    primary = register(servers, "primary")
-    for at, end in ((0.0, 10), (1.0, 20), (60.0, 30)):
-        points = {"ff-1": end}
-        servers.apply_report(primary, Report(False, points, Position(points)), at)
-    assert servers.samples(SYSTEM) == ((60.0, Position({"ff-1": 30})),)
-
-
 def test_status_of_an_endpoint_follows_the_last_of_two_changes_at_once(
     servers: ServerRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
