@@ -44,8 +44,6 @@ __all__ = ["PinningMiddleware"]
 
 logger = logging.getLogger("pinning_middleware")
 
-# The tasks that save pins: an event loop itself only keeps weak references.
-_saving: set[asyncio.Task[None]] = set()
 # Minimum time for which code after a response belongs to its request (seconds).
 MIN_LATE_SECONDS = 1.0
 
@@ -325,24 +323,8 @@ def _save_late(middleware: PinningMiddleware, request: HttpRequest, scope: Scope
     if not scope.keys and all(store.needs_response for store in conf.stores):
         # No store can save it, so do not query the primary's position.
         return
-    if _in_event_loop():
-        task = asyncio.get_running_loop().create_task(_asave_late(middleware, request, scope))
-        _saving.add(task)
-        task.add_done_callback(_saving.discard)
-        return
     try:
         middleware.save_pins(scope, request, None)
-    except Exception:
-        logger.exception("Could not save the pins of a request after its response.")
-
-
-async def _asave_late(middleware: PinningMiddleware, request: HttpRequest, scope: Scope) -> None:
-    try:
-        await middleware.asave_pins(scope, request, None)
-    except asyncio.CancelledError:
-        # The loop ends, for example that of async_to_sync().
-        logger.error("Could not save the pins of a request after its response.")
-        raise
     except Exception:
         logger.exception("Could not save the pins of a request after its response.")
 
