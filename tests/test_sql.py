@@ -103,6 +103,9 @@ WITH RECURSIVE x AS (SELECT 1 UNION ALL SELECT a FROM x) SELECT * FROM x
 VALUES (1), (2)
 TABLE t
 EXPLAIN ANALYZE SELECT 1
+ANALYZE SELECT 1
+ANALYZE FORMAT=JSON SELECT 1
+ANALYZE (SELECT 1)
 EXPLAIN (ANALYZE, FORMAT JSON) SELECT 1
 EXPLAIN ANALYSE VERBOSE WITH x AS (SELECT 1) SELECT * FROM x
 DECLARE c CURSOR FOR SELECT 1
@@ -183,7 +186,8 @@ PREPARE p AS DELETE FROM t
 NOTIFY channel
 COMMIT PREPARED 'x'
 ANALYZE t
-ANALYZE SELECT 1
+ANALYZE DELETE FROM t
+ANALYZE FORMAT=JSON UPDATE t SET a = 1
 LOAD DATA INFILE 'x' INTO TABLE t
 UNKNOWN WORDS
 ?
@@ -810,6 +814,7 @@ def test_name_of_a_writing_function_that_is_not_called_is_a_read(sql: str, vendo
         ("mysql", "CREATE TABLE t (a int)"),
         ("mysql", "TRUNCATE t"),
         ("mysql", "LOCK TABLES t WRITE"),
+        ("mysql", "ANALYZE TABLE t"),
     ],
 )
 def test_statement_that_ends_the_transaction(vendor: str, sql: str) -> None:
@@ -831,6 +836,7 @@ def test_statement_that_ends_the_transaction(vendor: str, sql: str) -> None:
         ("postgresql", "CREATE TABLE t (a int)"),
         ("postgresql", "PREPARE p AS SELECT 1"),
         ("mysql", "CREATE TEMPORARY TABLE t (a int)"),
+        ("mysql", "ANALYZE FORMAT=JSON SELECT 1"),
     ],
 )
 def test_statement_that_leaves_the_transaction_open(vendor: str, sql: str) -> None:

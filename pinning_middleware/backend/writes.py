@@ -117,11 +117,13 @@ def classify(connection: BaseDatabaseWrapper, sql: Any) -> Statement:
 
 def _classify(text: str, vendor: str) -> Statement:
     kind = kind_of(text, vendor, conf.writing_functions)
+    # Of several statements the kind is that of the most severe one.
+    may_control = kind is not StatementKind.READ or ";" in text
     return Statement(
         kind,
         alters_session(text, vendor),
-        kind is not StatementKind.READ and begins_transaction(text, vendor),
-        kind is not StatementKind.READ and ends_transaction(text, vendor),
+        may_control and begins_transaction(text, vendor),
+        may_control and ends_transaction(text, vendor),
     )
 
 

@@ -108,7 +108,11 @@ def ends_transaction(sql: str, vendor: str = "") -> bool:
         return False
     return any(
         words.TRANSACTION_END.match(text) is not None
-        or (_first_word(text) in implicit and not words.TEMPORARY.search(text))
+        or (
+            _first_word(text) in implicit
+            and not words.TEMPORARY.search(text)
+            and not words.ANALYZE_STATEMENT.match(text)
+        )
         for text in _statements(sql, vendor, frozenset())
     )
 
@@ -232,6 +236,8 @@ def _unwrapped(text: str) -> tuple[bool, str]:
     """Return whether the statement is executed at all, and what EXPLAIN or SET STATEMENT wraps."""
     if found := words.SET_STATEMENT.match(text):
         text = text[found.end() :].lstrip("( \t\r\n")
+    if found := words.ANALYZE_STATEMENT.match(text):
+        return True, text[found.end() :].lstrip("( \t\r\n")
     if not (found := words.EXPLAIN.match(text)):
         return True, text
     text, executed = text[found.end() :], False

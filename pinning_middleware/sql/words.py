@@ -104,8 +104,19 @@ FIRST_WORD = re.compile(r"(?:[\s(]|--[^\r\n]*+\r?\n|/\*[^*/!]*+\*/)*+(\w+)")
 # First words of statements that need not be writes.
 MAY_NOT_WRITE: Final = frozenset(
     {
-        *("ABORT", "BEGIN", "CLOSE", "COMMIT", "COPY", "DEALLOCATE", "DECLARE", "DESC"),
-        *("DESCRIBE", "DISCARD", "END", "EXPLAIN", "FETCH", "LISTEN", "LOCK", "MOVE", "PRAGMA"),
+        *("ABORT", "ANALYZE", "BEGIN", "CLOSE", "COMMIT", "COPY", "DEALLOCATE", "DECLARE"),
+        *(
+            "DESC",
+            "DESCRIBE",
+            "DISCARD",
+            "END",
+            "EXPLAIN",
+            "FETCH",
+            "LISTEN",
+            "LOCK",
+            "MOVE",
+            "PRAGMA",
+        ),
         *("RELEASE", "RESET", "ROLLBACK", "SAVEPOINT", "SELECT", "SET", "SHOW", "START"),
         *("TABLE", "UNLISTEN", "UNLOCK", "USE", "VALUES", "WAIT", "WITH"),
     }
@@ -211,6 +222,11 @@ OPTION_WORDS = re.compile(
     r"(?:(?:ANALY[ZS]E|VERBOSE|EXTENDED|PARTITIONS|FORMAT\s*=\s*\w+)(?!\w)\s*)++"
 )
 ANALYZE = re.compile(r"\bANALY[ZS]E\b")
+# MariaDB: runs the statement that follows, and returns its plan.
+# https://mariadb.com/kb/en/analyze-statement/
+ANALYZE_STATEMENT = re.compile(
+    r"ANALYZE\s+(?:FORMAT\s*=\s*\w+\s+)?(?=\(*\s*(?:SELECT|WITH|UPDATE|DELETE|INSERT|REPLACE)\b)"
+)
 
 TRANSACTION_CONFIG = re.compile(r"\bSET_CONFIG\s*\([^(),]*,[^(),]*,\s*TRUE\s*\)")
 TEMPORARY = re.compile(r"\b(?:PG_)?TEMP(?:ORARY)?\b")

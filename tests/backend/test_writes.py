@@ -66,6 +66,8 @@ def test_composed_statement_of_psycopg2_is_classified_without_a_connection() -> 
         ("ROLLBACK", False, True),
         ("SAVEPOINT a", False, False),
         ("SELECT 1", False, False),
+        ("BEGIN; SELECT 1", True, False),
+        ("SELECT 1; COMMIT", False, True),
         ("INSERT INTO app_tag (name) VALUES (1)", False, False),
     ],
 )
