@@ -20,7 +20,7 @@ from typing import Any, cast
 from rq.job import Job
 
 from pinning_middleware import handoff
-from pinning_middleware.pins import Pins
+from pinning_middleware.pins import Pins, merge_pins
 
 __all__ = ["META", "PinnedJob"]
 
@@ -45,8 +45,13 @@ class PinnedJob(Job):
                     self.save_meta()  # type: ignore[no-untyped-call]
 
     def _inherited_pins(self) -> Pins:
-        jobs = [self, *self.fetch_dependencies()]
-        return handoff.pins_of_tokens(*[job.meta.get(META) for job in jobs])
+        dependencies = self.fetch_dependencies()
+        jobs = [self, *dependencies]
+        pins = handoff.pins_of_tokens(*[job.meta.get(META) for job in jobs])
+        if len(dependencies) < len(self._dependency_ids):
+            # One has expired with its pins, which a result_ttl of 0 makes it do at once.
+            return merge_pins(pins, handoff.pins_of_all_writes())
+        return pins
 
     def _set_token(self, token: str | None) -> bool:
         """Store a token in ``meta``; return whether it has changed."""

@@ -331,6 +331,16 @@ def test_job_after_a_group_reads_writes_of_the_group(queue: Queue) -> None:
     assert found["group"] == ["default"]
 
 
+def test_rq_job_after_one_whose_result_is_not_kept_reads_its_writes(valkey: str) -> None:
+    """RQ deletes the first job before it enqueues the second."""
+    queue = RQ(valkey)
+    first = queue.jobs.enqueue(add, "first", result_ttl=0)
+    queue.jobs.enqueue(look, "second", depends_on=first)
+    queue.work()
+    assert found["second"] == ["default"]
+    queue.close()
+
+
 # Jobs that run synchronously use the scope of the caller
 
 
