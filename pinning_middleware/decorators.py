@@ -14,7 +14,15 @@ from asgiref.sync import iscoroutinefunction
 from pinning_middleware.backend.responses import render_within
 from pinning_middleware.scopes.overrides import OverrideKind, pop, push
 
-__all__ = ["Block", "aiterate_within", "async_body_of", "close_within", "iterate_within"]
+__all__ = [
+    "Block",
+    "agenerate_within",
+    "aiterate_within",
+    "async_body_of",
+    "close_within",
+    "generate_within",
+    "iterate_within",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,9 +82,9 @@ class Block(AbstractContextManager[None]):
         if iscoroutinefunction(function):
             wrapper: Any = self._wrap_coroutine(function)
         elif inspect.isgeneratorfunction(function):
-            wrapper = self._wrap_generator(function)
+            wrapper = generate_within(lambda: self, function)
         elif inspect.isasyncgenfunction(function):
-            wrapper = self._wrap_async_generator(function)
+            wrapper = agenerate_within(lambda: self, function)
         else:
             wrapper = self._wrap_function(function)
         return cast("Callable[P, R]", functools.wraps(function)(wrapper))
@@ -102,54 +110,6 @@ class Block(AbstractContextManager[None]):
             result = await coroutine
         return self._wrap_response(result)
 
-    # The caller of a generator is outside the block between two values.
-
-    def _wrap_generator(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            generator = function(*args, **kwargs)
-            step = functools.partial(generator.send, None)
-            while True:
-                with self:
-                    try:
-                        value = step()
-                    except StopIteration as stop:
-                        return stop.value
-                try:
-                    sent = yield value
-                except GeneratorExit:
-                    with self:
-                        generator.close()
-                    raise
-                except BaseException as error:
-                    step = functools.partial(generator.throw, error)
-                else:
-                    step = functools.partial(generator.send, sent)
-
-        return generate
-
-    def _wrap_async_generator(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        async def generate(*args: Any, **kwargs: Any) -> Any:
-            generator = function(*args, **kwargs)
-            step = functools.partial(generator.asend, None)
-            while True:
-                with self:
-                    try:
-                        value = await step()
-                    except StopAsyncIteration:
-                        return
-                try:
-                    sent = yield value
-                except GeneratorExit:
-                    with self:
-                        await generator.aclose()
-                    raise
-                except BaseException as error:
-                    step = functools.partial(generator.athrow, error)
-                else:
-                    step = functools.partial(generator.asend, sent)
-
-        return generate
-
     def _wrap_response(self, result: Any) -> Any:
         if getattr(result, "streaming", False) is True:
             if getattr(result, "file_to_stream", None) is None:
@@ -161,6 +121,68 @@ class Block(AbstractContextManager[None]):
         elif getattr(result, "is_rendered", True) is False:
             render_within(result, self)
         return result
+
+
+# The caller of a generator is outside the block between two values.
+
+
+def generate_within(
+    open_block: Callable[[], AbstractContextManager[None]], function: Callable[..., Any]
+) -> Callable[..., Any]:
+    """
+    Return a generator function whose body runs inside a block, which is entered for each value.
+    ``open_block`` is called once for each generator.
+    """
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        generator, block = function(*args, **kwargs), open_block()
+        step = functools.partial(generator.send, None)
+        while True:
+            with block:
+                try:
+                    value = step()
+                except StopIteration as stop:
+                    return stop.value
+            try:
+                sent = yield value
+            except GeneratorExit:
+                with block:
+                    generator.close()
+                raise
+            except BaseException as error:
+                step = functools.partial(generator.throw, error)
+            else:
+                step = functools.partial(generator.send, sent)
+
+    return generate
+
+
+def agenerate_within(
+    open_block: Callable[[], AbstractContextManager[None]], function: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Async version of ``generate_within()``."""
+
+    async def generate(*args: Any, **kwargs: Any) -> Any:
+        generator, block = function(*args, **kwargs), open_block()
+        step = functools.partial(generator.asend, None)
+        while True:
+            with block:
+                try:
+                    value = await step()
+                except StopAsyncIteration:
+                    return
+            try:
+                sent = yield value
+            except GeneratorExit:
+                with block:
+                    await generator.aclose()
+                raise
+            except BaseException as error:
+                step = functools.partial(generator.athrow, error)
+            else:
+                step = functools.partial(generator.asend, sent)
+
+    return generate
 
 
 def close_within(block: AbstractContextManager[object], response: Any) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, cast
@@ -12,6 +14,7 @@ from asgiref.sync import iscoroutinefunction, sync_to_async
 
 from pinning_middleware import tokens
 from pinning_middleware.conf import conf
+from pinning_middleware.decorators import agenerate_within, generate_within
 from pinning_middleware.pins import Pins
 from pinning_middleware.routing.outgoing import announce, asave_keys, outgoing_pins, save_keys
 from pinning_middleware.scopes.overrides import Override, current_overrides, set_overrides
@@ -159,36 +162,44 @@ def pinning_scope(token: str | None = None, isolated: bool = False) -> PinningSc
 
 def propagate_scope(function: Callable[P, R]) -> Callable[P, R]:
     """
-    Return the function, or coroutine function, bound to the scope and the overrides that are active
-    now, to be run by another thread, greenlet or task::
+    Return the function, coroutine function or generator function, bound to the scope and the
+    overrides that are active now, to be run by another thread, greenlet or task::
 
         executor.submit(propagate_scope(work), argument)
 
     Its writes pin this scope, and its reads are routed like those of this scope.
     """
     state = current_scope(), current_overrides(), current_watch()
+    if inspect.isgeneratorfunction(function):
+        wrapper = generate_within(lambda: _Propagated(*state), function)
+    elif inspect.isasyncgenfunction(function):
+        wrapper = agenerate_within(lambda: _Propagated(*state), function)
+    elif iscoroutinefunction(function):
 
-    if iscoroutinefunction(function):
-
-        @functools.wraps(function)
-        async def abound(*args: P.args, **kwargs: P.kwargs) -> Any:
-            previous = _switch(*state)
-            try:
+        async def wrapper(*args: P.args, **kwargs: P.kwargs) -> Any:
+            with _Propagated(*state):
                 return await function(*args, **kwargs)
-            finally:
-                _switch(*previous)
 
-        return cast("Callable[P, R]", abound)
+    else:
 
-    @functools.wraps(function)
-    def bound(*args: P.args, **kwargs: P.kwargs) -> R:
-        previous = _switch(*state)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            _switch(*previous)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> Any:
+            with _Propagated(*state):
+                return function(*args, **kwargs)
 
-    return bound
+    return cast("Callable[P, R]", functools.wraps(function)(wrapper))
+
+
+class _Propagated(AbstractContextManager[None]):
+    """Enters a scope and its overrides, and keeps what the code inside has entered since."""
+
+    def __init__(self, *state: Any) -> None:
+        self._state = state
+
+    def __enter__(self) -> None:
+        self._outer = _switch(*self._state)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._state = _switch(*self._outer)
 
 
 def _switch(

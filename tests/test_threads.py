@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from asgiref.sync import async_to_sync
 from django.db import connections
 
 from pinning_middleware import (
@@ -16,6 +17,7 @@ from pinning_middleware import (
     pinning_scope,
     propagate_scope,
     use_primary,
+    use_replica,
 )
 from pinning_middleware.scopes.scope import entered_scope
 from tests.app.models import Book
@@ -65,6 +67,36 @@ def test_propagate_scope_write_pins_the_starting_scope(executor: ThreadPoolExecu
         executor.submit(propagate_scope(write)).result(30)
         assert where() == "default"
     assert scope.token is not None
+
+
+def test_propagate_scope_of_a_generator_reads_writes_of_the_scope(
+    executor: ThreadPoolExecutor,
+) -> None:
+    def aliases() -> Iterator[str]:
+        yield where()
+        with use_replica():
+            yield where()
+            yield where()
+
+    with pinning_scope():
+        write()
+        generator = propagate_scope(aliases)()
+        first, *others = [executor.submit(next, generator).result(30) for _ in range(3)]
+    assert first == "default"
+    assert all(map(is_replica, others))
+
+
+def test_propagate_scope_of_an_async_generator_reads_writes_of_the_scope() -> None:
+    async def aliases() -> AsyncIterator[str]:
+        yield where()
+
+    async def first(generator: AsyncIterator[str]) -> str:
+        return await anext(generator)
+
+    with pinning_scope():
+        write()
+        generator = propagate_scope(aliases)()
+    assert async_to_sync(first)(generator) == "default"
 
 
 def test_propagate_scope_in_a_request(visit: Visit, executor: ThreadPoolExecutor) -> None:
