@@ -61,6 +61,7 @@ def _marked(
     forbid_stale_reads: bool = True,
 ) -> Iterator[None]:
     from pinning_middleware import testing
+    from pinning_middleware.testing.clock import reset_window
 
     if more:
         raise TypeError(f"pinning() takes one alias, a list of aliases or True, not also {more!r}")
@@ -75,6 +76,7 @@ def _marked(
             yield
     finally:
         testing.replicas.reset()
+        reset_window()
 
 
 @pytest.fixture
