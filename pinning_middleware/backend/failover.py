@@ -281,7 +281,9 @@ def _take_out(connection: BaseDatabaseWrapper, error: Exception) -> Rejection:
     if is_pool_exhausted(error):
         raise error
     endpoint = endpoint_for(connection)
-    if not (endpoint.is_down or isinstance(error, BudgetExhausted)):
+    # Of several servers, the one that does not answer has been taken out.
+    is_one_of_several = isinstance(error, ServerUnresponsive) and len(endpoint.recent_servers) > 1
+    if not (endpoint.is_down or is_one_of_several or isinstance(error, BudgetExhausted)):
         is_down = not is_unresponsive(connection, error)
         fault = Fault.UNREACHABLE if is_down else Fault.UNRESPONSIVE
         registry.mark_down(endpoint, fault, conf.retry_after, error)

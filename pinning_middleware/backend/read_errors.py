@@ -100,8 +100,11 @@ def _waited_for_lock(pool: Pool, connection: BaseDatabaseWrapper, error: Excepti
     dialect = dialect_for(connection)
     if dialect is None or connection.alias == pool.primary or connection.connection is None:
         return False
-    code = dialect.error_code(error)
-    is_timeout = code in dialect.timeout_errors and state_of(connection).waits_for_lock
+    code, state = dialect.error_code(error), state_of(connection)
+    if not state.may_be_standby:
+        # A replica's alias may resolve to the primary, where a lock is that of another statement.
+        return False
+    is_timeout = code in dialect.timeout_errors and state.waits_for_lock
     return is_timeout or code in dialect.lock_errors
 
 
@@ -133,10 +136,7 @@ def _is_lost(connection: BaseDatabaseWrapper, error: Exception) -> bool:
     if dialect is not None and dialect.is_lost(error):
         return True
     with without_failover():
-        try:
-            return not connection.is_usable()
-        except ServerUnresponsive:
-            return True
+        return not connection.is_usable()
 
 
 def _is_retryable(connection: BaseDatabaseWrapper, error: Exception) -> bool:

@@ -108,7 +108,7 @@ class Health:
         if primary is None:
             # The primary must be identified first; this server is judged again after that.
             self._request_samples()
-            written = registry.primary_position(server.system)
+            written = next((position for _, position in registry.samples(self.primary)), None)
             return written is None or logs_of(server.position) != logs_of(written.points)
         return primary is not server and primary.system == server.system
 

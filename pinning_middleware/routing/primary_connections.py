@@ -95,7 +95,8 @@ class PrimaryConnections:
         newest = max(tuple(self.endpoint.servers.values()), default=0.0)
         if requirement.position is not None:
             newest = max(newest, time.monotonic() - FRESH_FOR)
-        elif not requirement.primary_only:
+        elif not requirement.primary_only and len(self.endpoint.servers) < 2:
+            # Nothing shows that the alias has ever resolved to another server.
             return False
         return state.opened_at < newest
 

@@ -22,9 +22,11 @@ from enum import Enum
 from functools import partial
 from typing import Any, Final
 
+from django.db.backends.base.base import BaseDatabaseWrapper
+
 from pinning_middleware.servers.budget import read_budget
 from pinning_middleware.servers.connect import ConnectTimeout, dedicated_connection
-from pinning_middleware.servers.connection_state import ConnectionState
+from pinning_middleware.servers.connection_state import ConnectionState, driver_session
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.liveness import (
     DEADLINE,
@@ -35,7 +37,13 @@ from pinning_middleware.servers.liveness import (
     driver_connection,
     mark_unresponsive,
 )
-from pinning_middleware.servers.probe import CONNECTION_ERRORS, probe, without_failover
+from pinning_middleware.servers.probe import (
+    CONNECTION_ERRORS,
+    fetch,
+    probe,
+    without_failover,
+)
+from pinning_middleware.servers.session_check import ATTEMPT_INTERVAL
 from pinning_middleware.utils.race import first_result
 
 __all__ = ["BlockedRead", "ProbeOutcome", "probe_afresh", "track_read"]
@@ -72,12 +80,13 @@ class BlockedRead:
         "inode",
         "limit",
         "pause",
+        "session",
         "state",
         "was_given_up",
     )
 
-    def __init__(self, state: ConnectionState, fileno: int) -> None:
-        self.state, self.fileno = state, fileno
+    def __init__(self, state: ConnectionState, fileno: int, session: int | None = None) -> None:
+        self.state, self.fileno, self.session = state, fileno, session
         # The descriptor may be closed, and reused, before end() is called.
         self.inode = os.fstat(fileno).st_ino
         # When it began, or when its server last answered a probe (monotonic time).
@@ -151,22 +160,23 @@ class _ReadTracker:
                 self._probed.update(due)
             for target, read in due.items():
                 try:
-                    _thread.start_new_thread(self._check, (target, read.state, read.limit))
+                    _thread.start_new_thread(self._check, (target, read))
                 except RuntimeError:
                     # No more threads can be started for now.
                     with self._condition:
                         self._probed.discard(target)
 
-    def _check(self, target: object, state: ConnectionState, seconds: float) -> None:
+    def _check(self, target: object, first: BlockedRead) -> None:
+        state, seconds = first.state, first.limit
         began, outcome = time.monotonic(), ProbeOutcome.ANSWERED
         try:
-            outcome = probe_afresh(state, seconds)
+            outcome = probe_afresh(state, seconds, first.session)
+            if outcome is ProbeOutcome.UNANSWERED and seconds >= DEADLINE:
+                mark_unresponsive(state)
         except Exception:
-            # A receiver of connection_created, for example.
+            # Of a receiver of connection_created, for example.
             logger.exception("Could not probe the server of a slow read of %s.", state.alias)
         is_unanswered = outcome is not ProbeOutcome.ANSWERED
-        if outcome is ProbeOutcome.UNANSWERED and seconds >= DEADLINE:
-            mark_unresponsive(state)
         with self._condition:
             self._probed.discard(target)
             for read in self._reads:
@@ -183,39 +193,57 @@ class _OtherServer(Exception):
     """Another server behind the alias answered."""
 
 
-def probe_afresh(state: ConnectionState, seconds: float) -> ProbeOutcome:
+def probe_afresh(
+    state: ConnectionState, seconds: float, session: int | None = None
+) -> ProbeOutcome:
     """
-    Probe the server of a connection over a new one, within ``seconds``.
+    Probe the server of a connection over a new one, within ``seconds``. ``session``: the ID of the
+    connection's own, by which a server is recognised that has not been identified.
 
     A load balancer may connect to another server: try again to reach the same one.
     """
-    attempt = partial(_attempt, state)
+    attempt = partial(_attempt, state, session)
     attempts = itertools.repeat(attempt, MAX_ATTEMPTS)
     try:
-        return first_result(attempts, seconds=seconds, interval=seconds, retry=_OtherServer)
+        return first_result(
+            attempts, seconds=seconds, interval=ATTEMPT_INTERVAL, retry=_OtherServer
+        )
     except _OtherServer:
         return ProbeOutcome.OTHER_SERVER
     except TimeoutError:
         return ProbeOutcome.UNANSWERED
 
 
-def _attempt(state: ConnectionState) -> ProbeOutcome:
+def _attempt(state: ConnectionState, session: int | None) -> ProbeOutcome:
     with contextlib.closing(dedicated_connection(state.alias)) as fresh, without_failover():
         try:
             result = probe(fresh, is_trial=True)
-            if result is None:
-                # Positions are disabled.
-                fresh.ensure_connection()
-                return ProbeOutcome.ANSWERED if fresh.is_usable() else ProbeOutcome.UNANSWERED
+            if result is not None and state.server is not None:
+                is_same = result.server is state.server
+            else:
+                is_same = _runs_session(fresh, session)
         except (ConnectTimeout, ServerUnresponsive):
             return ProbeOutcome.UNANSWERED
         except CONNECTION_ERRORS as error:
             dialect = dialect_for(fresh)
             is_from_server = dialect is not None and dialect.is_from_server(error)
             return ProbeOutcome.ANSWERED if is_from_server else ProbeOutcome.UNANSWERED
-    if state.server not in (None, result.server):
+    if not is_same:
         raise _OtherServer
     return ProbeOutcome.ANSWERED
+
+
+def _runs_session(fresh: BaseDatabaseWrapper, session: int | None) -> bool:
+    """Return whether a server runs a session, or a pooler hides that."""
+    dialect = dialect_for(fresh)
+    search = "" if dialect is None or session is None else dialect.session_search(session)
+    if not search:
+        fetch(fresh, "SELECT 1")
+        return True
+    own, is_running = fetch(fresh, search)
+    is_pooler = int(own) != driver_session(fresh.connection)
+    # A value that was fetched without a cursor is text.
+    return is_pooler or is_running in (True, "t")
 
 
 _tracker = _ReadTracker()
@@ -229,7 +257,7 @@ def track_read(raw: Any, state: ConnectionState) -> BlockedRead | None:
     if state.waits_are_watched:
         return None
     try:
-        read = BlockedRead(state, driver_connection(raw).fileno())
+        read = BlockedRead(state, driver_connection(raw).fileno(), driver_session(raw))
         _tracker.add(read)
     except Exception:
         # It is closed, for which the read itself raises the driver's error; or no thread can be

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -128,6 +129,13 @@ class BoundedConnect(Base):  # type: ignore[misc]
 
     def is_usable(self) -> bool:
         """Return whether the server answers, within the deadline of a probe if there is another."""
+        try:
+            return self._is_usable()
+        except OperationalError:
+            # Django expects errors of the driver only, and calls this between two requests.
+            return False
+
+    def _is_usable(self) -> bool:
         raw, usable = self.connection, super().is_usable
         if raw is None or not _needs_timeout(self):
             return usable()  # type: ignore[no-any-return]
@@ -140,7 +148,7 @@ class BoundedConnect(Base):  # type: ignore[misc]
         except ServerUnresponsive:
             if not self.is_dedicated:
                 mark_unresponsive(state)
-            return False
+            raise
 
     def _connect_guarded(self) -> None:
         try:
@@ -199,8 +207,13 @@ def _connect_in_time(
         seconds = min(read_budget.left, CONNECT_TIMEOUT)
     endpoint = endpoint_for(connection)
     was_down = endpoint.is_down
-    has_hung = time.monotonic() - endpoint.hung_at < RECENT_FOR
-    attempts = list(_rotations(params, endpoint, MAX_ATTEMPTS if has_hung else 2))
+    began = time.monotonic()
+    has_hung = began - endpoint.hung_at < RECENT_FOR
+    # A server that is only busy must not get more attempts than necessary.
+    has_several = _is_list(params) or len(endpoint.servers) > 1
+    maximum = MAX_ATTEMPTS if has_hung and has_several else 2
+    attempts = list(_rotations(params, endpoint, maximum))
+    interval = HUNG_ATTEMPT_INTERVAL if has_hung else ATTEMPT_INTERVAL
 
     def attempt(number: int) -> tuple[int, Any]:
         return number, connect(attempts[number])
@@ -209,7 +222,7 @@ def _connect_in_time(
         number, raw = first_result(
             (functools.partial(attempt, number) for number in range(len(attempts))),
             seconds=seconds,
-            interval=HUNG_ATTEMPT_INTERVAL if has_hung else ATTEMPT_INTERVAL,
+            interval=interval,
             discard=lambda late: late[1].close(),
             give_up=lambda: endpoint.is_down and not was_down,
         )
@@ -217,10 +230,12 @@ def _connect_in_time(
         is_down = seconds == CONNECT_TIMEOUT or endpoint.is_down
         kind = ConnectTimeout if is_down else BudgetExhausted
         raise kind(f"{connection.alias} did not accept a connection in time") from error
-    if number:
-        # The attempts before this one have not been answered.
+    if number and time.monotonic() - began >= ATTEMPT_INTERVAL:
+        # The attempts before this one have not been answered for longer than a busy server takes.
         endpoint.hung_at = time.monotonic()
-        hung = [_hosts(each)[0] for each in attempts[:number] if _is_list(each)]
+        overdue = endpoint.hung_at - began - ATTEMPT_INTERVAL
+        late = itertools.takewhile(lambda n: n * interval <= overdue, range(number))
+        hung = [_hosts(attempts[each])[0] for each in late if _is_list(attempts[each])]
         endpoint.unresponsive_hosts.update(hung)
         if hung:
             registry.request_work(endpoint)

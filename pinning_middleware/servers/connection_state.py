@@ -10,32 +10,22 @@ from typing import Any
 
 from pinning_middleware.servers.registry import Endpoint, Server
 
-__all__ = ["ConnectionState"]
+__all__ = ["ConnectionState", "driver_session"]
+
+
+def driver_session(raw: Any) -> int | None:
+    """
+    Return the session's ID as reported at connect, None if there is none. A connection pooler
+    reports its own.
+    """
+    session: int | None = getattr(getattr(raw, "info", None), "backend_pid", None)
+    if session is None and hasattr(raw, "thread_id"):
+        session = raw.thread_id()
+    return session
 
 
 class ConnectionState:
     """The state of one driver connection, kept for as long as the connection exists."""
-
-    __slots__ = (
-        "_parameter_status",
-        "alias",
-        "behind_pooler",
-        "can_prepare",
-        "deadline",
-        "endpoint",
-        "may_fail_over",
-        "may_leave",
-        "next_prepared",
-        "opened_at",
-        "prepared",
-        "promotion_seen",
-        "rejected_write",
-        "server",
-        "session_modified",
-        "session_modified_at_checkout",
-        "waits_are_watched",
-        "waits_for_lock",
-    )
 
     def __init__(self, endpoint: Endpoint, may_fail_over: bool, raw: Any = None) -> None:
         self.alias = endpoint.alias
@@ -72,6 +62,33 @@ class ConnectionState:
         pgconn = getattr(raw, "pgconn", None)
         self._parameter_status = getattr(pgconn, "parameter_status", None)
         self.promotion_seen = False
+
+    @property
+    def may_be_any_server(self) -> bool:
+        """Whether it is unknown to which of several servers of the alias it is connected."""
+        return self.server is None and len(self.endpoint.recent_servers) > 1
+
+    def record_answer(self) -> None:
+        """Record that the server has answered a read."""
+        answering: Server | Endpoint = self.server or self.endpoint
+        answering.answered_at = time.monotonic()
+
+    @property
+    def last_answer(self) -> float:
+        """
+        Monotonic time at which the server last answered a read of this process, on any connection
+        of which that is known.
+        """
+        of_server = 0.0 if self.server is None else self.server.answered_at
+        has_several = len(self.endpoint.servers) > 1
+        return of_server if has_several else max(of_server, self.endpoint.answered_at)
+
+    @property
+    def may_be_standby(self) -> bool:
+        """Whether the server may be a standby, as far as is known. Does no I/O."""
+        if self.server is not None and self.server.is_replica is not None:
+            return self.server.is_replica
+        return self._parameter_status is None or self._parameter_status(b"in_hot_standby") != b"off"
 
     @property
     def is_standby(self) -> bool:

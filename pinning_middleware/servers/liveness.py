@@ -138,13 +138,15 @@ class _SlowRead:
     def __init__(self, raw: Any, state: ConnectionState, was_unresponsive: bool) -> None:
         self.raw, self.state = raw, state
         self.was_unresponsive = was_unresponsive
-        self.session = SlowSession(raw.info.backend_pid)
+        started = state.server.identity.started if state.server is not None else ""
+        self.session = SlowSession(raw.info.backend_pid, started)
         # Since when there has been no answer, and when the session was last found on its server.
         self.since = self.last_seen = time.monotonic() - WAIT_INTERVAL
         # After another server did not answer, less time is left for this one.
         self.check_after = min(FIRST_CHECK_AFTER, max(read_budget.left - DEADLINE, WAIT_INTERVAL))
-        state.endpoint.slow_sessions.add(self.session)
-        registry.request_work(state.endpoint)
+        if not state.may_be_any_server:
+            state.endpoint.slow_sessions.add(self.session)
+            registry.request_work(state.endpoint)
 
     def end(self) -> None:
         """Stop the monitor's search."""
@@ -178,10 +180,15 @@ class _SlowRead:
         elif self.session.seen_at > began:
             # New connections are not accepted, but the session runs.
             self._found(self.session.seen_at, self.session.waits_for_lock)
+        elif (answered_at := self.state.last_answer) > began:
+            # Others are answered: the connections of a pooler, for example, are all in use.
+            self._found(answered_at, waits_for_lock=False)
+            self.check_after = FIRST_CHECK_AFTER
         elif seconds < DEADLINE:
             self._give_up(BudgetExhausted(f"{self.state.alias} did not answer in time"))
         else:
-            mark_unresponsive(self.state)
+            info = self.raw.info
+            mark_unresponsive(self.state, (info.host, str(info.port)))
             self._give_up(ServerUnresponsive(f"{self.state.alias} does not answer"))
 
     def _found(self, seen_at: float, waits_for_lock: bool) -> None:
@@ -228,11 +235,19 @@ def _is_marked_unresponsive(state: ConnectionState) -> bool:
     )
 
 
-def mark_unresponsive(state: ConnectionState) -> None:
-    """Take the server out of rotation, or the endpoint if the server is unknown."""
+def mark_unresponsive(state: ConnectionState, host: tuple[str, str] | None = None) -> None:
+    """
+    Take the server out of rotation, or the endpoint if it is the only one there. If it is unknown
+    which of several it is, new connections avoid its ``host``, a pair of HOST and PORT.
+    """
     error = "the server does not answer"
     if state.server is not None:
         registry.set_status(state.server, Fault.UNRESPONSIVE, conf.retry_after, error)
+    elif state.may_be_any_server:
+        state.endpoint.hung_at = time.monotonic()
+        if host is not None:
+            state.endpoint.unresponsive_hosts.add(host)
+            registry.request_work(state.endpoint)
     else:
         registry.mark_down(state.endpoint, Fault.UNRESPONSIVE, conf.retry_after, error)
 

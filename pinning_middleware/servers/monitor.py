@@ -393,6 +393,10 @@ class Monitor:
 
     def _probe(self, alias: str, is_trial: bool = False) -> Server | None:
         result = self._attempt(lambda connection: probe(connection, is_trial), alias)
+        if result is not None and alias == self.primary and _may_be_former(result.server, alias):
+            # A new connection resolves to the present primary, whose positions measure lag.
+            self._connection_to(alias).close()
+            result = self._attempt(lambda connection: probe(connection, is_trial), alias)
         return None if result is None else result.server
 
     def _can_connect(self, endpoint: Endpoint, is_trial: bool) -> bool:
@@ -445,6 +449,11 @@ class Monitor:
                 connection.close()
 
 
+def _may_be_former(server: Server, primary: str) -> bool:
+    """Return whether the server of a connection of the primary's alias may not be the primary."""
+    return bool(server.is_replica) or server is not registry.endpoint(primary).server
+
+
 def measure_lag(server: Server, primary: str) -> None:
     """
     Set a server's lag (seconds): the age of the primary's newest position that it has reached.
@@ -452,7 +461,7 @@ def measure_lag(server: Server, primary: str) -> None:
     Set it to None if the lag is unknown.
     """
     server.lag_measured = time.monotonic()
-    samples = registry.samples(server.system)
+    samples = registry.samples(primary)
     if not samples or not server.is_replica:
         server.lag = None if not samples else 0.0
         return

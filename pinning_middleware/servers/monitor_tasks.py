@@ -13,6 +13,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.servers.connect import ConnectTimeout, dedicated_connection
 from pinning_middleware.servers.dialects import Row, dialect_for
+from pinning_middleware.servers.dialects.postgresql import STARTED
 from pinning_middleware.servers.probe import fetch
 from pinning_middleware.servers.registry import Endpoint
 from pinning_middleware.servers.session_check import session_query
@@ -29,10 +30,11 @@ def find_sessions(endpoint: Endpoint, attempt: Attempt) -> None:
     """Search for the sessions of slow reads, on the connection that the monitor has."""
     for session in tuple(endpoint.slow_sessions):
         asked_at = time.monotonic()
-        row = attempt(partial(fetch, sql=session_query(session.pid)))
+        sql = f"{session_query(session.pid)}, {STARTED}"
+        row = attempt(partial(fetch, sql=sql))
         if row is None:
             return
-        if _is_true(row[0]):
+        if _is_true(row[0]) and session.started in ("", row[2]):
             session.waits_for_lock, session.seen_at = _is_true(row[1]), asked_at
 
 

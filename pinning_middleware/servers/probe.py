@@ -23,7 +23,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from pinning_middleware.conf import conf, on_change
 from pinning_middleware.reasons import Fault
 from pinning_middleware.servers.budget import BudgetExhausted, read_budget
-from pinning_middleware.servers.connection_state import ConnectionState
+from pinning_middleware.servers.connection_state import ConnectionState, driver_session
 from pinning_middleware.servers.dialects import (
     Dialect,
     Driver,
@@ -339,7 +339,7 @@ def _identify(
         return state.server, ()
     identification, row = _fetch_identity(connection, dialect, state, query)
     identity = identification.identity
-    at_server, at_driver = identification.session, _driver_session(connection)
+    at_server, at_driver = identification.session, driver_session(connection.connection)
     state.behind_pooler = None not in (at_server, at_driver) and at_server != at_driver
     # The alias resolved to this server when the connection was opened; it may not any more.
     seen_at = None if state.behind_pooler else state.opened_at
@@ -479,15 +479,6 @@ def _driver_of(connection: BaseDatabaseWrapper) -> Driver:
     # MySQL and MariaDB send their version in the handshake.
     version = getattr(connection.connection, "get_server_info", str)()
     return Driver(str(host), int(port) if str(port).isdigit() else 0, version)
-
-
-def _driver_session(connection: BaseDatabaseWrapper) -> int | None:
-    """Return the session's ID as reported at connect; a connection pooler reports its own."""
-    raw = connection.connection
-    session = getattr(getattr(raw, "info", None), "backend_pid", None)
-    if session is None and hasattr(raw, "thread_id"):
-        session = raw.thread_id()
-    return session
 
 
 on_change(registry.clear)

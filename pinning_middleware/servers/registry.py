@@ -97,34 +97,6 @@ class Report(NamedTuple):
 class Server:
     """One running database server: its last reports and its status in the rotation."""
 
-    __slots__ = (
-        "_disputed",
-        "_hidden_timeline",
-        "_predecessors",
-        "_unavailable",
-        "catch_up",
-        "checkpoint_timeline",
-        "demoted_at",
-        "identity",
-        "is_replica",
-        "lacks_timeline_privilege",
-        "lag",
-        "lag_measured",
-        "last_probed",
-        "minimum_position",
-        "out_of_rotation",
-        "position",
-        "replay_waits",
-        "replayed_offset",
-        "reports_position",
-        "retry_at",
-        "retry_position_at",
-        "status_since",
-        "strategy",
-        "system",
-        "timeline_hidden",
-    )
-
     def __init__(self, identity: Identity, system: str = "") -> None:
         self.identity = identity
         # The cluster that the server belongs to, if the database has a name for it.
@@ -135,6 +107,8 @@ class Server:
         # What the server has replayed, of logs whose timeline is known. Extended by each report;
         # replaced by one that is complete.
         self.position: Points = {}
+        # Monotonic time of the last answer to a read of an identified connection.
+        self.answered_at = 0.0
         # Monotonic time of the last report, and the size of all logs in it, to rank replicas.
         self.last_probed = 0.0
         self.replayed_offset = 0
@@ -277,12 +251,13 @@ def _length(log: str, end: int) -> int:
 
 
 class SlowSession:
-    """A session of this process that has not answered for a moment; the monitor searches for it."""
+    """
+    A session of this process that has not answered for a moment; the monitor searches for it.
+    ``started``: when its server started, if that is known, since IDs repeat on other servers.
+    """
 
-    __slots__ = ("pid", "seen_at", "waits_for_lock")
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
+    def __init__(self, pid: int, started: str) -> None:
+        self.pid, self.started = pid, started
         # Monotonic time at which the last successful search for the session was sent.
         self.seen_at = 0.0
         self.waits_for_lock = False
@@ -316,6 +291,8 @@ class Endpoint:
         self.splits_reads_and_writes: bool | None = None
         # Whether a read ends if the server does not answer; None if no connection was made yet.
         self.reads_are_bounded: bool | None = None
+        # Monotonic time of the last answer to a read of a connection that is not identified.
+        self.answered_at = 0.0
         # The sessions in which a read waits for an answer.
         self.slow_sessions: set[SlowSession] = set()
         # A read waited for a lock, so that the monitor must check whether replay waits for one.
@@ -413,7 +390,8 @@ class ServerRegistry:
         self._lock = ForkSafeLock()
         self._servers: dict[Identity, Server] = {}
         self._endpoints: dict[str, Endpoint] = {}
-        # By system: a primary's last reports, and its positions over a longer time.
+        # By system: a primary's last reports. By pool: its positions over a longer time, since two
+        # clusters of MariaDB have no names that tell them apart.
         self._primary_samples: dict[str, deque[PrimarySample]] = {}
         self._lag_samples: dict[str, deque[tuple[float, Position]]] = {}
         self.listeners: list[Callable[[Endpoint], None]] = []
@@ -502,9 +480,10 @@ class ServerRegistry:
                 self._compare_with_primary(server, report.written, sent_at)
             samples = self._primary_samples.setdefault(system, deque(maxlen=MAX_PRIMARY_SAMPLES))
             samples.append(PrimarySample(sent_at, server.last_probed, report.written))
-            positions = self._lag_samples.setdefault(system, deque(maxlen=MAX_LAG_SAMPLES))
-            if not positions or sent_at - positions[-1][0] >= LAG_SAMPLE_INTERVAL:
-                positions.append((sent_at, report.written))
+            for pool in self._pools_of(server):
+                positions = self._lag_samples.setdefault(pool, deque(maxlen=MAX_LAG_SAMPLES))
+                if not positions or sent_at - positions[-1][0] >= LAG_SAMPLE_INTERVAL:
+                    positions.append((sent_at, report.written))
             for other in tuple(self._servers.values()):
                 if other.timeline_hidden and other.system == system:
                     other.resolve_timeline(tuple(samples))
@@ -524,7 +503,8 @@ class ServerRegistry:
         if server.is_replica:
             return
         self._primary_samples.pop(server.system, None)
-        self._lag_samples.pop(server.system, None)
+        for pool in self._pools_of(server):
+            self._lag_samples.pop(pool, None)
         for other in self._others_in_pools_of(server):
             other.dispute(other.position)
 
@@ -541,26 +521,26 @@ class ServerRegistry:
                 if ahead:
                     other.dispute(ahead)
 
+    def _pools_of(self, server: Server) -> set[str]:
+        return {each.pool for each in tuple(self._endpoints.values()) if server in each.servers}
+
     def _others_in_pools_of(self, server: Server) -> set[Server]:
         # Logs of two clusters of MariaDB may have the same names.
-        endpoints = tuple(self._endpoints.values())
-        pools = {endpoint.pool for endpoint in endpoints if server in endpoint.servers}
+        pools = self._pools_of(server)
         return {
             other
-            for endpoint in endpoints
+            for endpoint in tuple(self._endpoints.values())
             if endpoint.pool in pools
             for other in tuple(endpoint.servers)
             if other is not server
         }
 
-    def primary_position(self, system: str) -> Position | None:
-        """Return the last position that a primary of this system has reported, or None."""
-        samples = self._primary_samples.get(system)
-        return samples[-1].written if samples else None
-
-    def samples(self, system: str) -> tuple[tuple[float, Position], ...]:
-        """Return (monotonic time, position) of a primary of this system, newest first."""
-        return tuple(reversed(self._lag_samples.get(system, ())))
+    def samples(self, pool: str) -> tuple[tuple[float, Position], ...]:
+        """
+        Return (monotonic time, position) of the primary of a pool, newest first. ``pool``: the
+        primary's alias.
+        """
+        return tuple(reversed(self._lag_samples.get(pool, ())))
 
     def set_status(
         self, server: Server, fault: Fault | None, retry_in: float = 0.0, error: object = ""

@@ -9,6 +9,7 @@ https://www.postgresql.org/docs/current/hot-standby.html#HOT-STANDBY-CONFLICT
 from __future__ import annotations
 
 import itertools
+import logging
 import selectors
 import threading
 import time
@@ -22,6 +23,8 @@ from pinning_middleware.utils.forks import ForkSafeLock
 from pinning_middleware.utils.race import first_result
 
 __all__ = ["SessionStatus", "check_session", "is_ready", "session_query"]
+
+logger = logging.getLogger("pinning_middleware.servers")
 
 # Seconds until another attempt, beside those that have not been answered: a load balancer may
 # connect it to the session's server. The second applies if the alias has several servers.
@@ -96,7 +99,7 @@ def check_session(raw: Any, state: ConnectionState, began: float, seconds: float
     time, by a fresh connection, within ``seconds``. Reads that wait for the same server share a
     check of whether it answers; if another one's answer does not apply, a second check follows.
     """
-    key: object = state.server or state.endpoint
+    key: object = raw if state.may_be_any_server else state.server or state.endpoint
     with _lock:
         check = _checks.get(key)
         is_first = check is None
@@ -105,10 +108,6 @@ def check_session(raw: Any, state: ConnectionState, began: float, seconds: float
     if is_first:
         try:
             check.status = _check_by_new_connection(raw, state, began, seconds)
-        except Exception:
-            # Nothing is known of the server.
-            check.status = SessionStatus.RUNNING
-            raise
         finally:
             check.done.set()
             with _lock:
@@ -149,6 +148,10 @@ def _check_by_new_connection(
         return SessionStatus.GONE
     except (TimeoutError, _PoolerAnswered):
         return SessionStatus.UNANSWERED
+    except Exception:
+        # Of this process, such as too many open files: nothing is known of the server.
+        logger.exception("Could not check whether the server of %s answers.", state.alias)
+        return SessionStatus.RUNNING
 
 
 def _query_session(

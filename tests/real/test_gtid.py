@@ -416,9 +416,11 @@ def test_threads_on_a_frozen_server_share_its_probes(
     probed: list[str] = []
     probe_afresh = blocked_reads.probe_afresh
 
-    def counted(state: ConnectionState, seconds: float) -> blocked_reads.ProbeOutcome:
+    def counted(
+        state: ConnectionState, seconds: float, session: int | None
+    ) -> blocked_reads.ProbeOutcome:
         probed.append(state.alias)
-        return probe_afresh(state, seconds)
+        return probe_afresh(state, seconds, session)
 
     monkeypatch.setattr(blocked_reads, "probe_afresh", counted)
     ready, found = threading.Barrier(5), []

@@ -131,7 +131,7 @@ def test_replica_behind_the_newest_sample_only_does_not_lag(
     def slow(watcher: Monitor, alias: str, is_trial: bool = False) -> Server | None:
         answer = ask(watcher, alias, is_trial)
         if alias == "pg1" and answer is not None and not late:
-            newest = registry.samples(answer.system)[0][1].points
+            newest = registry.samples("pg")[0][1].points
             if any(answer.position[log] < point for log, point in newest.items()):
                 late.append(alias)
                 pg.resume("pg1")

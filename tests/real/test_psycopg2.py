@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from .conftest import PostgreSQL, entries_of, missing
-from .layouts import frozen
+from .layouts import frozen, haproxy
 from .sample import ROOT
 
 pytestmark = pytest.mark.real
@@ -29,10 +30,15 @@ main()
 
 
 @pytest.fixture
-def site(pg: PostgreSQL, cluster: Any) -> Iterator[subprocess.Popen[str]]:
+def site(cluster: Any) -> Iterator[subprocess.Popen[str]]:
+    with running_site(entries_of(cluster)) as process:
+        yield process
+
+
+@contextmanager
+def running_site(entries: dict[str, dict[str, Any]]) -> Iterator[subprocess.Popen[str]]:
     if importlib.util.find_spec("psycopg2") is None:
         missing("psycopg2 is missing: pip install psycopg2-binary")
-    entries = entries_of(cluster)
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM],
         cwd=ROOT,
@@ -82,3 +88,30 @@ def test_read_of_a_crashed_replica_runs_on_the_primary(
     assert read(site) == pg["pg1"].port
     pg["pg1"].stop("immediate")
     assert [read(site) for _ in range(2)] == [pg["pg"].port] * 2
+
+
+def test_read_of_a_frozen_server_behind_a_balancer_runs_on_the_primary(
+    pg: PostgreSQL, cluster: Any
+) -> None:
+    """Its connection was not identified, and another server answers new ones."""
+    entries = entries_of(cluster)
+    with haproxy(pg["pg1"], pg["pg2"]) as proxy:
+        entries["pg1"] |= {"HOST": proxy.host, "PORT": str(proxy.port)}
+        with running_site(entries) as site:
+            mine = read(site)
+            (stopped,) = (node for node in (pg["pg1"], pg["pg2"]) if node.port == mine)
+            with frozen(stopped):
+                assert read(site) == pg["pg"].port
+
+
+def test_slow_read_of_a_server_behind_a_balancer_is_left_alone(
+    pg: PostgreSQL, cluster: Any
+) -> None:
+    entries = entries_of(cluster)
+    with haproxy(pg["pg1"], pg["pg2"]) as proxy:
+        entries["pg1"] |= {"HOST": proxy.host, "PORT": str(proxy.port)}
+        with running_site(entries) as site:
+            mine = read(site)
+            (other,) = (node for node in (pg["pg1"], pg["pg2"]) if node.port != mine)
+            with frozen(other):
+                assert read(site, 1.5) == mine

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -209,6 +210,17 @@ def test_attempt_beside_an_unanswered_one_reaches_another_host_of_a_balancer(
             assert [port_of_request() for _ in range(12)] == [pg["pg2"].port] * 12
             assert endpoint("many").hung_at > 0
             assert pool().replica_set.out_of_rotation == frozenset()
+
+
+def test_only_server_of_an_alias_is_not_connected_to_by_many_attempts(
+    pg: PostgreSQL, offered: list[list[str]]
+) -> None:
+    """Another attempt that is answered earlier says nothing of a busy server."""
+    with black_hole() as hole, as_layout(pg, r1=database(hole, conn_max_age=0)):
+        endpoint("r1").hung_at = time.monotonic()
+        assert port_of_request() == pg["pg"].port
+        by_the_read = offered[: offered.index([str(pg["pg"].port)])]
+        assert len(by_the_read) <= 2
 
 
 def test_slow_query_completes_while_another_server_of_the_balancer_is_unresponsive(

@@ -234,3 +234,20 @@ def test_statement_timeout_of_a_slow_query_is_raised(
         assert raised.value.__cause__.sqlstate == "57014"  # type: ignore[union-attr]
         assert connections["r1"].connection is not None
     assert sent_signals == []
+
+
+def test_lock_timeout_of_a_primary_behind_the_alias_of_a_replica_is_raised(
+    pg: PostgreSQL, sent_signals: SentSignals
+) -> None:
+    """As behind the reader endpoint of a cluster without readers."""
+    options = {"options": "-c lock_timeout=300"}
+    with (
+        Forwarder(pg["pg"]) as address,
+        as_layout(pg, r1=database(address, conn_max_age=None, options=options)),
+        psycopg.connect(pg["pg"].conninfo("site")) as migration,
+    ):
+        migration.execute("LOCK app_book IN ACCESS EXCLUSIVE MODE")
+        with pytest.raises(OperationalError) as raised:
+            read("r1")
+        assert raised.value.__cause__.sqlstate == "55P03"  # type: ignore[union-attr]
+        assert sent_signals == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -132,6 +132,26 @@ def test_connection_to_a_promoted_replica_is_kept_for_pins_of_its_new_timeline(
 
 
 # A former primary behind the primary's alias
+
+
+def test_first_write_of_an_old_connection_goes_to_the_primary_that_others_have_met(
+    own_pg: PostgreSQL,
+) -> None:
+    def meet() -> None:
+        assert pool().health.probe(connections["site"]) is not None
+
+    with swappable(own_pg) as (site, _):
+        in_thread(meet)
+        connections["site"].close()
+        with unrelated_scope(), use_primary():
+            assert port() == own_pg["pg"].port
+        own_pg["pg1"].promote()
+        site.point_to(own_pg["pg1"], cut=False)
+        in_thread(meet)
+        with unrelated_scope():
+            Book.objects.create(title="new")
+        sql = "SELECT count(*) FROM app_book WHERE title = 'new'"
+        assert own_pg["pg1"].execute(sql, database="site") == [(1,)]
 
 
 def test_pooled_connections_to_a_former_primary_are_all_replaced(own_pg: PostgreSQL) -> None:
@@ -313,6 +333,25 @@ def test_connection_to_a_demoted_server_is_replaced_after_it_was_replaced_and_ca
     in_thread(lambda: write("back"))
     with unrelated_scope():
         assert server_number() == number_of(servers, "my")
+
+
+def test_lag_after_a_switchover_is_measured_by_the_positions_of_the_new_primary(
+    my: tuple[Servers, Forwarder],
+) -> None:
+    """The process writes nothing, and the demoted server keeps its connections."""
+    servers, address = my
+
+    def is_lag(expected: Callable[[float | None], bool]) -> bool:
+        pool().health.sample_lag()
+        return expected(pool().replica_set.lag("reader"))
+
+    write("before")
+    servers.wait_for()
+    assert eventually(lambda: is_lag(lambda lag: lag == 0.0))
+    switch_over(servers, "my", "my1")
+    address.point_to(place_of(servers["my1"]), cut=False)
+    write_directly(servers["my1"], "new")
+    assert eventually(lambda: is_lag(bool))
 
 
 def seen_servers() -> list[int]:

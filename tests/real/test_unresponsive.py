@@ -755,3 +755,67 @@ def test_replica_is_probed_once_for_all_waiting_requests(pg: PostgreSQL, asked: 
     assert served == ["pg1"] * 16
     # Each thread probes both replicas once before it waits, and then the selected one.
     assert len([alias for alias in asked.by_requests if alias in REPLICAS]) <= 16 * 3
+
+
+def test_unknown_server_that_does_not_answer_leaves_others_of_its_alias_in_rotation(
+    pg: PostgreSQL, sent_signals: SentSignals
+) -> None:
+    """Neither read's connection was identified, so that the alias alone is known."""
+    with (
+        haproxy(pg["pg1"], pg["pg2"]) as proxy,
+        as_layout(pg, many=database(proxy, conn_max_age=None)),
+        ThreadPoolExecutor(1) as threads,
+    ):
+        register_servers("many", 2)
+        connections["many"].close()
+        with unrelated_scope():
+            mine = port()
+        is_connected, is_frozen = threading.Event(), threading.Event()
+
+        def read_from_the_other() -> int:
+            while port_for(None) == mine:
+                connections["many"].close()
+            is_connected.set()
+            assert is_frozen.wait(DEADLINE)
+            return port_for(None)
+
+        reading = threads.submit(in_thread, read_from_the_other)
+        assert is_connected.wait(DEADLINE)
+        (other,) = (node for node in (pg["pg1"], pg["pg2"]) if node.port != mine)
+        with frozen(other):
+            is_frozen.set()
+            with unrelated_scope():
+                (book,) = Book.objects.using("many").raw(SLEEP, [2])
+            assert (book.port, book.slept) == (mine, "")
+            assert reading.result(DEADLINE) == pg["pg"].port
+        assert sent_signals.of("replica_removed") == []
+
+
+def test_pooler_whose_connections_are_all_in_use_is_not_unresponsive(
+    pg: PostgreSQL, sent_signals: SentSignals
+) -> None:
+    """New connections wait in the pooler, while the reads before them are answered."""
+    with (
+        pgbouncer(pg["pg1"], default_pool_size="2") as bouncer,
+        as_layout(pg, r1=database(bouncer, conn_max_age=None)),
+        ThreadPoolExecutor(12) as threads,
+    ):
+
+        def sleep() -> int:
+            with unrelated_scope():
+                return int(Book.objects.using("r1").raw(SLEEP, [0.25])[0].port)
+
+        reads = [threads.submit(in_thread, sleep) for _ in range(24)]
+        assert {each.result(60) for each in reads} == {pg["pg1"].port}
+        assert sent_signals == []
+
+
+def test_request_ends_while_a_connection_with_an_error_leads_to_a_frozen_replica(
+    pg: PostgreSQL,
+) -> None:
+    """Django then asks the server whether the connection is usable."""
+    connections["pg1"].ensure_connection()
+    connections["pg1"].errors_occurred = True
+    with frozen(pg["pg1"]):
+        close_old_connections()
+        assert connections["pg1"].connection is None

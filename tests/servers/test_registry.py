@@ -92,13 +92,18 @@ def test_point_outside_the_primary_reports_is_not_resolved(servers: ServerRegist
         assert replica.position == {}
 
 
-def test_primary_position_is_the_last_one_reported(servers: ServerRegistry) -> None:
-    assert servers.primary_position(SYSTEM) is None
-    primary = register(servers, "default")
-    for end in (10, 20):
-        report_written(servers, primary, end)
-    assert servers.primary_position(SYSTEM) == Position({"ff-1": 20})
-    assert servers.primary_position("other") is None
+def test_samples_of_a_primary_are_those_of_its_pool(servers: ServerRegistry) -> None:
+    """Two clusters of MariaDB have the same system."""
+    assert servers.samples("default") == ()
+    first, second = register(servers, "default", port=1), register(servers, "other", port=2)
+    for primary, end in ((first, 10), (second, 70), (first, 20)):
+        report = Report(False, {"0-1": end}, Position({"0-1": end}))
+        servers.apply_report(primary, report, sent_at=float(end))
+    assert [position.points for _, position in servers.samples("default")] == [
+        {"0-1": 20},
+        {"0-1": 10},
+    ]
+    assert [position.points for _, position in servers.samples("other")] == [{"0-1": 70}]
 
 
 # Identities and restarts

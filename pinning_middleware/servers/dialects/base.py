@@ -136,6 +136,13 @@ class Dialect:
         is_later = self.supersedes(position.points, replayed)
         return position.points if is_later else {}
 
+    def session_search(self, session: int) -> str:
+        """
+        Return a statement for the ID of the session that runs it, and for whether the server runs
+        this session of the same role; an empty string if the database has none.
+        """
+        return ""
+
     def standby_limits(self, query: Query) -> Refusal:
         """Return what every standby refuses to a role, as a primary reports it."""
         return Refusal()

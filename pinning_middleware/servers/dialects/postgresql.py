@@ -130,7 +130,8 @@ class PostgreSQL(Dialect):
     # A query cannot take a lock of this mode on a standby, so it is that of recovery.
     # https://www.postgresql.org/docs/current/hot-standby.html#HOT-STANDBY-CONFLICT
     replay_waits: ClassVar[str] = (
-        "SELECT EXISTS (SELECT 1 FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND NOT granted)"
+        "SELECT pg_is_in_recovery() AND EXISTS (SELECT 1 FROM pg_locks "
+        "WHERE mode = 'AccessExclusiveLock' AND NOT granted)"
     )
     # lock_timeout; statement_timeout or a cancel request.
     lock_errors: ClassVar[frozenset[Any]] = frozenset({"55P03"})
@@ -193,6 +194,12 @@ class PostgreSQL(Dialect):
             any(is_later(log, earlier) for earlier in other)
             and not any(log == same or is_later(same, log) for same in other)
             for log in points
+        )
+
+    def session_search(self, session: int) -> str:
+        return (
+            "SELECT pg_backend_pid(), "
+            f"EXISTS (SELECT 1 FROM pg_stat_activity WHERE pid = {session})"
         )
 
     def standby_limits(self, query: Query) -> Refusal:
