@@ -158,17 +158,14 @@ def admit(
     return None if has_caught_up else Rejection(Reason.NOT_CAUGHT_UP)
 
 
-def is_former_primary(
-    pool: Pool, connection: BaseDatabaseWrapper, scope: Scope | None = None
-) -> bool:
+def is_former_primary(pool: Pool, connection: BaseDatabaseWrapper, scope: Scope) -> bool:
     """
     Return whether an open connection of the primary's alias is connected to a former primary,
     judged by the known servers and by the scope's pins. Writes to it would be lost.
     """
     if pool.dialect is None or connection.alias != pool.primary or connection.in_atomic_block:
         return False
-    state = PoolState() if scope is None else scope.state(pool.key)
-    requirement = state.required(clock.now())
+    requirement = scope.state(pool.key).required(clock.now())
     return pool.primary_connections.reject(connection, requirement) is not None
 
 
