@@ -198,12 +198,9 @@ class PinningMiddleware:
     ) -> None:
         """Save the outgoing pins; without a response, only in stores that need none."""
         pins = outgoing_pins(scope)
-        if scope.keys:
-            try:
-                save_keys(scope)
-            except Exception as error:
-                base.log_store_error("The cache of keys", "save", error)
         base.save_pins(_stores_to_save(scope, pins, response), request, response, pins)
+        if scope.keys:
+            save_keys(scope)
 
     async def asave_pins(
         self, scope: Scope, request: HttpRequest, response: HttpResponseBase | None
@@ -213,12 +210,9 @@ class PinningMiddleware:
             pins = await sync_to_async(outgoing_pins)(scope)
         else:
             pins = outgoing_pins(scope)
-        if scope.keys:
-            try:
-                await asave_keys(scope)
-            except Exception as error:
-                base.log_store_error("The cache of keys", "save", error)
         await base.asave_pins(_stores_to_save(scope, pins, response), request, response, pins)
+        if scope.keys:
+            await asave_keys(scope)
 
 
 def _restore(scope: Scope | None, overrides: Override | None) -> None:
