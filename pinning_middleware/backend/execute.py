@@ -45,7 +45,7 @@ from pinning_middleware.sql import StatementKind
 from pinning_middleware.utils.counters import Read, missed_writes, observers, reads
 from pinning_middleware.utils.transactions import driver_in_transaction
 
-__all__ = ["execute_wrapper", "intended_alias", "record_read"]
+__all__ = ["execute_wrapper", "explicit_decision", "intended_alias", "record_read"]
 
 # Maximum number of routes that a scope records.
 MAX_ROUTES: Final = 16
@@ -237,7 +237,10 @@ def _decision_of(pool: Pool, cursor: Any, alias: str) -> Decision:
     if decision is None:
         raw, last = cursor.db.last_opened
         decision = last if raw is cursor.cursor else None
-    if decision is not None:
-        return decision
+    return explicit_decision(pool, alias) if decision is None else decision
+
+
+def explicit_decision(pool: Pool, alias: str) -> Decision:
+    """Return the decision of code that has named its alias."""
     reason = Reason.EXPLICIT if pool.has_replicas else pool.default_reason
     return Decision(alias, None if alias == pool.primary else alias, reason)
