@@ -366,7 +366,8 @@ def _alternatives(pool: Pool, call: Call, failed: str, rejection: Rejection) -> 
         override, scope = call.effects.routing, call.scope
         max_lag, group = (override.max_lag, override.group) if override else (None, None)
         # For a pinned read the primary comes before a higher tier.
-        is_pinned = override is None and scope.state(pool.key).is_bound(clock.now())
+        requirement = scope.state(pool.key).required(clock.now())
+        is_pinned = override is None and not requirement.is_empty
         rotations = pool.replica_set.rotations
         for alias in rotations.alternatives(group, balance_key(scope), fallback=not is_pinned):
             lag = pool.replica_set.lag(alias) if max_lag is not None else 0.0

@@ -78,6 +78,11 @@ class Requirement(NamedTuple):
     primary_only: bool
     position: Position | None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether any server meets it."""
+        return not self.primary_only and self.position is None
+
 
 _NO_REQUIREMENT = Requirement(False, None)
 
@@ -152,10 +157,6 @@ class PoolState(NamedTuple):
                 return Requirement(True, None)
             position = merge_positions(position, pin.position)
         return Requirement(False, position)
-
-    def is_bound(self, now: float) -> bool:
-        """Return whether inherited pins require anything at this time."""
-        return self.required(now) != _NO_REQUIREMENT
 
     def inherit(self, pin: Pin | None, observed: Pin | None) -> PoolState:
         """Return the state with further pins of earlier scopes."""
