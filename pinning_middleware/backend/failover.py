@@ -36,6 +36,7 @@ from pinning_middleware.backend.writes import sql_text
 from pinning_middleware.conf import conf
 from pinning_middleware.reasons import Fault, Reason
 from pinning_middleware.routing.compatibility import is_interchangeable
+from pinning_middleware.routing.guarantees import record_observed
 from pinning_middleware.routing.policy import Decision, Rejection, admit
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.replica_choice import balance_key
@@ -153,8 +154,8 @@ def _run_without_failover(pool: Pool, call: Call) -> Any:
     else:
         call.renew_cursor(raw)
     result = call.run()
-    if pool.guarantee.tracks_reads:
-        pool.guarantee.record_observed(pool, call.scope, connection.alias)
+    if pool.tracks_reads:
+        record_observed(pool, call.scope, connection.alias)
     return result
 
 
@@ -205,8 +206,8 @@ def _try_once(
         if verdict is Verdict.REOPEN:
             return _Lost(error, has_run=began is not None)
         return _take_out(connection, error)
-    if pool.guarantee.tracks_reads:
-        pool.guarantee.record_observed(pool, call.scope, connection.alias)
+    if pool.tracks_reads:
+        record_observed(pool, call.scope, connection.alias)
     return _Served(result)
 
 

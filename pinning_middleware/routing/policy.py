@@ -18,6 +18,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Pin, Position, merge_optional, merge_positions
 from pinning_middleware.reasons import Fault, Reason
+from pinning_middleware.routing.guarantees import must_reach
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.replica_choice import (
     next_replica,
@@ -105,12 +106,13 @@ def decide(pool: Pool, scope: Scope, model: object = None) -> Decision:
     alias = next_replica(pool, scope, state)
     if alias is None:
         return _primary(pool, Reason.NO_REPLICA)
-    try:
-        wanted = pool.guarantee.must_reach(pool, state, alias)
-    except LookupError:
-        return _primary(pool, Reason.NOT_CAUGHT_UP)
-    if wanted is not None:
-        return _find_replica(pool, scope, state, wanted)
+    if state.read_from:
+        try:
+            wanted = must_reach(pool, state, alias)
+        except LookupError:
+            return _primary(pool, Reason.NOT_CAUGHT_UP)
+        if wanted is not None:
+            return _find_replica(pool, scope, state, wanted)
     return _replica(pool, alias, Reason.ROUND_ROBIN)
 
 
@@ -148,10 +150,11 @@ def admit(
     wanted = requirement.position
     if requirement.primary_only or (wanted is not None and not pool.supports_positions):
         return Rejection(Reason.PINNED)
-    try:
-        wanted = merge_positions(wanted, pool.guarantee.must_reach(pool, state, alias))
-    except LookupError:
-        return Rejection(Reason.NOT_CAUGHT_UP)
+    if state.read_from:
+        try:
+            wanted = merge_positions(wanted, must_reach(pool, state, alias))
+        except LookupError:
+            return Rejection(Reason.NOT_CAUGHT_UP)
     if wanted is None or pool.replica_set.caught_up(alias, wanted, connection):
         return None
     has_caught_up = pool.replica_set.probe_caught_up(alias, wanted, connection)

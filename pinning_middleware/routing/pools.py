@@ -10,7 +10,6 @@ from pinning_middleware.conf import conf, on_change
 from pinning_middleware.pool_specs import PoolSpec
 from pinning_middleware.routing.compatibility import is_same_database
 from pinning_middleware.routing.dry_run import DryRunPool
-from pinning_middleware.routing.guarantees import MonotonicReads, ReadYourWrites
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.scopes.scope import PoolState, entered_scope
 from pinning_middleware.utils.forks import ForkSafeLock
@@ -72,8 +71,7 @@ class Pools:
 def _make(spec: PoolSpec) -> Pool:
     if spec.assumed_lag is not None:
         return DryRunPool(spec)
-    is_monotonic = conf.monotonic_reads and conf.positions
-    return Pool(spec, MonotonicReads() if is_monotonic else ReadYourWrites())
+    return Pool(spec, tracks_reads=conf.monotonic_reads and bool(conf.positions))
 
 
 _pools: Pools | None = None
