@@ -35,7 +35,7 @@ from pinning_middleware.routing.policy import Decision, is_former_primary
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.overrides import effects_on
-from pinning_middleware.scopes.scope import PoolState, Scope, current_scope
+from pinning_middleware.scopes.scope import Scope, current_scope
 from pinning_middleware.scopes.watch import current_watch, note_read, note_write
 from pinning_middleware.servers.budget import read_budget
 from pinning_middleware.servers.dialects import dialect_for
@@ -218,7 +218,7 @@ def record_read(
     note_read(route)
     if conf.balance_by_query:
         # Django may ask the router several times for one read; the next read gets another replica.
-        scope.update(pool.key, PoolState.without_replica)
+        scope.replicas.pop(pool.key, None)
     reads[pool.primary, connection.alias, server, reason] += 1
     if decision.would_miss_write:
         missed_writes[pool.primary] += 1

@@ -390,7 +390,7 @@ def _report_failover(
     cursor.pinning_decision = decision._replace(reason=reason)
     may_keep = served == pool.primary or served in pool.replica_set.rotation.weights
     if may_keep and (failed in pool.replica_set.out_of_rotation or reason is Reason.NOT_CAUGHT_UP):
-        call.scope.update(pool.key, lambda state: state._replace(replica=replica))
+        call.scope.keep_replica(pool.key, replica)
     if reason in _BY_POLICY:
         logger.debug("Read from %s instead of %s: %s", served, failed, reason.description)
         return

@@ -103,7 +103,7 @@ def decide(pool: Pool, scope: Scope, model: object = None) -> Decision:
     if wanted is not None:
         return _find_replica(pool, scope, state, wanted)
     # Rule 7: the next replica.
-    alias = next_replica(pool, scope, state)
+    alias = next_replica(pool, scope)
     if alias is None:
         return _primary(pool, Reason.NO_REPLICA)
     if state.read_from:
@@ -176,7 +176,7 @@ def _follow_override(pool: Pool, scope: Scope, override: Override) -> Decision:
     if override.kind is not OverrideKind.REPLICA:
         # The kind has the name of its reason.
         return Decision(pool.primary, None, Reason(override.kind.value))
-    alias = replica_for_override(pool, scope, scope.state(pool.key), override)
+    alias = replica_for_override(pool, scope, override)
     if alias is None:
         return Decision(pool.primary, None, Reason.NO_REPLICA)
     return _replica(pool, alias, Reason.USE_REPLICA)
@@ -266,7 +266,7 @@ def _find_replica(pool: Pool, scope: Scope, state: PoolState, wanted: Position) 
     last = state.last_searched
     may_probe = last is None or now - last > SEARCH_INTERVAL
     replicas = pool.replica_set
-    alias = replica_caught_up(pool, scope, state, wanted, probe=may_probe)
+    alias = replica_caught_up(pool, scope, wanted, probe=may_probe)
     max_wait = conf.wait if scope.max_wait is None else scope.max_wait
     if alias is None and may_probe and max_wait and probing_allowed(connections[pool.primary]):
         alias = replicas.wait_caught_up(wanted, max_wait)
@@ -274,8 +274,8 @@ def _find_replica(pool: Pool, scope: Scope, state: PoolState, wanted: Position) 
         if may_probe:
             scope.update(pool.key, lambda state: state._replace(last_searched=now))
         return _primary(pool, Reason.NOT_CAUGHT_UP)
-    if alias != state.replica:
-        scope.update(pool.key, lambda state: state._replace(replica=alias))
+    if alias != scope.replica(pool.key).alias:
+        scope.keep_replica(pool.key, alias)
     return _replica(pool, alias, Reason.CAUGHT_UP)
 
 

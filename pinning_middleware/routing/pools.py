@@ -11,7 +11,7 @@ from pinning_middleware.pool_specs import PoolSpec
 from pinning_middleware.routing.compatibility import is_same_database
 from pinning_middleware.routing.dry_run import DryRunPool
 from pinning_middleware.routing.pool import Pool
-from pinning_middleware.scopes.scope import PoolState, entered_scope
+from pinning_middleware.scopes.scope import entered_scope
 from pinning_middleware.utils.forks import ForkSafeLock
 
 __all__ = ["Pools", "pools"]
@@ -94,10 +94,9 @@ def pools() -> Pools:
 def _forget() -> None:
     global _pools
     _pools = None
-    scope = entered_scope()
-    for key in scope.pools if scope is not None else ():
-        # The replica was chosen under the previous settings.
-        scope.update(key, PoolState.without_replica)  # type: ignore[union-attr]
+    if (scope := entered_scope()) is not None:
+        # Its replicas were chosen under the previous settings.
+        scope.replicas.clear()
 
 
 def _begin_after_fork() -> None:

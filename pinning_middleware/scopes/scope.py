@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PoolState",
+    "ReplicaChoice",
     "Requirement",
     "Scope",
     "Write",
@@ -109,16 +110,11 @@ class PoolState(NamedTuple):
     cleared: bool = False
     # Incremented by each change that affects the outgoing pins.
     revision: int = 0
-    # The replica that the scope reads from, and since when (monotonic clock).
-    replica: str | None = None
-    replica_since: float = 0.0
     # When replicas were last probed in vain for the inherited position (monotonic clock).
     last_searched: float | None = None
     # The aliases that it has read from, oldest first, each with the state of the connection;
     # recorded under monotonic-reads only.
     read_from: tuple[tuple[str, Any], ...] = ()
-    # The replica of each group that the scope reads from.
-    group_replicas: Mapping[str, str] = _NOTHING
 
     @property
     def is_pinned(self) -> bool:
@@ -129,10 +125,6 @@ class PoolState(NamedTuple):
     def has_open_write(self) -> bool:
         """Whether it has written in a transaction that has not ended."""
         return any(write.is_open for write in self.writes.values())
-
-    def without_replica(self) -> PoolState:
-        """Return the state with the next replica still to be chosen."""
-        return self._replace(replica=None, group_replicas=_NOTHING)
 
     def own_pin_end(self, window: float, now: float) -> float | None:
         """Return until when what this scope did pins it (seconds since the epoch), or None."""
@@ -195,6 +187,18 @@ def _latest(one: float | None, other: float | None) -> float | None:
 _INITIAL = PoolState()
 
 
+class ReplicaChoice(NamedTuple):
+    """
+    The replica that a scope reads from, None if it has none; and since when (monotonic clock).
+    """
+
+    alias: str | None = None
+    since: float = 0.0
+
+
+_NO_CHOICE = ReplicaChoice()
+
+
 class Scope:
     """
     One unit of work: a request, a task, a message, a ``pinning_scope()``; or, if ``is_ambient``,
@@ -242,6 +246,9 @@ class Scope:
 
     def __init__(self, pins: Pins = _NOTHING) -> None:
         self.pools: Mapping[PoolKey, PoolState] = _NOTHING
+        # The replicas that it reads from, by pool and group (None: the replicas without groups). A
+        # scope inside this one chooses its own.
+        self.replicas: dict[PoolKey, dict[str | None, ReplicaChoice]] = {}
         if pins:
             self.inherited_pins = pins
 
@@ -271,6 +278,16 @@ class Scope:
         return key in self.pools or (
             outer is not None and (bool(outer.inherited_pins) or outer.has_state_for(key))
         )
+
+    # The choice of replicas
+
+    def replica(self, key: PoolKey, group: str | None = None) -> ReplicaChoice:
+        """Return the replica that the scope reads from."""
+        return self.replicas.get(key, _NOTHING).get(group, _NO_CHOICE)
+
+    def keep_replica(self, key: PoolKey, alias: str | None, group: str | None = None) -> None:
+        """Read from this replica from now on; None: choose the next one."""
+        self.replicas.setdefault(key, {})[group] = ReplicaChoice(alias, clock.monotonic())
 
     # Recording
 
@@ -325,10 +342,7 @@ class Scope:
                 method_ignored=ignore_method,
                 cleared=state.cleared or has_pin,
                 revision=state.revision + has_pin,
-                replica=state.replica,
-                replica_since=state.replica_since,
                 read_from=state.read_from,
-                group_replicas=state.group_replicas,
             )
 
         self.update(key, change)
