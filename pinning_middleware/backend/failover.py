@@ -300,29 +300,27 @@ def _run_watched(pool: Pool, call: Call, connection: BaseDatabaseWrapper) -> Any
     Run the statement; notice if its server does not answer, or makes it wait for a lock that WAL
     replay holds, and another one may serve it.
     """
-    if pool.dialect is None:
+    is_primary = connection.alias == pool.primary
+    if pool.dialect is None or (is_primary and not pool.can_replace_primary):
         return call.run()
     state = state_of(connection)
-    if connection.alias == pool.primary:
-        if not pool.can_replace_primary:
-            return call.run()
+    if is_primary:
         state.may_fail_over = not is_transaction_open(connection)
-        try:
-            return _run_blocking(call, connection, state)
-        finally:
-            state.may_fail_over = False
-    state.waits_for_lock = False
-    state.may_leave = partial(may_fail_over, connection, call)
+    else:
+        state.waits_for_lock = False
+        state.may_leave = partial(may_fail_over, connection, call)
     try:
-        return _run_blocking(call, connection, state)
+        if state.waits_are_watched or not may_fail_over(connection, call):
+            return call.run()
+        return _run_tracked(call, connection, state)
     finally:
         state.may_leave = None
+        if is_primary:
+            state.may_fail_over = False
 
 
-def _run_blocking(call: Call, connection: BaseDatabaseWrapper, state: ConnectionState) -> Any:
-    """Run the statement; if the driver blocks, have a thread track it."""
-    if state.waits_are_watched or not may_fail_over(connection, call):
-        return call.run()
+def _run_tracked(call: Call, connection: BaseDatabaseWrapper, state: ConnectionState) -> Any:
+    """Run the statement on a driver that blocks, while a thread tracks it."""
     read = track_read(connection.connection, state)
     try:
         result = call.run()
