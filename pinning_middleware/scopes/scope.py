@@ -412,7 +412,7 @@ class Scope:
 
 
 _scope: ContextVar[Scope | None] = ContextVar("pinning_scope", default=None)
-threads.not_inherited(_scope)
+_get = threads.getter(_scope)
 
 # Enter a scope by `enter(scope)` and leave it by `enter(the previous one)`: `reset(token)` raises
 # if a scope is left in another context than it was entered in.
@@ -421,9 +421,7 @@ enter = _scope.set
 
 def entered_scope() -> Scope | None:
     """Return the scope of this unit of work, None outside any."""
-    if threads.INHERIT_CONTEXT:
-        threads.clear_inherited()
-    scope = _scope.get()
+    scope = _get()
     if scope is not None and scope.expires_at is not None and clock.monotonic() >= scope.expires_at:
         # A background task that outlives the request which started it.
         _scope.set(None)
