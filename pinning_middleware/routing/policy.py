@@ -126,7 +126,8 @@ def admit(
     replica; raise what ``servers.probe.probe()`` raises.
     """
     alias = connection.alias
-    is_primary = alias == pool.primary or pool.is_mirror(alias)
+    # The cursors of a test mirror belong to the primary's connection.
+    is_primary = alias == pool.primary
     # Pins do not apply to replicas that only SLAVE_DATABASES lists: there, using() decides.
     ignores_pins = is_primary or alias not in conf.readonly_aliases or pool.is_primary_down
     ignores_pins = ignores_pins or (override is not None and override.kind is OverrideKind.REPLICA)
