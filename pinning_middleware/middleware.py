@@ -149,13 +149,15 @@ class PinningMiddleware:
         """Load the stores that depend on the user, after every other middleware."""
         if conf.enabled and (scope := entered_scope()) is not None:
             self.configure_scope(scope, request)
-            self.load_pins(scope, request, conf.stores_at_view)
+            if conf.stores_at_view:
+                self.load_pins(scope, request, conf.stores_at_view)
 
     async def aprepare_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
         """Async version of ``prepare_view()``."""
         if conf.enabled and (scope := entered_scope()) is not None:
             self.configure_scope(scope, request)
-            await self.aload_pins(scope, request, conf.stores_at_view)
+            if conf.stores_at_view:
+                await self.aload_pins(scope, request, conf.stores_at_view)
 
     def configure_scope(self, scope: Scope, request: HttpRequest) -> None:
         """Apply PINNING_OFFLOAD, PINNING_BALANCE_BY and PINNING_RETRY_404 to the scope."""
