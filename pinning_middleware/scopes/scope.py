@@ -259,8 +259,9 @@ class Scope:
             return state
         if not self.inherited_pins and self.parent is None:
             return _INITIAL
-        state = _INITIAL.inherit(*pins_of(self.inherited_pins, key.primary))
-        return state if self.parent is None else state.merge_outer(self.parent.state(key))
+        state = PoolState(*pins_of(self.inherited_pins, key.primary))
+        outer = _INITIAL if self.parent is None else self.parent.state(key)
+        return state if outer is _INITIAL else state.merge_outer(outer)
 
     def update(self, key: PoolKey, change: Callable[[PoolState], PoolState]) -> PoolState:
         """Replace the state of a pool by what ``change`` makes of it, and return that."""
