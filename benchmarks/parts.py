@@ -24,8 +24,8 @@ REST: Final = ""
 PARTS: Final = {
     "the scope, until the response is closed": (
         ("pinning_middleware.middleware", "PinningMiddleware.__call__"),
-        ("pinning_middleware.middleware", "_Closing.__enter__"),
-        ("pinning_middleware.middleware", "_Closing.__exit__"),
+        ("pinning_middleware.middleware", "_PostResponse.__enter__"),
+        ("pinning_middleware.middleware", "_PostResponse.__exit__"),
     ),
     "the client's pins": (("pinning_middleware.middleware", "PinningMiddleware.load_pins"),),
     "the hook before the view": (

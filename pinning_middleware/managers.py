@@ -12,7 +12,6 @@ from django.db import DEFAULT_DB_ALIAS, models
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.routing.route import route
 from pinning_middleware.scopes.scope import current_scope
-from pinning_middleware.utils import clock
 
 __all__ = [
     "ReplicaManager",
@@ -51,10 +50,7 @@ class ReplicaQuerySet(models.QuerySet[T]):
             return route(pool, self.model)
         # Outside a scope each queryset uses the next replica. `db` is read several times for one
         # read.
-        now = clock.monotonic()
-        scope.update(
-            pool.key, lambda state: state._replace(replica=self._chosen, replica_since=now)
-        )
+        scope.keep_replica(pool.key, self._chosen)
         alias = route(pool, self.model)
         if alias in pool.replicas:
             self._chosen = alias

@@ -10,7 +10,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction, sync_to_async
@@ -149,13 +149,15 @@ class PinningMiddleware:
         """Load the stores that depend on the user, after every other middleware."""
         if conf.enabled and (scope := entered_scope()) is not None:
             self.configure_scope(scope, request)
-            self.load_pins(scope, request, conf.stores_at_view)
+            if conf.stores_at_view:
+                self.load_pins(scope, request, conf.stores_at_view)
 
     async def aprepare_view(self, request: HttpRequest, view: Any, args: Any, kwargs: Any) -> None:
         """Async version of ``prepare_view()``."""
         if conf.enabled and (scope := entered_scope()) is not None:
             self.configure_scope(scope, request)
-            await self.aload_pins(scope, request, conf.stores_at_view)
+            if conf.stores_at_view:
+                await self.aload_pins(scope, request, conf.stores_at_view)
 
     def configure_scope(self, scope: Scope, request: HttpRequest) -> None:
         """Apply PINNING_OFFLOAD, PINNING_BALANCE_BY and PINNING_RETRY_404 to the scope."""
@@ -173,15 +175,15 @@ class PinningMiddleware:
             scope.merge_into(scope.parent)
         late_work = _PostResponse(self, scope, request)
         if response is None:
-            late_work.finish()
+            late_work.begin()
             return
         if conf.debug or _is_staff(request):
             self.add_server_timing(scope, response)
-        close_within(response, _Closing(late_work))
         # A file needs no database, and servers send it faster without a wrapper.
         if response.streaming and getattr(response, "file_to_stream", None) is None:
-            _wrap_stream(late_work, response)
+            late_work.begin_after_stream(response)
         else:
+            close_within(response, late_work)
             late_work.begin()
 
     def add_server_timing(self, scope: Scope, response: HttpResponseBase) -> None:
@@ -198,12 +200,9 @@ class PinningMiddleware:
     ) -> None:
         """Save the outgoing pins; without a response, only in stores that need none."""
         pins = outgoing_pins(scope)
-        if scope.keys:
-            try:
-                save_keys(scope)
-            except Exception as error:
-                base.log_store_error("The cache of keys", "save", error)
         base.save_pins(_stores_to_save(scope, pins, response), request, response, pins)
+        if scope.keys:
+            save_keys(scope)
 
     async def asave_pins(
         self, scope: Scope, request: HttpRequest, response: HttpResponseBase | None
@@ -213,12 +212,9 @@ class PinningMiddleware:
             pins = await sync_to_async(outgoing_pins)(scope)
         else:
             pins = outgoing_pins(scope)
-        if scope.keys:
-            try:
-                await asave_keys(scope)
-            except Exception as error:
-                base.log_store_error("The cache of keys", "save", error)
         await base.asave_pins(_stores_to_save(scope, pins, response), request, response, pins)
+        if scope.keys:
+            await asave_keys(scope)
 
 
 def _restore(scope: Scope | None, overrides: Override | None) -> None:
@@ -277,16 +273,20 @@ class _PostResponse(AbstractContextManager[None]):
     As a context manager it enters the request's scope, which a server's thread is not in.
     """
 
+    # The revision of the scope that the middleware saves before streaming content begins.
+    _saved_revision = 0
+
     def __init__(self, middleware: PinningMiddleware, scope: Scope, request: HttpRequest) -> None:
         self._middleware, self._scope, self._request = middleware, scope, request
         self._entered: Scope | None = scope
         self._overrides = current_overrides()
-        self._saved_revision = scope.revision
+        # How long background tasks belong to their request.
+        self._seconds = max(conf.seconds, MIN_LATE_SECONDS)
         # Closing a response closes its body, so it may be entered inside itself.
         self._outer: list[tuple[Scope | None, Override | None]] = []
 
     def __enter__(self) -> None:
-        self._scope.extend(_seconds())
+        self._scope.extend(self._seconds)
         self._outer.append((entered_scope(), current_overrides()))
         enter(self._entered)
         set_overrides(self._overrides)
@@ -296,13 +296,28 @@ class _PostResponse(AbstractContextManager[None]):
         self._entered, self._overrides = entered_scope(), current_overrides()
         _restore(*self._outer.pop())
 
+    def __reduce__(self) -> tuple[type[nullcontext[None]], tuple[()]]:
+        # A cache outside this middleware pickles the response before it is closed.
+        return nullcontext, ()
+
     def begin(self) -> None:
         """Close the scope: later writes are saved as soon as they end."""
         save = functools.partial(_save_late, self._middleware, self._request)
-        self._scope.close(_seconds(), save)
+        self._scope.close(self._seconds, save)
+
+    def begin_after_stream(self, response: Any) -> None:
+        """Have streaming content generated inside the scope, which is closed at its end."""
+        self._saved_revision = self._scope.revision
+        close_within(response, _closing(self))
+        if response.is_async:
+            parts: Any = aiterate_within(self, *async_body_of(response))
+            response.streaming_content = _abody(self, parts)
+        else:
+            parts = iterate_within(self, response.streaming_content)
+            response.streaming_content = _body(self, parts)
 
     def finish(self) -> None:
-        """Close the scope after streaming content, if any, and save its writes."""
+        """Close the scope after streaming content, and save its writes."""
         if not self._scope.is_closed:
             if self._scope.revision != self._saved_revision:
                 _save_late(self._middleware, self._request, self._scope)
@@ -329,38 +344,15 @@ def _save_late(middleware: PinningMiddleware, request: HttpRequest, scope: Scope
         logger.exception("Could not save the pins of a request after its response.")
 
 
-class _Closing(AbstractContextManager[None]):
-    """The context in which a response is closed."""
-
-    def __init__(self, late_work: _PostResponse) -> None:
-        self._late_work = late_work
-
-    def __enter__(self) -> None:
-        self._late_work.__enter__()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._late_work.__exit__()
-        # Streaming content that was not started, or was abandoned, has not finished the scope.
-        self._late_work.finish()
-
-    def __reduce__(self) -> tuple[type[nullcontext[None]], tuple[()]]:
-        # A cache outside this middleware pickles the response.
-        return nullcontext, ()
-
-
-def _seconds() -> float:
-    """Return how long background tasks belong to their request (seconds)."""
-    return max(conf.seconds, MIN_LATE_SECONDS)
-
-
-def _wrap_stream(late_work: _PostResponse, response: Any) -> None:
-    """Generate streaming content inside the request's scope."""
-    if response.is_async:
-        parts: Any = aiterate_within(late_work, *async_body_of(response))
-        response.streaming_content = _abody(late_work, parts)
-    else:
-        parts = iterate_within(late_work, response.streaming_content)
-        response.streaming_content = _body(late_work, parts)
+@contextmanager
+def _closing(late_work: _PostResponse) -> Iterator[None]:
+    """The context in which a streaming response is closed."""
+    try:
+        with late_work:
+            yield
+    finally:
+        # Content that was not started, or was abandoned, has not finished the scope.
+        late_work.finish()
 
 
 def _body(late_work: _PostResponse, parts: Iterator[bytes]) -> Iterator[bytes]:

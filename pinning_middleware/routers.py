@@ -43,15 +43,12 @@ class PinningRouter:
 
         ``model`` is a model class, but Django's own router accepts anything, so this one does.
         """
-        answer = self._ask("db_for_read", model, hints)
-        # The alias of a replica selects its pool.
-        pool = _pool_of(_origin(hints)) if answer is None else pools().by_alias.get(answer)
+        answer, pool = self._select("db_for_read", model, hints)
         return answer if pool is None else route(pool, model)
 
     def db_for_write(self, model: Any, **hints: Any) -> str | None:
         """Return the primary to write to, or None if the model belongs to no pool."""
-        answer = self._ask("db_for_write", model, hints)
-        pool = _pool_of(_origin(hints)) if answer is None else pools().by_alias.get(answer)
+        answer, pool = self._select("db_for_write", model, hints)
         return answer if pool is None else pool.primary
 
     def allow_relation(self, obj1: Model, obj2: Model, **hints: Any) -> bool | None:
@@ -64,23 +61,28 @@ class PinningRouter:
         """Return False for a replica, whose tables come from its primary, None otherwise."""
         return False if db in conf.readonly_aliases else None
 
-    def _ask(self, action: str, model: Any, hints: dict[str, Any]) -> str | None:
-        """Return the result of the routers after this one."""
-        for router in self._routers_after():
+    def _select(
+        self, action: str, model: Any, hints: dict[str, Any]
+    ) -> tuple[str | None, Pool | None]:
+        """
+        Return the alias that the routers after this one return, and the pool that it belongs to.
+        The alias of a replica selects its pool. Without an alias, the hinted instance does.
+        """
+        is_after = False
+        for router in django_router.routers:
+            if not is_after:
+                is_after = router is self
+                continue
             method = getattr(router, action, None)
             answer = None if method is None else method(model, **hints)
             if answer:
-                if answer in conf.readonly_aliases:
-                    _log_replica(router, action, str(answer))
-                return str(answer)
-        return None
-
-    def _routers_after(self) -> list[Any]:
-        routers: list[Any] = django_router.routers
-        for place, router in enumerate(routers):
-            if router is self:
-                return routers[place + 1 :]
-        return []
+                alias = str(answer)
+                if alias in conf.readonly_aliases:
+                    _log_replica(router, action, alias)
+                return alias, pools().by_alias.get(alias)
+        state = getattr(hints.get("instance"), "_state", None)
+        origin = None if state is None else state.db
+        return None, pools().default if origin is None else pools().by_alias.get(origin)
 
 
 def _log_replica(router: Any, action: str, alias: str) -> None:
@@ -98,13 +100,3 @@ def _log_replica(router: Any, action: str, alias: str) -> None:
         *(name, alias, conf.readonly_aliases[alias], name),
         extra={"router": name, "alias": alias},
     )
-
-
-def _origin(hints: dict[str, Any]) -> str | None:
-    state = getattr(hints.get("instance"), "_state", None)
-    return None if state is None else state.db
-
-
-def _pool_of(origin: str | None) -> Pool | None:
-    known = pools()
-    return known.default if origin is None else known.by_alias.get(origin)

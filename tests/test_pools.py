@@ -14,6 +14,7 @@ from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware import (
     is_pinned,
+    no_failover,
     pin_this_request,
     pinning_scope,
     propagate_scope,
@@ -450,6 +451,21 @@ def test_explicit_read_of_the_primary_is_not_counted_for_its_mirror() -> None:
         ("replica", "round_robin"),
         ("primary", "explicit"),
         ("replica", "round_robin"),
+    ]
+
+
+@pytest.mark.usefixtures("mirrored")
+def test_cursor_of_a_mirror_reads_the_primary_outside_the_block_that_opened_it() -> None:
+    with pinning_scope(), capture_reads() as reads:
+        with no_failover():
+            cursor = connections["replica1"].cursor()
+            cursor.execute("SELECT 1")
+        Book.objects.create(title="x")
+        cursor.execute("SELECT 1")
+        cursor.close()
+    assert [(read.served, read.reason) for read in reads] == [
+        ("replica1", "explicit"),
+        ("default", "wrote"),
     ]
 
 

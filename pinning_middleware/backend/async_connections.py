@@ -18,7 +18,7 @@ from typing import Any
 from asgiref.sync import sync_to_async
 from django.db import InterfaceError, OperationalError
 
-from pinning_middleware.backend.execute import record_read
+from pinning_middleware.backend.execute import explicit_decision, record_read
 from pinning_middleware.backend.writes import (
     Statement,
     classify,
@@ -146,7 +146,7 @@ async def execute_wrapper(execute: Any, sql: Any, params: Any, many: bool, conte
         connection.has_modified_session = True
         current_scope().record_session_state(pool.key)
     if statement.kind in (StatementKind.READ, StatementKind.LOCK):
-        decision = cursor.__dict__.get("pinning_decision") or _explicit_decision(
+        decision = cursor.__dict__.get("pinning_decision") or explicit_decision(
             pool, connection.alias
         )
         record_read(pool, current_scope(), connection, decision, statement.kind, sql, None)
@@ -186,11 +186,6 @@ async def _record_control(connection: Any, statement: Statement) -> None:
     connection.in_raw_transaction = is_open and not connection.in_atomic_block
     if statement.ends_transaction:
         await connection._record_transaction_end()
-
-
-def _explicit_decision(pool: Pool, alias: str) -> Decision:
-    reason = Reason.EXPLICIT if pool.has_replicas else pool.default_reason
-    return Decision(alias, None if alias == pool.primary else alias, reason)
 
 
 # The handlers that have made an async connection.

@@ -35,7 +35,7 @@ from pinning_middleware.routing.policy import Decision, is_former_primary
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.overrides import effects_on
-from pinning_middleware.scopes.scope import PoolState, Scope, current_scope
+from pinning_middleware.scopes.scope import Scope, current_scope
 from pinning_middleware.scopes.watch import current_watch, note_read, note_write
 from pinning_middleware.servers.budget import read_budget
 from pinning_middleware.servers.dialects import dialect_for
@@ -45,7 +45,7 @@ from pinning_middleware.sql import StatementKind
 from pinning_middleware.utils.counters import Read, missed_writes, observers, reads
 from pinning_middleware.utils.transactions import driver_in_transaction
 
-__all__ = ["execute_wrapper", "intended_alias", "record_read"]
+__all__ = ["execute_wrapper", "explicit_decision", "intended_alias", "record_read"]
 
 # Maximum number of routes that a scope records.
 MAX_ROUTES: Final = 16
@@ -79,7 +79,7 @@ def _execute_statement(execute: Any, sql: Any, params: Any, many: bool, context:
         with recording_write(connection, connection.alias, sql) if is_write else nullcontext():
             set_up_session(connection)
             return execute(sql, params, many, context)
-    alias, scope = intended_alias(cursor), current_scope()
+    scope = current_scope()
     if pool.is_dry_run and statement.kind is StatementKind.READ:
         # The primary serves it, and nothing else could.
         set_up_session(connection)
@@ -87,19 +87,17 @@ def _execute_statement(execute: Any, sql: Any, params: Any, many: bool, context:
     else:
         effects = effects_on(pool.primary)
         call = Call(execute, sql, params, many, context, cursor, scope, effects)
-        result = _execute(pool, alias, call, connection, statement)
+        result = _execute(pool, call, connection, statement)
     if statement.modifies_session:
         _record_modified_session(pool, cursor.db)
     if statement.kind in (StatementKind.READ, StatementKind.LOCK):
         server = None if pool.dialect is None else state_of(cursor.db).server
-        decision = _decision_of(pool, cursor, alias)
+        decision = _decision_of(pool, cursor)
         record_read(pool, scope, cursor.db, decision, statement.kind, sql, server)
     return result
 
 
-def _execute(
-    pool: Pool, alias: str, call: Call, connection: BaseDatabaseWrapper, statement: Statement
-) -> Any:
+def _execute(pool: Pool, call: Call, connection: BaseDatabaseWrapper, statement: Statement) -> Any:
     kind = statement.kind
     is_replica = connection.alias != pool.primary
     bypasses = failover_disabled.get() or call.effects.no_failover
@@ -107,6 +105,7 @@ def _execute(
     is_read = kind is StatementKind.READ and not is_setup
     if not bypasses and (is_read or _may_run_anywhere(call, statement)):
         return execute_read(pool, call)
+    alias = intended_alias(call.cursor)
     if is_replica and kind is not StatementKind.READ and alias == pool.primary:
         # A replica substituted for the primary, which it can for reads only: let the primary's own
         # error surface.
@@ -218,7 +217,7 @@ def record_read(
     note_read(route)
     if conf.balance_by_query:
         # Django may ask the router several times for one read; the next read gets another replica.
-        scope.update(pool.key, PoolState.without_replica)
+        scope.replicas.pop(pool.key, None)
     reads[pool.primary, connection.alias, server, reason] += 1
     if decision.would_miss_write:
         missed_writes[pool.primary] += 1
@@ -231,13 +230,16 @@ def record_read(
             observe(read)
 
 
-def _decision_of(pool: Pool, cursor: Any, alias: str) -> Decision:
+def _decision_of(pool: Pool, cursor: Any) -> Decision:
     """Return the decision that a cursor follows; without one, the code named its alias."""
     decision: Decision | None = cursor.__dict__.get("pinning_decision")
     if decision is None:
         raw, last = cursor.db.last_opened
         decision = last if raw is cursor.cursor else None
-    if decision is not None:
-        return decision
+    return explicit_decision(pool, intended_alias(cursor)) if decision is None else decision
+
+
+def explicit_decision(pool: Pool, alias: str) -> Decision:
+    """Return the decision of code that has named its alias."""
     reason = Reason.EXPLICIT if pool.has_replicas else pool.default_reason
     return Decision(alias, None if alias == pool.primary else alias, reason)

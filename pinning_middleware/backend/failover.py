@@ -36,6 +36,7 @@ from pinning_middleware.backend.writes import sql_text
 from pinning_middleware.conf import conf
 from pinning_middleware.reasons import Fault, Reason
 from pinning_middleware.routing.compatibility import is_interchangeable
+from pinning_middleware.routing.guarantees import record_observed
 from pinning_middleware.routing.policy import Decision, Rejection, admit
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.replica_choice import balance_key
@@ -153,8 +154,8 @@ def _run_without_failover(pool: Pool, call: Call) -> Any:
     else:
         call.renew_cursor(raw)
     result = call.run()
-    if pool.guarantee.tracks_reads:
-        pool.guarantee.record_observed(pool, call.scope, connection.alias)
+    if pool.tracks_reads:
+        record_observed(pool, call.scope, connection.alias)
     return result
 
 
@@ -205,8 +206,8 @@ def _try_once(
         if verdict is Verdict.REOPEN:
             return _Lost(error, has_run=began is not None)
         return _take_out(connection, error)
-    if pool.guarantee.tracks_reads:
-        pool.guarantee.record_observed(pool, call.scope, connection.alias)
+    if pool.tracks_reads:
+        record_observed(pool, call.scope, connection.alias)
     return _Served(result)
 
 
@@ -301,29 +302,27 @@ def _run_watched(pool: Pool, call: Call, connection: BaseDatabaseWrapper) -> Any
     Run the statement; notice if its server does not answer, or makes it wait for a lock that WAL
     replay holds, and another one may serve it.
     """
-    if pool.dialect is None:
+    is_primary = connection.alias == pool.primary
+    if pool.dialect is None or (is_primary and not pool.can_replace_primary):
         return call.run()
     state = state_of(connection)
-    if connection.alias == pool.primary:
-        if not pool.can_replace_primary:
-            return call.run()
+    if is_primary:
         state.may_fail_over = not is_transaction_open(connection)
-        try:
-            return _run_blocking(call, connection, state)
-        finally:
-            state.may_fail_over = False
-    state.waits_for_lock = False
-    state.may_leave = partial(may_fail_over, connection, call)
+    else:
+        state.waits_for_lock = False
+        state.may_leave = partial(may_fail_over, connection, call)
     try:
-        return _run_blocking(call, connection, state)
+        if state.waits_are_watched or not may_fail_over(connection, call):
+            return call.run()
+        return _run_tracked(call, connection, state)
     finally:
         state.may_leave = None
+        if is_primary:
+            state.may_fail_over = False
 
 
-def _run_blocking(call: Call, connection: BaseDatabaseWrapper, state: ConnectionState) -> Any:
-    """Run the statement; if the driver blocks, have a thread track it."""
-    if state.waits_are_watched or not may_fail_over(connection, call):
-        return call.run()
+def _run_tracked(call: Call, connection: BaseDatabaseWrapper, state: ConnectionState) -> Any:
+    """Run the statement on a driver that blocks, while a thread tracks it."""
     read = track_read(connection.connection, state)
     try:
         result = call.run()
@@ -368,7 +367,8 @@ def _alternatives(pool: Pool, call: Call, failed: str, rejection: Rejection) -> 
         override, scope = call.effects.routing, call.scope
         max_lag, group = (override.max_lag, override.group) if override else (None, None)
         # For a pinned read the primary comes before a higher tier.
-        is_pinned = override is None and scope.state(pool.key).is_bound(clock.now())
+        requirement = scope.state(pool.key).required(clock.now())
+        is_pinned = override is None and not requirement.is_empty
         rotations = pool.replica_set.rotations
         for alias in rotations.alternatives(group, balance_key(scope), fallback=not is_pinned):
             lag = pool.replica_set.lag(alias) if max_lag is not None else 0.0
@@ -390,7 +390,7 @@ def _report_failover(
     cursor.pinning_decision = decision._replace(reason=reason)
     may_keep = served == pool.primary or served in pool.replica_set.rotation.weights
     if may_keep and (failed in pool.replica_set.out_of_rotation or reason is Reason.NOT_CAUGHT_UP):
-        call.scope.update(pool.key, lambda state: state._replace(replica=replica))
+        call.scope.keep_replica(pool.key, replica)
     if reason in _BY_POLICY:
         logger.debug("Read from %s instead of %s: %s", served, failed, reason.description)
         return

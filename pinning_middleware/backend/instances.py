@@ -18,23 +18,11 @@ from django.db import router
 from django.db.models import Model
 from django.db.models.signals import class_prepared
 
-from pinning_middleware.conf import conf, on_change
+from pinning_middleware.conf import conf
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.overrides import OverrideKind, pop, push
 
 __all__ = ["fetch_peers_by_route", "install", "read_primary_while_saving"]
-
-
-class _Homes(dict[str, str]):
-    """Alias that an instance was read from → alias that it belongs to."""
-
-    def __missing__(self, alias: str) -> str:
-        home = self[alias] = conf.readonly_aliases.get(alias, alias)
-        return home
-
-
-homes = _Homes()
-on_change(homes.clear)
 
 
 def install() -> None:
@@ -59,7 +47,7 @@ def _wrap_from_db(owner: type[Any]) -> None:
     # Called for every row, so it does nothing but a lookup.
     @functools.wraps(original)
     def from_db(cls: type[Model], db: str, *args: Any, **kwargs: Any) -> Model:
-        instance: Model = original(cls, homes[db], *args, **kwargs)
+        instance: Model = original(cls, conf.readonly_aliases.get(db, db), *args, **kwargs)
         return instance
 
     from_db.pinning_original = original  # type: ignore[attr-defined]

@@ -20,7 +20,6 @@ from pinning_middleware.conf import conf
 from pinning_middleware.pins import Pin, PinKey, PinKind, Position
 from pinning_middleware.pool_specs import PoolSpec
 from pinning_middleware.reasons import Reason
-from pinning_middleware.routing.guarantees import ReadYourWrites
 from pinning_middleware.routing.health import Health
 from pinning_middleware.routing.policy import Decision, reason_besides_pins
 from pinning_middleware.routing.pool import Pool
@@ -83,7 +82,7 @@ class DryRunPool(Pool):
     is_dry_run = True
 
     def __init__(self, spec: PoolSpec) -> None:
-        super().__init__(spec, ReadYourWrites())
+        super().__init__(spec)
         self.replica_set = AssumedReplica(spec, self.health)
         self.has_replicas = conf.enabled
         self.can_replace_primary = False

@@ -1,128 +1,93 @@
-"""The consistency that a pool guarantees: PINNING_CONSISTENCY."""
+"""
+PINNING_CONSISTENCY. With ``read-your-writes`` a client sees its own writes; what other clients
+wrote may appear and disappear, and this module has nothing to do.
+
+With ``monotonic-reads`` a client also never sees an older state than it has seen, within a scope
+and after it. The primary counts as having everything. While a commit waits for a synchronous
+standby, a replica may show it although the primary does not yet.
+https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION
+"""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 from django.db import connections
 
 from pinning_middleware.conf import conf
-from pinning_middleware.pins import Pin, PoolKey, Position, merge_points
-from pinning_middleware.routing.health import Health
+from pinning_middleware.pins import Pin, Position, merge_points
+from pinning_middleware.routing.pool import Pool
 from pinning_middleware.scopes.scope import PoolState, Scope
 from pinning_middleware.servers.connection_state import ConnectionState
 from pinning_middleware.servers.probe import CONNECTION_ERRORS, state_of
 
-__all__ = ["Guarantee", "MonotonicReads", "ReadYourWrites"]
+__all__ = ["must_reach", "observed_pin", "record_observed"]
 
 
-class Guaranteed(Protocol):
-    """What a guarantee needs of a pool."""
-
-    key: PoolKey
-    primary: str
-    health: Health
-    supports_positions: bool
-
-    def current_position(self) -> Position | None:
-        """Return the primary's position."""
-
-
-class ReadYourWrites:
-    """A client sees its own writes. What other clients wrote may appear and disappear."""
-
-    # Whether it matters which server answered a read.
-    tracks_reads = False
-
-    def must_reach(self, pool: Guaranteed, state: PoolState, alias: str) -> Position | None:
-        """
-        Return the position that an alias must have reached beyond what the pins require, or None.
-
-        Raise LookupError if that is unknown, so that only the primary will do.
-        """
-        return None
-
-    def record_observed(self, pool: Guaranteed, scope: Scope, alias: str) -> None:
-        """Record which alias answered a read."""
-
-    def observed_pin(self, pool: Guaranteed, state: PoolState, now: float) -> Pin | None:
-        """Return the pin for what the scope has read, or None. May probe the servers."""
-        return None
-
-
-class MonotonicReads(ReadYourWrites):
+def must_reach(pool: Pool, state: PoolState, alias: str) -> Position | None:
     """
-    A client also never sees an older state than it has seen, within a scope and after it.
+    Return the position that an alias must have reached so that a scope which has read from this
+    pool sees no older state, or None.
 
-    The primary counts as having everything. While a commit waits for a synchronous standby, a
-    replica may show it although the primary does not yet.
-    https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION
+    Raise LookupError if that is unknown, so that only the primary will do.
     """
-
-    tracks_reads = True
-
-    def must_reach(self, pool: Guaranteed, state: PoolState, alias: str) -> Position | None:
-        if not state.read_from or alias == pool.primary:
-            return None
-        last, known = state.read_from[-1]
-        connection = connections[last]
-        is_open = connection.connection is not None
-        if alias == last and (not is_open or state_of(connection) is known):
-            # A connection that is opened anew is judged when a statement runs on it.
-            return None
-        position = self._position_of(pool, last, known)
-        if position is None:
-            raise LookupError(f"the position of {last} is unknown")
-        return position
-
-    def record_observed(self, pool: Guaranteed, scope: Scope, alias: str) -> None:
-        connection = connections[alias]
-        source = alias, None if connection.connection is None else state_of(connection)
-
-        def change(state: PoolState) -> PoolState:
-            if state.read_from[-1:] == (source,):
-                return state
-            read_from = (*(one for one in state.read_from if one[0] != alias), source)
-            # The first read changes the outgoing pins; later ones do not.
-            return state._replace(
-                read_from=read_from, revision=state.revision + (not state.read_from)
-            )
-
-        scope.update(pool.key, change)
-
-    def observed_pin(self, pool: Guaranteed, state: PoolState, now: float) -> Pin | None:
-        position: Position | None = None
-        for alias, known in state.read_from:
-            reached = self._position_of(pool, alias, known)
-            if reached is None:
-                # A server that failed after the read cannot report: only the window ends the pin.
-                return Pin(now + conf.seconds) if pool.supports_positions else None
-            points = merge_points(position.points if position else {}, reached.points)
-            position = Position(points)
-        return None if position is None else Pin(now + conf.seconds, None, position)
-
-    def _position_of(
-        self, pool: Guaranteed, alias: str, known: ConnectionState | None
-    ) -> Position | None:
-        """
-        Return what the server of a connection has replayed by now, None if unknown: its alias may
-        resolve to another one.
-        """
-        if alias == pool.primary:
-            return pool.current_position()
-        connection = connections[alias]
-        try:
-            result = pool.health.probe(connection)
-        except CONNECTION_ERRORS:
-            return None
-        if result is None or not result.server.position or result.server.timeline_hidden:
-            return None
-        state = state_of(connection)
-        if known is not None and known.server is not None:
-            is_same = known.server is result.server
-        else:
-            is_same = known is state or pool.health.is_only_server(state, certain=True)
-        return Position(result.server.position) if is_same else None
+    if alias == pool.primary:
+        return None
+    last, known = state.read_from[-1]
+    connection = connections[last]
+    is_open = connection.connection is not None
+    if alias == last and (not is_open or state_of(connection) is known):
+        # A connection that is opened anew is judged when a statement runs on it.
+        return None
+    position = _position_of(pool, last, known)
+    if position is None:
+        raise LookupError(f"the position of {last} is unknown")
+    return position
 
 
-Guarantee = ReadYourWrites
+def record_observed(pool: Pool, scope: Scope, alias: str) -> None:
+    """Record which alias answered a read; only for a pool that ``tracks_reads``."""
+    connection = connections[alias]
+    source = alias, None if connection.connection is None else state_of(connection)
+
+    def change(state: PoolState) -> PoolState:
+        if state.read_from[-1:] == (source,):
+            return state
+        read_from = (*(one for one in state.read_from if one[0] != alias), source)
+        # The first read changes the outgoing pins; later ones do not.
+        return state._replace(read_from=read_from, revision=state.revision + (not state.read_from))
+
+    scope.update(pool.key, change)
+
+
+def observed_pin(pool: Pool, state: PoolState, now: float) -> Pin | None:
+    """Return the pin for what the scope has read, or None. May probe the servers."""
+    position: Position | None = None
+    for alias, known in state.read_from:
+        reached = _position_of(pool, alias, known)
+        if reached is None:
+            # A server that failed after the read cannot report: only the window ends the pin.
+            return Pin(now + conf.seconds) if pool.supports_positions else None
+        points = merge_points(position.points if position else {}, reached.points)
+        position = Position(points)
+    return None if position is None else Pin(now + conf.seconds, None, position)
+
+
+def _position_of(pool: Pool, alias: str, known: ConnectionState | None) -> Position | None:
+    """
+    Return what the server of a connection has replayed by now, None if unknown: its alias may
+    resolve to another one.
+    """
+    if alias == pool.primary:
+        return pool.current_position()
+    connection = connections[alias]
+    try:
+        result = pool.health.probe(connection)
+    except CONNECTION_ERRORS:
+        return None
+    if result is None or not result.server.position or result.server.timeline_hidden:
+        return None
+    state = state_of(connection)
+    if known is not None and known.server is not None:
+        is_same = known.server is result.server
+    else:
+        is_same = known is state or pool.health.is_only_server(state, certain=True)
+    return Position(result.server.position) if is_same else None

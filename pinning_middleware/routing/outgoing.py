@@ -15,6 +15,7 @@ from django.db import transaction
 
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Pin, PinKey, PinKind, Pins, live
+from pinning_middleware.routing.guarantees import observed_pin
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.scope import PoolState, Scope
@@ -70,7 +71,7 @@ def outgoing_pins(scope: Scope) -> dict[PinKey, Pin]:
             (PinKind.WRITTEN, state.inherited),
             (PinKind.WRITTEN, _pin_for_writes(scope, pool, state)),
             (PinKind.OBSERVED, state.observed),
-            (PinKind.OBSERVED, pool.guarantee.observed_pin(pool, state, now)),
+            (PinKind.OBSERVED, observed_pin(pool, state, now)),
             (PinKind.DRY_RUN, pool.dry_run_pin(state)),
         ):
             if pin is not None and pin.is_live(now, conf.seconds):

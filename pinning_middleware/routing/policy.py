@@ -18,6 +18,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Pin, Position, merge_optional, merge_positions
 from pinning_middleware.reasons import Fault, Reason
+from pinning_middleware.routing.guarantees import must_reach
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.replica_choice import (
     next_replica,
@@ -102,15 +103,16 @@ def decide(pool: Pool, scope: Scope, model: object = None) -> Decision:
     if wanted is not None:
         return _find_replica(pool, scope, state, wanted)
     # Rule 7: the next replica.
-    alias = next_replica(pool, scope, state)
+    alias = next_replica(pool, scope)
     if alias is None:
         return _primary(pool, Reason.NO_REPLICA)
-    try:
-        wanted = pool.guarantee.must_reach(pool, state, alias)
-    except LookupError:
-        return _primary(pool, Reason.NOT_CAUGHT_UP)
-    if wanted is not None:
-        return _find_replica(pool, scope, state, wanted)
+    if state.read_from:
+        try:
+            wanted = must_reach(pool, state, alias)
+        except LookupError:
+            return _primary(pool, Reason.NOT_CAUGHT_UP)
+        if wanted is not None:
+            return _find_replica(pool, scope, state, wanted)
     return _replica(pool, alias, Reason.ROUND_ROBIN)
 
 
@@ -124,7 +126,8 @@ def admit(
     replica; raise what ``servers.probe.probe()`` raises.
     """
     alias = connection.alias
-    is_primary = alias == pool.primary or pool.is_mirror(alias)
+    # The cursors of a test mirror belong to the primary's connection.
+    is_primary = alias == pool.primary
     # Pins do not apply to replicas that only SLAVE_DATABASES lists: there, using() decides.
     ignores_pins = is_primary or alias not in conf.readonly_aliases or pool.is_primary_down
     ignores_pins = ignores_pins or (override is not None and override.kind is OverrideKind.REPLICA)
@@ -148,27 +151,25 @@ def admit(
     wanted = requirement.position
     if requirement.primary_only or (wanted is not None and not pool.supports_positions):
         return Rejection(Reason.PINNED)
-    try:
-        wanted = merge_positions(wanted, pool.guarantee.must_reach(pool, state, alias))
-    except LookupError:
-        return Rejection(Reason.NOT_CAUGHT_UP)
+    if state.read_from:
+        try:
+            wanted = merge_positions(wanted, must_reach(pool, state, alias))
+        except LookupError:
+            return Rejection(Reason.NOT_CAUGHT_UP)
     if wanted is None or pool.replica_set.caught_up(alias, wanted, connection):
         return None
     has_caught_up = pool.replica_set.probe_caught_up(alias, wanted, connection)
     return None if has_caught_up else Rejection(Reason.NOT_CAUGHT_UP)
 
 
-def is_former_primary(
-    pool: Pool, connection: BaseDatabaseWrapper, scope: Scope | None = None
-) -> bool:
+def is_former_primary(pool: Pool, connection: BaseDatabaseWrapper, scope: Scope) -> bool:
     """
     Return whether an open connection of the primary's alias is connected to a former primary,
     judged by the known servers and by the scope's pins. Writes to it would be lost.
     """
     if pool.dialect is None or connection.alias != pool.primary or connection.in_atomic_block:
         return False
-    state = PoolState() if scope is None else scope.state(pool.key)
-    requirement = state.required(clock.now())
+    requirement = scope.state(pool.key).required(clock.now())
     return pool.primary_connections.reject(connection, requirement) is not None
 
 
@@ -176,7 +177,7 @@ def _follow_override(pool: Pool, scope: Scope, override: Override) -> Decision:
     if override.kind is not OverrideKind.REPLICA:
         # The kind has the name of its reason.
         return Decision(pool.primary, None, Reason(override.kind.value))
-    alias = replica_for_override(pool, scope, scope.state(pool.key), override)
+    alias = replica_for_override(pool, scope, override)
     if alias is None:
         return Decision(pool.primary, None, Reason.NO_REPLICA)
     return _replica(pool, alias, Reason.USE_REPLICA)
@@ -266,7 +267,7 @@ def _find_replica(pool: Pool, scope: Scope, state: PoolState, wanted: Position) 
     last = state.last_searched
     may_probe = last is None or now - last > SEARCH_INTERVAL
     replicas = pool.replica_set
-    alias = replica_caught_up(pool, scope, state, wanted, probe=may_probe)
+    alias = replica_caught_up(pool, scope, wanted, probe=may_probe)
     max_wait = conf.wait if scope.max_wait is None else scope.max_wait
     if alias is None and may_probe and max_wait and probing_allowed(connections[pool.primary]):
         alias = replicas.wait_caught_up(wanted, max_wait)
@@ -274,8 +275,8 @@ def _find_replica(pool: Pool, scope: Scope, state: PoolState, wanted: Position) 
         if may_probe:
             scope.update(pool.key, lambda state: state._replace(last_searched=now))
         return _primary(pool, Reason.NOT_CAUGHT_UP)
-    if alias != state.replica:
-        scope.update(pool.key, lambda state: state._replace(replica=alias))
+    if alias != scope.replica(pool.key).alias:
+        scope.keep_replica(pool.key, alias)
     return _replica(pool, alias, Reason.CAUGHT_UP)
 
 

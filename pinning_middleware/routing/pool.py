@@ -11,7 +11,6 @@ from pinning_middleware.pins import Pin, Position
 from pinning_middleware.pool_specs import PoolSpec
 from pinning_middleware.reasons import Reason
 from pinning_middleware.routing.compatibility import is_same_database, is_test_mirror, is_testing
-from pinning_middleware.routing.guarantees import Guarantee
 from pinning_middleware.routing.health import Health
 from pinning_middleware.routing.primary_connections import PrimaryConnections
 from pinning_middleware.routing.refusals import Refusals
@@ -32,12 +31,12 @@ class Pool:
 
     ``has_replicas`` is false if PINNING_ENABLED is, or if every weight is 0. ``is_legacy``: only
     ``SLAVE_DATABASES`` names its replicas. ``can_replace_primary``: PINNING_PRIMARY_DOWN allows
-    stale reads.
+    stale reads. ``tracks_reads``: it matters which server answered a read (``monotonic-reads``).
     """
 
     is_dry_run = False
 
-    def __init__(self, spec: PoolSpec, guarantee: Guarantee) -> None:
+    def __init__(self, spec: PoolSpec, *, tracks_reads: bool = False) -> None:
         self.spec = spec
         self.key, self.primary, self.replicas = spec.key, spec.key.primary, tuple(spec.weights)
         self.is_legacy = spec.key.legacy
@@ -51,7 +50,7 @@ class Pool:
         )
         self.replica_set = ReplicaSet(spec, self.health)
         self.refusals = Refusals()
-        self.guarantee = guarantee
+        self.tracks_reads = tracks_reads
         self.supports_positions = self.health.supports_positions
         self.can_replace_primary = conf.primary_down == "stale"
         self._same_as_primary = {a for a in self.replicas if is_same_database(self.primary, a)}

@@ -10,9 +10,8 @@ from pinning_middleware.conf import conf, on_change
 from pinning_middleware.pool_specs import PoolSpec
 from pinning_middleware.routing.compatibility import is_same_database
 from pinning_middleware.routing.dry_run import DryRunPool
-from pinning_middleware.routing.guarantees import MonotonicReads, ReadYourWrites
 from pinning_middleware.routing.pool import Pool
-from pinning_middleware.scopes.scope import PoolState, entered_scope
+from pinning_middleware.scopes.scope import entered_scope
 from pinning_middleware.utils.forks import ForkSafeLock
 
 __all__ = ["Pools", "pools"]
@@ -72,8 +71,7 @@ class Pools:
 def _make(spec: PoolSpec) -> Pool:
     if spec.assumed_lag is not None:
         return DryRunPool(spec)
-    is_monotonic = conf.monotonic_reads and conf.positions
-    return Pool(spec, MonotonicReads() if is_monotonic else ReadYourWrites())
+    return Pool(spec, tracks_reads=conf.monotonic_reads and bool(conf.positions))
 
 
 _pools: Pools | None = None
@@ -96,10 +94,9 @@ def pools() -> Pools:
 def _forget() -> None:
     global _pools
     _pools = None
-    scope = entered_scope()
-    for key in scope.pools if scope is not None else ():
-        # The replica was chosen under the previous settings.
-        scope.update(key, PoolState.without_replica)  # type: ignore[union-attr]
+    if (scope := entered_scope()) is not None:
+        # Its replicas were chosen under the previous settings.
+        scope.replicas.clear()
 
 
 def _begin_after_fork() -> None:

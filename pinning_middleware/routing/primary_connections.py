@@ -51,9 +51,9 @@ class PrimaryConnections:
         state = state_of(connection)
         if state.behind_pooler or self.dialect is None:
             return None
-        is_pinned = requirement.primary_only or requirement.position is not None
         if state.rejected_write:
             return Fault.DEMOTED
+        is_pinned = not requirement.is_empty
         if is_pinned and state.is_standby and not self._has_reached(connection, requirement):
             return Fault.DEMOTED
         if state.server is None:

@@ -40,14 +40,11 @@ class Refusals:
     """What the standbys of one pool refuse: every read, some tables, some statements."""
 
     def __init__(self) -> None:
+        # Whether nothing was ever refused.
+        self.is_empty = True
         self._all_reads: KnownRefusal | None = None
         self._tables: dict[str, KnownRefusal] = {}
         self._statements: dict[str, KnownRefusal] = {}
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was ever refused."""
-        return not (self._statements or self._tables or self._all_reads)
 
     @property
     def include_all_reads(self) -> bool:
@@ -63,6 +60,7 @@ class Refusals:
 
     def add(self, refusal: Refusal, sql: str, role: str) -> KnownRefusal:
         """Remember what a standby refused."""
+        self.is_empty = False
         until = time.monotonic() + REMEMBERED_FOR
         if refusal.all_reads:
             self._all_reads = KnownRefusal(f"role {role}", False, until)

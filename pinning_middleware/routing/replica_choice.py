@@ -9,7 +9,7 @@ from pinning_middleware.conf import conf
 from pinning_middleware.pins import Position
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.scopes.overrides import Override
-from pinning_middleware.scopes.scope import PoolState, Scope
+from pinning_middleware.scopes.scope import Scope
 from pinning_middleware.utils import clock
 
 __all__ = ["balance_key", "next_replica", "replica_caught_up", "replica_for_override"]
@@ -20,26 +20,23 @@ def balance_key(scope: Scope) -> str | None:
     return None if scope.balance_key is None else scope.balance_key()
 
 
-def next_replica(pool: Pool, scope: Scope, state: PoolState) -> str | None:
+def next_replica(pool: Pool, scope: Scope) -> str | None:
     """Return the replica that the scope reads from, choosing the next one if necessary."""
-    alias, now = state.replica, clock.monotonic()
-    key = balance_key(scope)
+    (alias, since), key = scope.replica(pool.key), balance_key(scope)
     # Outside any scope a replica is kept for a window only.
-    may_keep = not scope.is_ambient or now - state.replica_since < conf.seconds
+    may_keep = not scope.is_ambient or clock.monotonic() - since < conf.seconds
     if key is None and may_keep and alias in pool.replica_set.rotation.names:
         return alias
     chosen = pool.replica_set.next(after=alias, key=key)
     if chosen != alias or key is None:
-        scope.update(pool.key, lambda state: state._replace(replica=chosen, replica_since=now))
+        scope.keep_replica(pool.key, chosen)
     return chosen
 
 
-def replica_caught_up(
-    pool: Pool, scope: Scope, state: PoolState, wanted: Position, *, probe: bool
-) -> str | None:
+def replica_caught_up(pool: Pool, scope: Scope, wanted: Position, *, probe: bool) -> str | None:
     """Return a replica that has caught up, that of the scope or of its user first, or None."""
     replicas, key = pool.replica_set, balance_key(scope)
-    kept = state.replica if key is None else None
+    kept = scope.replica(pool.key).alias if key is None else None
     # For a pinned read the primary comes before a higher tier.
     if kept and not replicas.rotation.is_fallback(kept) and replicas.caught_up(kept, wanted):
         return kept
@@ -51,13 +48,11 @@ def replica_caught_up(
     return alias
 
 
-def replica_for_override(
-    pool: Pool, scope: Scope, state: PoolState, override: Override
-) -> str | None:
+def replica_for_override(pool: Pool, scope: Scope, override: Override) -> str | None:
     """Return the replica for a read inside ``use_replica``, None if none is usable."""
     group, max_lag, replicas = override.group, override.max_lag, pool.replica_set
     if group in replicas.rotations.by_group:
-        kept = state.group_replicas.get(group)
+        kept = scope.replica(pool.key, group).alias
         alias = kept if kept in replicas.rotations.of(group).names else None
         if max_lag is not None:
             alias = replicas.within_lag(max_lag, alias, group)
@@ -65,11 +60,10 @@ def replica_for_override(
             alias = replicas.next(after=kept, group=group)
         if alias is not None:
             if alias != kept:
-                chosen = {**state.group_replicas, group: alias}
-                scope.update(pool.key, lambda state: state._replace(group_replicas=chosen))
+                scope.keep_replica(pool.key, alias, group)
             return alias
     if max_lag is None:
-        return next_replica(pool, scope, state)
+        return next_replica(pool, scope)
     key = balance_key(scope)
-    kept = state.replica if key is None else replicas.rotation.next(key=key)
+    kept = scope.replica(pool.key).alias if key is None else replicas.rotation.next(key=key)
     return replicas.within_lag(max_lag, kept)

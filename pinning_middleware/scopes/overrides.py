@@ -74,17 +74,11 @@ class Effects(NamedTuple):
 _NO_EFFECTS = Effects()
 
 _overrides: ContextVar[Override | None] = ContextVar("pinning_overrides", default=None)
-threads.not_inherited(_overrides)
 
-# Replace the whole chain, for example by that of another context.
+# Returns the innermost override that is active, with those around it.
+current_overrides = threads.getter(_overrides)
+# Replaces the whole chain, for example by that of another context.
 set_overrides = _overrides.set
-
-
-def current_overrides() -> Override | None:
-    """Return the innermost override that is active, with those around it."""
-    if threads.INHERIT_CONTEXT:
-        threads.clear_inherited()
-    return _overrides.get()
 
 
 def push(

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PoolState",
+    "ReplicaChoice",
     "Requirement",
     "Scope",
     "Write",
@@ -78,6 +79,11 @@ class Requirement(NamedTuple):
     primary_only: bool
     position: Position | None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether any server meets it."""
+        return not self.primary_only and self.position is None
+
 
 _NO_REQUIREMENT = Requirement(False, None)
 
@@ -104,16 +110,11 @@ class PoolState(NamedTuple):
     cleared: bool = False
     # Incremented by each change that affects the outgoing pins.
     revision: int = 0
-    # The replica that the scope reads from, and since when (monotonic clock).
-    replica: str | None = None
-    replica_since: float = 0.0
     # When replicas were last probed in vain for the inherited position (monotonic clock).
     last_searched: float | None = None
     # The aliases that it has read from, oldest first, each with the state of the connection;
     # recorded under monotonic-reads only.
     read_from: tuple[tuple[str, Any], ...] = ()
-    # The replica of each group that the scope reads from.
-    group_replicas: Mapping[str, str] = _NOTHING
 
     @property
     def is_pinned(self) -> bool:
@@ -124,10 +125,6 @@ class PoolState(NamedTuple):
     def has_open_write(self) -> bool:
         """Whether it has written in a transaction that has not ended."""
         return any(write.is_open for write in self.writes.values())
-
-    def without_replica(self) -> PoolState:
-        """Return the state with the next replica still to be chosen."""
-        return self._replace(replica=None, group_replicas=_NOTHING)
 
     def own_pin_end(self, window: float, now: float) -> float | None:
         """Return until when what this scope did pins it (seconds since the epoch), or None."""
@@ -152,10 +149,6 @@ class PoolState(NamedTuple):
                 return Requirement(True, None)
             position = merge_positions(position, pin.position)
         return Requirement(False, position)
-
-    def is_bound(self, now: float) -> bool:
-        """Return whether inherited pins require anything at this time."""
-        return self.required(now) != _NO_REQUIREMENT
 
     def inherit(self, pin: Pin | None, observed: Pin | None) -> PoolState:
         """Return the state with further pins of earlier scopes."""
@@ -192,6 +185,18 @@ def _latest(one: float | None, other: float | None) -> float | None:
 
 
 _INITIAL = PoolState()
+
+
+class ReplicaChoice(NamedTuple):
+    """
+    The replica that a scope reads from, None if it has none; and since when (monotonic clock).
+    """
+
+    alias: str | None = None
+    since: float = 0.0
+
+
+_NO_CHOICE = ReplicaChoice()
 
 
 class Scope:
@@ -241,6 +246,9 @@ class Scope:
 
     def __init__(self, pins: Pins = _NOTHING) -> None:
         self.pools: Mapping[PoolKey, PoolState] = _NOTHING
+        # The replicas that it reads from, by pool and group (None: the replicas without groups). A
+        # scope inside this one chooses its own.
+        self.replicas: dict[PoolKey, dict[str | None, ReplicaChoice]] = {}
         if pins:
             self.inherited_pins = pins
 
@@ -251,8 +259,9 @@ class Scope:
             return state
         if not self.inherited_pins and self.parent is None:
             return _INITIAL
-        state = _INITIAL.inherit(*pins_of(self.inherited_pins, key.primary))
-        return state if self.parent is None else state.merge_outer(self.parent.state(key))
+        state = PoolState(*pins_of(self.inherited_pins, key.primary))
+        outer = _INITIAL if self.parent is None else self.parent.state(key)
+        return state if outer is _INITIAL else state.merge_outer(outer)
 
     def update(self, key: PoolKey, change: Callable[[PoolState], PoolState]) -> PoolState:
         """Replace the state of a pool by what ``change`` makes of it, and return that."""
@@ -270,6 +279,16 @@ class Scope:
         return key in self.pools or (
             outer is not None and (bool(outer.inherited_pins) or outer.has_state_for(key))
         )
+
+    # The choice of replicas
+
+    def replica(self, key: PoolKey, group: str | None = None) -> ReplicaChoice:
+        """Return the replica that the scope reads from."""
+        return self.replicas.get(key, _NOTHING).get(group, _NO_CHOICE)
+
+    def keep_replica(self, key: PoolKey, alias: str | None, group: str | None = None) -> None:
+        """Read from this replica from now on; None: choose the next one."""
+        self.replicas.setdefault(key, {})[group] = ReplicaChoice(alias, clock.monotonic())
 
     # Recording
 
@@ -324,10 +343,7 @@ class Scope:
                 method_ignored=ignore_method,
                 cleared=state.cleared or has_pin,
                 revision=state.revision + has_pin,
-                replica=state.replica,
-                replica_since=state.replica_since,
                 read_from=state.read_from,
-                group_replicas=state.group_replicas,
             )
 
         self.update(key, change)
@@ -397,7 +413,7 @@ class Scope:
 
 
 _scope: ContextVar[Scope | None] = ContextVar("pinning_scope", default=None)
-threads.not_inherited(_scope)
+_get = threads.getter(_scope)
 
 # Enter a scope by `enter(scope)` and leave it by `enter(the previous one)`: `reset(token)` raises
 # if a scope is left in another context than it was entered in.
@@ -406,9 +422,7 @@ enter = _scope.set
 
 def entered_scope() -> Scope | None:
     """Return the scope of this unit of work, None outside any."""
-    if threads.INHERIT_CONTEXT:
-        threads.clear_inherited()
-    scope = _scope.get()
+    scope = _get()
     if scope is not None and scope.expires_at is not None and clock.monotonic() >= scope.expires_at:
         # A background task that outlives the request which started it.
         _scope.set(None)

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from contextvars import Context, ContextVar
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-__all__ = ["INHERIT_CONTEXT", "clear_inherited", "not_inherited"]
+__all__ = ["clearing", "getter", "not_inherited"]
+
+T = TypeVar("T")
 
 INHERIT_CONTEXT: Final = bool(getattr(sys.flags, "thread_inherit_context", False))
 
@@ -31,15 +34,28 @@ _thread = _Thread()
 
 
 def not_inherited(variable: ContextVar[Any]) -> None:
-    """Let ``clear_inherited()`` set a variable to None in a thread that has inherited it."""
+    """Let a variable be cleared in a thread that has inherited it."""
     _variables.append(variable)
 
 
-def clear_inherited() -> None:
-    """
-    Clear what this thread has inherited, when it is first called in the thread's own context. To be
-    called before a variable is read, if ``INHERIT_CONTEXT``.
-    """
+def getter(variable: ContextVar[T]) -> Callable[[], T]:
+    """Return the function that reads a variable which threads do not inherit."""
+    not_inherited(variable)
+    return clearing(variable.get) if INHERIT_CONTEXT else variable.get
+
+
+def clearing(get: Callable[[], T]) -> Callable[[], T]:
+    """Return a function that clears what this thread has inherited, and then calls another one."""
+
+    def clear_and_get() -> T:
+        _clear_inherited()
+        return get()
+
+    return clear_and_get
+
+
+def _clear_inherited() -> None:
+    """Clear what this thread has inherited, when it is first called in the thread's own context."""
     if _thread.is_clear:
         return
     # None in the main thread, and in one that Python did not start.

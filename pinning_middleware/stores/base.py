@@ -144,9 +144,9 @@ def loaded_pins(request: HttpRequest, store: BaseStore | None = None) -> dict[Pi
     return live(found, clock.now(), conf.seconds) if found else {}
 
 
-def log_store_error(store: object, action: str, error: Exception) -> None:
+def log_store_error(store: BaseStore, action: str, error: Exception) -> None:
     """Log that a store failed to load or save pins (at most once a minute)."""
-    name = store if isinstance(store, str) else type(store).__name__
+    name = type(store).__name__
     log_rate_limited(
         logger,
         logging.ERROR,

@@ -73,7 +73,7 @@ READS: dict[str, Callable[[], Any]] = {
 
 def choose(alias: str | None) -> None:
     """Let the scope read from this replica, or from the next one if None."""
-    current_scope().update(PoolKey("pg"), lambda state: state._replace(replica=alias))
+    current_scope().keep_replica(PoolKey("pg"), alias)
 
 
 def cursor_read() -> list[str]:

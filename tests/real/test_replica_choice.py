@@ -60,7 +60,7 @@ def of_group(max_lag: float | None = None) -> str:
 
 def choose(alias: str) -> None:
     """Let the scope have read from this replica."""
-    current_scope().update(PoolKey("pg"), lambda state: state._replace(replica=alias))
+    current_scope().keep_replica(PoolKey("pg"), alias)
 
 
 def seen(read: Callable[[], str]) -> set[str]:

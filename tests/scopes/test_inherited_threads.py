@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from pinning_middleware import pinning_scope, use_primary
-from pinning_middleware.scopes import threads
-from pinning_middleware.scopes.overrides import current_overrides
+from pinning_middleware.scopes import overrides, scope, threads
 from pinning_middleware.scopes.scope import Scope, entered_scope
 
 HAS_OPTION = sys.version_info >= (3, 14)
@@ -38,7 +37,9 @@ class InheritingThread(threading.Thread):
 
 @pytest.fixture
 def in_thread(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Any]:
-    monkeypatch.setattr(threads, "INHERIT_CONTEXT", True)
+    monkeypatch.setattr(scope, "_get", threads.clearing(scope._get))
+    cleared = threads.clearing(overrides.current_overrides)
+    monkeypatch.setattr(overrides, "current_overrides", cleared)
 
     def run(function: Callable[[], Any]) -> Any:
         found: list[Any] = []
@@ -55,9 +56,10 @@ Run = Callable[[Callable[[], Any]], Any]
 
 def test_inheriting_thread_begins_outside_the_scope_and_its_overrides(in_thread: Run) -> None:
     with pinning_scope(), use_primary():
-        assert in_thread(lambda: (entered_scope(), current_overrides())) == (None, None)
+        found = in_thread(lambda: (overrides.current_overrides(), entered_scope()))
+        assert found == (None, None)
         assert entered_scope() is not None
-        assert current_overrides() is not None
+        assert overrides.current_overrides() is not None
 
 
 def test_inheriting_thread_keeps_a_scope_that_it_enters_itself(in_thread: Run) -> None:
