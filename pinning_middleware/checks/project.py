@@ -17,7 +17,7 @@ from django.utils.module_loading import import_string
 
 from pinning_middleware.checks.messages import check, error, warning
 from pinning_middleware.checks.router_code import aliases_in_code
-from pinning_middleware.checks.settings import is_strings, parsed_replicas, value_of
+from pinning_middleware.checks.settings import is_strings, value_of
 from pinning_middleware.conf import conf
 from pinning_middleware.routing.compatibility import is_interchangeable
 
@@ -58,11 +58,6 @@ _WAFFLE_HINT: Final = (
     "flag_is_active() inside use_primary."
 )
 _MODEL_LABEL: Final = re.compile(r"[a-z_]\w*\.[A-Z]\w*")
-
-
-def _replicas() -> dict[str, str]:
-    """Return replica's alias → its primary's alias."""
-    return {alias: primary for primary, weights in parsed_replicas().items() for alias in weights}
 
 
 def _pools_setting() -> str | None:
@@ -137,7 +132,7 @@ def check_other_routers() -> list[CheckMessage]:
             f"{type(other).__name__}.{method}() returns the replica {alias!r} {when}.",
             "Return the primary that a model belongs to; PinningRouter selects the replica.",
         )
-        for other, method, when, alias in _answers(_replicas())
+        for other, method, when, alias in _answers(conf.readonly_aliases)
     ]
 
 
@@ -277,7 +272,7 @@ def check_database_caches() -> list[CheckMessage]:
         if str(entry.get("BACKEND", "")).endswith(".DatabaseCache")
         and (alias == DEFAULT_CACHE_ALIAS or alias != own)
         and str(entry.get("LOCATION")).lower() not in ignored
-        and _replicas()
+        and conf.readonly_aliases
     ]
 
 
@@ -286,7 +281,7 @@ def check_database_caches() -> list[CheckMessage]:
 
 @check
 def check_sessions_saved_every_request() -> Iterator[CheckMessage]:
-    if not (_replicas() and settings.SESSION_SAVE_EVERY_REQUEST):
+    if not (conf.readonly_aliases and settings.SESSION_SAVE_EVERY_REQUEST):
         return
     if settings.SESSION_ENGINE not in DATABASE_SESSIONS or "django_session" in _ignored_tables():
         return
@@ -301,9 +296,11 @@ def check_sessions_saved_every_request() -> Iterator[CheckMessage]:
 
 @check
 def check_recorded_requests() -> Iterator[CheckMessage]:
+    if not conf.readonly_aliases:
+        return
     ignored = {str(table).lower() for table in _ignored_tables()}
     for label, (package, middleware) in REQUEST_RECORDERS.items():
-        if not (apps.is_installed(label) and middleware in settings.MIDDLEWARE and _replicas()):
+        if not (apps.is_installed(label) and middleware in settings.MIDDLEWARE):
             continue
         models = apps.get_app_config(label).get_models(include_auto_created=True)
         tables = sorted(model._meta.db_table for model in models)
@@ -373,10 +370,10 @@ def _is_listed(label: str, listed: Container[str]) -> bool:
     if label in listed or label.partition(".")[0] in listed:
         return True
     try:
-        return not parsed_replicas().get(router.db_for_write(apps.get_model(label)))
+        return not conf.replicas.get(router.db_for_write(apps.get_model(label)))
     except Exception:
         # A router that needs hints cannot be called here.
-        return not _replicas()
+        return not conf.readonly_aliases
 
 
 # Databases
@@ -390,7 +387,7 @@ def check_weights_not_all_zero() -> list[CheckMessage]:
             f"Every replica of {primary!r} has the weight 0, so all reads go to the primary.",
             "Set a weight above 0 for one of them; 0 is for a replica that is drained or warmed.",
         )
-        for primary, weights in parsed_replicas().items()
+        for primary, weights in conf.replicas.items()
         if weights and not any(weights.values())
     ]
 
@@ -403,7 +400,7 @@ def check_atomic_requests() -> list[CheckMessage]:
             f"ATOMIC_REQUESTS is set on {alias!r}, a replica of {primary!r}.",
             "Set it on the primary only: a read in a transaction cannot be retried elsewhere.",
         )
-        for alias, primary in _replicas().items()
+        for alias, primary in conf.readonly_aliases.items()
         if settings.DATABASES.get(alias, {}).get("ATOMIC_REQUESTS")
     ]
 
@@ -419,7 +416,7 @@ def check_position_method() -> list[CheckMessage]:
             "its pins last the full window.",
             "Set True for the best method of each database.",
         )
-        for primary, weights in parsed_replicas().items()
+        for primary, weights in conf.replicas.items()
         # A SQLite database, as in development, has no replicas of its own.
         if weights and vendors and (vendor := _vendor(primary)) in DEFAULT_PORTS
         if vendor not in vendors
@@ -436,7 +433,7 @@ def check_interchangeable_aliases() -> list[CheckMessage]:
             "Set the same ENGINE, NAME, USER, TIME_ZONE and OPTIONS for every alias of a pool. "
             "OPTIONS of the connection, such as timeouts, may differ.",
         )
-        for alias, primary in _replicas().items()
+        for alias, primary in conf.readonly_aliases.items()
         # Every SQLite alias has a file of its own.
         if "" != _vendor(alias) != "sqlite"
         and _vendor(primary)
@@ -446,9 +443,9 @@ def check_interchangeable_aliases() -> list[CheckMessage]:
 
 @check
 def check_other_aliases_of_primaries() -> list[CheckMessage]:
-    pools = parsed_replicas()
+    pools = conf.replicas
     legacy = getattr(settings, "SLAVE_DATABASES", None)
-    in_pools = {*pools, *_replicas(), *(legacy if legacy and is_strings(legacy) else ())}
+    in_pools = {*pools, *conf.readonly_aliases, *(legacy if legacy and is_strings(legacy) else ())}
     primaries = {_database(primary): primary for primary, weights in pools.items() if weights}
     primaries.pop(None, None)
     return [
@@ -481,7 +478,7 @@ def _database(alias: str) -> tuple[str, ...] | None:
 def check_schema_of_tenants() -> Iterator[CheckMessage]:
     if value_of("PINNING_SESSION_SETUP") is not None:
         return
-    for primary, weights in parsed_replicas().items():
+    for primary, weights in conf.replicas.items():
         if weights and _vendor(primary) and hasattr(connections[primary], "set_schema"):
             yield warning(
                 "W024",
@@ -551,7 +548,7 @@ def check_monotonic_reads_need_positions() -> Iterator[CheckMessage]:
     guarantee = value_of("PINNING_CONSISTENCY")
     if guarantee != "monotonic-reads" or value_of("PINNING_POSITIONS") is not False:
         return
-    if not _replicas():
+    if not conf.readonly_aliases:
         return
     yield warning(
         "W014",

@@ -16,7 +16,7 @@ from django.utils.module_loading import import_string
 
 from pinning_middleware.checks.messages import TAG, check, error, warning
 from pinning_middleware.conf import DEFAULTS, conf
-from pinning_middleware.pool_specs import PoolSpec, parse_dry_run, parse_pools, parse_replicas
+from pinning_middleware.pool_specs import PoolSpec, parse_dry_run, parse_pools
 from pinning_middleware.routers import PinningRouter
 from pinning_middleware.stores import BaseStore
 
@@ -31,14 +31,6 @@ _FUNCTION_NAME: Final = re.compile(r"(?:[A-Za-z_][\w$]*\.)?[A-Za-z_][\w$]*")
 def value_of(name: str) -> Any:
     """Return the value in the site's settings, also under a name of `MULTIDB_ALIASES`."""
     return getattr(settings, conf.effective_name(name), DEFAULTS.get(name))
-
-
-def parsed_replicas() -> dict[str, dict[str, int]]:
-    """Return PINNING_REPLICAS, or {} if it is invalid (which E001 reports)."""
-    try:
-        return parse_replicas(value_of("PINNING_REPLICAS"))
-    except ValueError:
-        return {}
 
 
 # Predicates
@@ -363,11 +355,10 @@ def check_dry_run() -> Iterator[CheckMessage]:
     except ValueError as problem:
         yield error("E027", f"PINNING_DRY_RUN {problem}, not {value!r}.", f"{example}; or None.")
         return
-    pools, legacy = parsed_replicas(), getattr(settings, "SLAVE_DATABASES", None)
-    primaries = {alias: "PINNING_REPLICAS" for alias, weights in pools.items() if weights}
+    legacy, replicas = getattr(settings, "SLAVE_DATABASES", None), conf.readonly_aliases
+    primaries = {alias: "PINNING_REPLICAS" for alias, weights in conf.replicas.items() if weights}
     if is_strings(legacy) and legacy:
         primaries.setdefault(DEFAULT_DB_ALIAS, "SLAVE_DATABASES")
-    replicas = {alias for weights in pools.values() for alias in weights}
     for alias in lags:
         if alias not in settings.DATABASES:
             known = [each for each in settings.DATABASES if each not in replicas]
