@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, ParamSpec, TypeVar, overload
 
 from pinning_middleware.decorators import Block
@@ -124,19 +123,6 @@ async def afollow_keys(*keys: str) -> None:
     scope.inherit(await cache.aload_pins("key", keys))
 
 
-def _check_primary(using: str | None) -> tuple[Pool, ...]:
-    return pools().of_primary(using)
-
-
-def _check_group(group: str, using: str | None) -> None:
-    # A site without replicas, as on a developer's machine, has no groups either.
-    found = [pool.spec for pool in pools().of_primary(using) if pool.replicas]
-    groups = {name for spec in found for name in spec.groups}
-    if found and group not in groups:
-        known = ", ".join(map(repr, sorted(groups))) or "none is configured"
-        raise ValueError(f"{group!r} is not a group of PINNING_REPLICAS ({known})")
-
-
 @overload
 def use_primary(using: Callable[P, R]) -> Callable[P, R]: ...
 @overload
@@ -150,7 +136,7 @@ def use_primary(using: Any = None) -> Any:
     """
     if callable(using):
         return Block(OverrideKind.PRIMARY)(using)
-    return Block(OverrideKind.PRIMARY, using, check=_check_primary)
+    return Block(OverrideKind.PRIMARY, using)
 
 
 @overload
@@ -176,9 +162,7 @@ def use_replica(using: Any = None, max_lag: float | None = None, group: str | No
             raise TypeError(f"max_lag must be a number of seconds, not {max_lag!r}")
         if not max_lag >= 0:
             raise ValueError(f"max_lag must be a number of seconds, 0 or more, not {max_lag!r}")
-    if group is None:
-        return Block(OverrideKind.REPLICA, using, max_lag, check=_check_primary)
-    return Block(OverrideKind.REPLICA, using, max_lag, partial(_check_group, group), group)
+    return Block(OverrideKind.REPLICA, using, max_lag, group)
 
 
 @overload
@@ -194,7 +178,7 @@ def offload(using: Any = None) -> Any:
     """
     if callable(using):
         return Block(OverrideKind.OFFLOAD)(using)
-    return Block(OverrideKind.OFFLOAD, using, check=_check_primary)
+    return Block(OverrideKind.OFFLOAD, using)
 
 
 @overload
