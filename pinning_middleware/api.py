@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, overload
 
+from asgiref.sync import sync_to_async
+
 from pinning_middleware.decorators import Block
 from pinning_middleware.routing import outgoing
 from pinning_middleware.routing.outgoing import announce
@@ -120,7 +122,7 @@ def follow_keys(*keys: str) -> None:
 async def afollow_keys(*keys: str) -> None:
     """Async version of ``follow_keys()``."""
     scope = current_scope()
-    scope.inherit(await cache.aload_pins("key", keys))
+    scope.inherit(await sync_to_async(cache.load_pins)("key", keys))
 
 
 @overload
