@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, ParamSpec, TypeVar, overload
+
+from asgiref.sync import sync_to_async
 
 from pinning_middleware.decorators import Block
 from pinning_middleware.routing import outgoing
@@ -121,20 +122,7 @@ def follow_keys(*keys: str) -> None:
 async def afollow_keys(*keys: str) -> None:
     """Async version of ``follow_keys()``."""
     scope = current_scope()
-    scope.inherit(await cache.aload_pins("key", keys))
-
-
-def _check_primary(using: str | None) -> tuple[Pool, ...]:
-    return pools().of_primary(using)
-
-
-def _check_group(group: str, using: str | None) -> None:
-    # A site without replicas, as on a developer's machine, has no groups either.
-    found = [pool.spec for pool in pools().of_primary(using) if pool.replicas]
-    groups = {name for spec in found for name in spec.groups}
-    if found and group not in groups:
-        known = ", ".join(map(repr, sorted(groups))) or "none is configured"
-        raise ValueError(f"{group!r} is not a group of PINNING_REPLICAS ({known})")
+    scope.inherit(await sync_to_async(cache.load_pins)("key", keys))
 
 
 @overload
@@ -150,7 +138,7 @@ def use_primary(using: Any = None) -> Any:
     """
     if callable(using):
         return Block(OverrideKind.PRIMARY)(using)
-    return Block(OverrideKind.PRIMARY, using, check=_check_primary)
+    return Block(OverrideKind.PRIMARY, using)
 
 
 @overload
@@ -176,9 +164,7 @@ def use_replica(using: Any = None, max_lag: float | None = None, group: str | No
             raise TypeError(f"max_lag must be a number of seconds, not {max_lag!r}")
         if not max_lag >= 0:
             raise ValueError(f"max_lag must be a number of seconds, 0 or more, not {max_lag!r}")
-    if group is None:
-        return Block(OverrideKind.REPLICA, using, max_lag, check=_check_primary)
-    return Block(OverrideKind.REPLICA, using, max_lag, partial(_check_group, group), group)
+    return Block(OverrideKind.REPLICA, using, max_lag, group)
 
 
 @overload
@@ -194,7 +180,7 @@ def offload(using: Any = None) -> Any:
     """
     if callable(using):
         return Block(OverrideKind.OFFLOAD)(using)
-    return Block(OverrideKind.OFFLOAD, using, check=_check_primary)
+    return Block(OverrideKind.OFFLOAD, using)
 
 
 @overload

@@ -75,26 +75,23 @@ def propagate_pins(app: Celery) -> None:
 
 
 def _invalid_policies(app: Celery) -> Iterator[str]:
-    choices = ", ".join(map(repr, POLICIES))
     for name, task in app.tasks.items():
-        policy = getattr(task, "pinning", "sticky")
-        if policy not in POLICIES:
-            yield f"Task {name}: pinning must be one of {choices}, not {policy!r}."
-        if not _is_number(retries := getattr(task, "pinning_retries", DEFAULT_RETRIES), int):
-            yield f"Task {name}: pinning_retries must be an integer, 0 or more, not {retries!r}."
-        if not _is_number(wait := getattr(task, "pinning_wait", None) or 0, int, float):
-            yield f"Task {name}: pinning_wait must be a number of seconds, not {wait!r}."
+        for problem in _problems(task):
+            yield f"Task {name}: {problem}."
+
+
+def _problems(task: Any) -> Iterator[str]:
+    """Yield what is wrong with the options of a task."""
+    if (policy := getattr(task, "pinning", "sticky")) not in POLICIES:
+        yield f"pinning must be one of {', '.join(map(repr, POLICIES))}, not {policy!r}"
+    if not _is_number(retries := getattr(task, "pinning_retries", DEFAULT_RETRIES), int):
+        yield f"pinning_retries must be an integer, 0 or more, not {retries!r}"
+    if not _is_number(wait := getattr(task, "pinning_wait", None) or 0, int, float):
+        yield f"pinning_wait must be a number of seconds, not {wait!r}"
 
 
 def _is_number(value: object, *types: type) -> bool:
     return isinstance(value, types) and not isinstance(value, bool) and value >= 0  # type: ignore[operator]
-
-
-def _has_valid_options(task: Any) -> bool:
-    retries = getattr(task, "pinning_retries", DEFAULT_RETRIES)
-    wait = getattr(task, "pinning_wait", None) or 0
-    has_policy = getattr(task, "pinning", "sticky") in POLICIES
-    return has_policy and _is_number(retries, int) and _is_number(wait, int, float)
 
 
 def _log_invalid_policies(sender: Celery, **kwargs: Any) -> None:
@@ -170,7 +167,7 @@ def _open_scope(task: Any, args: Any = (), **kwargs: Any) -> None:
     pins = handoff.pins_of_tokens(getattr(request, HEADER, None), *_batch_tokens(args))
     if hasattr(task, "on_duplicate") and request.id:
         pins = merge_pins(pins, handoff.load_pins(request.id))
-    policy = getattr(task, "pinning", "sticky") if _has_valid_options(task) else "primary"
+    policy = "primary" if any(_problems(task)) else getattr(task, "pinning", "sticky")
     scope = handoff.task_scope(
         pins,
         # An eager task runs inside the caller's scope; a worker processes unrelated tasks.

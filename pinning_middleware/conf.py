@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from django.conf import global_settings, settings
 from django.core.signals import setting_changed
@@ -18,6 +18,8 @@ from pinning_middleware.pool_specs import PoolSpec, parse_dry_run, parse_pools
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
     from django.http import HttpRequest
+
+T = TypeVar("T")
 
 logger = logging.getLogger("pinning_middleware")
 
@@ -75,11 +77,37 @@ MULTIDB_DEFAULTS: dict[str, Any] = {
 RETRY_404_SHARE: Final = 0.05
 
 
+def _setting(name: str, convert: Callable[[Any], T]) -> cached_property[T]:
+    """Return an attribute of `Conf` for the converted value of one setting."""
+    return cached_property(lambda conf: convert(conf._get(name)))
+
+
+def _in_lower_case(names: Iterable[str]) -> frozenset[str]:
+    return frozenset(name.lower() for name in names)
+
+
 class Conf:
     """
     The settings as the package uses them. Each attribute is computed once, until a setting is
     changed by `override_settings`.
     """
+
+    enabled = _setting("PINNING_ENABLED", bool)
+    seconds = _setting("PINNING_SECONDS", float)
+    wait = _setting("PINNING_WAIT", float)
+    retry_after = _setting("PINNING_RETRY_AFTER", float)
+    header_name = _setting("PINNING_HEADER_NAME", str)
+    cache = _setting("PINNING_CACHE", str)
+    primary_methods = _setting("PINNING_PRIMARY_METHODS", frozenset[str])
+    # Labels of apps and models.
+    primary_models = _setting("PINNING_PRIMARY_MODELS", _in_lower_case)
+    ignored_tables = _setting("PINNING_IGNORED_TABLES", _in_lower_case)
+    offload_outside = _setting("PINNING_OFFLOAD_OUTSIDE_REQUESTS", bool)
+    balance_by_query = _setting("PINNING_BALANCE_BY", lambda value: bool(value == "query"))
+    balance_by_user = _setting("PINNING_BALANCE_BY", lambda value: bool(value == "user"))
+    monotonic_reads = _setting(
+        "PINNING_CONSISTENCY", lambda value: bool(value == "monotonic-reads")
+    )
 
     def effective_name(self, name: str) -> str:
         """Return the name under which the site sets this: `name`, or one of `MULTIDB_ALIASES`."""
@@ -108,10 +136,6 @@ class Conf:
     def debug(self) -> bool:
         # Not cached: a change of DEBUG must not reset the listeners of `on_change`.
         return bool(settings.DEBUG)
-
-    @cached_property
-    def enabled(self) -> bool:
-        return bool(self._get("PINNING_ENABLED"))
 
     @cached_property
     def replicas(self) -> dict[str, dict[str, int]]:
@@ -196,18 +220,10 @@ class Conf:
         }
 
     @cached_property
-    def seconds(self) -> float:
-        return float(self._get("PINNING_SECONDS"))
-
-    @cached_property
     def positions(self) -> bool | str:
         """True for the best method of the database, False for none, or the name of a method."""
         value = self._get("PINNING_POSITIONS")
         return value if isinstance(value, str) else bool(value)
-
-    @cached_property
-    def wait(self) -> float:
-        return float(self._get("PINNING_WAIT"))
 
     @cached_property
     def stores(self) -> tuple[Any, ...]:
@@ -261,33 +277,9 @@ class Conf:
         }
 
     @cached_property
-    def header_name(self) -> str:
-        return str(self._get("PINNING_HEADER_NAME"))
-
-    @cached_property
-    def cache(self) -> str:
-        return str(self._get("PINNING_CACHE"))
-
-    @cached_property
     def key(self) -> Callable[[HttpRequest], str | None]:
         function: Callable[[HttpRequest], str | None] = import_string(self._get("PINNING_USER_KEY"))
         return function
-
-    @cached_property
-    def primary_methods(self) -> frozenset[str]:
-        return frozenset(self._get("PINNING_PRIMARY_METHODS"))
-
-    @cached_property
-    def balance_by_query(self) -> bool:
-        return bool(self._get("PINNING_BALANCE_BY") == "query")
-
-    @cached_property
-    def balance_by_user(self) -> bool:
-        return bool(self._get("PINNING_BALANCE_BY") == "user")
-
-    @cached_property
-    def ignored_tables(self) -> frozenset[str]:
-        return frozenset(table.lower() for table in self._get("PINNING_IGNORED_TABLES"))
 
     @cached_property
     def writing_functions(self) -> frozenset[str]:
@@ -311,19 +303,6 @@ class Conf:
         return import_string(value) if isinstance(value, str) else bool(value)
 
     @cached_property
-    def offload_outside(self) -> bool:
-        return bool(self._get("PINNING_OFFLOAD_OUTSIDE_REQUESTS"))
-
-    @cached_property
-    def primary_models(self) -> frozenset[str]:
-        """Labels of apps and models, in lower case."""
-        return frozenset(label.lower() for label in self._get("PINNING_PRIMARY_MODELS"))
-
-    @cached_property
-    def retry_after(self) -> float:
-        return float(self._get("PINNING_RETRY_AFTER"))
-
-    @cached_property
     def primary_down(self) -> Literal["error", "stale"]:
         return "stale" if self._get("PINNING_PRIMARY_DOWN") == "stale" else "error"
 
@@ -332,10 +311,6 @@ class Conf:
         """The share of requests whose view may be run again on the primary; 0 for none."""
         value = self._get("PINNING_RETRY_404")
         return RETRY_404_SHARE if value is True else float(value)
-
-    @cached_property
-    def monotonic_reads(self) -> bool:
-        return bool(self._get("PINNING_CONSISTENCY") == "monotonic-reads")
 
 
 conf = Conf()

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 from asgiref.sync import iscoroutinefunction
 
 from pinning_middleware.backend.responses import render_within
+from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.overrides import OverrideKind, pop, push
 
 __all__ = [
@@ -42,16 +43,16 @@ class Block(AbstractContextManager[None]):
         kind: OverrideKind,
         using: str | None = None,
         max_lag: float | None = None,
-        check: Callable[[str | None], object] | None = None,
         group: str | None = None,
     ) -> None:
-        self._kind, self._using, self._max_lag, self._check = kind, using, max_lag, check
-        self._group = group
+        self._kind, self._using, self._max_lag, self._group = kind, using, max_lag, group
 
     def __enter__(self) -> None:
-        if self._check is not None:
-            # On entry, since decorators run before the settings are complete.
-            self._check(self._using)
+        # Check on entry, since decorators run before the settings are complete.
+        if self._group is not None:
+            _check_group(self._group, self._using)
+        elif self._using is not None:
+            pools().of_primary(self._using)
         push(self._kind, self, self._using, self._max_lag, self._group)
 
     def __exit__(
@@ -183,6 +184,15 @@ def agenerate_within(
                 step = functools.partial(generator.asend, sent)
 
     return generate
+
+
+def _check_group(group: str, using: str | None) -> None:
+    # A site without replicas, as on a developer's machine, has no groups either.
+    found = [pool.spec for pool in pools().of_primary(using) if pool.replicas]
+    groups = {name for spec in found for name in spec.groups}
+    if found and group not in groups:
+        known = ", ".join(map(repr, sorted(groups))) or "none is configured"
+        raise ValueError(f"{group!r} is not a group of PINNING_REPLICAS ({known})")
 
 
 def close_within(block: AbstractContextManager[object], response: Any) -> None:

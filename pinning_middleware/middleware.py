@@ -22,12 +22,7 @@ from pinning_middleware.conf import conf
 from pinning_middleware.decorators import aiterate_within, async_body_of, iterate_within
 from pinning_middleware.not_found import RETRIED_METHODS, retry_404
 from pinning_middleware.pins import Pins
-from pinning_middleware.routing.outgoing import (
-    asave_keys,
-    outgoing_pins,
-    queries_primary,
-    save_keys,
-)
+from pinning_middleware.routing.outgoing import outgoing_pins, queries_primary, save_keys
 from pinning_middleware.scopes.overrides import Override, current_overrides, set_overrides
 from pinning_middleware.scopes.scope import Scope, enter, entered_scope
 from pinning_middleware.stores import base
@@ -214,7 +209,7 @@ class PinningMiddleware:
             pins = outgoing_pins(scope)
         await base.asave_pins(_stores_to_save(scope, pins, response), request, response, pins)
         if scope.keys:
-            await asave_keys(scope)
+            await sync_to_async(save_keys)(scope)
 
 
 def _restore(scope: Scope | None, overrides: Override | None) -> None:

@@ -13,7 +13,7 @@ from django.db import DEFAULT_DB_ALIAS
 
 from pinning_middleware.pins import PoolKey
 
-__all__ = ["Placement", "PoolSpec", "parse_dry_run", "parse_pools", "parse_replicas"]
+__all__ = ["Placement", "PoolSpec", "parse_dry_run", "parse_pools"]
 
 _EXAMPLE: Final = '{"weight": 1, "tier": 2, "groups": ["reports"]}'
 
@@ -57,15 +57,6 @@ class PoolSpec(NamedTuple):
             for alias, weight in self.weights.items()
             if group in (self.placement(alias).groups or (None,))
         }
-
-
-def parse_replicas(value: object) -> dict[str, dict[str, int]]:
-    """
-    Return PINNING_REPLICAS as primary's alias → {replica's alias: weight}.
-
-    Raise what ``parse_pools()`` raises.
-    """
-    return {spec.key.primary: dict(spec.weights) for spec in parse_pools(value)}
 
 
 def parse_pools(value: object) -> tuple[PoolSpec, ...]:

@@ -16,7 +16,7 @@ from pinning_middleware import tokens
 from pinning_middleware.conf import conf
 from pinning_middleware.decorators import agenerate_within, generate_within
 from pinning_middleware.pins import Pins
-from pinning_middleware.routing.outgoing import announce, asave_keys, outgoing_pins, save_keys
+from pinning_middleware.routing.outgoing import announce, outgoing_pins, save_keys
 from pinning_middleware.scopes.overrides import Override, current_overrides, set_overrides
 from pinning_middleware.scopes.scope import Scope, current_scope, enter, entered_scope
 from pinning_middleware.scopes.threads import not_inherited
@@ -108,7 +108,7 @@ class PinningScope:
     ) -> None:
         try:
             if self._scope.keys:
-                await asave_keys(self._scope)
+                await sync_to_async(save_keys)(self._scope)
         finally:
             self._leave()
 

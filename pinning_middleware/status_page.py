@@ -11,9 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import wraps
 from typing import Any, Final
 
 from django.contrib.auth.decorators import login_not_required
@@ -56,8 +54,6 @@ EVENTS: Final = {
     "replica_removed": "Replica removed from rotation",
     "replica_restored": "Replica restored to rotation",
 }
-
-View = Callable[[HttpRequest], HttpResponseBase]
 
 
 # Access
@@ -102,21 +98,16 @@ def _login_redirect(request: HttpRequest) -> HttpResponseBase | None:
     return redirect_to_login(request.get_full_path(), login_url)
 
 
-def _for_staff(view: View) -> View:
-    @wraps(view)
-    def guarded(request: HttpRequest) -> HttpResponseBase:
-        return _login_redirect(request) or view(request)
-
-    guarded_view: View = login_not_required(never_cache(require_safe(guarded)))
-    return guarded_view
-
-
 # Views
 
 
-@_for_staff
+@login_not_required
+@never_cache
+@require_safe
 def page(request: HttpRequest) -> HttpResponseBase:
     """Render the page, which reloads itself if JavaScript is off."""
+    if (redirect := _login_redirect(request)) is not None:
+        return redirect
     context = {
         **_state(),
         "columns": COLUMNS,
@@ -128,22 +119,20 @@ def page(request: HttpRequest) -> HttpResponseBase:
     return HttpResponse(render_to_string("pinning_middleware/status.html", context))
 
 
-def _data(request: HttpRequest) -> HttpResponseBase:
-    """Return the state as JSON, for the page's script and for staff."""
-    if TOKEN_HEADER in request.headers and not _has_token(request):
-        return JsonResponse({"error": "expired"}, status=403)
-    return JsonResponse(_state())
-
-
-_data_for_staff = _for_staff(_data)
-
-
 @login_not_required
 @never_cache
 @require_safe
 def data(request: HttpRequest) -> HttpResponseBase:
-    """Return the state as JSON. With the page's token, no session and no user are loaded."""
-    return (_data if TOKEN_HEADER in request.headers else _data_for_staff)(request)
+    """
+    Return the state as JSON, for the page's script and for staff. With the page's token, no session
+    and no user are loaded.
+    """
+    if TOKEN_HEADER in request.headers:
+        if not _has_token(request):
+            return JsonResponse({"error": "expired"}, status=403)
+    elif (redirect := _login_redirect(request)) is not None:
+        return redirect
+    return JsonResponse(_state())
 
 
 # Content

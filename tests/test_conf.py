@@ -8,7 +8,6 @@ from django.test import override_settings
 
 from pinning_middleware import stores
 from pinning_middleware.conf import DEFAULTS, conf
-from pinning_middleware.pool_specs import parse_replicas
 from tests.app.stores import RecordingStore
 from tests.conftest import where
 
@@ -119,7 +118,8 @@ def test_setting_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_forms_of_replicas(value: Any, pools: Any) -> None:
-    assert parse_replicas(value) == pools
+    with override_settings(PINNING_REPLICAS=value):
+        assert conf.replicas == pools
 
 
 @pytest.mark.parametrize("value", ["replica1", [["replica1"]], {"default": {"replica1": -1}}, 5])

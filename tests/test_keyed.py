@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from asgiref.sync import async_to_sync
+from asgiref.sync import async_to_sync, sync_to_async
 from django.core.cache import caches
 from django.core.cache.backends.base import BaseCache
 from django.test import override_settings
@@ -32,11 +32,11 @@ __all__ = ["on_valkey", "valkey"]
 DEFAULT, USERS = PinKey("default"), PinKey("users")
 FETCHES: dict[str, Callable[[list[str]], dict[PinKey, Pin]]] = {
     "sync": keyed.load_pins,
-    "async": async_to_sync(keyed.aload_pins),
+    "async": async_to_sync(sync_to_async(keyed.load_pins)),
 }
 KEEPS: dict[str, Callable[..., None]] = {
     "sync": keyed.save_pins,
-    "async": async_to_sync(keyed.asave_pins),
+    "async": async_to_sync(sync_to_async(keyed.save_pins)),
 }
 
 

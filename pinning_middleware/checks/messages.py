@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from django.core import checks
 
-__all__ = ["TAG", "error", "warning"]
+__all__ = ["TAG", "check", "error", "warning"]
 
 TAG: Final = "pinning"
+
+
+def check(
+    function: Callable[[], Iterable[checks.CheckMessage]],
+) -> Callable[[], Iterable[checks.CheckMessage]]:
+    """Register a system check that returns or yields messages."""
+    # Django documents that a registered check returns a list.
+    checks.register(lambda **kwargs: list(function()), TAG)
+    return function
 
 
 def error(number: str, message: str, hint: str) -> checks.Error:

@@ -10,14 +10,14 @@ from typing import Any, Final
 from django.apps import apps
 from django.conf import settings
 from django.core.cache import DEFAULT_CACHE_ALIAS
-from django.core.checks import CheckMessage, register
+from django.core.checks import CheckMessage
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections, router
 from django.utils.module_loading import import_string
 
-from pinning_middleware.checks.messages import TAG, error, warning
+from pinning_middleware.checks.messages import check, error, warning
 from pinning_middleware.checks.router_code import aliases_in_code
-from pinning_middleware.checks.settings import is_strings, parsed_replicas, value_of
+from pinning_middleware.checks.settings import is_strings, value_of
 from pinning_middleware.conf import conf
 from pinning_middleware.routing.compatibility import is_interchangeable
 
@@ -58,11 +58,6 @@ _WAFFLE_HINT: Final = (
     "flag_is_active() inside use_primary."
 )
 _MODEL_LABEL: Final = re.compile(r"[a-z_]\w*\.[A-Z]\w*")
-
-
-def _replicas() -> dict[str, str]:
-    """Return replica's alias → its primary's alias."""
-    return {alias: primary for primary, weights in parsed_replicas().items() for alias in weights}
 
 
 def _pools_setting() -> str | None:
@@ -106,42 +101,38 @@ def _is_instance(entry: Any, path: str) -> bool:
 # Middleware and routers
 
 
-@register(TAG)
-def check_order(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_order() -> Iterator[CheckMessage]:
     if _pools_setting() is None:
-        return []
-    return [
-        *_check_first("W002", "MIDDLEWARE", MIDDLEWARE, "so that it sees every read of a request"),
-        *_check_first(
-            "W003", "DATABASE_ROUTERS", ROUTER, "so that it can consult the routers after it"
-        ),
-    ]
+        return
+    why = "so that it sees every read of a request"
+    yield from _check_first("W002", "MIDDLEWARE", MIDDLEWARE, why)
+    why = "so that it can consult the routers after it"
+    yield from _check_first("W003", "DATABASE_ROUTERS", ROUTER, why)
 
 
-def _check_first(number: str, setting: str, path: str, why: str) -> list[CheckMessage]:
+def _check_first(number: str, setting: str, path: str, why: str) -> Iterator[CheckMessage]:
     entries: Sequence[Any] = getattr(settings, setting)
     places = [n for n, entry in enumerate(entries) if entry == path or _is_instance(entry, path)]
     if places[:1] == [0]:
-        return []
+        return
     problem = f"{path} is not the first entry of" if places else f"{path} is missing in"
-    return [
-        warning(
-            number,
-            f"{_pools_setting()} is set, but {problem} {setting}.",
-            f"Set it as the first entry of {setting}, {why}.",
-        )
-    ]
+    yield warning(
+        number,
+        f"{_pools_setting()} is set, but {problem} {setting}.",
+        f"Set it as the first entry of {setting}, {why}.",
+    )
 
 
-@register(TAG)
-def check_other_routers(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_other_routers() -> list[CheckMessage]:
     return [
         warning(
             "W011",
             f"{type(other).__name__}.{method}() returns the replica {alias!r} {when}.",
             "Return the primary that a model belongs to; PinningRouter selects the replica.",
         )
-        for other, method, when, alias in _answers(_replicas())
+        for other, method, when, alias in _answers(conf.readonly_aliases)
     ]
 
 
@@ -170,99 +161,84 @@ def _answers(replicas: Container[str]) -> Iterator[tuple[Any, str, str, str]]:
 # Stores
 
 
-@register(TAG)
-def check_stores_not_empty(**kwargs: Any) -> list[CheckMessage]:
-    if _pools_setting() is None or value_of("PINNING_STORES") not in ([], ()):
-        return []
-    return [
-        warning(
+@check
+def check_stores_not_empty() -> Iterator[CheckMessage]:
+    if _pools_setting() is not None and value_of("PINNING_STORES") in ([], ()):
+        yield warning(
             "W004",
             "PINNING_STORES is empty, so a write pins only its own request.",
             f"Set [{COOKIE_STORE!r}], the default.",
         )
-    ]
 
 
-@register(TAG)
-def check_cookie_attributes(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_cookie_attributes() -> Iterator[CheckMessage]:
     if not has_store(COOKIE_STORE):
-        return []
+        return
     cookie, name = conf.cookie, conf.cookie_name
-    found: list[CheckMessage] = []
     if str(cookie["samesite"]).lower() == "none" and not cookie["secure"]:
-        found.append(
-            warning(
-                "W006",
-                "The pinning cookie has SameSite=None without Secure, so browsers reject it.",
-                f"Set {conf.effective_name('PINNING_COOKIE_SECURE')} = True (or "
-                "SESSION_COOKIE_SECURE).",
-            )
+        yield warning(
+            "W006",
+            "The pinning cookie has SameSite=None without Secure, so browsers reject it.",
+            f"Set {conf.effective_name('PINNING_COOKIE_SECURE')} = True (or "
+            "SESSION_COOKIE_SECURE).",
         )
     host = name.startswith("__Host-") and (cookie["domain"] or cookie["path"] != "/")
     if host or (name.startswith(("__Host-", "__Secure-")) and not cookie["secure"]):
-        found.append(
-            warning(
-                "W007",
-                f"Browsers reject a cookie named {name!r} with these attributes.",
-                "Set Secure for __Secure-, and Secure, the path / and no domain for __Host-.",
-            )
+        yield warning(
+            "W007",
+            f"Browsers reject a cookie named {name!r} with these attributes.",
+            "Set Secure for __Secure-, and Secure, the path / and no domain for __Host-.",
         )
-    return found
 
 
-@register(TAG)
-def check_cookie_name_is_unique(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_cookie_name_is_unique() -> Iterator[CheckMessage]:
     if not has_store(COOKIE_STORE):
-        return []
+        return
     names = ("SESSION_COOKIE_NAME", "CSRF_COOKIE_NAME", "LANGUAGE_COOKIE_NAME")
     others = {getattr(settings, other): other for other in names}
     others["messages"] = "the cookie of django.contrib.messages"
-    return [
-        error(
-            "E019",
-            f"{conf.effective_name('PINNING_COOKIE_NAME')} is {conf.cookie_name!r}, and "
-            f"{others[own]} is {own!r} as well.",
-            "Set a name of its own. With monotonic-reads, a second cookie is named "
-            f"{conf.seen_cookie_name!r}.",
-        )
-        for own in (conf.cookie_name, conf.seen_cookie_name)
-        if own in others
-    ]
+    for own in (conf.cookie_name, conf.seen_cookie_name):
+        if own in others:
+            yield error(
+                "E019",
+                f"{conf.effective_name('PINNING_COOKIE_NAME')} is {conf.cookie_name!r}, and "
+                f"{others[own]} is {own!r} as well.",
+                "Set a name of its own. With monotonic-reads, a second cookie is named "
+                f"{conf.seen_cookie_name!r}.",
+            )
 
 
-@register(TAG)
-def check_header_name(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_header_name() -> Iterator[CheckMessage]:
     name = value_of("PINNING_HEADER_NAME")
-    if not isinstance(name, str) or name.lower() not in STANDARD_HEADERS:
-        return []
-    return [
-        error(
+    if isinstance(name, str) and name.lower() in STANDARD_HEADERS:
+        yield error(
             "E020",
             f"PINNING_HEADER_NAME is {name!r}, which is a standard HTTP header.",
             "Set a name of its own; the default is 'Pinning-Token'.",
         )
-    ]
 
 
 # Caches
 
 
-@register(TAG)
-def check_cache_is_shared_and_bounded(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_cache_is_shared_and_bounded() -> Iterator[CheckMessage]:
     alias = value_of("PINNING_CACHE")
     if not has_store(CACHE_STORE) or alias not in settings.CACHES:
-        return []
+        return
     entry = settings.CACHES[alias]
     backend = entry.get("BACKEND", "")
     kind = backend.rpartition(".")[2]
     if kind in ("LocMemCache", "DummyCache"):
-        return [
-            warning(
-                "W008",
-                f"CacheStore uses {backend}, which processes do not share.",
-                "Set PINNING_CACHE to a cache on Redis, Valkey, memcached or a database.",
-            )
-        ]
+        yield warning(
+            "W008",
+            f"CacheStore uses {backend}, which processes do not share.",
+            "Set PINNING_CACHE to a cache on Redis, Valkey, memcached or a database.",
+        )
+        return
     options = entry.get("OPTIONS", {})
     where, units = "OPTIONS", "to half a second, for example"
     if kind == "PyLibMCCache":
@@ -270,20 +246,17 @@ def check_cache_is_shared_and_bounded(**kwargs: Any) -> list[CheckMessage]:
         where = "OPTIONS['behaviors']"
         units = "(the first in milliseconds: 500, the other in microseconds: 500_000)"
     missing = [name for name in TIMEOUTS.get(kind, ()) if not options.get(name)]
-    if not missing:
-        return []
-    return [
-        warning(
+    if missing:
+        yield warning(
             "W009",
             f"CacheStore uses {backend} without {' and '.join(missing)}: an unresponsive cache "
             "server would block requests.",
             f"Set {' and '.join(map(repr, missing))} in {where}, {units}.",
         )
-    ]
 
 
-@register(TAG)
-def check_database_caches(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_database_caches() -> list[CheckMessage]:
     own = value_of("PINNING_CACHE") if has_store(CACHE_STORE) else DEFAULT_CACHE_ALIAS
     ignored = {str(table).lower() for table in _ignored_tables()}
     return [
@@ -299,56 +272,52 @@ def check_database_caches(**kwargs: Any) -> list[CheckMessage]:
         if str(entry.get("BACKEND", "")).endswith(".DatabaseCache")
         and (alias == DEFAULT_CACHE_ALIAS or alias != own)
         and str(entry.get("LOCATION")).lower() not in ignored
-        and _replicas()
+        and conf.readonly_aliases
     ]
 
 
 # What writes in every request
 
 
-@register(TAG)
-def check_sessions_saved_every_request(**kwargs: Any) -> list[CheckMessage]:
-    if not (_replicas() and settings.SESSION_SAVE_EVERY_REQUEST):
-        return []
+@check
+def check_sessions_saved_every_request() -> Iterator[CheckMessage]:
+    if not (conf.readonly_aliases and settings.SESSION_SAVE_EVERY_REQUEST):
+        return
     if settings.SESSION_ENGINE not in DATABASE_SESSIONS or "django_session" in _ignored_tables():
-        return []
-    return [
-        warning(
-            "W020",
-            "SESSION_SAVE_EVERY_REQUEST is set and sessions are stored in the database, so every "
-            "visitor with a session is pinned to the primary.",
-            "Set it to False, or SESSION_ENGINE to 'django.contrib.sessions.backends.cache' with a "
-            "cache that is shared.",
-        )
-    ]
+        return
+    yield warning(
+        "W020",
+        "SESSION_SAVE_EVERY_REQUEST is set and sessions are stored in the database, so every "
+        "visitor with a session is pinned to the primary.",
+        "Set it to False, or SESSION_ENGINE to 'django.contrib.sessions.backends.cache' with a "
+        "cache that is shared.",
+    )
 
 
-@register(TAG)
-def check_recorded_requests(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_recorded_requests() -> Iterator[CheckMessage]:
+    if not conf.readonly_aliases:
+        return
     ignored = {str(table).lower() for table in _ignored_tables()}
-    messages: list[CheckMessage] = []
     for label, (package, middleware) in REQUEST_RECORDERS.items():
-        if not (apps.is_installed(label) and middleware in settings.MIDDLEWARE and _replicas()):
+        if not (apps.is_installed(label) and middleware in settings.MIDDLEWARE):
             continue
         models = apps.get_app_config(label).get_models(include_auto_created=True)
         tables = sorted(model._meta.db_table for model in models)
         if missing := [table for table in tables if table.lower() not in ignored]:
-            messages.append(
-                warning(
-                    "W021",
-                    f"{package} stores every request in the database, so every visitor is pinned "
-                    "to the primary.",
-                    f"Add its tables to PINNING_IGNORED_TABLES: {', '.join(map(repr, missing))}.",
-                )
+            yield warning(
+                "W021",
+                f"{package} stores every request in the database, so every visitor is pinned "
+                "to the primary.",
+                f"Add its tables to PINNING_IGNORED_TABLES: {', '.join(map(repr, missing))}.",
             )
-    return messages
 
 
 # What is cached for everybody
 
 
-@register(TAG)
-def check_shared_caches(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_shared_caches() -> list[CheckMessage]:
     """
     A value that is cached for all users must not be read from a lagging replica: the read of
     another user would refill the cache with the old value just after a write, and it would stay.
@@ -401,43 +370,43 @@ def _is_listed(label: str, listed: Container[str]) -> bool:
     if label in listed or label.partition(".")[0] in listed:
         return True
     try:
-        return not parsed_replicas().get(router.db_for_write(apps.get_model(label)))
+        return not conf.replicas.get(router.db_for_write(apps.get_model(label)))
     except Exception:
         # A router that needs hints cannot be called here.
-        return not _replicas()
+        return not conf.readonly_aliases
 
 
 # Databases
 
 
-@register(TAG)
-def check_weights_not_all_zero(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_weights_not_all_zero() -> list[CheckMessage]:
     return [
         warning(
             "W005",
             f"Every replica of {primary!r} has the weight 0, so all reads go to the primary.",
             "Set a weight above 0 for one of them; 0 is for a replica that is drained or warmed.",
         )
-        for primary, weights in parsed_replicas().items()
+        for primary, weights in conf.replicas.items()
         if weights and not any(weights.values())
     ]
 
 
-@register(TAG)
-def check_atomic_requests(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_atomic_requests() -> list[CheckMessage]:
     return [
         warning(
             "W010",
             f"ATOMIC_REQUESTS is set on {alias!r}, a replica of {primary!r}.",
             "Set it on the primary only: a read in a transaction cannot be retried elsewhere.",
         )
-        for alias, primary in _replicas().items()
+        for alias, primary in conf.readonly_aliases.items()
         if settings.DATABASES.get(alias, {}).get("ATOMIC_REQUESTS")
     ]
 
 
-@register(TAG)
-def check_position_method(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_position_method() -> list[CheckMessage]:
     method = value_of("PINNING_POSITIONS")
     vendors = VENDORS.get(method, ()) if isinstance(method, str) else ()
     return [
@@ -447,15 +416,15 @@ def check_position_method(**kwargs: Any) -> list[CheckMessage]:
             "its pins last the full window.",
             "Set True for the best method of each database.",
         )
-        for primary, weights in parsed_replicas().items()
+        for primary, weights in conf.replicas.items()
         # A SQLite database, as in development, has no replicas of its own.
         if weights and vendors and (vendor := _vendor(primary)) in DEFAULT_PORTS
         if vendor not in vendors
     ]
 
 
-@register(TAG)
-def check_interchangeable_aliases(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_interchangeable_aliases() -> list[CheckMessage]:
     return [
         warning(
             "W017",
@@ -464,7 +433,7 @@ def check_interchangeable_aliases(**kwargs: Any) -> list[CheckMessage]:
             "Set the same ENGINE, NAME, USER, TIME_ZONE and OPTIONS for every alias of a pool. "
             "OPTIONS of the connection, such as timeouts, may differ.",
         )
-        for alias, primary in _replicas().items()
+        for alias, primary in conf.readonly_aliases.items()
         # Every SQLite alias has a file of its own.
         if "" != _vendor(alias) != "sqlite"
         and _vendor(primary)
@@ -472,11 +441,11 @@ def check_interchangeable_aliases(**kwargs: Any) -> list[CheckMessage]:
     ]
 
 
-@register(TAG)
-def check_other_aliases_of_primaries(**kwargs: Any) -> list[CheckMessage]:
-    pools = parsed_replicas()
+@check
+def check_other_aliases_of_primaries() -> list[CheckMessage]:
+    pools = conf.replicas
     legacy = getattr(settings, "SLAVE_DATABASES", None)
-    in_pools = {*pools, *_replicas(), *(legacy if legacy and is_strings(legacy) else ())}
+    in_pools = {*pools, *conf.readonly_aliases, *(legacy if legacy and is_strings(legacy) else ())}
     primaries = {_database(primary): primary for primary, weights in pools.items() if weights}
     primaries.pop(None, None)
     return [
@@ -505,47 +474,43 @@ def _database(alias: str) -> tuple[str, ...] | None:
     return vendor, host, str(entry["PORT"]) or DEFAULT_PORTS.get(vendor, ""), name
 
 
-@register(TAG)
-def check_schema_of_tenants(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_schema_of_tenants() -> Iterator[CheckMessage]:
     if value_of("PINNING_SESSION_SETUP") is not None:
-        return []
-    return [
-        warning(
-            "W024",
-            f"The ENGINE of {primary!r} sets a tenant's schema on one connection only, so replicas "
-            "answer from another schema.",
-            "Set PINNING_SESSION_SETUP to a function that sets the same schema on the connections "
-            "of the replicas. docs/how-to/tenants.md has one for django-tenants.",
-        )
-        for primary, weights in parsed_replicas().items()
-        if weights and _vendor(primary) and hasattr(connections[primary], "set_schema")
-    ]
+        return
+    for primary, weights in conf.replicas.items():
+        if weights and _vendor(primary) and hasattr(connections[primary], "set_schema"):
+            yield warning(
+                "W024",
+                f"The ENGINE of {primary!r} sets a tenant's schema on one connection only, so "
+                "replicas answer from another schema.",
+                "Set PINNING_SESSION_SETUP to a function that sets the same schema on the "
+                "connections of the replicas. docs/how-to/tenants.md has one for django-tenants.",
+            )
 
 
-@register(TAG)
-def check_async_connections(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_async_connections() -> Iterator[CheckMessage]:
     if not apps.is_installed("django_async_backend") or _pools_setting() is None:
-        return []
-    return [
-        warning(
-            "W033",
-            "django_async_backend is installed. Reads of its async connections are routed, their "
-            "writes pin, transactions read the primary, writes on replicas are rejected, and the "
-            "primary replaces a replica that cannot be connected to. But no other failure of a "
-            "read is retried, the role, position and lag of the server behind a connection are "
-            "not checked before a statement, COPY is not detected, and PINNING_SESSION_SETUP is "
-            "not called.",
-            "Use Django's own connections where that matters. Silence this check "
-            "(SILENCED_SYSTEM_CHECKS) if it does not.",
-        )
-    ]
+        return
+    yield warning(
+        "W033",
+        "django_async_backend is installed. Reads of its async connections are routed, their "
+        "writes pin, transactions read the primary, writes on replicas are rejected, and the "
+        "primary replaces a replica that cannot be connected to. But no other failure of a "
+        "read is retried, the role, position and lag of the server behind a connection are "
+        "not checked before a statement, COPY is not detected, and PINNING_SESSION_SETUP is "
+        "not called.",
+        "Use Django's own connections where that matters. Silence this check "
+        "(SILENCED_SYSTEM_CHECKS) if it does not.",
+    )
 
 
 # Tables and guarantees
 
 
-@register(TAG)
-def check_ignored_tables_are_not_read_back(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_ignored_tables_are_not_read_back() -> list[CheckMessage]:
     read_back = {"django_session"}
     with suppress(LookupError, ValueError):
         read_back.add(apps.get_model(settings.AUTH_USER_MODEL)._meta.db_table.lower())
@@ -561,9 +526,8 @@ def check_ignored_tables_are_not_read_back(**kwargs: Any) -> list[CheckMessage]:
     ]
 
 
-@register(TAG)
-def check_ignored_tables_are_tables(**kwargs: Any) -> list[CheckMessage]:
-    found: list[CheckMessage] = []
+@check
+def check_ignored_tables_are_tables() -> Iterator[CheckMessage]:
     for name in _ignored_tables():
         if not isinstance(name, str) or "." not in name:
             continue
@@ -571,29 +535,24 @@ def check_ignored_tables_are_tables(**kwargs: Any) -> list[CheckMessage]:
         with suppress(LookupError, ValueError):
             table = apps.get_model(name)._meta.db_table
         if table or _MODEL_LABEL.fullmatch(name):
-            found.append(
-                warning(
-                    "W016",
-                    f"PINNING_IGNORED_TABLES contains {name!r}, which is the label of a model and "
-                    "not the name of a table.",
-                    f"Set {table or name.replace('.', '_').lower()!r} instead.",
-                )
+            yield warning(
+                "W016",
+                f"PINNING_IGNORED_TABLES contains {name!r}, which is the label of a model and "
+                "not the name of a table.",
+                f"Set {table or name.replace('.', '_').lower()!r} instead.",
             )
-    return found
 
 
-@register(TAG)
-def check_monotonic_reads_need_positions(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_monotonic_reads_need_positions() -> Iterator[CheckMessage]:
     guarantee = value_of("PINNING_CONSISTENCY")
     if guarantee != "monotonic-reads" or value_of("PINNING_POSITIONS") is not False:
-        return []
-    if not _replicas():
-        return []
-    return [
-        warning(
-            "W014",
-            f"PINNING_CONSISTENCY is {guarantee!r} but PINNING_POSITIONS is False: without "
-            "positions it is unknown what a client has read, and only its writes pin it.",
-            "Remove PINNING_POSITIONS or PINNING_CONSISTENCY.",
-        )
-    ]
+        return
+    if not conf.readonly_aliases:
+        return
+    yield warning(
+        "W014",
+        f"PINNING_CONSISTENCY is {guarantee!r} but PINNING_POSITIONS is False: without "
+        "positions it is unknown what a client has read, and only its writes pin it.",
+        "Remove PINNING_POSITIONS or PINNING_CONSISTENCY.",
+    )

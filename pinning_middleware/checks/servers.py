@@ -11,7 +11,6 @@ from django.db import DatabaseError, InterfaceError
 
 from pinning_middleware.checks.messages import error, warning
 from pinning_middleware.checks.project import CACHE_STORE, has_store
-from pinning_middleware.checks.settings import parsed_replicas
 from pinning_middleware.conf import conf
 from pinning_middleware.servers.connect import dedicated_connection
 from pinning_middleware.servers.probe import endpoint_for, probe
@@ -25,14 +24,15 @@ def check_balanced_by_a_pooler(
     databases: Sequence[str] | None = None, **kwargs: Any
 ) -> list[CheckMessage]:
     messages: list[CheckMessage] = []
-    pools = parsed_replicas()
-    replicas = {alias for weights in pools.values() for alias in weights}
     for alias in databases or ():
-        if alias not in pools.keys() | replicas or not _splits_reads_and_writes(alias):
+        is_primary = alias in conf.replicas
+        if not is_primary and alias not in conf.readonly_aliases:
+            continue
+        if not _splits_reads_and_writes(alias):
             continue
         what = f"{alias!r} resolves to pgpool-II with load_balance_mode = on"
         hint = "Set load_balance_mode = off in pgpool-II for this alias"
-        if alias in pools:
+        if is_primary:
             messages.append(
                 error(
                     "E025",

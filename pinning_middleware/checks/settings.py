@@ -10,13 +10,13 @@ from typing import Any, Final, NamedTuple
 
 from django.apps import apps
 from django.conf import settings
-from django.core.checks import CheckMessage, register
+from django.core.checks import CheckMessage
 from django.db import DEFAULT_DB_ALIAS, router
 from django.utils.module_loading import import_string
 
-from pinning_middleware.checks.messages import TAG, error, warning
+from pinning_middleware.checks.messages import TAG, check, error, warning
 from pinning_middleware.conf import DEFAULTS, conf
-from pinning_middleware.pool_specs import PoolSpec, parse_dry_run, parse_pools, parse_replicas
+from pinning_middleware.pool_specs import PoolSpec, parse_dry_run, parse_pools
 from pinning_middleware.routers import PinningRouter
 from pinning_middleware.stores import BaseStore
 
@@ -31,14 +31,6 @@ _FUNCTION_NAME: Final = re.compile(r"(?:[A-Za-z_][\w$]*\.)?[A-Za-z_][\w$]*")
 def value_of(name: str) -> Any:
     """Return the value in the site's settings, also under a name of `MULTIDB_ALIASES`."""
     return getattr(settings, conf.effective_name(name), DEFAULTS.get(name))
-
-
-def parsed_replicas() -> dict[str, dict[str, int]]:
-    """Return PINNING_REPLICAS, or {} if it is invalid (which E001 reports)."""
-    try:
-        return parse_replicas(value_of("PINNING_REPLICAS"))
-    except ValueError:
-        return {}
 
 
 # Predicates
@@ -247,8 +239,8 @@ RULES: Final = (
 )
 
 
-@register(TAG)
-def check_values(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_values() -> list[CheckMessage]:
     return [
         error(
             rule.number,
@@ -272,27 +264,24 @@ def _import_error(rule: Rule, value: Any) -> str:
     return ""
 
 
-@register(TAG)
-def check_replicas(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_replicas() -> Iterator[CheckMessage]:
     value, name = value_of("PINNING_REPLICAS"), conf.effective_name("PINNING_REPLICAS")
     try:
         specs = parse_pools(value)
     except ValueError as problem:
-        return [
-            error(
-                "E001",
-                f"{name} {problem}, not {value!r}.",
-                'Set ["replica1", "replica2"] for one primary, or '
-                '{"default": ["replica1"], "users": {"users_replica": 2}} for several.',
-            )
-        ]
+        yield error(
+            "E001",
+            f"{name} {problem}, not {value!r}.",
+            'Set ["replica1", "replica2"] for one primary, or '
+            '{"default": ["replica1"], "users": {"users_replica": 2}} for several.',
+        )
+        return
     pools = {spec.key.primary: dict(spec.weights) for spec in specs}
-    return [
-        *_check_aliases(name, pools),
-        *_check_places(name, pools),
-        *_check_weights(name, pools),
-        *_check_groups(name, specs),
-    ]
+    yield from _check_aliases(name, pools)
+    yield from _check_places(name, pools)
+    yield from _check_weights(name, pools)
+    yield from _check_groups(name, specs)
 
 
 def _check_aliases(name: str, pools: dict[str, dict[str, int]]) -> Iterator[CheckMessage]:
@@ -357,38 +346,35 @@ def _check_groups(name: str, specs: tuple[PoolSpec, ...]) -> Iterator[CheckMessa
                 )
 
 
-@register(TAG)
-def check_dry_run(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_dry_run() -> Iterator[CheckMessage]:
     value = value_of("PINNING_DRY_RUN")
     example = 'Set {"default": 2}: the alias of a primary, and the lag of its replicas in seconds'
     try:
         lags = parse_dry_run(value)
     except ValueError as problem:
-        return [error("E027", f"PINNING_DRY_RUN {problem}, not {value!r}.", f"{example}; or None.")]
-    pools, legacy = parsed_replicas(), getattr(settings, "SLAVE_DATABASES", None)
-    primaries = {alias: "PINNING_REPLICAS" for alias, weights in pools.items() if weights}
+        yield error("E027", f"PINNING_DRY_RUN {problem}, not {value!r}.", f"{example}; or None.")
+        return
+    legacy, replicas = getattr(settings, "SLAVE_DATABASES", None), conf.readonly_aliases
+    primaries = {alias: "PINNING_REPLICAS" for alias, weights in conf.replicas.items() if weights}
     if is_strings(legacy) and legacy:
         primaries.setdefault(DEFAULT_DB_ALIAS, "SLAVE_DATABASES")
-    replicas = {alias for weights in pools.values() for alias in weights}
-    found: list[CheckMessage] = []
     for alias in lags:
         if alias not in settings.DATABASES:
             known = [each for each in settings.DATABASES if each not in replicas]
             message = f"PINNING_DRY_RUN contains {alias!r}, which is not an alias of DATABASES."
-            found.append(error("E027", message, _did_you_mean(alias, known, f"{example}.")))
+            yield error("E027", message, _did_you_mean(alias, known, f"{example}."))
         elif alias in replicas:
             message = f"PINNING_DRY_RUN contains {alias!r}, which is a replica."
-            found.append(error("E027", message, f"{example}."))
+            yield error("E027", message, f"{example}.")
         elif alias in primaries:
-            found.append(
-                error(
-                    "E027",
-                    f"PINNING_DRY_RUN contains {alias!r}, which has replicas in "
-                    f"{conf.effective_name(primaries[alias])}, so that there is no dry run.",
-                    f"Remove {alias!r} from PINNING_DRY_RUN, or its replicas.",
-                )
+            yield error(
+                "E027",
+                f"PINNING_DRY_RUN contains {alias!r}, which has replicas in "
+                f"{conf.effective_name(primaries[alias])}, so that there is no dry run.",
+                f"Remove {alias!r} from PINNING_DRY_RUN, or its replicas.",
             )
-    return [*found, *_check_assumed_lags(lags)]
+    yield from _check_assumed_lags(lags)
 
 
 def _check_assumed_lags(lags: dict[str, float]) -> Iterator[CheckMessage]:
@@ -404,51 +390,45 @@ def _check_assumed_lags(lags: dict[str, float]) -> Iterator[CheckMessage]:
             )
 
 
-@register(TAG)
-def check_default_is_writable(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_default_is_writable() -> Iterator[CheckMessage]:
     """Every model without another primary is written to `default`."""
     primary = conf.readonly_aliases.get(DEFAULT_DB_ALIAS)
     if primary is None or DEFAULT_DB_ALIAS in conf.replicas:
-        return []
+        return
     own = PinningRouter.db_for_write
     if any(getattr(type(other), "db_for_write", own) is not own for other in router.routers):
-        return []
-    return [
-        error(
-            "E024",
-            f"{conf.effective_name('PINNING_REPLICAS')} lists {DEFAULT_DB_ALIAS!r} as a replica of "
-            f"{primary!r}, and no router returns another database for writes, so every write of a "
-            "model is rejected.",
-            f"Set {DEFAULT_DB_ALIAS!r} as the primary, or add a router after PinningRouter whose "
-            f"db_for_write() returns {primary!r}.",
-        )
-    ]
+        return
+    yield error(
+        "E024",
+        f"{conf.effective_name('PINNING_REPLICAS')} lists {DEFAULT_DB_ALIAS!r} as a replica of "
+        f"{primary!r}, and no router returns another database for writes, so every write of a "
+        "model is rejected.",
+        f"Set {DEFAULT_DB_ALIAS!r} as the primary, or add a router after PinningRouter whose "
+        f"db_for_write() returns {primary!r}.",
+    )
 
 
-@register(TAG)
-def check_slave_databases(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_slave_databases() -> Iterator[CheckMessage]:
     value = getattr(settings, "SLAVE_DATABASES", None)
     is_replicas = conf.effective_name("PINNING_REPLICAS") == "SLAVE_DATABASES"
     if value is None or (is_replicas and not isinstance(value, Mapping)):
         # In the latter case it is checked as PINNING_REPLICAS.
-        return []
+        return
     hint = "Set a list of aliases of DATABASES: the replicas of the legacy interface."
     if not is_strings(value):
         message = f"SLAVE_DATABASES should be a list of aliases, not {value!r}."
-        return [error("E004", message, hint)]
-    return [
-        error(
-            "E004",
-            f"SLAVE_DATABASES contains {alias!r}, which is not an alias of DATABASES.",
-            hint,
-        )
-        for alias in value
-        if alias not in settings.DATABASES
-    ]
+        yield error("E004", message, hint)
+        return
+    for alias in value:
+        if alias not in settings.DATABASES:
+            message = f"SLAVE_DATABASES contains {alias!r}, which is not an alias of DATABASES."
+            yield error("E004", message, hint)
 
 
-@register(TAG)
-def check_stores(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_stores() -> Iterator[CheckMessage]:
     paths = value_of("PINNING_STORES")
     hint = (
         "Set dotted paths of classes derived from pinning_middleware.stores.BaseStore; the default "
@@ -456,12 +436,11 @@ def check_stores(**kwargs: Any) -> list[CheckMessage]:
     )
     if not isinstance(paths, (list, tuple)) or not is_strings(paths):
         message = f"PINNING_STORES should be a list of dotted paths of classes, not {paths!r}."
-        return [error("E008", message, hint)]
-    return [
-        error("E008", f"PINNING_STORES contains {path!r}, which {problem}.", hint)
-        for path in paths
-        if (problem := _problem_of_store(path))
-    ]
+        yield error("E008", message, hint)
+        return
+    for path in paths:
+        if problem := _problem_of_store(path):
+            yield error("E008", f"PINNING_STORES contains {path!r}, which {problem}.", hint)
 
 
 def _problem_of_store(path: str) -> str:
@@ -486,28 +465,26 @@ def _missing_methods(store: type) -> list[str]:
     ]
 
 
-@register(TAG)
-def check_primary_models(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_primary_models() -> Iterator[CheckMessage]:
     labels = value_of("PINNING_PRIMARY_MODELS")
     if not is_strings(labels):
-        return []
+        return
     known = [config.label for config in apps.get_app_configs()]
     known += [model._meta.label for model in apps.get_models()]
     lower = {label.lower() for label in known}
-    return [
-        error(
-            "E018",
-            f"PINNING_PRIMARY_MODELS contains {label!r}, which is not the label of an installed "
-            "app or model.",
-            _did_you_mean(label, known, 'Set labels such as "auth" or "shop.Order".'),
-        )
-        for label in labels
-        if label.lower() not in lower
-    ]
+    for label in labels:
+        if label.lower() not in lower:
+            yield error(
+                "E018",
+                f"PINNING_PRIMARY_MODELS contains {label!r}, which is not the label of an "
+                "installed app or model.",
+                _did_you_mean(label, known, 'Set labels such as "auth" or "shop.Order".'),
+            )
 
 
-@register(TAG)
-def check_unknown_settings(**kwargs: Any) -> list[CheckMessage]:
+@check
+def check_unknown_settings() -> list[CheckMessage]:
     return [
         warning(
             "W001",

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from django.db import DatabaseError, InterfaceError
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -18,9 +18,8 @@ from pinning_middleware.reasons import Fault
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.servers import connect
-from pinning_middleware.servers.dialects import Refusal
-from pinning_middleware.servers.liveness import probe_deadline
-from pinning_middleware.servers.probe import endpoint_for, probe, standby_limits, state_of
+from pinning_middleware.servers.dialects import Refusal, Row
+from pinning_middleware.servers.probe import endpoint_for, fetch, probe, standby_limits
 from pinning_middleware.servers.registry import Server, registry
 from pinning_middleware.stats import DRAINED, ServerState, servers, with_freshest_serving
 
@@ -30,9 +29,11 @@ __all__ = ["TIMEOUT", "ServerPoll", "silence_server_logs"]
 TIMEOUT: Final = 2.5
 
 # What any role may read on a PostgreSQL standby: whether replay is paused, whether a WAL receiver
-# runs, and the age of the last replayed transaction (seconds).
+# runs, and the age of the last replayed transaction (seconds). A boolean that was fetched without a
+# cursor would be text.
 _REPLAY: Final = (
-    "SELECT pg_is_wal_replay_paused(), (pg_stat_get_wal_receiver()).pid IS NOT NULL, "
+    "SELECT pg_is_wal_replay_paused()::int, "
+    "((pg_stat_get_wal_receiver()).pid IS NOT NULL)::int, "
     "EXTRACT(EPOCH FROM clock_timestamp() - pg_last_xact_replay_timestamp())"
 )
 # The database of a connection, by vendor. Behind a pooler its name may differ from the settings.
@@ -42,7 +43,7 @@ _DATABASE: Final = {"postgresql": "SELECT current_database()", "mysql": "SELECT 
 class _Reply(NamedTuple):
     server: Server | None = None
     # The row of `_REPLAY`.
-    replay: tuple[Any, ...] = ()
+    replay: Row = ()
     database: str = ""
 
 
@@ -139,14 +140,14 @@ class ServerPoll:
         if report is None:
             self._check_reachable(connection)
             return _Reply()
-        replay: tuple[Any, ...] = ()
+        replay: Row = ()
         if report.server.is_replica and connection.vendor == "postgresql":
-            replay = _fetch_row(connection, _REPLAY)
+            replay = fetch(connection, _REPLAY)
         if not report.server.is_replica:
             self.refusals[alias] = standby_limits(connection)
         database = ""
         if connection.vendor in _DATABASE:
-            database = str(_fetch_row(connection, _DATABASE[connection.vendor])[0] or "")
+            database = str(fetch(connection, _DATABASE[connection.vendor])[0] or "")
         return _Reply(report.server, replay, database)
 
     def _check_reachable(self, connection: BaseDatabaseWrapper) -> None:
@@ -196,9 +197,9 @@ class ServerPoll:
         if reply.server is not None and row.role == "replica":
             has_caught_up, measured = self._measure_lag(pool, reply)
             lag = lag if measured is None else measured
-            if reply.replay and reply.replay[0]:
+            if reply.replay and int(reply.replay[0]):
                 error = error or "its replay is paused"
-            elif reply.replay and not reply.replay[1] and not has_caught_up:
+            elif reply.replay and not int(reply.replay[1]) and not has_caught_up:
                 error = error or "no WAL receiver is running"
         return row._replace(lag=lag, error=error)
 
@@ -242,19 +243,6 @@ def _misconfiguration(row: ServerState, replies: dict[str, _Reply], pool: Pool) 
             f"to {primary.database!r}"
         )
     return ""
-
-
-def _fetch_row(connection: BaseDatabaseWrapper, sql: str) -> tuple[Any, ...]:
-    """Fetch one row within the deadline of a probe, bypassing Django's cursor wrappers."""
-    raw: Any = connection.connection
-    state = state_of(connection)
-    with (
-        connection.wrap_database_errors,
-        probe_deadline(raw, state),
-        raw.cursor() as cursor,
-    ):
-        cursor.execute(sql)
-        return tuple(cursor.fetchone() or ())
 
 
 @contextlib.contextmanager

@@ -88,17 +88,9 @@ class DryRunPool(Pool):
         self.can_replace_primary = False
         # No connection is judged: reads run on the primary as if the package were not there.
         self.dialect = None
-        # Most reads get this decision.
-        self.round_robin = Decision(self.primary, None, Reason.ROUND_ROBIN)
 
     def is_mirror(self, alias: str) -> bool:
         return alias == ASSUMED_REPLICA or super().is_mirror(alias)
-
-    def track(self, position: Position, *, is_new: bool = True) -> None:
-        """Do nothing: no replica can be probed."""
-
-    def sample_lag(self) -> None:
-        """Do nothing: no replica can be probed."""
 
     def dry_run_pin(self, state: PoolState) -> Pin | None:
         written = _last_write_in(state)
@@ -112,8 +104,6 @@ def redirect_to_primary(
     if not dry_run_counts.has_thread:
         dry_run_counts.start()
     reason = decision.reason
-    if reason is Reason.ROUND_ROBIN:
-        return pool.round_robin
     return Decision(pool.primary, None, reason, _would_miss_write(pool, scope, reason, model))
 
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import functools
 
-from asgiref.sync import sync_to_async
 from django.db import transaction
 
 from pinning_middleware.conf import conf
-from pinning_middleware.pins import Pin, PinKey, PinKind, Pins, live
+from pinning_middleware.pins import Pin, PinKey, PinKind, live
 from pinning_middleware.routing.guarantees import observed_pin
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
@@ -25,7 +24,6 @@ from pinning_middleware.utils import clock
 
 __all__ = [
     "announce",
-    "asave_keys",
     "current_pin",
     "outgoing_pins",
     "pin_keys",
@@ -132,29 +130,15 @@ def _save_now(pool: Pool, keys: tuple[str, ...]) -> None:
     cache.save_pins("key", keys, {PinKey(pool.primary): current_pin(pool)})
 
 
-def _pins_of_keys(scope: Scope) -> list[tuple[list[str], Pins]]:
+def save_keys(scope: Scope) -> None:
     """
-    Return keys and their pins, for each ``using`` that keys were given with: the outgoing pin of
-    the scope, or else one for everything that the primary has committed.
+    Pin the keys of a scope in the cache: with the outgoing pin of the scope, or else one for
+    everything that the primary has committed. Call it when the scope's transactions have ended.
     """
     pins = outgoing_pins(scope)
-    found: list[tuple[list[str], Pins]] = []
     for using in dict.fromkeys(using for _, using in scope.keys):
         own = {
             PinKey(pool.primary): pins.get(PinKey(pool.primary)) or current_pin(pool)
             for pool in pools().of_primary(using)
         }
-        found.append(([key for key, given in scope.keys if given == using], own))
-    return found
-
-
-def save_keys(scope: Scope) -> None:
-    """Pin the keys of a scope in the cache. Call it when its transactions have ended."""
-    for keys, pins in _pins_of_keys(scope):
-        cache.save_pins("key", keys, pins)
-
-
-async def asave_keys(scope: Scope) -> None:
-    """Pin the keys of a scope in the cache, in async code."""
-    for keys, pins in await sync_to_async(_pins_of_keys)(scope):
-        await cache.asave_pins("key", keys, pins)
+        cache.save_pins("key", [key for key, given in scope.keys if given == using], own)

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CacheStore",
-    "aload_pins",
-    "asave_pins",
     "check_keys",
     "load_pins",
     "save_pins",
@@ -64,11 +62,6 @@ def load_pins(namespace: Namespace, keys: Sequence[str]) -> dict[PinKey, Pin]:
     return live(found, clock.now(), conf.seconds)
 
 
-async def aload_pins(namespace: Namespace, keys: Sequence[str]) -> dict[PinKey, Pin]:
-    """Async version of `load_pins()`."""
-    return await sync_to_async(load_pins)(namespace, keys)
-
-
 def save_pins(
     namespace: Namespace, keys: Sequence[str], pins: Pins, forget: Pins | None = None
 ) -> None:
@@ -86,13 +79,6 @@ def save_pins(
             else:
                 merged = _merged(cache.get(name), pins, forget or {})
                 cache.set(name, pack(merged), lifetime(merged))
-
-
-async def asave_pins(
-    namespace: Namespace, keys: Sequence[str], pins: Pins, forget: Pins | None = None
-) -> None:
-    """Async version of `save_pins()`."""
-    await sync_to_async(save_pins)(namespace, keys, pins, forget)
 
 
 @contextmanager
@@ -167,14 +153,14 @@ class CacheStore(BaseStore):
 
     async def aload(self, request: HttpRequest) -> Pins:
         key = _last_key(request, await _akey(request))
-        pins = await aload_pins("user", [key]) if key is not None else {}
+        pins = await sync_to_async(load_pins)("user", [key]) if key is not None else {}
         return remember_loaded(request, self, pins)
 
     async def asave(
         self, request: HttpRequest, response: HttpResponseBase | None, pins: Pins
     ) -> None:
         if (key := _last_key(request, await _akey(request))) is not None:
-            await asave_pins("user", [key], pins, self._ended(request, pins))
+            await sync_to_async(save_pins)("user", [key], pins, self._ended(request, pins))
 
     def _ended(self, request: HttpRequest, pins: Pins) -> Pins:
         """Return the loaded pins that `unpin_this_request()` has ended."""

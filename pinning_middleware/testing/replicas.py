@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from typing import Any, Final
 
 from django.db import DatabaseError, InterfaceError, connections
@@ -75,7 +75,7 @@ class Replicas:
         """The aliases that were made to lag."""
         return frozenset(self._written)
 
-    def lag(self, *aliases: str) -> _Undo:
+    def lag(self, *aliases: str) -> AbstractContextManager[object]:
         """
         Make replicas lag. A real replica stops replaying; a test mirror or SQLite file is treated
         as if it had not replayed any later write.
@@ -92,7 +92,10 @@ class Replicas:
         # A real replica keeps serving what it has replayed.
         simulated = {alias for alias in chosen if not _is_real(alias)}
         self._simulate(ReplicaSet.behind_in_tests | simulated, ReplicaSet.unreachable_in_tests)
-        return _Undo(lambda: self.catch_up(*chosen))
+        # Runs the callback at the end of a ``with`` block only, if there is one.
+        undo = ExitStack()
+        undo.callback(self.catch_up, *chosen)
+        return undo
 
     def catch_up(self, *aliases: str) -> None:
         """
@@ -111,7 +114,7 @@ class Replicas:
             counters.write_observers.remove(self._record_write)
         self._simulate(ReplicaSet.behind_in_tests - set(chosen), ReplicaSet.unreachable_in_tests)
 
-    def take_down(self, *aliases: str) -> _Undo:
+    def take_down(self, *aliases: str) -> AbstractContextManager[object]:
         """Make replicas unreachable for this process, so that they leave the rotation."""
         chosen = self._chosen(aliases)
         connect.unreachable_in_tests.update(chosen)
@@ -121,7 +124,9 @@ class Replicas:
                 if not connection.in_atomic_block:
                     connection.close()
         self._simulate(ReplicaSet.behind_in_tests, ReplicaSet.unreachable_in_tests | set(chosen))
-        return _Undo(lambda: self.bring_up(*chosen))
+        undo = ExitStack()
+        undo.callback(self.bring_up, *chosen)
+        return undo
 
     def bring_up(self, *aliases: str) -> None:
         """Make replicas reachable again, and return them to the rotation at once."""
@@ -210,19 +215,6 @@ class Replicas:
             position = query_primary(_WRITTEN[vendor])
             failure = f"{alias} did not reach {position}"
             _wait_until(lambda: query(_REACHED[vendor], (position,)), failure)
-
-
-class _Undo:
-    """Undoes a change at the end of a ``with`` block, if there is one."""
-
-    def __init__(self, undo: Callable[[], None]) -> None:
-        self._undo = undo
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._undo()
 
 
 def _pool(alias: str) -> Pool:

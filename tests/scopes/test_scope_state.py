@@ -240,7 +240,6 @@ def test_error_while_saving_keys_closes_the_scope(
         raise TimeoutError
 
     monkeypatch.setattr(cache, "save_pins", fail)
-    monkeypatch.setattr(cache, "asave_pins", fail)
 
     async def work() -> None:
         async with pinning_scope(isolated=True):
