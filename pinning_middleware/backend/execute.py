@@ -64,6 +64,9 @@ def execute_wrapper(execute: Any, sql: Any, params: Any, many: bool, context: An
 
 def _execute_statement(execute: Any, sql: Any, params: Any, many: bool, context: Any) -> Any:
     connection, cursor = context["connection"], context["cursor"]
+    if connection.is_connecting:
+        # A receiver of connection_created sets up the session; that is no work of the scope.
+        return execute(sql, params, many, context)
     known = pools()
     pool = known.by_connection.get(connection.alias)
     if is_unmanaged() or (pool is None and connection.alias not in known.same_as_primary):
@@ -167,8 +170,6 @@ def intended_alias(cursor: Any) -> str:
 
 def _record_modified_session(pool: Pool, connection: Any) -> None:
     """Record that a statement of the code has modified its session."""
-    if connection.is_connecting:
-        return
     if dialect_for(connection) is not None:
         state_of(connection).session_modified = True
     if connection.alias == pool.primary and conf.session_setup is None:

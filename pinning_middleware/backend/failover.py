@@ -313,8 +313,11 @@ def _run_watched(pool: Pool, call: Call, connection: BaseDatabaseWrapper) -> Any
         state.may_leave = partial(may_fail_over, connection, call)
     try:
         if state.waits_are_watched or not may_fail_over(connection, call):
-            return call.run()
-        return _run_tracked(call, connection, state)
+            result = call.run()
+        else:
+            result = _run_tracked(call, connection, state)
+        state.record_answer()
+        return result
     finally:
         state.may_leave = None
         if is_primary:

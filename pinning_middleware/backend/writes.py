@@ -20,7 +20,7 @@ from pinning_middleware.routing.compatibility import is_testing
 from pinning_middleware.routing.outgoing import announce
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.overrides import writes_ignored
-from pinning_middleware.scopes.scope import Scope, Write, current_scope, entered_scope
+from pinning_middleware.scopes.scope import Scope, current_scope, entered_scope
 from pinning_middleware.scopes.watch import note_write
 from pinning_middleware.servers.registry import registry
 from pinning_middleware.sql import (
@@ -164,7 +164,7 @@ def record_write_started(connection: BaseDatabaseWrapper, alias: str, sql: Any) 
     scope = current_scope()
     # Recorded before it runs: a read of another thread of this scope may follow at once.
     for key in keys:
-        scope.record_write(key, Write(connection))
+        scope.record_write(key, connection)
     return Recorded(scope, keys)
 
 

@@ -53,10 +53,11 @@ _lock = ForkSafeLock()
 class Write(NamedTuple):
     """
     The latest write of a scope on one connection. ``visible_at``: when its transaction ended
-    (seconds since the epoch), None while it is open.
+    (seconds since the epoch), None while it is open. Only then is the connection kept: it may be
+    that of a thread that has ended since.
     """
 
-    connection: BaseDatabaseWrapper
+    connection: BaseDatabaseWrapper | None
     visible_at: float | None = None
 
     @property
@@ -67,7 +68,7 @@ class Write(NamedTuple):
         The transaction of a TestCase ends with the test; a write directly inside it counts as
         committed.
         """
-        if self.visible_at is not None:
+        if self.visible_at is not None or self.connection is None:
             return False
         blocks = self.connection.atomic_blocks
         return not (blocks and all(block._from_testcase for block in blocks))  # type: ignore[attr-defined]
@@ -292,21 +293,29 @@ class Scope:
 
     # Recording
 
-    def record_write(self, key: PoolKey, write: Write) -> None:
+    def record_write(self, key: PoolKey, connection: BaseDatabaseWrapper) -> None:
         """Record the latest write on a connection, which becomes an outgoing pin."""
 
         def change(state: PoolState) -> PoolState:
-            writes = {**state.writes, id(write.connection): write}
+            writes = {**state.writes, id(connection): Write(connection)}
             return state._replace(writes=writes, revision=state.revision + 1)
 
         self.update(key, change)
 
     def record_visible(self, connection: BaseDatabaseWrapper, at: float) -> None:
         """Record that the transaction of a connection has ended (seconds since the epoch)."""
+
+        def change(state: PoolState) -> PoolState:
+            # Of the writes that are visible, the latest one counts.
+            latest = max([at, *(write.visible_at or 0.0 for write in state.writes.values())])
+            writes = {k: write for k, write in state.writes.items() if write.visible_at is None}
+            writes[id(connection)] = Write(None, latest)
+            return state._replace(writes=writes, revision=state.revision + 1)
+
         for key, state in self.pools.items():
             write = state.writes.get(id(connection))
             if write is not None and write.visible_at is None:
-                self.record_write(key, write._replace(visible_at=at))
+                self.update(key, change)
 
     def record_lock(self, key: PoolKey) -> None:
         """Record a locking read."""

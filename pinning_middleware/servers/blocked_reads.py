@@ -171,6 +171,9 @@ class _ReadTracker:
         began, outcome = time.monotonic(), ProbeOutcome.ANSWERED
         try:
             outcome = probe_afresh(state, seconds, first.session)
+            if outcome is ProbeOutcome.UNANSWERED and state.last_answer > began:
+                # Others are answered: the connections of a pooler, for example, are all in use.
+                outcome = ProbeOutcome.ANSWERED
             if outcome is ProbeOutcome.UNANSWERED and seconds >= DEADLINE:
                 mark_unresponsive(state)
         except Exception:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.db.backends.signals import connection_created
 
+from pinning_middleware import pinning_scope
 from pinning_middleware.backend.connection import InstrumentedConnection
 
 
@@ -28,3 +30,21 @@ def test_connection_of_another_kind_is_refused_in_a_pool(alias: str) -> None:
 
 def test_connection_of_another_kind_is_ignored_outside_pools() -> None:
     connection_created.send(SimpleNamespace, connection=SimpleNamespace(alias="unheard-of"))
+
+
+@pytest.mark.django_db(transaction=True, databases="__all__")
+@pytest.mark.parametrize("alias", ["default", "replica1"])
+def test_statement_of_a_connection_created_receiver_is_no_write(alias: str) -> None:
+    def set_up(connection: Any, **kwargs: Any) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("PRAGMA optimize")
+
+    connection = connections.create_connection(alias)
+    connection_created.connect(set_up)
+    try:
+        with pinning_scope(isolated=True) as scope:
+            connection.connect()
+        assert scope.token is None
+    finally:
+        connection_created.disconnect(set_up)
+        connection.close()

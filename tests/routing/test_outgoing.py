@@ -12,7 +12,7 @@ from pinning_middleware.pins import POSITION_LIFETIME, Pin, PinKey, PinKind, Pos
 from pinning_middleware.routing.outgoing import outgoing_pins
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
-from pinning_middleware.scopes.scope import Scope, Write
+from pinning_middleware.scopes.scope import Scope
 from pinning_middleware.utils import clock as package_clock
 
 WINDOW = 15.0
@@ -31,8 +31,8 @@ class Primary:
 
     def write(self, scope: Scope) -> None:
         self.end += 10
-        write = Write(connections["default"], package_clock.now())
-        scope.record_write(self.pool.key, write)
+        scope.record_write(self.pool.key, connections["default"])
+        scope.record_visible(connections["default"], package_clock.now())
 
 
 @pytest.fixture

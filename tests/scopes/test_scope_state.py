@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -87,6 +89,23 @@ def test_open_write_of_another_thread_keeps_the_pin() -> None:
         thread.join()
         assert not current_scope().state(PoolKey("default")).has_open_write
     assert scope.token
+
+
+def test_scope_keeps_no_connection_of_a_thread_that_has_written_and_ended() -> None:
+    found: list[weakref.ref[Any]] = []
+
+    def work() -> None:
+        write()
+        found.append(weakref.ref(connections["default"]))
+
+    with pinning_scope(isolated=True) as scope:
+        for _ in range(3):
+            thread = threading.Thread(target=propagate_scope(work))
+            thread.start()
+            thread.join()
+        gc.collect()
+        assert [reference() for reference in found] == [None] * 3
+    assert scope.token is not None
 
 
 def test_long_scope_reads_replicas_after_the_window(clock: FrozenDateTimeFactory) -> None:

@@ -10,7 +10,7 @@ import pytest
 from django.db import connections
 
 from pinning_middleware.pins import PoolKey
-from pinning_middleware.scopes.scope import Scope, Write
+from pinning_middleware.scopes.scope import Scope
 
 THREADS = 8
 WRITES = 1000
@@ -30,7 +30,7 @@ def test_parallel_threads_of_one_scope_lose_no_write_and_disturb_no_reader() -> 
 
     def write(thread: int) -> None:
         for number in range(WRITES):
-            scope.record_write(keys[(thread + number) % len(keys)], Write(connection))
+            scope.record_write(keys[(thread + number) % len(keys)], connection)
 
     def read(_: int) -> None:
         for _ in range(WRITES):
