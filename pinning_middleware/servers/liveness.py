@@ -175,15 +175,14 @@ class _SlowRead:
         status = check_session(self.raw, self.state, self.since, seconds)
         if status is SessionStatus.GONE:
             self._give_up(ServerGone(f"{self.state.alias} no longer runs this session"))
-        if status is not SessionStatus.UNANSWERED:
+        if status is SessionStatus.OTHERS_ANSWERED:
+            self._found(began, waits_for_lock=False)
+            self.check_after = FIRST_CHECK_AFTER
+        elif status is not SessionStatus.UNANSWERED:
             self._found(began, status is SessionStatus.WAITS_FOR_LOCK)
         elif self.session.seen_at > began:
             # New connections are not accepted, but the session runs.
             self._found(self.session.seen_at, self.session.waits_for_lock)
-        elif (answered_at := self.state.last_answer) > began:
-            # Others are answered: the connections of a pooler, for example, are all in use.
-            self._found(answered_at, waits_for_lock=False)
-            self.check_after = FIRST_CHECK_AFTER
         elif seconds < DEADLINE:
             self._give_up(BudgetExhausted(f"{self.state.alias} did not answer in time"))
         else:

@@ -30,6 +30,8 @@ logger = logging.getLogger("pinning_middleware.servers")
 # connect it to the session's server. The second applies if the alias has several servers.
 ATTEMPT_INTERVAL, BALANCED_ATTEMPT_INTERVAL = 0.25, 0.1
 MAX_ATTEMPTS: Final = 20
+# Seconds between two looks at a check that another read makes; an answer is noticed at once.
+ANSWER_INTERVAL: Final = 0.02
 # Seconds by which two measurements of how long a read has been running may differ.
 TOLERANCE: Final = 0.3
 
@@ -42,6 +44,9 @@ class SessionStatus(Enum):
     WAITS_FOR_LOCK = "waits for a lock"
     # Another server answers, or the same one without this session.
     GONE = "gone"
+    # New connections are not answered, but other reads are: the connections of a pooler, for
+    # example, are all in use.
+    OTHERS_ANSWERED = "others are answered"
     # No server answers.
     UNANSWERED = "unanswered"
 
@@ -82,10 +87,8 @@ class _PoolerAnswered(Exception):
 
 
 class _Check:
-    __slots__ = ("done", "status")
-
     def __init__(self) -> None:
-        self.done = threading.Event()
+        self.began, self.done = time.monotonic(), threading.Event()
         self.status = SessionStatus.UNANSWERED
 
 
@@ -96,8 +99,9 @@ _checks: dict[object, _Check] = {}
 def check_session(raw: Any, state: ConnectionState, began: float, seconds: float) -> SessionStatus:
     """
     Return the status of the session of a psycopg connection whose read began at that monotonic
-    time, by a fresh connection, within ``seconds``. Reads that wait for the same server share a
-    check of whether it answers; if another one's answer does not apply, a second check follows.
+    time, by a fresh connection, within ``seconds`` or until the read is answered. Reads that wait
+    for the same server share a check of whether it answers; if another one's answer does not apply,
+    a second check follows.
     """
     key: object = raw if state.may_be_any_server else state.server or state.endpoint
     with _lock:
@@ -108,13 +112,19 @@ def check_session(raw: Any, state: ConnectionState, began: float, seconds: float
     if is_first:
         try:
             check.status = _check_by_new_connection(raw, state, began, seconds)
+            has_answered = is_ready(raw.fileno()) or state.last_answer > check.began
+            if check.status is SessionStatus.UNANSWERED and has_answered:
+                check.status = SessionStatus.OTHERS_ANSWERED
         finally:
             check.done.set()
             with _lock:
                 _checks.pop(key, None)
         return check.status
-    check.done.wait(seconds)
-    if check.status in (SessionStatus.UNANSWERED, SessionStatus.RUNNING):
+    until = time.monotonic() + seconds
+    while not check.done.is_set() and (left := until - time.monotonic()) > 0:
+        if is_ready(raw.fileno(), min(left, ANSWER_INTERVAL)):
+            return SessionStatus.RUNNING
+    if check.status not in (SessionStatus.GONE, SessionStatus.WAITS_FOR_LOCK):
         return check.status
     # That of the other session is no answer for this one.
     return _check_by_new_connection(raw, state, began, seconds)
@@ -143,6 +153,7 @@ def _check_by_new_connection(
             seconds=seconds,
             interval=interval,
             retry=_OtherServer,
+            give_up=lambda: is_ready(raw.fileno()),
         )
     except _OtherServer:
         return SessionStatus.GONE
@@ -198,7 +209,7 @@ def _query_session(
         connection.finish()
 
 
-def is_ready(fileno: int, seconds: float, is_writing: bool = False) -> bool:
+def is_ready(fileno: int, seconds: float = 0.0, is_writing: bool = False) -> bool:
     """Return whether a socket becomes readable, or writable, within ``seconds``."""
     # select.select() does not accept a file descriptor above 1023.
     with selectors.DefaultSelector() as selector:

@@ -33,6 +33,7 @@ from .conftest import (
     endpoint,
     eventually,
     in_thread,
+    in_threads,
     make_retry_due,
     mark_unreachable,
     pool,
@@ -798,15 +799,20 @@ def test_pooler_whose_connections_are_all_in_use_is_not_unresponsive(
     with (
         pgbouncer(pg["pg1"], default_pool_size="2") as bouncer,
         as_layout(pg, r1=database(bouncer, conn_max_age=None)),
-        ThreadPoolExecutor(12) as threads,
     ):
+        connected = threading.Barrier(10, timeout=DEADLINE)
 
-        def sleep() -> int:
-            with unrelated_scope():
-                return int(Book.objects.using("r1").raw(SLEEP, [0.25])[0].port)
+        def read(_: int) -> list[int]:
+            try:
+                connections["r1"].ensure_connection()
+                connected.wait()
+                with unrelated_scope():
+                    found = (Book.objects.using("r1").raw(SLEEP, [0.25]) for _ in range(4))
+                    return [book.port for (book,) in found]
+            finally:
+                connections.close_all()
 
-        reads = [threads.submit(in_thread, sleep) for _ in range(24)]
-        assert {each.result(60) for each in reads} == {pg["pg1"].port}
+        assert in_threads(read, 10) == [[pg["pg1"].port] * 4] * 10
         assert sent_signals == []
 
 
