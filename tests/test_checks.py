@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.apps import apps
 from django.conf import settings
 from django.core.checks import run_checks
 from django.db import connections
 from django.test import modify_settings, override_settings
 
 import pinning_middleware
+from pinning_middleware.checks import project
 from pinning_middleware.conf import DEFAULTS, MULTIDB_ALIASES
 from pinning_middleware.stores import BaseStore, CookieStore
 from tests.conftest import MIDDLEWARE, ROUTER
@@ -624,6 +626,25 @@ def test_models_that_are_cached_for_everybody_are_reported(
         ):
             with override_settings(**silent):
                 assert found() == []
+
+
+@pytest.mark.parametrize(
+    ("values", "is_reported"),
+    [
+        ({}, True),
+        ({"CACHALOT_DATABASES": "all_available"}, True),
+        ({"CACHALOT_DATABASES": ["default", "replica1"]}, True),
+        ({"CACHALOT_DATABASES": ["default"]}, False),
+        ({"PINNING_REPLICAS": []}, False),
+    ],
+)
+def test_cached_queries_of_replicas_are_reported(
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], is_reported: bool
+) -> None:
+    monkeypatch.setattr(apps, "is_installed", lambda name: name == "cachalot")
+    with override_settings(**values):
+        found = list(project.check_cached_queries())
+    assert [message.id for message in found] == ["pinning_middleware.W035"] * is_reported
 
 
 @pytest.mark.parametrize(

@@ -103,12 +103,16 @@ def _routers() -> Iterator[CheckMessage]:
             continue
         found: dict[str, set[str]] = {}
         for model in apps.get_models():
-            if (primary := _ask(other, "db_for_write", model)) is None:
+            if (written := _ask(other, "db_for_write", model)) is None:
                 # A database that it does not write may be a separate one.
                 continue
-            primary = primary or DEFAULT_DB_ALIAS
+            primary = written or DEFAULT_DB_ALIAS
             aliases = {_ask(other, "db_for_read", model) for _ in range(_TIMES)}
-            replicas = {alias for alias in aliases if alias and alias != primary}
+            replicas = {
+                alias
+                for alias in aliases
+                if alias and alias != primary and (written or _may_replicate(alias, primary))
+            }
             # W011 reports replicas of PINNING_REPLICAS.
             if replicas - conf.primary_by_replica.keys():
                 found.setdefault(primary, set()).update(replicas)
@@ -126,6 +130,12 @@ def _routers() -> Iterator[CheckMessage]:
             )
 
 
+def _may_replicate(alias: str, primary: str) -> bool:
+    """Return whether an alias may be a replica: the name of its database is the same."""
+    first, second = (settings.DATABASES.get(each, {}) for each in (alias, primary))
+    return all(first.get(name) == second.get(name) for name in ("ENGINE", "NAME"))
+
+
 def _replicas_in_code(other: Any) -> set[str]:
     """Return the aliases that a router names for reads only, in some requests for example."""
     answers = {_ask(other, "db_for_write", model) for model in apps.get_models()}
@@ -136,7 +146,11 @@ def _replicas_in_code(other: Any) -> set[str]:
         set(aliases_in_code(other, action, settings.DATABASES))
         for action in ("db_for_read", "db_for_write")
     )
-    return read - written - answers - {DEFAULT_DB_ALIAS} - conf.primary_by_replica.keys()
+    found = read - written - answers - {DEFAULT_DB_ALIAS} - conf.primary_by_replica.keys()
+    if any(answers):
+        return found
+    # It writes nothing, so these may be databases of other applications.
+    return {alias for alias in found if _may_replicate(alias, DEFAULT_DB_ALIAS)}
 
 
 def _ask(other: Any, action: str, model: Any) -> str | None:

@@ -376,6 +376,24 @@ def _is_listed(label: str, listed: Container[str]) -> bool:
         return not conf.readonly_aliases
 
 
+@check
+def check_cached_queries() -> Iterator[CheckMessage]:
+    """Find a cache of query results that a write invalidates for its own alias only."""
+    if not apps.is_installed("cachalot") or not conf.readonly_aliases:
+        return
+    # https://django-cachalot.readthedocs.io/en/latest/quickstart.html#cachalot-databases
+    cached = getattr(settings, "CACHALOT_DATABASES", "supported_only")
+    if is_strings(cached) and conf.readonly_aliases.keys().isdisjoint(cached):
+        return
+    primaries = sorted(set(conf.readonly_aliases.values()))
+    yield warning(
+        "W035",
+        "django-cachalot caches what was read from replicas, and a write to the primary does not "
+        "invalidate that.",
+        f"Set CACHALOT_DATABASES = {primaries!r}.",
+    )
+
+
 # Databases
 
 

@@ -471,7 +471,7 @@ def check_primary_models() -> Iterator[CheckMessage]:
     if not is_strings(labels):
         return
     known = [config.label for config in apps.get_app_configs()]
-    known += [model._meta.label for model in apps.get_models()]
+    known += [model._meta.label for model in apps.get_models(include_auto_created=True)]
     lower = {label.lower() for label in known}
     for label in labels:
         if label.lower() not in lower:

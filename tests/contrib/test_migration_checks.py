@@ -15,7 +15,7 @@ from pinning_middleware.checks.migration import SETTINGS, check_leftovers
 from pinning_middleware.conf import DEFAULTS
 from pinning_middleware.scopes.scope import enter
 from tests.app.middleware import SyncMiddleware
-from tests.app.models import Book
+from tests.app.models import Book, Tag
 from tests.conftest import is_replica, where
 
 OURS = "pinning_middleware.contrib."
@@ -185,6 +185,20 @@ def test_check_reports_custom_routers(name: str, value: str) -> None:
     assert number == "W203"
     assert says.startswith(f"{name} returns replicas for reads")
     assert f"PINNING_REPLICAS = {value}" in hint
+
+
+class Foreign:
+    """Reads one model from a database of another application, and writes none."""
+
+    def db_for_read(self, model: Any, **hints: Any) -> str | None:
+        return "elsewhere" if model is Tag else None
+
+    def db_for_write(self, model: Any, **hints: Any) -> None:
+        return None
+
+
+def test_check_ignores_routers_of_databases_that_are_only_read() -> None:
+    assert messages(DATABASE_ROUTERS=[f"{__name__}.Foreign"], PINNING_REPLICAS=[]) == []
 
 
 def test_check_ignores_routers_with_configured_replicas() -> None:
