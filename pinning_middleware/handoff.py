@@ -54,7 +54,8 @@ def pins_of_all_writes() -> Pins:
     They are for the callback of a group of tasks: those have finished, each in a scope of its own,
     so that their own pins are no longer known.
     """
-    return {PinKey(pool.primary): current_pin(pool) for pool in pools().by_primary.values()}
+    found = pools().by_primary.values() if conf.enabled else ()
+    return {PinKey(pool.primary): current_pin(pool) for pool in found}
 
 
 def pins_of_tokens(*received: object) -> Pins:
@@ -114,7 +115,7 @@ def save_pins(task_id: str, pins: Pins) -> None:
 
 def load_pins(task_id: str) -> Pins:
     """Return the pins that are kept for a task."""
-    kept = cache.load_pins("task", [task_id])
+    kept = cache.load_pins("task", [task_id]) if conf.enabled else {}
     return _with_later_end(kept, conf.seconds - POSITION_LIFETIME)
 
 

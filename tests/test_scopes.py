@@ -13,7 +13,9 @@ from django.test import override_settings
 from freezegun.api import FrozenDateTimeFactory
 
 from pinning_middleware import (
+    follow_keys,
     is_pinned,
+    pin_keys,
     pin_this_request,
     pinning_scope,
     propagate_scope,
@@ -480,3 +482,15 @@ def test_write_that_starts_while_an_expired_pin_is_removed(
         assert where() == "default"
     assert begun
     assert scope.token
+
+
+@override_settings(PINNING_ENABLED=False)
+def test_scope_makes_no_pins_while_the_package_is_disabled() -> None:
+    with pinning_scope() as scope:
+        write()
+        pin_this_request()
+        pin_keys("order:1")
+    assert scope.token is None
+    with override_settings(PINNING_ENABLED=True), pinning_scope(isolated=True):
+        follow_keys("order:1")
+        assert is_replica(where())

@@ -55,6 +55,8 @@ def outgoing_pins(scope: Scope) -> dict[PinKey, Pin]:
 
     Queries each primary that the scope wrote to for its position, once after each change.
     """
+    if not conf.enabled:
+        return {}
     # No read waits for these probes, so that what earlier ones of the thread spent does not count.
     read_budget.renew()
     now = clock.now()
@@ -115,6 +117,8 @@ def _used_pools(scope: Scope) -> list[tuple[Pool, PoolState]]:
 def pin_keys(scope: Scope, keys: tuple[str, ...], using: str | None) -> None:
     """Pin keys when the scope ends; outside any scope at once, or when the transaction commits."""
     found = pools().of_primary(using)
+    if not conf.enabled:
+        return
     if not scope.is_ambient:
         scope.keys = (
             *scope.keys,
