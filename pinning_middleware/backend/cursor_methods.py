@@ -9,13 +9,14 @@ from typing import Any, Final
 from django.db.backends.utils import CursorWrapper
 
 from pinning_middleware.backend.call import UnopenedCursor
-from pinning_middleware.backend.execute import intended_alias
+from pinning_middleware.backend.execute import intended_alias, record_read_of
 from pinning_middleware.backend.failover import admit_cursor
 from pinning_middleware.backend.session_setup import is_unmanaged, set_up_session
-from pinning_middleware.backend.writes import classify, recording_write
+from pinning_middleware.backend.writes import classify, record_lock, recording_write
 from pinning_middleware.conf import conf
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.overrides import effects_on
+from pinning_middleware.scopes.scope import current_scope
 from pinning_middleware.servers.probe import failover_disabled
 from pinning_middleware.sql import StatementKind
 
@@ -84,6 +85,10 @@ class DriverMethod:
                         set_up_session(cursor.db)
                     else:
                         admit_cursor(pool, cursor)
+                    if kind is StatementKind.LOCK:
+                        record_lock(cursor.db.alias)
+                    if kind is not StatementKind.NEITHER:
+                        record_read_of(pool, current_scope(), cursor, kind, sql)
                 return getattr(cursor.cursor, self.name)(*args, **kwargs)
             alias = intended_alias(cursor)
             set_up_session(cursor.db)

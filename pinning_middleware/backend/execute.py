@@ -45,7 +45,13 @@ from pinning_middleware.sql import StatementKind
 from pinning_middleware.utils.counters import Read, missed_writes, observers, reads
 from pinning_middleware.utils.transactions import driver_in_transaction
 
-__all__ = ["execute_wrapper", "explicit_decision", "intended_alias", "record_read"]
+__all__ = [
+    "execute_wrapper",
+    "explicit_decision",
+    "intended_alias",
+    "record_read",
+    "record_read_of",
+]
 
 # Maximum number of routes that a scope records.
 MAX_ROUTES: Final = 16
@@ -94,9 +100,7 @@ def _execute_statement(execute: Any, sql: Any, params: Any, many: bool, context:
     if statement.modifies_session:
         _record_modified_session(pool, cursor.db)
     if statement.kind in (StatementKind.READ, StatementKind.LOCK):
-        server = None if pool.dialect is None else state_of(cursor.db).server
-        decision = _decision_of(pool, cursor)
-        record_read(pool, scope, cursor.db, decision, statement.kind, sql, server)
+        record_read_of(pool, scope, cursor, statement.kind, sql)
     return result
 
 
@@ -197,6 +201,12 @@ def _execute_control(
             undo_session_setup(connection)
             record_transaction_end(connection)
     return result
+
+
+def record_read_of(pool: Pool, scope: Scope, cursor: Any, kind: StatementKind, sql: Any) -> None:
+    """Record a read that a cursor of Django has made."""
+    server = None if pool.dialect is None else state_of(cursor.db).server
+    record_read(pool, scope, cursor.db, _decision_of(pool, cursor), kind, sql, server)
 
 
 def record_read(

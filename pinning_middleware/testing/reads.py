@@ -125,17 +125,21 @@ def _models() -> dict[str, Any]:
 
 
 _NAME = r'(?:"[^"]+"|`[^`]+`|\[[^\]]+\]|[\w$]+)'
+_TABLE = rf"(?:ONLY\s+)?{_NAME}(?:\s*\.\s*{_NAME})*"
+# Tables in a list may have aliases.
 _SOURCES = re.compile(
-    rf"\b(?:FROM|JOIN)\s+(?:ONLY\s+)?({_NAME}(?:\s*\.\s*{_NAME})*)", re.IGNORECASE
+    rf"\b(?:FROM|JOIN)\s+({_TABLE}(?:(?:\s+(?:AS\s+)?{_NAME})?\s*,\s*{_TABLE})*)", re.IGNORECASE
 )
+_FIRST_TABLE = re.compile(rf"\s*(?:ONLY\s+)?({_NAME}(?:\s*\.\s*{_NAME})*)", re.IGNORECASE)
 # String literals and comments, except comments that MySQL executes.
 _LITERALS = re.compile(r"'(?:[^']|'')*'|--[^\n]*|/\*(?!M?!).*?\*/", re.DOTALL)
 
 
 def tables_of(sql: str) -> list[str]:
     """Return the tables that a statement reads, unquoted, without schema, in lower case."""
-    sources = _SOURCES.findall(_LITERALS.sub(" ", sql))
-    return [re.split(r"\s*\.\s*", name)[-1].strip('"`[]').lower() for name in sources]
+    lists = _SOURCES.findall(_LITERALS.sub(" ", sql))
+    names = [re.match(_FIRST_TABLE, name) for each in lists for name in each.split(",")]
+    return [re.split(r"\s*\.\s*", name[1])[-1].strip('"`[]').lower() for name in names if name]
 
 
 def mentions_table(sql: str, table: str) -> bool:

@@ -163,8 +163,9 @@ class Replicas:
         table = table_of(sql)
         written = sql if table is None else table.rpartition(".")[2]
         by_replica = pools().by_replica
+        primary = pools().same_as_primary.get(alias, alias)
         for replica, tables in self._written.items():
-            if replica in by_replica and by_replica[replica].primary == alias:
+            if replica in by_replica and by_replica[replica].primary == primary:
                 tables.setdefault(written, calling_line())
 
     # Aliases

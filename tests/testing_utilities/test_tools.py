@@ -153,6 +153,12 @@ def test_capture_reads_ignores_aliases_outside_pools() -> None:
     assert reads == []
 
 
+def test_read_by_a_method_of_the_driver_is_captured() -> None:
+    with capture_reads() as reads, connections["replica1"].cursor() as cursor:
+        cursor.executescript("SELECT 1 FROM app_book")
+    assert [(read.served, read.model) for read in reads] == [("replica1", Book)]
+
+
 def test_capture_reads_nested() -> None:
     with capture_reads() as outer:
         with capture_reads() as inner:
@@ -168,6 +174,8 @@ def test_capture_reads_nested() -> None:
         ("SELECT * FROM public.Things t LEFT JOIN `x`.`y`", ["things", "y"]),
         ("SELECT 'no FROM here' FROM [t]", ["t"]),
         ("SELECT 1 FROM a /* FROM b */ JOIN/* it's */c -- FROM d", ["a", "c"]),
+        ("SELECT * FROM a, b.c AS d, ONLY e f WHERE g, h", ["a", "c", "e"]),
+        ("SELECT extract(year FROM a), b FROM c ORDER BY d, e LIMIT 1, 2", ["a", "c"]),
         ("SELECT 1", []),
     ],
 )
