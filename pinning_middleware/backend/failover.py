@@ -57,7 +57,7 @@ from pinning_middleware.servers.probe import (
 from pinning_middleware.servers.registry import registry
 from pinning_middleware.signals import read_retried
 from pinning_middleware.utils import clock
-from pinning_middleware.utils.counters import refusals
+from pinning_middleware.utils.counters import count_refusal
 from pinning_middleware.utils.logging import log_rate_limited
 from pinning_middleware.utils.transactions import is_transaction_open
 
@@ -102,7 +102,7 @@ def execute_read(pool: Pool, call: Call) -> Any:
     if first.alias == pool.primary and not pool.can_replace_primary:
         return _run_without_failover(pool, call)
     if known is not None and may_run_on_primary(pool, call):
-        refusals[pool.primary, known.name] += 1
+        count_refusal(pool.primary, known.name)
         return _move_to_primary(pool, call, Rejection(Reason.PRIMARY_MODEL)).result
     outcome = _try_connection(pool, call, first)
     if isinstance(outcome, _Served):
@@ -245,7 +245,7 @@ def _move_refused(pool: Pool, call: Call, error: Exception, refusal: Refusal) ->
     outcome = _move_to_primary(pool, call, Rejection(Reason.FAILOVER, error))
     primary = call.cursor.db
     known = pool.refusals.add(refusal, sql_text(primary, call.sql), primary.settings_dict["USER"])
-    refusals[pool.primary, known.name] += 1
+    count_refusal(pool.primary, known.name)
     if refusal.is_lasting:
         advice = "PINNING_WRITING_FUNCTIONS" if refusal.is_write else "PINNING_PRIMARY_MODELS"
         log_rate_limited(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 __all__ = [
     "Read",
@@ -79,6 +79,16 @@ missed_writes: Counter[str] = Counter()
 # Waits for replicas to catch up, by the pool's primary: their number (count), how many ended with a
 # replica (reached), and their total time (seconds).
 waits: defaultdict[tuple[str, str], float] = defaultdict(int)
+
+
+# Maximum number of names that are counted one by one: a statement's has its literals.
+MAX_REFUSALS: Final = 256
+
+
+def count_refusal(pool: str, name: str) -> None:
+    """Count a read that went to the primary because no standby can serve it."""
+    is_new = (pool, name) not in refusals
+    refusals[pool, "others" if is_new and len(refusals) >= MAX_REFUSALS else name] += 1
 
 
 def _clear() -> None:

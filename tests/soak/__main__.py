@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 import tempfile
 import threading
@@ -31,6 +32,8 @@ BROKEN, UNPROVED = 3, 2
 
 
 def main() -> int:
+    # What is running must be stopped.
+    signal.signal(signal.SIGTERM, lambda *received: sys.exit(1))
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--layout", choices=LAYOUTS, default="aliases")
     parser.add_argument("--server", choices=SERVERS, default="gunicorn")
