@@ -162,9 +162,9 @@ class Conf:
 
     @cached_property
     def slave_databases(self) -> list[str] | None:
-        """The legacy interface's list of replicas, or None if not set."""
+        """The legacy interface's list of replicas, or None if not set, or invalid (E004)."""
         value = getattr(settings, "SLAVE_DATABASES", None)
-        return None if value is None else list(value)
+        return list(value) if isinstance(value, (list, tuple, set)) else None
 
     @cached_property
     def pools(self) -> tuple[PoolSpec, ...]:

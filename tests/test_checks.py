@@ -181,6 +181,11 @@ def found() -> list[Any]:
     return list(run_checks(tags=["pinning"]))
 
 
+def test_invalid_replicas_of_the_legacy_interface_are_an_error_beside_a_dry_run() -> None:
+    with override_settings(SLAVE_DATABASES=5, PINNING_REPLICAS=[], PINNING_DRY_RUN={"default": 2}):
+        assert "pinning_middleware.E004" in [message.id for message in found()]
+
+
 def each(rows: list[Any]) -> list[Any]:
     return [
         pytest.param(name, value, *rest, id=f"{name}={value!r:.50}")
