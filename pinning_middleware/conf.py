@@ -164,7 +164,7 @@ class Conf:
     def slave_databases(self) -> list[str] | None:
         """The legacy interface's list of replicas, or None if not set, or invalid (E004)."""
         value = getattr(settings, "SLAVE_DATABASES", None)
-        return list(value) if isinstance(value, (list, tuple, set)) else None
+        return list(value) if isinstance(value, (list, tuple, set, frozenset)) else None
 
     @cached_property
     def pools(self) -> tuple[PoolSpec, ...]:

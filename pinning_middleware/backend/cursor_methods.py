@@ -87,9 +87,11 @@ class DriverMethod:
                         admit_cursor(pool, cursor)
                     if kind is StatementKind.LOCK:
                         record_lock(cursor.db.alias)
-                    if kind is not StatementKind.NEITHER:
-                        record_read_of(pool, current_scope(), cursor, kind, sql)
-                return getattr(cursor.cursor, self.name)(*args, **kwargs)
+                result = getattr(cursor.cursor, self.name)(*args, **kwargs)
+                is_read = kind in (StatementKind.READ, StatementKind.LOCK)
+                if is_read and pool is not None and cursor.db.connection is not None:
+                    record_read_of(pool, current_scope(), cursor, kind, sql)
+                return result
             alias = intended_alias(cursor)
             set_up_session(cursor.db)
             recording = recording_write(cursor.db, alias, sql)

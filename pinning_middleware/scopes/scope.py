@@ -306,10 +306,7 @@ class Scope:
         """Record that the transaction of a connection has ended (seconds since the epoch)."""
 
         def change(state: PoolState) -> PoolState:
-            # Of the writes that are visible, the latest one counts.
-            latest = max([at, *(write.visible_at or 0.0 for write in state.writes.values())])
-            writes = {k: write for k, write in state.writes.items() if write.visible_at is None}
-            writes[id(connection)] = Write(None, latest)
+            writes = {**state.writes, id(connection): Write(None, at)}
             return state._replace(writes=writes, revision=state.revision + 1)
 
         for key, state in self.pools.items():

@@ -99,7 +99,9 @@ class BlockedRead:
 
     @property
     def target(self) -> object:
-        """The server, or the endpoint if the server is unknown."""
+        """What a probe is for: the server; the endpoint, or one of its several, if unknown."""
+        if self.state.may_be_any_server:
+            return self
         return self.state.server or self.state.endpoint
 
     def end(self) -> None:

@@ -63,8 +63,8 @@ CONNECT_TIMEOUT: Final = 1.0
 DRIVER_TIMEOUT: Final = 2
 # Seconds within which an attempt must fail to be retried once.
 RETRY_IF_FAILED_WITHIN: Final = 0.5
-# Seconds until another attempt, beside one that has not been answered; the second applies while the
-# alias is known to resolve to servers that answer and others that do not.
+# Seconds until another attempt, beside one that has not been answered; the second applies while one
+# may not be answered and another is.
 ATTEMPT_INTERVAL, HUNG_ATTEMPT_INTERVAL = 0.5, 0.05
 MAX_ATTEMPTS: Final = 8
 

@@ -70,18 +70,21 @@ class ConnectionState:
 
     def record_answer(self) -> None:
         """Record that the server has answered a read."""
-        answering: Server | Endpoint = self.server or self.endpoint
-        answering.answered_at = time.monotonic()
+        now = time.monotonic()
+        self.endpoint.answered_at = now
+        if self.server is not None:
+            self.server.answered_at = now
 
     @property
     def last_answer(self) -> float:
         """
-        Monotonic time at which the server last answered a read of this process, on any connection
-        of which that is known.
+        Monotonic time at which the server last answered a read of this process, as far as is known.
+        Every answer of a pooler is that of its server, unless it mixes several.
         """
-        of_server = 0.0 if self.server is None else self.server.answered_at
-        has_several = len(self.endpoint.servers) > 1
-        return of_server if has_several else max(of_server, self.endpoint.answered_at)
+        endpoint = self.endpoint
+        if endpoint.has_pooler and not endpoint.pooler_mixes_servers:
+            return endpoint.answered_at
+        return 0.0 if self.server is None else self.server.answered_at
 
     @property
     def may_be_standby(self) -> bool:

@@ -175,7 +175,7 @@ class _SlowRead:
         status = check_session(self.raw, self.state, self.since, seconds)
         if status is SessionStatus.GONE:
             self._give_up(ServerGone(f"{self.state.alias} no longer runs this session"))
-        if status is SessionStatus.OTHERS_ANSWERED:
+        if status is SessionStatus.READS_ANSWERED:
             self._found(began, waits_for_lock=False)
             self.check_after = FIRST_CHECK_AFTER
         elif status is not SessionStatus.UNANSWERED:
@@ -236,8 +236,8 @@ def _is_marked_unresponsive(state: ConnectionState) -> bool:
 
 def mark_unresponsive(state: ConnectionState, host: tuple[str, str] | None = None) -> None:
     """
-    Take the server out of rotation, or the endpoint if it is the only one there. If it is unknown
-    which of several it is, new connections avoid its ``host``, a pair of HOST and PORT.
+    Take the server out of rotation; the endpoint if the server is unknown; or, if that is one of
+    several, have new connections avoid its ``host``, a pair of HOST and PORT.
     """
     error = "the server does not answer"
     if state.server is not None:

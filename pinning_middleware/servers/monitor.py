@@ -107,6 +107,8 @@ class Monitor:
         self._last_check = self._last_search = self._last_hosts = 0.0
         self._busy_until = time.monotonic() + IDLE
         self._connections: dict[str, BaseDatabaseWrapper] = {}
+        # The server that a new connection of the primary's alias has reached lately.
+        self._reopened_to: Server | None = None
 
     @property
     def _endpoint(self) -> Endpoint:
@@ -392,12 +394,18 @@ class Monitor:
             time.sleep(FIRST_PAUSE)
 
     def _probe(self, alias: str, is_trial: bool = False) -> Server | None:
-        result = self._attempt(lambda connection: probe(connection, is_trial), alias)
-        if result is not None and alias == self.primary and _may_be_former(result.server, alias):
+        def attempt() -> Server | None:
+            result = self._attempt(lambda connection: probe(connection, is_trial), alias)
+            return None if result is None else result.server
+
+        server = attempt()
+        if server is None or server is self._reopened_to or alias != self.primary:
+            return server
+        if _may_be_former(server, registry.endpoint(alias)):
             # A new connection resolves to the present primary, whose positions measure lag.
             self._connection_to(alias).close()
-            result = self._attempt(lambda connection: probe(connection, is_trial), alias)
-        return None if result is None else result.server
+            server = self._reopened_to = attempt()
+        return server
 
     def _can_connect(self, endpoint: Endpoint, is_trial: bool) -> bool:
         """
@@ -449,9 +457,10 @@ class Monitor:
                 connection.close()
 
 
-def _may_be_former(server: Server, primary: str) -> bool:
-    """Return whether the server of a connection of the primary's alias may not be the primary."""
-    return bool(server.is_replica) or server is not registry.endpoint(primary).server
+def _may_be_former(server: Server, endpoint: Endpoint) -> bool:
+    """Return whether a server behind the alias of a primary may be a former primary."""
+    is_replaced = bool(server.is_replica) or server is not endpoint.server
+    return is_replaced and not endpoint.has_several_primaries
 
 
 def measure_lag(server: Server, primary: str) -> None:

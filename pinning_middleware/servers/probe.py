@@ -341,6 +341,7 @@ def _identify(
     identity = identification.identity
     at_server, at_driver = identification.session, driver_session(connection.connection)
     state.behind_pooler = None not in (at_server, at_driver) and at_server != at_driver
+    state.endpoint.has_pooler = state.behind_pooler
     # The alias resolved to this server when the connection was opened; it may not any more.
     seen_at = None if state.behind_pooler else state.opened_at
     server = registry.get(identity)

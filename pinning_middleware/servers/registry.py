@@ -285,13 +285,15 @@ class Endpoint:
         self.is_reachable_again = False
         # A connection was lost: identify the server again on the next connection.
         self.must_reidentify = False
+        # A connection pooler is in between.
+        self.has_pooler = False
         # A connection pooler mixes several servers, so that a position is of no use. Logged once.
         self.pooler_mixes_servers = False
         # Whether a pooler sends reads and writes to different servers; None if unknown.
         self.splits_reads_and_writes: bool | None = None
         # Whether a read ends if the server does not answer; None if no connection was made yet.
         self.reads_are_bounded: bool | None = None
-        # Monotonic time of the last answer to a read of a connection that is not identified.
+        # Monotonic time of the last answer to a read, by any of its servers.
         self.answered_at = 0.0
         # The sessions in which a read waits for an answer.
         self.slow_sessions: set[SlowSession] = set()
@@ -299,7 +301,8 @@ class Endpoint:
         self.replay_suspected = False
         # Hosts of a list that do not answer, as pairs of HOST and PORT.
         self.unresponsive_hosts: set[tuple[str, str]] = set()
-        # Monotonic time at which one attempt to connect was not answered while another was.
+        # Monotonic time at which one attempt to connect was not answered while another was, or one
+        # of several servers did not answer a read.
         self.hung_at = -math.inf
         # For a primary's alias: by log, offsets that a pin required and the server lacked, each
         # with the monotonic time since which a new connection proves that they are lost.

@@ -30,7 +30,7 @@ logger = logging.getLogger("pinning_middleware.servers")
 # connect it to the session's server. The second applies if the alias has several servers.
 ATTEMPT_INTERVAL, BALANCED_ATTEMPT_INTERVAL = 0.25, 0.1
 MAX_ATTEMPTS: Final = 20
-# Seconds between two looks at a check that another read makes; an answer is noticed at once.
+# Seconds between two looks at the connection of a read whose server another read checks.
 ANSWER_INTERVAL: Final = 0.02
 # Seconds by which two measurements of how long a read has been running may differ.
 TOLERANCE: Final = 0.3
@@ -44,9 +44,9 @@ class SessionStatus(Enum):
     WAITS_FOR_LOCK = "waits for a lock"
     # Another server answers, or the same one without this session.
     GONE = "gone"
-    # New connections are not answered, but other reads are: the connections of a pooler, for
-    # example, are all in use.
-    OTHERS_ANSWERED = "others are answered"
+    # New connections are not answered, but a read is: the connections of a pooler, for example, are
+    # all in use.
+    READS_ANSWERED = "reads are answered"
     # No server answers.
     UNANSWERED = "unanswered"
 
@@ -103,7 +103,9 @@ def check_session(raw: Any, state: ConnectionState, began: float, seconds: float
     for the same server share a check of whether it answers; if another one's answer does not apply,
     a second check follows.
     """
-    key: object = raw if state.may_be_any_server else state.server or state.endpoint
+    key: object = state.server or (state.endpoint, raw.info.host, raw.info.port)
+    if state.may_be_any_server:
+        key = raw
     with _lock:
         check = _checks.get(key)
         is_first = check is None
@@ -111,23 +113,39 @@ def check_session(raw: Any, state: ConnectionState, began: float, seconds: float
             check = _checks[key] = _Check()
     if is_first:
         try:
-            check.status = _check_by_new_connection(raw, state, began, seconds)
-            has_answered = is_ready(raw.fileno()) or state.last_answer > check.began
-            if check.status is SessionStatus.UNANSWERED and has_answered:
-                check.status = SessionStatus.OTHERS_ANSWERED
+            status = _check_by_new_connection(raw, state, began, seconds)
+            check.status = _or_answered(status, raw, state, check.began)
         finally:
             check.done.set()
             with _lock:
                 _checks.pop(key, None)
         return check.status
     until = time.monotonic() + seconds
-    while not check.done.is_set() and (left := until - time.monotonic()) > 0:
-        if is_ready(raw.fileno(), min(left, ANSWER_INTERVAL)):
+    while not check.done.wait(ANSWER_INTERVAL) and time.monotonic() < until:
+        if _is_answered(raw):
             return SessionStatus.RUNNING
     if check.status not in (SessionStatus.GONE, SessionStatus.WAITS_FOR_LOCK):
-        return check.status
+        return _or_answered(check.status, raw, state, check.began)
     # That of the other session is no answer for this one.
     return _check_by_new_connection(raw, state, began, seconds)
+
+
+def _or_answered(
+    status: SessionStatus, raw: Any, state: ConnectionState, since: float
+) -> SessionStatus:
+    """Return the status, unless nothing answered a check but this read, or others, are answered."""
+    if status is SessionStatus.UNANSWERED and (_is_answered(raw) or state.last_answer > since):
+        return SessionStatus.READS_ANSWERED
+    return status
+
+
+def _is_answered(raw: Any) -> bool:
+    """Return whether the answer to a read has arrived."""
+    try:
+        return is_ready(raw.fileno())
+    except OSError:
+        # No descriptor is left to look at it.
+        return False
 
 
 def _check_by_new_connection(
@@ -153,7 +171,7 @@ def _check_by_new_connection(
             seconds=seconds,
             interval=interval,
             retry=_OtherServer,
-            give_up=lambda: is_ready(raw.fileno()),
+            give_up=lambda: _is_answered(raw),
         )
     except _OtherServer:
         return SessionStatus.GONE
@@ -197,6 +215,7 @@ def _query_session(
         has_session, waits_for_lock = row[0] == "t", row[1] == "t"
         # A pooler reports a process ID of its own at connect.
         if state.behind_pooler or row[3] != str(connection.backend_pid):
+            state.endpoint.has_pooler = True
             has_session, waits_for_lock = True, row[4] == "t"
         elif row[2] != started if started else not has_session:
             raise _OtherServer

@@ -81,7 +81,7 @@ missed_writes: Counter[str] = Counter()
 waits: defaultdict[tuple[str, str], float] = defaultdict(int)
 
 
-# Maximum number of names that are counted one by one: a statement's has its literals.
+# Maximum number of names that are counted one by one. That of a statement is its text.
 MAX_REFUSALS: Final = 256
 
 

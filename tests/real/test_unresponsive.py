@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from queue import Queue
@@ -615,6 +616,47 @@ def test_frozen_server_is_detected_while_another_responds_at_its_address(
         assert by != first
 
 
+@pytest.mark.parametrize("way", ["hosts", "haproxy"])
+def test_frozen_server_is_detected_while_reads_of_another_of_its_alias_are_answered(
+    pg: PostgreSQL, way: str
+) -> None:
+    with ExitStack() as stack:
+        threads = stack.enter_context(ThreadPoolExecutor(2))
+        places = places_for(pg, way, stack)
+        options = {"options": {"load_balance_hosts": "random"}} if way == "hosts" else {}
+        stack.enter_context(as_layout(pg, many=database(*places, conn_max_age=None, **options)))
+        over = threading.Event()
+        stack.callback(over.set)
+        connected: Queue[int] = Queue()
+        is_frozen = threading.Event()
+        frozen_port = pg["pg1"].port
+
+        def connect_to(is_wanted: Callable[[int], bool]) -> None:
+            while not is_wanted(port_for(None)):
+                connections["many"].close()
+            connected.put(1)
+            assert is_frozen.wait(DEADLINE)
+
+        def read() -> int:
+            connect_to(lambda found: found == frozen_port)
+            return port_for(None)
+
+        def read_repeatedly() -> None:
+            connect_to(lambda found: found != frozen_port)
+            while not over.is_set():
+                port_for(None)
+
+        others = threads.submit(in_thread, read_repeatedly)
+        reading = threads.submit(in_thread, read)
+        for _ in range(2):
+            connected.get(timeout=DEADLINE)
+        with frozen(pg["pg1"]):
+            is_frozen.set()
+            assert reading.result(DEADLINE) != frozen_port
+            over.set()
+            others.result(DEADLINE)
+
+
 class UnnoticedClose(Forwarder):
     """A forwarder that does not propagate the end of a connection."""
 
@@ -800,6 +842,8 @@ def test_pooler_whose_connections_are_all_in_use_is_not_unresponsive(
         pgbouncer(pg["pg1"], default_pool_size="2") as bouncer,
         as_layout(pg, r1=database(bouncer, conn_max_age=None)),
     ):
+        assert pool().health.probe(connections["r1"])
+        connections["r1"].close()
         connected = threading.Barrier(10, timeout=DEADLINE)
 
         def read(_: int) -> list[int]:
