@@ -136,7 +136,10 @@ def _is_lost(connection: BaseDatabaseWrapper, error: Exception) -> bool:
     if dialect is not None and dialect.is_lost(error):
         return True
     with without_failover():
-        return not connection.is_usable()
+        try:
+            return not connection.is_usable()
+        except ServerUnresponsive:
+            return True
 
 
 def _is_retryable(connection: BaseDatabaseWrapper, error: Exception) -> bool:

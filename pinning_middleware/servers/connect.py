@@ -129,13 +129,6 @@ class BoundedConnect(Base):  # type: ignore[misc]
 
     def is_usable(self) -> bool:
         """Return whether the server answers, within the deadline of a probe if there is another."""
-        try:
-            return self._is_usable()
-        except OperationalError:
-            # Django expects errors of the driver only, and calls this between two requests.
-            return False
-
-    def _is_usable(self) -> bool:
         raw, usable = self.connection, super().is_usable
         if raw is None or not _needs_timeout(self):
             return usable()  # type: ignore[no-any-return]
@@ -148,7 +141,15 @@ class BoundedConnect(Base):  # type: ignore[misc]
         except ServerUnresponsive:
             if not self.is_dedicated:
                 mark_unresponsive(state)
-            raise
+            return False
+
+    def close_if_unusable_or_obsolete(self) -> None:
+        """Close the connection at the end of a request if it cannot be used any more."""
+        try:
+            super().close_if_unusable_or_obsolete()
+        except OperationalError:
+            # The server does not answer. Django expects only errors of the driver here.
+            self.close()
 
     def _connect_guarded(self) -> None:
         try:
