@@ -18,21 +18,6 @@ from pinning_middleware.scopes.scope import Scope, current_scope, entered_scope
 from pinning_middleware.stores import cache
 from pinning_middleware.utils import clock
 
-__all__ = [
-    "afollow_keys",
-    "follow_keys",
-    "ignore_writes",
-    "is_pinned",
-    "no_failover",
-    "offload",
-    "offload_this_request",
-    "pin_keys",
-    "pin_this_request",
-    "unpin_this_request",
-    "use_primary",
-    "use_replica",
-]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -23,8 +23,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger("pinning_middleware")
 
-__all__ = ["DEFAULTS", "RETRY_404_SHARE", "Conf", "conf", "on_change"]
-
 DEFAULTS: dict[str, Any] = {
     "PINNING_REPLICAS": [],
     "PINNING_SECONDS": 15,

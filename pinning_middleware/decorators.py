@@ -15,16 +15,6 @@ from pinning_middleware.backend.responses import render_within
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.overrides import OverrideKind, pop, push
 
-__all__ = [
-    "Block",
-    "agenerate_within",
-    "aiterate_within",
-    "async_body_of",
-    "close_within",
-    "generate_within",
-    "iterate_within",
-]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

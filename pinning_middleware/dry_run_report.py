@@ -13,8 +13,6 @@ from pinning_middleware.stats import format_duration
 from pinning_middleware.stores import dry_run_counts
 from pinning_middleware.stores.dry_run_counts import MISSED_WRITE
 
-__all__ = ["DryRun", "of_all_processes", "of_this_process"]
-
 TO_REPLICAS: Final = (Reason.ROUND_ROBIN, Reason.CAUGHT_UP, Reason.USE_REPLICA)
 WAITING: Final = (Reason.PINNED, Reason.NOT_CAUGHT_UP)
 

@@ -19,17 +19,6 @@ from pinning_middleware.scope_blocks import PinningScope
 from pinning_middleware.scopes.scope import Scope, current_scope, entered_scope
 from pinning_middleware.stores import cache
 
-__all__ = [
-    "has_caught_up",
-    "load_pins",
-    "pins_of_all_writes",
-    "pins_of_tokens",
-    "pins_to_send",
-    "save_pins",
-    "task_scope",
-    "token_to_send",
-]
-
 
 def pins_to_send(*others: Pins) -> Pins:
     """

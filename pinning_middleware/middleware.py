@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
     from pinning_middleware.stores import BaseStore
 
-__all__ = ["PinningMiddleware"]
-
 logger = logging.getLogger("pinning_middleware")
 
 # Minimum time for which code after a response belongs to its request (seconds).

@@ -34,8 +34,6 @@ from pinning_middleware.utils import clock, counters
 from pinning_middleware.utils.forks import ForkSafeLock
 from pinning_middleware.utils.logging import log_rate_limited
 
-__all__ = ["RETRIED_METHODS", "RetryLimit", "retry_404", "retry_limit"]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 IsMiss = Callable[[Any], object]

@@ -15,27 +15,6 @@ from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any, Final, NamedTuple, TypeAlias
 
-__all__ = [
-    "POSITION_LIFETIME",
-    "Pin",
-    "PinKey",
-    "PinKind",
-    "Pins",
-    "Points",
-    "PoolKey",
-    "Position",
-    "live",
-    "logs_of",
-    "merge_optional",
-    "merge_pins",
-    "merge_points",
-    "merge_positions",
-    "pack",
-    "pins_of",
-    "unpack",
-    "within_window",
-]
-
 # Seconds after a write for which a position is honoured until a replica has reached it.
 POSITION_LIFETIME: Final = 86_400.0
 

@@ -13,8 +13,6 @@ from django.db import DEFAULT_DB_ALIAS
 
 from pinning_middleware.pins import PoolKey
 
-__all__ = ["Placement", "PoolSpec", "parse_dry_run", "parse_pools"]
-
 _EXAMPLE: Final = '{"weight": 1, "tier": 2, "groups": ["reports"]}'
 
 

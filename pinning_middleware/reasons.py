@@ -5,8 +5,6 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Self
 
-__all__ = ["Fault", "Reason"]
-
 
 class _Described(StrEnum):
     """Strings with a description, which explains each in one phrase."""

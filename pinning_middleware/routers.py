@@ -16,9 +16,6 @@ from pinning_middleware.routing.route import route
 if TYPE_CHECKING:
     from django.db.models import Model
 
-__all__ = ["PinningRouter"]
-
-
 logger = logging.getLogger("pinning_middleware")
 
 # Names of other routers' methods, each with the replica that it returned, that were logged.

@@ -22,8 +22,6 @@ from pinning_middleware.scopes.scope import Scope, current_scope, enter, entered
 from pinning_middleware.scopes.threads import not_inherited
 from pinning_middleware.scopes.watch import Watch, current_watch, set_watch
 
-__all__ = ["PinningScope", "pinning_scope", "propagate_scope"]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -25,27 +25,6 @@ from pinning_middleware.servers.registry import Endpoint, Server
 from pinning_middleware.utils import counters
 from pinning_middleware.utils.forks import ForkSafeLock
 
-__all__ = [
-    "DEGRADED",
-    "DOWN",
-    "DRAINED",
-    "HEALTH_NAMES",
-    "OK",
-    "Event",
-    "ServerState",
-    "address_of",
-    "format_duration",
-    "format_position",
-    "format_size",
-    "get_stats",
-    "health",
-    "install",
-    "lag_threshold",
-    "recent_events",
-    "servers",
-    "with_freshest_serving",
-]
-
 # The reason of a replica with weight 0, which is out of rotation on purpose.
 DRAINED: Final = "drained"
 # The error of the replica that serves although it lags too far behind.

@@ -38,8 +38,6 @@ from pinning_middleware.stats import (
 )
 from pinning_middleware.utils import counters
 
-__all__ = ["data", "page"]
-
 # Lifetime of the page's polling token (seconds), and the header that contains it.
 TOKEN_AGE: Final = 3600
 TOKEN_HEADER: Final = "Pinning-Status"

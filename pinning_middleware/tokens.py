@@ -18,8 +18,6 @@ from pinning_middleware.utils import clock
 from pinning_middleware.utils.counters import pin_events, rejected_tokens
 from pinning_middleware.utils.logging import log_rate_limited
 
-__all__ = ["MAX_LENGTH", "accept", "dumps", "loads"]
-
 logger = logging.getLogger("pinning_middleware.pins")
 
 # Maximum number of characters. Browsers accept about 4096 for a cookie with its attributes.

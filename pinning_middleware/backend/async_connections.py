@@ -44,8 +44,6 @@ from pinning_middleware.servers.registry import registry
 from pinning_middleware.sql import StatementKind
 from pinning_middleware.utils.transactions import count_open_transactions, driver_in_transaction
 
-__all__ = ["InstrumentedAsyncConnection", "wrap_create_connection"]
-
 
 class InstrumentedAsyncConnection:
     """Mixed into the class of async connections; see ``wrap_create_connection()``."""

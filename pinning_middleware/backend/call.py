@@ -21,17 +21,6 @@ from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.probe import failover_disabled, state_of, without_failover
 from pinning_middleware.utils.transactions import is_transaction_open
 
-__all__ = [
-    "Call",
-    "UnopenedCursor",
-    "may_fail_over",
-    "may_move",
-    "may_run_on_primary",
-    "rejection_error",
-    "state_modified",
-]
-
-
 # Why a read needs the primary, or a replica that has caught up.
 _PINNED: Final = (Reason.WROTE, Reason.MANUAL, Reason.PINNED, Reason.NOT_CAUGHT_UP)
 

@@ -36,8 +36,6 @@ from pinning_middleware.utils import clock
 if TYPE_CHECKING:
     from pinning_middleware.pins import Points
 
-__all__ = ["InstrumentedConnection", "install", "instrumented_class", "wrap_create_connection"]
-
 
 class InstrumentedConnection(BoundedConnect):
     """Mixed into the connection class of each ENGINE; see ``instrumented_class()``."""

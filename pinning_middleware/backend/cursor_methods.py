@@ -20,13 +20,6 @@ from pinning_middleware.scopes.scope import current_scope
 from pinning_middleware.servers.probe import failover_disabled
 from pinning_middleware.sql import StatementKind
 
-__all__ = [
-    "STATEMENT_ARGUMENTS",
-    "open_before_recording",
-    "record_callproc",
-    "record_driver_method",
-]
-
 # The methods of psycopg's, psycopg2's and sqlite3's cursors, and what they call the statement.
 STATEMENT_ARGUMENTS: Final = {
     "copy": "statement",

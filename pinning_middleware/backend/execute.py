@@ -45,14 +45,6 @@ from pinning_middleware.sql import StatementKind
 from pinning_middleware.utils.counters import Read, missed_writes, observers, reads
 from pinning_middleware.utils.transactions import driver_in_transaction
 
-__all__ = [
-    "execute_wrapper",
-    "explicit_decision",
-    "intended_alias",
-    "record_read",
-    "record_read_of",
-]
-
 # Maximum number of routes that a scope records.
 MAX_ROUTES: Final = 16
 

@@ -61,8 +61,6 @@ from pinning_middleware.utils.counters import count_refusal
 from pinning_middleware.utils.logging import log_rate_limited
 from pinning_middleware.utils.transactions import is_transaction_open
 
-__all__ = ["admit_cursor", "execute_read"]
-
 logger = logging.getLogger("pinning_middleware.reads")
 
 # Minimum seconds of the budget for trying another replica.

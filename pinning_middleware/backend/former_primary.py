@@ -15,8 +15,6 @@ from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.probe import endpoint_for, state_of, without_failover
 from pinning_middleware.servers.psycopg_pool import close_for_good
 
-__all__ = ["discard", "leave_former_primary", "record_rejected_write", "reopen_elsewhere"]
-
 _DEMOTED: Final = Rejection(Fault.DEMOTED)
 
 

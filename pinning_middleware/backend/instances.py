@@ -22,8 +22,6 @@ from pinning_middleware.conf import conf
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.overrides import OverrideKind, pop, push
 
-__all__ = ["fetch_peers_by_route", "install", "read_primary_while_saving"]
-
 
 def install() -> None:
     """Wrap ``from_db()`` of every model class that has one of its own. Idempotent."""

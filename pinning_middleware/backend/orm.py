@@ -9,8 +9,6 @@ from typing import Any
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.routing.route import forget_decision
 
-__all__ = ["accept_pool_aliases", "named_alias", "route_writes"]
-
 
 class _Property(property):
     """A property that, unlike Django's, can have further attributes."""

@@ -30,8 +30,6 @@ from pinning_middleware.backend import (
 )
 from pinning_middleware.servers import liveness, psycopg_pool
 
-__all__ = ["PATCHES", "Patch", "install", "replace", "require_app"]
-
 # Takes the original function and returns its replacement.
 Wrap = Callable[[Any], Any]
 

@@ -28,8 +28,6 @@ from pinning_middleware.servers.probe import (
 from pinning_middleware.servers.registry import registry
 from pinning_middleware.utils.transactions import is_transaction_open
 
-__all__ = ["Verdict", "is_unresponsive", "judge"]
-
 
 class Verdict(Enum):
     """What becomes of a read after an error."""

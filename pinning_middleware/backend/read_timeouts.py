@@ -17,8 +17,6 @@ from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.probe import endpoint_for, state_of
 from pinning_middleware.servers.registry import registry
 
-__all__ = ["answers_probe", "has_timed_out"]
-
 
 def has_timed_out(connection: BaseDatabaseWrapper, error: Exception, seconds: float) -> bool:
     """Return whether a read that failed after ``seconds`` exceeded ``read_timeout``."""

@@ -10,8 +10,6 @@ from weakref import WeakSet
 
 from django.http.response import HttpResponseBase
 
-__all__ = ["close_within", "render_in_context", "render_within"]
-
 _adopted: WeakSet[type[Any]] = WeakSet()
 
 

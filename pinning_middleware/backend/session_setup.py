@@ -12,8 +12,6 @@ from pinning_middleware.conf import conf
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.scope import current_scope
 
-__all__ = ["is_unmanaged", "set_up_session", "undo_session_setup", "unmanaged"]
-
 # The statements that run are not the site's: they are neither moved nor recorded.
 _unmanaged: ContextVar[bool] = ContextVar("pinning_unmanaged", default=False)
 is_unmanaged = _unmanaged.get

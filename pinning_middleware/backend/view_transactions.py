@@ -15,8 +15,6 @@ from django.db import connections
 
 from pinning_middleware.scopes.scope import entered_scope
 
-__all__ = ["mark_view_transactions"]
-
 
 def mark_view_transactions(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``BaseHandler.make_view_atomic``."""

@@ -35,19 +35,6 @@ from pinning_middleware.utils import clock
 from pinning_middleware.utils.counters import write_observers
 from pinning_middleware.utils.transactions import is_transaction_open
 
-__all__ = [
-    "Statement",
-    "classify",
-    "is_test_setup",
-    "record_lock",
-    "record_session_end",
-    "record_transaction_end",
-    "record_write_finished",
-    "record_write_started",
-    "recording_write",
-    "sql_text",
-]
-
 _UNREADABLE = "?"
 _TEST_SETUP = re.compile(r"\b(?:django_migrations|sqlite_master|pg_catalog|information_schema)\b")
 # Longer statements are classified each time, so that the cache stays small.

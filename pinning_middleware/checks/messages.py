@@ -7,8 +7,6 @@ from typing import Final
 
 from django.core import checks
 
-__all__ = ["TAG", "check", "error", "warning"]
-
 TAG: Final = "pinning"
 
 

@@ -16,8 +16,6 @@ from pinning_middleware.checks.router_code import aliases_in_code
 from pinning_middleware.conf import MULTIDB_ALIASES, conf
 from pinning_middleware.routers import PinningRouter
 
-__all__ = ["check_leftovers"]
-
 OTHER_PACKAGES: Final = ("multidb", "django_replicated")
 REPLACEMENTS: Final = {
     "DATABASE_ROUTERS": "pinning_middleware.routers.PinningRouter",

@@ -6,8 +6,6 @@ import inspect
 from collections.abc import Container
 from typing import Any
 
-__all__ = ["aliases_in_code"]
-
 
 def aliases_in_code(router: Any, action: str, known: Container[str]) -> list[str]:
     """

@@ -14,13 +14,11 @@ from django.core.checks import CheckMessage
 from django.db import DEFAULT_DB_ALIAS, router
 from django.utils.module_loading import import_string
 
-from pinning_middleware.checks.messages import TAG, check, error, warning
+from pinning_middleware.checks.messages import check, error, warning
 from pinning_middleware.conf import DEFAULTS, conf
 from pinning_middleware.pool_specs import PoolSpec, parse_dry_run, parse_pools
 from pinning_middleware.routers import PinningRouter
 from pinning_middleware.stores import BaseStore
-
-__all__ = ["TAG", "value_of"]
 
 # The rotation has as many entries as the weights have together.
 _MAX_WEIGHT: Final = 1000

@@ -22,8 +22,6 @@ from pinning_middleware.routing.pool import Pool
 from pinning_middleware.servers.probe import state_of
 from pinning_middleware.stats import DRAINED, address_of
 
-__all__ = ["MissingPrivilege", "ReplicaResult", "Sample", "check_pool", "missing_privileges"]
-
 # Pause between two samples of a replica, and the time that the last one may take (seconds).
 PAUSE: Final = 0.01
 GRACE: Final = 4.0

@@ -23,8 +23,6 @@ from pinning_middleware.servers.probe import endpoint_for, fetch, probe, standby
 from pinning_middleware.servers.registry import Server, registry
 from pinning_middleware.stats import DRAINED, ServerState, servers, with_freshest_serving
 
-__all__ = ["TIMEOUT", "ServerPoll", "silence_server_logs"]
-
 # Maximum duration of a poll (seconds): connecting may take two seconds, a probe one.
 TIMEOUT: Final = 2.5
 

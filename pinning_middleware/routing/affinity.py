@@ -7,8 +7,6 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Final
 
-__all__ = ["ranking"]
-
 _BITS: Final = 64
 
 

@@ -10,8 +10,6 @@ from typing import Any, Final
 
 from django.db import connections
 
-__all__ = ["is_interchangeable", "is_same_database", "is_test_mirror", "is_testing"]
-
 # The settings and options that say how to reach a server; all others may change what a statement
 # returns.
 _TRANSPORT: Final = re.compile(

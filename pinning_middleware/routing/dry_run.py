@@ -29,8 +29,6 @@ from pinning_middleware.scopes.scope import PoolState, Scope, current_scope
 from pinning_middleware.stores import dry_run_counts
 from pinning_middleware.utils import clock
 
-__all__ = ["DryRunPool", "redirect_to_primary"]
-
 # The alias of the assumed replica.
 ASSUMED_REPLICA: Final = "(assumed replica)"
 # The reasons of reads that a pin keeps from a replica which lacks the write, or delays.

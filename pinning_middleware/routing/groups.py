@@ -7,8 +7,6 @@ from collections.abc import Collection, Iterator
 from pinning_middleware.pool_specs import PoolSpec
 from pinning_middleware.routing.rotation import Rotation
 
-__all__ = ["Rotations"]
-
 
 class Rotations:
     """

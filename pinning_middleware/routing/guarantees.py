@@ -19,8 +19,6 @@ from pinning_middleware.scopes.scope import PoolState, Scope
 from pinning_middleware.servers.connection_state import ConnectionState
 from pinning_middleware.servers.probe import CONNECTION_ERRORS, state_of
 
-__all__ = ["must_reach", "observed_pin", "record_observed"]
-
 
 def must_reach(pool: Pool, state: PoolState, alias: str) -> Position | None:
     """

@@ -25,8 +25,6 @@ from pinning_middleware.servers.monitor_tasks import query_replay_waits
 from pinning_middleware.servers.probe import CONNECTION_ERRORS, ProbeResult, probe, state_of
 from pinning_middleware.servers.registry import Endpoint, Server, registry
 
-__all__ = ["Health"]
-
 
 class Health:
     """

@@ -22,15 +22,6 @@ from pinning_middleware.servers.budget import read_budget
 from pinning_middleware.stores import cache
 from pinning_middleware.utils import clock
 
-__all__ = [
-    "announce",
-    "current_pin",
-    "outgoing_pins",
-    "pin_keys",
-    "queries_primary",
-    "save_keys",
-]
-
 
 def announce(scope: Scope) -> None:
     """

@@ -31,16 +31,6 @@ from pinning_middleware.scopes.transactions import is_explicit_transaction_open
 from pinning_middleware.servers.probe import probing_allowed
 from pinning_middleware.utils import clock
 
-__all__ = [
-    "Decision",
-    "Rejection",
-    "admit",
-    "decide",
-    "is_former_primary",
-    "own_pin_reason",
-    "reason_besides_pins",
-]
-
 # Seconds between two searches of a long scope for a replica that has caught up.
 SEARCH_INTERVAL: Final = 1.0
 

@@ -20,8 +20,6 @@ from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.registry import registry
 from pinning_middleware.utils.logging import log_rate_limited
 
-__all__ = ["Pool"]
-
 logger = logging.getLogger("pinning_middleware.pins")
 
 

@@ -14,8 +14,6 @@ from pinning_middleware.routing.pool import Pool
 from pinning_middleware.scopes.scope import entered_scope
 from pinning_middleware.utils.forks import ForkSafeLock
 
-__all__ = ["Pools", "pools"]
-
 
 class Pools:
     """

@@ -17,8 +17,6 @@ from pinning_middleware.servers.dialects import Dialect
 from pinning_middleware.servers.probe import CONNECTION_ERRORS, ProbeResult, state_of
 from pinning_middleware.servers.registry import Endpoint, Server
 
-__all__ = ["PrimaryConnections"]
-
 # Seconds for which a connection cannot be one to a server that has been replaced since.
 FRESH_FOR: Final = 1.0
 # Maximum number of points of a log for which it is noted when connections were opened anew.

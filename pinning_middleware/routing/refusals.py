@@ -14,8 +14,6 @@ from typing import Any, Final, NamedTuple
 
 from pinning_middleware.servers.dialects import Refusal
 
-__all__ = ["KnownRefusal", "Refusals"]
-
 # Seconds after which the statement is tried on a standby again: the table or the role may have
 # been changed.
 REMEMBERED_FOR: Final = 60.0

@@ -12,8 +12,6 @@ from pinning_middleware.scopes.overrides import Override
 from pinning_middleware.scopes.scope import Scope
 from pinning_middleware.utils import clock
 
-__all__ = ["balance_key", "next_replica", "replica_caught_up", "replica_for_override"]
-
 
 def balance_key(scope: Scope) -> str | None:
     """Return the key by which the user of a scope stays on one replica, None if unknown."""

@@ -29,8 +29,6 @@ from pinning_middleware.utils import clock
 from pinning_middleware.utils.forks import ForkSafeLock
 from pinning_middleware.utils.transactions import is_transaction_open
 
-__all__ = ["ReplicaSet"]
-
 # Seconds that the first read under a `max_lag` waits until a lag has been measured.
 FIRST_LAG_TIMEOUT: Final = 0.25
 # Seconds for which a measured lag counts.

@@ -9,8 +9,6 @@ from math import gcd
 
 from pinning_middleware.routing.affinity import ranking
 
-__all__ = ["Rotation", "spread"]
-
 
 def spread(weights: Mapping[str, int]) -> tuple[str, ...]:
     """

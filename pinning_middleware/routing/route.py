@@ -13,8 +13,6 @@ from pinning_middleware.scopes.scope import Scope, current_scope
 from pinning_middleware.servers.budget import read_budget
 from pinning_middleware.signals import fell_back_to_primary, fell_back_to_replica
 
-__all__ = ["forget_decision", "route", "send_fallback", "take_decision"]
-
 _FALLBACKS: Final = (Reason.NOT_CAUGHT_UP, Reason.NO_REPLICA, Reason.PRIMARY_DOWN)
 
 # The decision for the read that follows, until a cursor is opened for it.

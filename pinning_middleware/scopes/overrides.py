@@ -13,18 +13,6 @@ from typing import NamedTuple
 
 from pinning_middleware.scopes import threads
 
-__all__ = [
-    "Effects",
-    "Override",
-    "OverrideKind",
-    "current_overrides",
-    "effects_on",
-    "pop",
-    "push",
-    "set_overrides",
-    "writes_ignored",
-]
-
 
 class OverrideKind(Enum):
     """What an override does; the value is the name of the public function."""

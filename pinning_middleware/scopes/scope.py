@@ -33,17 +33,6 @@ from pinning_middleware.utils.forks import ForkSafeLock
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
 
-__all__ = [
-    "PoolState",
-    "ReplicaChoice",
-    "Requirement",
-    "Scope",
-    "Write",
-    "current_scope",
-    "enter",
-    "entered_scope",
-]
-
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
 # Held while a state is replaced, never during I/O.

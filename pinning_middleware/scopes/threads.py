@@ -16,8 +16,6 @@ from collections.abc import Callable
 from contextvars import Context, ContextVar
 from typing import Any, Final, TypeVar
 
-__all__ = ["clearing", "getter", "not_inherited"]
-
 T = TypeVar("T")
 
 INHERIT_CONTEXT: Final = bool(getattr(sys.flags, "thread_inherit_context", False))

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from pinning_middleware.scopes.scope import Scope
 
-__all__ = ["elsewhere", "is_explicit_transaction_open"]
-
 # Functions that return whether a transaction is open on an alias, on connections that are not
 # Django's.
 elsewhere: list[Callable[[str], bool]] = []

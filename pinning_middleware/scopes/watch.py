@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 
-__all__ = ["Watch", "current_watch", "note_read", "note_write", "set_watch"]
-
 
 class Watch(AbstractContextManager["Watch"]):
     """A context manager that records what runs inside it, also in its threads and tasks."""

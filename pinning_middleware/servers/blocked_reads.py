@@ -46,8 +46,6 @@ from pinning_middleware.servers.probe import (
 from pinning_middleware.servers.session_check import ATTEMPT_INTERVAL
 from pinning_middleware.utils.race import first_result
 
-__all__ = ["BlockedRead", "ProbeOutcome", "probe_afresh", "track_read"]
-
 logger = logging.getLogger("pinning_middleware.servers")
 
 # Seconds for a probe that begins with connecting. More than DEADLINE, for servers far away; little

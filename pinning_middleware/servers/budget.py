@@ -14,8 +14,6 @@ from typing import Final
 
 from django.db import OperationalError
 
-__all__ = ["READ_BUDGET", "BudgetExhausted", "read_budget"]
-
 # Seconds. After that only the primary is tried, or the last replica if the primary cannot serve the
 # read, so that a read waits no longer than 1.5 s.
 READ_BUDGET: Final = 1.4

@@ -12,8 +12,6 @@ from typing import Final
 from pinning_middleware.pins import Position
 from pinning_middleware.utils.forks import ForkSafeLock
 
-__all__ = ["FIRST_PAUSE", "MAX_PAUSE", "CatchUp"]
-
 # Seconds until a server that is behind is probed again; doubled with each probe in vain. A healthy
 # replica catches up within the first one.
 FIRST_PAUSE: Final = 0.001

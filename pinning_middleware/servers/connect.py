@@ -48,14 +48,6 @@ if TYPE_CHECKING:
 else:
     Base = object
 
-__all__ = [
-    "CONNECT_TIMEOUT",
-    "BoundedConnect",
-    "ConnectTimeout",
-    "dedicated_connection",
-    "unreachable_in_tests",
-]
-
 # Seconds.
 CONNECT_TIMEOUT: Final = 1.0
 # Seconds after which the driver gives up an abandoned attempt, unless OPTIONS has a value. Drivers

@@ -10,8 +10,6 @@ from typing import Any
 
 from pinning_middleware.servers.registry import Endpoint, Server
 
-__all__ = ["ConnectionState", "driver_session"]
-
 
 def driver_session(raw: Any) -> int | None:
     """

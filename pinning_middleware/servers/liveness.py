@@ -29,20 +29,6 @@ from pinning_middleware.servers.connection_state import ConnectionState
 from pinning_middleware.servers.registry import SlowSession, registry
 from pinning_middleware.servers.session_check import SessionStatus, check_session
 
-__all__ = [
-    "DEADLINE",
-    "FIRST_CHECK_AFTER",
-    "NEXT_CHECK_AFTER",
-    "WAIT_INTERVAL",
-    "ReplayWaits",
-    "ServerUnresponsive",
-    "driver_connection",
-    "mark_unresponsive",
-    "probe_deadline",
-    "watch_waits",
-    "watched_wait",
-]
-
 # Maximum seconds for a probe.
 DEADLINE: Final = 0.5
 # Seconds without an answer until a fresh connection checks a read's session; the second applies

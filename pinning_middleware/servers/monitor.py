@@ -43,8 +43,6 @@ from pinning_middleware.utils import clock
 from pinning_middleware.utils.forks import ForkSafeLock
 from pinning_middleware.utils.logging import log_rate_limited
 
-__all__ = ["Monitors", "UpdateStatus", "measure_lag", "stop"]
-
 T = TypeVar("T")
 Work = Literal["resolve", "replay", "sessions", "hosts", "check"]
 

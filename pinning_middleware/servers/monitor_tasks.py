@@ -18,8 +18,6 @@ from pinning_middleware.servers.probe import fetch
 from pinning_middleware.servers.registry import Endpoint
 from pinning_middleware.servers.session_check import session_query
 
-__all__ = ["find_sessions", "query_replay_waits", "retry_hosts"]
-
 logger = logging.getLogger("pinning_middleware.servers")
 
 # Runs an operation on the monitor's connection; returns None if the server cannot be reached.

@@ -45,22 +45,6 @@ from pinning_middleware.servers.liveness import (
 from pinning_middleware.servers.registry import Endpoint, Identity, Report, Server, registry
 from pinning_middleware.utils.transactions import driver_in_transaction
 
-__all__ = [
-    "CONNECTION_ERRORS",
-    "ProbeResult",
-    "endpoint_for",
-    "failover_disabled",
-    "fetch",
-    "is_pool_exhausted",
-    "probe",
-    "probing",
-    "probing_allowed",
-    "refusal_of",
-    "standby_limits",
-    "state_of",
-    "without_failover",
-]
-
 logger = logging.getLogger("pinning_middleware.servers")
 
 # Logs the SQL of each probe, at the level DEBUG.

@@ -21,15 +21,6 @@ from pinning_middleware.servers.budget import read_budget
 from pinning_middleware.servers.probe import endpoint_for, is_pool_exhausted, probing
 from pinning_middleware.servers.session_check import is_ready
 
-__all__ = [
-    "apply_pool_timeouts",
-    "bounded_getconn",
-    "close_for_good",
-    "fail_waiting_reads",
-    "get_live_connection",
-    "has_pool",
-]
-
 # Seconds that a read waits for a connection until a check of whether the server can be reached.
 POOL_CHECK_AFTER: Final = 0.15
 # Seconds until the next check.

@@ -24,19 +24,6 @@ from pinning_middleware.servers.timelines import HiddenTimeline, PrimarySample, 
 from pinning_middleware.signals import replica_removed, replica_restored
 from pinning_middleware.utils.forks import ForkSafeLock
 
-__all__ = [
-    "LAST_REPLICA_MAX_INTERVAL",
-    "LAST_REPLICA_RETRY_INTERVAL",
-    "Endpoint",
-    "Identity",
-    "PrimarySample",
-    "Report",
-    "Server",
-    "ServerRegistry",
-    "SlowSession",
-    "registry",
-]
-
 logger = logging.getLogger("pinning_middleware.servers")
 
 # Seconds after its last connection for which a server counts as one that the alias resolves to.

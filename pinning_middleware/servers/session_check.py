@@ -22,8 +22,6 @@ from pinning_middleware.servers.dialects.postgresql import STARTED
 from pinning_middleware.utils.forks import ForkSafeLock
 from pinning_middleware.utils.race import first_result
 
-__all__ = ["SessionStatus", "check_session", "is_ready", "session_query"]
-
 logger = logging.getLogger("pinning_middleware.servers")
 
 # Seconds until another attempt, beside those that have not been answered: a load balancer may

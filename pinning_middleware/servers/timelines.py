@@ -14,16 +14,6 @@ from typing import NamedTuple
 
 from pinning_middleware.pins import Points, Position
 
-__all__ = [
-    "HiddenTimeline",
-    "PrimarySample",
-    "is_later",
-    "is_unresolved",
-    "log_name",
-    "may_be",
-    "timeline_of",
-]
-
 # Number of reports of a replica that are kept until a primary resolves them.
 MAX_REPORTS = 8
 

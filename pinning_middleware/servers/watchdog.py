@@ -16,8 +16,6 @@ import time
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-__all__ = ["Guard", "guard"]
-
 
 class Guard:
     """A deadline, until ``end()`` is called."""

@@ -21,15 +21,6 @@ from pinning_middleware.sql import words
 from pinning_middleware.sql.lexers import ALL_LEXERS, LEXERS, UNKNOWN_STATEMENT
 from pinning_middleware.sql.words import WritingFunctions, contains
 
-__all__ = [
-    "StatementKind",
-    "alters_session",
-    "begins_transaction",
-    "ends_transaction",
-    "kind_of",
-    "table_of",
-]
-
 
 class StatementKind(IntEnum):
     """What a statement does to the data, in ascending order of severity."""

@@ -6,8 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-__all__ = ["ALL_LEXERS", "LEXERS", "UNKNOWN_STATEMENT", "Lexer"]
-
 UNKNOWN_STATEMENT: Final = "CALL"  # represents an unknown statement
 
 _SINGLE, _DOUBLE = (re.compile(rf"{q}(?:[^{q}]++|{q}{q})*+{q}") for q in "'\"")

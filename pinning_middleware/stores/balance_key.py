@@ -15,8 +15,6 @@ from pinning_middleware.utils.logging import log_rate_limited
 if TYPE_CHECKING:
     from django.http import HttpRequest
 
-__all__ = ["BalanceKey"]
-
 logger = logging.getLogger("pinning_middleware")
 
 

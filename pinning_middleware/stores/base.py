@@ -20,17 +20,6 @@ if TYPE_CHECKING:
     from django.http import HttpRequest
     from django.http.response import HttpResponseBase
 
-__all__ = [
-    "BaseStore",
-    "aload_pins",
-    "asave_pins",
-    "load_pins",
-    "loaded_pins",
-    "log_store_error",
-    "remember_loaded",
-    "save_pins",
-]
-
 logger = logging.getLogger("pinning_middleware.pins")
 
 

@@ -29,13 +29,6 @@ if TYPE_CHECKING:
     from django.http import HttpRequest
     from django.http.response import HttpResponseBase
 
-__all__ = [
-    "CacheStore",
-    "check_keys",
-    "load_pins",
-    "save_pins",
-]
-
 # A user's key must never be that of an order.
 Namespace: TypeAlias = Literal["user", "key", "task"]
 

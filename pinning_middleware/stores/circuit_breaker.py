@@ -22,8 +22,6 @@ from django.db import InterfaceError, OperationalError
 from pinning_middleware.conf import conf
 from pinning_middleware.utils.logging import log_rate_limited
 
-__all__ = ["TIMEOUT", "CircuitBreaker"]
-
 logger = logging.getLogger("pinning_middleware.pins")
 
 # Maximum duration of a call on Redis and Valkey (seconds). A call of another cache that takes

@@ -32,16 +32,6 @@ from pinning_middleware.utils.counters import missed_writes, reads
 from pinning_middleware.utils.forks import ForkSafeLock
 from pinning_middleware.utils.logging import log_rate_limited
 
-__all__ = [
-    "MISSED_WRITE",
-    "flush",
-    "has_thread",
-    "is_cache_shared",
-    "of_all_processes",
-    "of_this_process",
-    "start",
-]
-
 logger = logging.getLogger("pinning_middleware")
 
 # Seconds between two flushes.

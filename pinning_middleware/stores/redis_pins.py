@@ -21,8 +21,6 @@ from pinning_middleware.pins import Pin, PinKey, Pins, Position, merge_pins
 from pinning_middleware.stores import circuit_breaker
 from pinning_middleware.utils import clock
 
-__all__ = ["RedisPins", "lifetime", "redis_pins"]
-
 logger = logging.getLogger("pinning_middleware.pins")
 
 # Every field is a number that only grows, so merging is the larger of two. They are compared as

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from django.http import HttpRequest
     from django.http.response import HttpResponseBase
 
-__all__ = ["CookieStore", "HeaderStore", "TokenStore", "make_private"]
-
 # What lets shared caches store a response: directives of Cache-Control, and suffixes of the headers
 # that override it (for example Cloudflare-CDN-Cache-Control, and X-Accel-Expires of nginx).
 _SHARED_DIRECTIVES = ("public", "private", "s-maxage")

@@ -13,8 +13,6 @@ from django.utils.functional import empty
 if TYPE_CHECKING:
     from django.http import HttpRequest
 
-__all__ = ["access_unrecorded", "auser_key", "evaluated_user", "user_key"]
-
 
 def user_key(request: HttpRequest) -> str | None:
     """

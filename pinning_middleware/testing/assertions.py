@@ -10,8 +10,6 @@ from pinning_middleware.testing.isolation import isolated_pins
 from pinning_middleware.testing.reads import Read, assert_num_reads, assert_reads_from
 from pinning_middleware.testing.replicas import replicas
 
-__all__ = ["PinningAssertions"]
-
 
 class PinningAssertions:
     """

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pinning_middleware.utils import clock
 
-__all__ = ["advance_window", "reset_window"]
-
 # Tokens round times to milliseconds.
 _ROUNDING = 0.001
 _ahead = 0.0

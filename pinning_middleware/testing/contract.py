@@ -13,8 +13,6 @@ from django.test import RequestFactory, override_settings
 from pinning_middleware.pins import Pin, PinKey, PinKind, Pins, Position, merge_pins
 from pinning_middleware.stores import BaseStore
 
-__all__ = ["StoreContract"]
-
 # Stores may round times to milliseconds (seconds).
 _ROUNDING = 0.002
 

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 
 from pinning_middleware.stores import cache
 
-__all__ = ["isolated_pins"]
-
 
 @contextmanager
 def isolated_pins() -> Iterator[None]:

@@ -20,25 +20,6 @@ import pinning_middleware
 from pinning_middleware.conf import conf
 from pinning_middleware.utils import counters
 
-__all__ = [
-    "PRIMARY",
-    "REPLICA",
-    "PrimaryForbidden",
-    "Read",
-    "ReplicaForbidden",
-    "Violations",
-    "assert_num_reads",
-    "assert_reads_from",
-    "calling_line",
-    "capture_reads",
-    "forbid_primary",
-    "forbid_replicas",
-    "mentions_table",
-    "observe_reads",
-    "observe_writes",
-    "tables_of",
-]
-
 PRIMARY: Final = "primary"
 REPLICA: Final = "replica"
 _ROLES: Final = (PRIMARY, REPLICA)

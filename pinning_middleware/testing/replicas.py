@@ -20,8 +20,6 @@ from pinning_middleware.sql import table_of
 from pinning_middleware.testing.reads import calling_line, mentions_table
 from pinning_middleware.utils import counters
 
-__all__ = ["Replicas", "replicas"]
-
 # Maximum time for a real replica to pause or catch up (seconds).
 TIMEOUT: Final = 10.0
 

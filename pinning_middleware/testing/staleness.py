@@ -21,8 +21,6 @@ from pinning_middleware.testing.reads import (
 from pinning_middleware.testing.replicas import replicas
 from pinning_middleware.utils import counters
 
-__all__ = ["LostUpdate", "StaleRead", "forbid_stale_reads"]
-
 
 class StaleRead(AssertionError):
     """Raised if a lagging replica is read for a table that was written since it lags."""

@@ -8,8 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-__all__ = ["monotonic", "now", "set_ahead", "unfrozen"]
-
 # Seconds since the epoch, and of the monotonic clock. The functions of ``time`` themselves: they
 # cost no extra call, and freezegun and time-machine replace them.
 now: Callable[[], float] = time.time

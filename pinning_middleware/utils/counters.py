@@ -11,22 +11,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-__all__ = [
-    "Read",
-    "fallbacks",
-    "missed_writes",
-    "observers",
-    "pin_events",
-    "reads",
-    "refusals",
-    "rejected_tokens",
-    "retries",
-    "retries_404",
-    "task_retries",
-    "waits",
-    "write_observers",
-]
-
 
 class Read(NamedTuple):
     """

@@ -6,8 +6,6 @@ import os
 import threading
 from weakref import WeakSet
 
-__all__ = ["ForkSafeLock"]
-
 
 class ForkSafeLock:
     """

@@ -9,8 +9,6 @@ from typing import Any, Final
 
 from pinning_middleware.utils.forks import ForkSafeLock
 
-__all__ = ["EVERY", "log_rate_limited"]
-
 # Seconds between two records of one condition; how many conditions are remembered.
 EVERY: Final = 60.0
 MOST: Final = 1000

@@ -11,8 +11,6 @@ from typing import Any, Final, TypeVar
 
 from pinning_middleware.utils.forks import ForkSafeLock
 
-__all__ = ["first_result"]
-
 T = TypeVar("T")
 
 GIVE_UP_INTERVAL: Final = 0.1

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
 
-__all__ = ["count_open_transactions", "driver_in_transaction", "is_transaction_open"]
-
 # Of libpq: ACTIVE, INTRANS and INERROR.
 # https://www.postgresql.org/docs/current/libpq-status.html#LIBPQ-PQTRANSACTIONSTATUS
 _OPEN = (1, 2, 3)

@@ -16,8 +16,8 @@ from django.core.checks import ERROR, WARNING, CheckMessage, run_checks
 from django.core.management.base import BaseCommand, CommandError
 from django.db import Error
 
+from pinning_middleware.checks.messages import TAG
 from pinning_middleware.checks.servers import check_balanced_by_a_pooler, check_evictions
-from pinning_middleware.checks.settings import TAG
 from pinning_middleware.conf import conf
 from pinning_middleware.management.live_check import (
     MissingPrivilege,

@@ -6,8 +6,6 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 from pinning_middleware.pins import Points, Position
 from pinning_middleware.servers.registry import Identity, Report, Server
 
-__all__ = ["Dialect", "Driver", "Identification", "PositionUnavailable", "Query", "Refusal", "Row"]
-
 Row: TypeAlias = tuple[Any, ...]
 # Runs one statement on one connection and returns its first row, or `()` if there is none.
 Query: TypeAlias = Callable[[str], Row]

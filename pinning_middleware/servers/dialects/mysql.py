@@ -30,8 +30,6 @@ from pinning_middleware.servers.dialects.base import (
 )
 from pinning_middleware.servers.registry import Identity, Report, Server
 
-__all__ = ["MySQL", "parse_gtids", "parse_mariadb"]
-
 MARIADB, MYSQL = "mariadb", "mysql"
 
 # https://mariadb.com/kb/en/mariadb-error-codes/

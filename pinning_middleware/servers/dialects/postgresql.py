@@ -30,8 +30,6 @@ from pinning_middleware.servers.dialects.base import (
 from pinning_middleware.servers.registry import Identity, Report, Server
 from pinning_middleware.servers.timelines import is_later, log_name
 
-__all__ = ["LSN", "STARTED", "XID", "XID_ALONE", "PostgreSQL", "end_of_record", "parse_lsn"]
-
 # The strategies, in the order in which they are tried. The last one needs no timeline.
 LSN: Final = 0
 XID: Final = 1
