@@ -200,6 +200,16 @@ def test_scope_in_a_shell_inherits_writes_of_the_shell() -> None:
     assert where() == "default"
 
 
+def test_nested_scope_that_has_read_sees_a_later_write_of_the_outer_scope() -> None:
+    """Of another task or thread of the outer scope."""
+    with pinning_scope(isolated=True):
+        add = propagate_scope(write)
+        with pinning_scope():
+            assert is_replica(where())
+            add()
+            assert where() == "default"
+
+
 def test_nested_scope_that_only_reads_merges_nothing() -> None:
     with pinning_scope() as outer:
         with pinning_scope():

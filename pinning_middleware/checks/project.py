@@ -381,7 +381,7 @@ def check_cached_queries() -> Iterator[CheckMessage]:
     """Find a cache of query results that a write invalidates for its own alias only."""
     if not apps.is_installed("cachalot") or not conf.readonly_aliases:
         return
-    # https://django-cachalot.readthedocs.io/en/latest/quickstart.html#cachalot-databases
+    # In django-cachalot 2.9.1 the keys of results and of their tables contain the alias.
     cached = getattr(settings, "CACHALOT_DATABASES", "supported_only")
     if is_strings(cached) and conf.readonly_aliases.keys().isdisjoint(cached):
         return

@@ -42,8 +42,8 @@ _lock = ForkSafeLock()
 class Write(NamedTuple):
     """
     The latest write of a scope on one connection. ``visible_at``: when its transaction ended
-    (seconds since the epoch), None while it is open. Only then is the connection kept: it may be
-    that of a thread that has ended since.
+    (seconds since the epoch), None while it is open. ``connection``: None after that, since the
+    thread that it belongs to may have ended.
     """
 
     connection: BaseDatabaseWrapper | None

@@ -131,7 +131,7 @@ def check_session(raw: Any, state: ConnectionState, began: float, seconds: float
 def _or_answered(
     status: SessionStatus, raw: Any, state: ConnectionState, since: float
 ) -> SessionStatus:
-    """Return the status, unless nothing answered a check but this read, or others, are answered."""
+    """Return READS_ANSWERED in place of UNANSWERED if this read, or another, has been answered."""
     if status is SessionStatus.UNANSWERED and (_is_answered(raw) or state.last_answer > since):
         return SessionStatus.READS_ANSWERED
     return status

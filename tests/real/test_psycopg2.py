@@ -90,28 +90,27 @@ def test_read_of_a_crashed_replica_runs_on_the_primary(
     assert [read(site) for _ in range(2)] == [pg["pg"].port] * 2
 
 
-def test_read_of_a_frozen_server_behind_a_balancer_runs_on_the_primary(
-    pg: PostgreSQL, cluster: Any
-) -> None:
-    """Its connection was not identified, and another server answers new ones."""
+@pytest.fixture
+def balanced(pg: PostgreSQL, cluster: Any) -> Iterator[subprocess.Popen[str]]:
+    """Both servers answer new connections, and no connection is identified."""
     entries = entries_of(cluster)
     with haproxy(pg["pg1"], pg["pg2"]) as proxy:
         entries["pg1"] |= {"HOST": proxy.host, "PORT": str(proxy.port)}
-        with running_site(entries) as site:
-            mine = read(site)
-            (stopped,) = (node for node in (pg["pg1"], pg["pg2"]) if node.port == mine)
-            with frozen(stopped):
-                assert read(site) == pg["pg"].port
+        with running_site(entries) as process:
+            yield process
+
+
+def test_read_of_a_frozen_server_behind_a_balancer_runs_on_the_primary(
+    pg: PostgreSQL, balanced: subprocess.Popen[str]
+) -> None:
+    mine = read(balanced)
+    with frozen(next(node for node in (pg["pg1"], pg["pg2"]) if node.port == mine)):
+        assert read(balanced) == pg["pg"].port
 
 
 def test_slow_read_of_a_server_behind_a_balancer_is_left_alone(
-    pg: PostgreSQL, cluster: Any
+    pg: PostgreSQL, balanced: subprocess.Popen[str]
 ) -> None:
-    entries = entries_of(cluster)
-    with haproxy(pg["pg1"], pg["pg2"]) as proxy:
-        entries["pg1"] |= {"HOST": proxy.host, "PORT": str(proxy.port)}
-        with running_site(entries) as site:
-            mine = read(site)
-            (other,) = (node for node in (pg["pg1"], pg["pg2"]) if node.port != mine)
-            with frozen(other):
-                assert read(site, 1.5) == mine
+    mine = read(balanced)
+    with frozen(next(node for node in (pg["pg1"], pg["pg2"]) if node.port != mine)):
+        assert read(balanced, 1.5) == mine
