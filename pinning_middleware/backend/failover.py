@@ -29,6 +29,7 @@ from pinning_middleware.backend.call import (
 )
 from pinning_middleware.backend.former_primary import (
     leave_former_primary,
+    reopen,
     reopen_elsewhere,
 )
 from pinning_middleware.backend.read_errors import Verdict, is_unresponsive, judge
@@ -49,6 +50,7 @@ from pinning_middleware.servers.connection_state import ConnectionState
 from pinning_middleware.servers.dialects import Refusal
 from pinning_middleware.servers.liveness import ServerUnresponsive
 from pinning_middleware.servers.probe import (
+    CONNECTION_ERRORS,
     endpoint_for,
     is_pool_exhausted,
     state_of,
@@ -140,10 +142,10 @@ def admit_cursor(pool: Pool, cursor: Any) -> None:
         read_budget.renew()
 
 
-def _run_without_failover(pool: Pool, call: Call) -> Any:
+def _run_without_failover(pool: Pool, call: Call, may_reopen: bool = True) -> Any:
     """
-    Run a read on a primary that no replica may replace. Leave a former primary first; raise the
-    errors unchanged.
+    Run a read on a primary that no replica may replace. Leave a former primary first; reopen a
+    lost connection once; raise other errors unchanged.
     """
     connection, raw = call.cursor.db, call.cursor.db.connection
     rejection = None if raw is None else admit(pool, connection, call.scope, call.effects.routing)
@@ -151,7 +153,17 @@ def _run_without_failover(pool: Pool, call: Call) -> Any:
         leave_former_primary(pool, call, rejection)
     else:
         call.renew_cursor(raw)
-    result = call.run()
+    began = time.monotonic()
+    try:
+        result = call.run()
+    except CONNECTION_ERRORS as error:
+        if not (may_reopen and may_fail_over(connection, call)):
+            raise
+        ran_for = time.monotonic() - began
+        if judge(pool, call, connection, error, ran_for) is not Verdict.REOPEN:
+            raise
+        reopen(call)
+        return _run_without_failover(pool, call, may_reopen=False)
     if pool.tracks_reads:
         record_observed(pool, call.scope, connection.alias)
     return result

@@ -41,14 +41,29 @@ def reopen_elsewhere(pool: Pool, call: Call) -> bool:
     connection, began = call.cursor.db, time.monotonic()
     is_former, is_old = True, True
     while is_former and is_old:
-        discard(connection)
-        call.move_to(connection)
+        _replace(call)
         with without_failover():
             is_former = is_former_primary(pool, connection, call.scope)
-        # A pool may have more connections of the same age.
-        raw = connection.connection
-        is_old = raw is not None and state_of(connection).opened_at < began
+        is_old = _is_older(connection, began)
     return not is_former
+
+
+def reopen(call: Call) -> None:
+    """Reopen the connection of a statement that was lost. Raise what connecting raises."""
+    began = time.monotonic()
+    _replace(call)
+    while _is_older(call.cursor.db, began):
+        _replace(call)
+
+
+def _replace(call: Call) -> None:
+    discard(call.cursor.db)
+    call.move_to(call.cursor.db)
+
+
+def _is_older(connection: BaseDatabaseWrapper, began: float) -> bool:
+    """Return whether a pool has given a connection that was opened before ``began``."""
+    return connection.connection is not None and state_of(connection).opened_at < began
 
 
 def record_rejected_write(connection: BaseDatabaseWrapper, error: Exception) -> None:

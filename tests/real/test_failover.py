@@ -360,18 +360,80 @@ def test_locking_read_is_never_retried(
     assert sent_signals.of("read_retried") == []
 
 
-def test_error_of_an_explicit_primary_read_propagates(
+@pytest.mark.parametrize("kind", READS)
+def test_read_of_the_primary_is_retried_there_if_its_connection_is_lost(
+    one_book: PostgreSQL, kind: str, sent_signals: SentSignals
+) -> None:
+    with unrelated_scope():
+        pin_this_request()
+        assert READS[kind]() == ["one"]
+        one_book.terminate("pg")
+        assert READS[kind]() == ["one"]
+        assert server() == "pg"
+    assert sent_signals == []
+
+
+def test_read_of_a_primary_that_is_down_raises_its_error(
     one_book: PostgreSQL, sent_signals: SentSignals
 ) -> None:
     with unrelated_scope():
         pin_this_request()
         assert READS["list"]() == ["one"]
-        one_book.terminate("pg")
+        one_book["pg"].stop("immediate")
         with pytest.raises(OperationalError):
             READS["list"]()
-        connections["pg"].close()
+        one_book["pg"].start()
         assert READS["list"]() == ["one"]
     assert sent_signals == []
+
+
+def test_read_of_the_primary_in_a_transaction_is_not_retried(one_book: PostgreSQL) -> None:
+
+    def read_twice() -> None:
+        with transaction.atomic(using="pg"):
+            assert READS["list"]() == ["one"]
+            one_book.terminate("pg")
+            READS["list"]()
+
+    with unrelated_scope():
+        with pytest.raises(OperationalError):
+            read_twice()
+        assert READS["list"]() == ["one"]
+
+
+def test_read_of_the_primary_that_ends_its_session_is_retried_once(one_book: PostgreSQL) -> None:
+    ran: list[str] = []
+
+    def recording(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+        ran.append(context["cursor"].db.alias)
+        return execute(sql, params, many, context)
+
+    with unrelated_scope():
+        pin_this_request()
+        connection = connections["pg"]
+        with (
+            connection.execute_wrapper(recording),
+            connection.cursor() as cursor,
+            pytest.raises(OperationalError),
+        ):
+            cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+    assert ran == ["pg", "pg"]
+    connections["pg"].close()
+
+
+def test_closed_pool_connections_of_the_primary_are_replaced_by_a_read(
+    one_book: PostgreSQL,
+) -> None:
+    layout = {"site": pooled(one_book["pg"]), "r1": database(one_book["pg1"])}
+    with as_layout(one_book, **layout), unrelated_scope():
+        kept = connections["site"].pool  # type: ignore[attr-defined]
+        kept.open()
+        for raw in [kept.getconn() for _ in range(4)]:
+            kept.putconn(raw)
+        pin_this_request()
+        for _ in range(3):
+            one_book.terminate("pg")
+            assert READS["list"]() == ["one"]
 
 
 # Writes are still rejected
@@ -732,12 +794,17 @@ RAW_TRANSACTIONS = {
 
 @pytest.mark.parametrize("case", RAW_TRANSACTIONS)
 @pytest.mark.parametrize("alias", ["pg", "pg1"])
+@pytest.mark.parametrize("down", ["error", "stale"])
 def test_error_in_a_raw_transaction_is_raised(
-    one_book: PostgreSQL, stale: None, alias: str, case: str
+    one_book: PostgreSQL, down: str, alias: str, case: str
 ) -> None:
     """On another connection the rest of the transaction would be lost, or see another snapshot."""
     first, read, error = RAW_TRANSACTIONS[case]
-    with unrelated_scope(), connections[alias].cursor() as cursor:
+    with (
+        override_settings(PINNING_PRIMARY_DOWN=down),
+        unrelated_scope(),
+        connections[alias].cursor() as cursor,
+    ):
         cursor.execute("BEGIN")
         if alias == "pg":
             cursor.execute("UPDATE app_book SET title = 'changed'")
