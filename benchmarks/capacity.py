@@ -27,7 +27,7 @@ CLIENTS = 10
 ROUNDS, SECONDS, WARM_UP = 3, 5.0, 1.0
 
 
-class BlindRouter:
+class RoundRobinRouter:
     """Spreads reads over the replicas, whatever was written."""
 
     def __init__(self) -> None:
@@ -42,10 +42,10 @@ class BlindRouter:
         return "default"
 
 
-PRIMARY, BLIND, OURS = "primary alone", "blind spreading", "pinning_middleware"
+PRIMARY, WITHOUT_PINS, OURS = "primary alone", "without pins", "pinning_middleware"
 STRATEGIES: Mapping[str, Mapping[str, Any]] = {
     PRIMARY: {"DATABASE_ROUTERS": [], "MIDDLEWARE": []},
-    BLIND: {"DATABASE_ROUTERS": ["benchmarks.capacity.BlindRouter"], "MIDDLEWARE": []},
+    WITHOUT_PINS: {"DATABASE_ROUTERS": ["benchmarks.capacity.RoundRobinRouter"], "MIDDLEWARE": []},
     OURS: {},
 }
 
@@ -92,7 +92,7 @@ def compare(name: str, make: Callable[[], Send], replicas: int, users: int) -> N
         connections.close_all()
     figures = ", ".join(f"{median(each):.0f} {strategy}" for strategy, each in rates.items())
     print(f"{name}, reads a second: {figures}", end="")
-    for other in (BLIND, PRIMARY):
+    for other in (WITHOUT_PINS, PRIMARY):
         ratios = (mine / its for mine, its in zip(rates[OURS], rates[other], strict=True))
         print(f"; {median(ratios):.2f} of {other}", end="")
     print(flush=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from .fleet import OURS, STRATEGIES, Sight, Variant, lag, meanwhile, run, site, variant
+from .fleet import OURS, STRATEGIES, ReplayObserver, Variant, lag, meanwhile, run, site, variant
 
 READS = int(os.environ.get("READS", "100000"))
 
@@ -21,8 +21,8 @@ def main() -> None:
     with site(how) as cluster:
         for strategy in strategies:
             reads = READS if strategy == OURS else READS // 10
-            with Sight(cluster) as sight, meanwhile(lag(cluster)):
-                tally = run(strategy, reads, cluster, sight, how.asgi)
+            with ReplayObserver(cluster) as observer, meanwhile(lag(cluster)):
+                tally = run(strategy, reads, cluster, observer, how.asgi)
             print(f"{strategy:28}", tally.line(cluster), flush=True)
             cluster.wait_caught_up()
 

@@ -12,7 +12,7 @@ from django.test import override_settings
 from sample_site.cluster import Cluster
 from tests.real.layouts.daemons import haproxy
 
-from .fleet import OURS, Sight, entry, lag, meanwhile, run, site
+from .fleet import OURS, ReplayObserver, entry, lag, meanwhile, run, site
 
 READS = int(os.environ.get("READS", "20000"))
 AGES = (None, 0)
@@ -39,10 +39,10 @@ def main() -> None:
                 connections.close_all()
                 with (
                     override_settings(PINNING_REPLICAS=[alias]),
-                    Sight(cluster) as sight,
+                    ReplayObserver(cluster) as observer,
                     meanwhile(lag(cluster)),
                 ):
-                    tally = run(OURS, READS // 4, cluster, sight)
+                    tally = run(OURS, READS // 4, cluster, observer)
                 name = {"hosts": "libpq's hosts", "proxy": "HAProxy"}[alias]
                 print(f"{name:14} CONN_MAX_AGE = {age!s:5}", tally.line(cluster), flush=True)
                 cluster.wait_caught_up()

@@ -4,7 +4,7 @@ terminated every 0.7 s. The other replica is up and caught up.
 
     python -m benchmarks faults [--asgi] [--pool] [--age 0] [--role plain|monitor]
 
-``FAULT=stop``: a replica at a time is stopped for two seconds (SIGSTOP) instead.
+``FAULT=freeze``: a replica at a time is frozen for two seconds (SIGSTOP) instead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import threading
 
 from psycopg import Error
 
-from .fleet import OURS, Sight, meanwhile, run, site, variant
+from .fleet import OURS, ReplayObserver, meanwhile, run, site, variant
 
 # What no read should take (seconds).
 LONG = 1.5
@@ -33,11 +33,11 @@ def main() -> None:
     logging.getLogger("pinning_middleware").addHandler(logging.NullHandler())
     how = variant()
     print(how)
-    with site(how) as cluster, Sight(cluster) as sight:
+    with site(how) as cluster, ReplayObserver(cluster) as observer:
 
         def kill(over: threading.Event) -> None:
             for node in itertools.cycle(cluster.replicas):
-                with sight.without(node):
+                with observer.without(node):
                     node.stop("immediate")
                     over.wait(2)
                     node.start()
@@ -52,17 +52,17 @@ def main() -> None:
                 except Error:
                     continue  # the replica that was killed
 
-        def stop(over: threading.Event) -> None:
+        def freeze(over: threading.Event) -> None:
             for node in itertools.cycle(cluster.replicas):
-                with sight.without(node):
+                with observer.without(node):
                     node.freeze()
                     over.wait(2)
                     node.thaw()
                 if over.wait(2):
                     return
 
-        with meanwhile(*((stop,) if FAULT == "stop" else (kill, terminate))):
-            tally = run(OURS, READS, cluster, sight, how.asgi)
+        with meanwhile(*((freeze,) if FAULT == "freeze" else (kill, terminate))):
+            tally = run(OURS, READS, cluster, observer, how.asgi)
         print(tally.line(cluster))
         took = tally.seconds["read"]
         print(f"  longest read {max(took):.2f} s, {sum(t > LONG for t in took)} over {LONG} s")

@@ -26,8 +26,8 @@ from sample_site.cluster import Cluster, Node
 from sample_site.wal import INSERTED, REPLAYED, end_of_log
 
 CLIENTS = 12
-READS_A_WRITE = 6
-THINKS = 0.02
+READS_PER_WRITE = 6
+THINK_TIME = 0.02
 
 # The settings of each strategy. Without PINNING_REPLICAS this package does not move reads of a
 # replica to the primary after a write.
@@ -153,7 +153,7 @@ def _make_roles(primary: Node, owner: str) -> None:
 # Which replicas could serve
 
 
-class Sight:
+class ReplayObserver:
     """
     The replay position of each replica, polled every few milliseconds on a separate connection.
 
@@ -172,7 +172,7 @@ class Sight:
             threading.Thread(target=self._watch, args=(node,)) for node in cluster.replicas
         ]
 
-    def __enter__(self) -> Sight:
+    def __enter__(self) -> ReplayObserver:
         for thread in self._threads:
             thread.start()
         return self
@@ -182,7 +182,7 @@ class Sight:
         for thread in self._threads:
             thread.join()
 
-    def have(self, position: int) -> set[int]:
+    def caught_up(self, position: int) -> set[int]:
         """Return the ports of the replicas that are known to have replayed a position."""
         return {port for port, replayed in self._replayed.items() if replayed >= position}
 
@@ -327,29 +327,33 @@ class Tally:
 
 
 def run(
-    strategy: str, reads: int, cluster: Cluster, sight: Sight | None = None, asgi: bool = False
+    strategy: str,
+    reads: int,
+    cluster: Cluster,
+    observer: ReplayObserver | None = None,
+    asgi: bool = False,
 ) -> Tally:
     """Run all clients at the same time for this many reads, and return their tally."""
     from django.test import override_settings
 
     total, lock = Tally(), threading.Lock()
 
-    def work(number: int, make: Callable[[], Send], watching: Sight) -> None:
+    def work(number: int, make: Callable[[], Send], watching: ReplayObserver) -> None:
         from django.db import connections
 
         name = f"{strategy}-{number}".replace(" ", "-")
-        with psycopg.connect(cluster.primary.conninfo(), autocommit=True) as beside:
-            mine = _work(name, reads // CLIENTS, Browser(make()), beside, watching)
+        with psycopg.connect(cluster.primary.conninfo(), autocommit=True) as primary:
+            mine = _work(name, reads // CLIENTS, Browser(make()), primary, watching)
         connections.close_all()
         with lock:
             total.add(mine)
 
     with override_settings(**STRATEGIES[strategy]), served(asgi) as make:
-        if sight is None:
-            with Sight(cluster) as own:
+        if observer is None:
+            with ReplayObserver(cluster) as own:
                 _together(partial(work, make=make, watching=own))
         else:
-            _together(partial(work, make=make, watching=sight))
+            _together(partial(work, make=make, watching=observer))
     return total
 
 
@@ -362,7 +366,7 @@ def _together(work: Callable[[int], None]) -> None:
 
 
 def _work(
-    name: str, reads: int, browser: Browser, beside: psycopg.Connection, sight: Sight
+    name: str, reads: int, browser: Browser, primary: psycopg.Connection, observer: ReplayObserver
 ) -> Tally:
     tally, number, position = Tally(), 0, 0
 
@@ -376,11 +380,11 @@ def _work(
         number += 1
         tally.failed += timed("write", "POST", f"/{name}/", str(number)) is None
         # Everything that this client wrote is before this position.
-        ((inserted,),) = beside.execute(INSERTED).fetchall()
+        ((inserted,),) = primary.execute(INSERTED).fetchall()
         position = end_of_log(inserted)
-        for _ in range(READS_A_WRITE):
-            time.sleep(THINKS)
-            before = sight.have(position)
+        for _ in range(READS_PER_WRITE):
+            time.sleep(THINK_TIME)
+            before = observer.caught_up(position)
             answer = timed("read", "GET", f"/{name}/")
             tally.reads += 1
             if answer is None:
@@ -390,10 +394,10 @@ def _work(
             tally.stale += seen < number
             tally.served[port] += 1
             # A replica that failed meanwhile could not.
-            if before & sight.have(position):
+            if before & observer.caught_up(position):
                 tally.possible += 1
                 # Without a row the port is 0, which also means a replica.
-                tally.taken += port != sight.primary
+                tally.taken += port != observer.primary
     return tally
 
 

@@ -6,7 +6,7 @@ of all readers, then both are down.
     python -m benchmarks herds
     python -m benchmarks herds --against ../pinning_middleware-0.1
 
-With another checkout of this repository, both sites read in turns on the same servers.
+With another checkout of this repository, both sites read alternately on the same servers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-HERE: Final = Path(__file__).resolve().parent.parent
+ROOT: Final = Path(__file__).resolve().parent.parent
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
 READERS = 8
 SECONDS = 2.0
@@ -176,7 +176,7 @@ Sites = dict[str, Callable[..., dict[str, float]]]
 def behind(cluster: Any, sites: Sites, title: str) -> None:
     """Compare reads whose pins no replica has reached."""
     for call in sites.values():
-        # Each replica is met before it is behind.
+        # Identify each replica before it is behind.
         call("read", 0.2)
     for node in cluster.replicas:
         node.pause()
@@ -248,7 +248,7 @@ def compare(role: str, other: Path | None) -> None:
     """Run each site of a role in a process of its own, on a cluster of its own."""
     from benchmarks.fleet import Variant, site
 
-    checkouts = {"here": HERE} if other is None else {"here": HERE, "other": other}
+    checkouts = {"here": ROOT} if other is None else {"here": ROOT, "other": other}
     with site(Variant(role=role)) as cluster:
         os.environ["PRIMARY_PORT"] = str(cluster.primary.port)
         for wait in (0.0, 0.05):

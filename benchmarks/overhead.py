@@ -31,7 +31,7 @@ ROUNDS = int(os.environ.get("ROUNDS", "150"))
 # Requests of one kind before the next process is measured; the fastest of them counts.
 BLOCK = 12
 KINDS = ("unpinned read", "write", "first pinned read", "later pinned reads")
-HERE: Final = Path(__file__).resolve().parent.parent
+ROOT: Final = Path(__file__).resolve().parent.parent
 PACKAGE, PLAIN = "package", "plain"
 INSERTED: Final = "SELECT pg_current_wal_insert_lsn()::text"
 REPLAYED: Final = "SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn"
@@ -160,7 +160,7 @@ def _pipes(started: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
 
 def compare(rounds: int, other: Path | None) -> None:
     """Measure the sites alternately, in changing order, and print the ratios of their times."""
-    sites = {"here": (PACKAGE, HERE), "plain": (PLAIN, HERE)}
+    sites = {"here": (PACKAGE, ROOT), "plain": (PLAIN, ROOT)}
     pairs = [("here", "plain")]
     if other is not None:
         sites |= {"other": (PACKAGE, other), "other again": (PACKAGE, other)}

@@ -58,7 +58,7 @@ def pictures() -> dict[str, str]:
     capacity = [(row[0], number(row[3]), number(row[2])) for row in table("Capacity")]
     return {
         "benchmark-capacity.svg": draw(
-            Bars("Reads a second", "pinning_middleware", "spread blindly", "", capacity)
+            Bars("Reads a second", "pinning_middleware", "without pins", "", capacity)
         ),
         "benchmark-stale.svg": draw(
             Bars("Reads while replicas lag", "on replicas", "stale", "%", stale)

@@ -1,10 +1,10 @@
 """
-Eight threads that read while a replica is stopped, while the primary is stopped, and while a
+Eight threads that read while a replica is frozen, while the primary is frozen, and while a
 replica is an address that accepts connections and never answers.
 
     python -m benchmarks unresponsive [--asgi] [--pool] [--age 0] [--role plain|monitor]
 
-``THINKS``: seconds between two reads of a thread.
+``THINK_TIME``: seconds between two reads of a thread.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from sample_site.cluster import Cluster, Node
 from .fleet import Browser, entry, served, site, variant
 
 READERS = 8
-THINKS = float(os.environ.get("THINKS", "0.01"))
+THINK_TIME = float(os.environ.get("THINK_TIME", "0.01"))
 # Seconds before, during and after the time without answers.
-BEFORE, SILENT, AFTER = 3.0, 6.0, 12.0
+BEFORE, FROZEN, AFTER = 3.0, 6.0, 12.0
 STEP = 0.5
 LONG = 0.5
 
@@ -53,7 +53,7 @@ class Readers:
                 from django.db import connections
 
                 browser = Browser(make())
-                while not over.wait(THINKS):
+                while not over.wait(THINK_TIME):
                     began = time.monotonic()
                     answer = browser.request("GET", "/first/")
                     if answer is None:
@@ -101,7 +101,7 @@ def frozen(name: str, node: Node, asgi: bool) -> None:
         began = time.monotonic()
         node.freeze()
         try:
-            time.sleep(SILENT)
+            time.sleep(FROZEN)
         finally:
             ended = time.monotonic()
             node.thaw()
@@ -127,7 +127,7 @@ def hole(asgi: bool) -> None:
         readers.reads = [Read(r.began + gap, r.ended + gap, r.port) for r in readers.reads]
         before, began = before + gap, began + gap
         with readers.reading():
-            time.sleep(SILENT)
+            time.sleep(FROZEN)
             ended = time.monotonic()
     readers.report("a black hole as a replica", before, began, ended)
 
@@ -144,8 +144,8 @@ def main() -> None:
 
         with site(how, more) as cluster:
             hole(how.asgi)
-            frozen("a replica is stopped", cluster.replicas[0], how.asgi)
-            frozen("the primary is stopped", cluster.primary, how.asgi)
+            frozen("a replica is frozen", cluster.replicas[0], how.asgi)
+            frozen("the primary is frozen", cluster.primary, how.asgi)
 
 
 if __name__ == "__main__":

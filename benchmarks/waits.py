@@ -31,12 +31,12 @@ from sample_site.cluster import Cluster
 from .fleet import Browser, Variant, entry, served, site
 
 ROUNDS = int(os.environ.get("ROUNDS", "3"))
-READERS, THINKS = 8, 0.01
+READERS, THINK_TIME = 8, 0.01
 # Seconds before and during a fault.
 BEFORE, DURING = 2.0, 6.0
 # A wait that a user notices (seconds).
 LONG = 1.6
-HERE: Final = Path(__file__).resolve().parent.parent
+ROOT: Final = Path(__file__).resolve().parent.parent
 # Runs a module of this folder with the package of another checkout.
 START: Final = (
     "import runpy, sys; here, package = sys.argv[1:3]; sys.path.insert(0, package); "
@@ -94,10 +94,10 @@ def black_holes(cluster: Cluster, how: Variant) -> dict[str, dict[str, Any]]:
 
 
 FAULTS: Final = {
-    "a replica is stopped": Fault(stop(0)),
-    "a replica is stopped, CONN_MAX_AGE = 0": Fault(stop(0), 0),
+    "a replica is frozen": Fault(stop(0)),
+    "a replica is frozen, CONN_MAX_AGE = 0": Fault(stop(0), 0),
     "both, 1.5 s apart": Fault(stop(0, 1, pause=1.5)),
-    "both at once, CONN_MAX_AGE = 0": Fault(stop(0, 1), 0),
+    "both at the same time, CONN_MAX_AGE = 0": Fault(stop(0, 1), 0),
     "one host of a list, CONN_MAX_AGE = 0": Fault(stop(0), 0, host_list),
     "an alias of two black holes": Fault(lambda cluster, stack: None, 0, black_holes),
     "a replayed lock": Fault(delay_replay),
@@ -118,7 +118,7 @@ def reading(found: list[float | None]) -> Iterator[None]:
             from django.db import connections
 
             browser = Browser(make())
-            while not over.wait(THINKS):
+            while not over.wait(THINK_TIME):
                 began = time.monotonic()
                 answer = browser.request("GET", "/first/")
                 found.append(None if answer is None else time.monotonic() - began)
@@ -175,13 +175,13 @@ def _chosen(cluster: Cluster, replicas: Any, how: Variant) -> Iterator[None]:
 
 def run(name: str, checkout: Path) -> Found:
     """Measure one fault in a new process with the package of a checkout."""
-    command = [sys.executable, "-P", "-c", START, str(HERE), str(checkout), "--measure", name]
-    done = subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, text=True, check=True)
+    command = [sys.executable, "-P", "-c", START, str(ROOT), str(checkout), "--measure", name]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return Found(*json.loads(done.stdout.splitlines()[-1]))
 
 
 def compare(name: str, other: Path | None) -> None:
-    checkouts = [HERE] if other is None else [HERE, other]
+    checkouts = [ROOT] if other is None else [ROOT, other]
     found: list[list[Found]] = [[] for _ in checkouts]
     for _ in range(ROUNDS):
         for runs, checkout in zip(found, checkouts, strict=True):

@@ -175,7 +175,7 @@ def no_failover(function: None = None) -> Block: ...
 def no_failover(function: Any = None) -> Any:
     """
     Use the server of an alias, inside the block or the decorated function: no other server
-    substitutes it, and its errors propagate. For monitoring.
+    substitutes for it, and its errors propagate. For monitoring.
     """
     block = Block(OverrideKind.NO_FAILOVER)
     return block(function) if callable(function) else block

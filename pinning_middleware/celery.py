@@ -31,10 +31,10 @@ __all__ = ["HEADER", "POLICIES", "propagate_pins"]
 
 HEADER = "pinning_token"
 POLICIES = ("sticky", "primary", "wait", "retry")
-# How often a task with pinning="retry" has been put back; in the headers of its message.
-PUT_BACK = "pinning_put_back"
+# How often a task with pinning="retry" has been requeued; in the headers of its message.
+REQUEUED = "pinning_requeued"
 DEFAULT_RETRIES = 3
-# Delay before a task that was put back runs again, doubled each time (seconds).
+# Delay before a task that was requeued runs again, doubled each time (seconds).
 FIRST_DELAY = 1.0
 # Maximum wait of a task with pinning="wait" and without pinning_wait (seconds).
 DEFAULT_WAIT = 1.0
@@ -57,7 +57,7 @@ def propagate_pins(app: Celery) -> None:
       times (default: 3), then read from the primary. These retries are not the task's own.
 
     A task class that overrides ``before_start()`` must call ``super()`` for ``"retry"``. An eager
-    task is not put back.
+    task is not requeued.
 
     A task with other values reads from the primary. ``manage.py check`` reports it as an error,
     and it is logged when the app is finalized, for example in a worker.
@@ -206,7 +206,7 @@ def _put_back_before_start() -> None:
 def _put_back_unless_caught_up(task: Any, args: Any, kwargs: Any) -> None:
     if handoff.has_caught_up():
         return
-    number = getattr(task.request, PUT_BACK, None) or 0
+    number = getattr(task.request, REQUEUED, None) or 0
     if number >= getattr(task, "pinning_retries", DEFAULT_RETRIES):
         counters.task_retries["primary"] += 1
         return
@@ -215,8 +215,8 @@ def _put_back_unless_caught_up(task: Any, args: Any, kwargs: Any) -> None:
         task.release_lock(task_args=args, task_kwargs=kwargs)
     delay = FIRST_DELAY * 2**number
     signature = task.signature_from_request(task.request, args, kwargs, countdown=delay)
-    signature.apply_async(headers={**(task.request.headers or {}), PUT_BACK: number + 1})
-    counters.task_retries["put_back"] += 1
+    signature.apply_async(headers={**(task.request.headers or {}), REQUEUED: number + 1})
+    counters.task_retries["requeued"] += 1
     raise Retry("No replica has caught up.", when=delay, sig=signature)
 
 

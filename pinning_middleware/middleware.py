@@ -263,7 +263,8 @@ class _PostResponse(AbstractContextManager[None]):
     The work of a request after the middleware has returned: streaming content, closing
     the response, and background tasks for a while.
 
-    As a context manager it enters the request's scope, which a server's thread is not in.
+    As a context manager it enters the request's scope, since the server closes the response
+    outside of it.
     """
 
     # The revision of the scope that the middleware saves before streaming content begins.

@@ -66,7 +66,9 @@ class PinningPanel(Panel):
         """Return the number of reads by role."""
         panel_stats: dict[str, Any] = self.get_stats()  # type: ignore[no-untyped-call]
         counts = Counter(read["role"] for read in panel_stats.get("reads", ()))
-        return ", ".join(f"{number} {role}" for role, number in sorted(counts.items())) or "no read"
+        return (
+            ", ".join(f"{number} {role}" for role, number in sorted(counts.items())) or "no reads"
+        )
 
     def enable_instrumentation(self) -> None:
         """Start recording the reads of this request."""

@@ -30,7 +30,8 @@ replica_removed = Signal()
 # A replica is back in the rotation. Arguments: replica (alias).
 replica_restored = Signal()
 
-# A failed read was retried on another server. Arguments: failed (alias), served (alias), error.
+# A failed read was retried on another server. Arguments: failed (alias), served (alias), error (the
+# exception, or None if the server was rejected before the read was sent).
 read_retried = Signal()
 
 # A scope waited for a replica to catch up. Arguments: replica (alias), seconds (waited), reached

@@ -367,7 +367,7 @@ def get_stats() -> dict[str, Any]:
       primary because every standby refuses them.
     - ``retry_404``: number of views that ended in 404 on a replica and were ``found`` or
       ``missing`` on the primary, or ``refused`` since the limit was reached.
-    - ``task_retries``: number of tasks that were ``put_back`` until a replica has caught up, or
+    - ``task_retries``: number of tasks that were ``requeued`` until a replica has caught up, or
       that read the ``primary`` in the end.
     - ``waits``: pool → ``count`` of waits for a replica, ``reached`` of those that ended with one,
       and the total ``seconds``.
@@ -394,7 +394,7 @@ def get_stats() -> dict[str, Any]:
         "retries": _nested(counters.retries),
         "refusals": _nested(counters.refusals),
         "retry_404": {name: counters.retries_404[name] for name in ("found", "missing", "refused")},
-        "task_retries": {name: counters.task_retries[name] for name in ("put_back", "primary")},
+        "task_retries": {name: counters.task_retries[name] for name in ("requeued", "primary")},
         "waits": waits,
     }
 

@@ -30,9 +30,9 @@ from typing import Final, NamedTuple
 import psycopg
 
 from sample_site.cluster import Cluster
-from tests.soak.__main__ import UNPROVED, WRITE, report, wait
+from tests.soak.__main__ import INVALID, WRITE, report, wait
 from tests.soak.clients import run
-from tests.soak.faults import OF_REPLICAS, schedule
+from tests.soak.faults import REPLICA_FAULTS, schedule
 from tests.soak.history import Error, Promise, Recorder, load
 from tests.soak.rig import Running, running
 
@@ -71,7 +71,7 @@ GROWN: Final = 4
 
 
 class Sample(NamedTuple):
-    """A measured value: when (seconds), of what, what, and how much."""
+    """A measurement: time (seconds), source, quantity and value."""
 
     at: float
     of: str
@@ -116,11 +116,11 @@ def of_workers(port: int, workers: Collection[int]) -> dict[int, dict[str, float
 
 def sample(site: Running) -> Iterator[tuple[str, dict[str, float]]]:
     """Yield what is measured, and the values."""
-    workers = children(site.server)
+    workers = children(site.server_pid)
     objects = of_workers(site.port, workers)
     # A worker may be replaced meanwhile.
     with suppress(OSError):
-        yield "parent", of_process(site.server)
+        yield "parent", of_process(site.server_pid)
         measured = {each: of_process(each) | objects.get(each, {}) for each in workers}
         for process, values in measured.items():
             yield f"worker {process}", values
@@ -199,7 +199,7 @@ def main() -> int:
     missing = required - {each.name for each in found}
     if missing:
         print(f"The run proves nothing: too few samples of {', '.join(sorted(missing))}")
-        return failed or UNPROVED
+        return failed or INVALID
     print(f"{'':14} {'':16} {'first':>10} {'half':>10} {'end':>10} {'rise':>8} {'bound':>8}")
     for each in sorted(found):
         numbers = f"{each.first:10.1f} {each.half:10.1f} {each.end:10.1f} {each.rise:8.1f}"
@@ -222,7 +222,7 @@ def record(given: argparse.Namespace, path: Path) -> list[Sample]:
             recorder = Recorder(file, {Promise.EVERY_DEVICE}, BUDGET, BUDGET + WRITE)
             over = threading.Event()
             faults = threading.Thread(
-                target=schedule, args=(site, given.seed, recorder, over, OF_REPLICAS)
+                target=schedule, args=(site, given.seed, recorder, over, REPLICA_FAULTS)
             )
             watching = threading.Thread(target=watch, args=(site, samples, recorder, over))
             threads = [faults, watching]

@@ -379,7 +379,7 @@ def test_missing_or_later_entry_is_a_warning(name: str, value: Any, number: str)
         assert message.id == f"{W}{number}"
         assert message.hint
         absent = not {MIDDLEWARE, ROUTER} & set(value)
-        assert ("is missing in" if absent else "is not the first entry of") in message.msg
+        assert ("is missing from" if absent else "is not the first entry of") in message.msg
         with override_settings(PINNING_REPLICAS=[]):
             assert found() == [], "without replicas there is nothing to report"
 
@@ -613,7 +613,7 @@ OF_CONSTANCE = {
         ("waffle", {}, ["waffle.Flag", "waffle.Switch", "waffle.Sample"]),
     ],
 )
-def test_models_that_are_cached_for_everybody_are_reported(
+def test_models_that_are_cached_for_all_users_are_reported(
     app: str, values: dict[str, Any], labels: list[str]
 ) -> None:
     with (

@@ -19,7 +19,7 @@ import pytest
 from tests.soak import clients
 from tests.soak.clock import Clock, follow
 from tests.soak.history import Error, Fault, History, Operation, Promise, Recorder, parse
-from tests.soak.judge import AFTERMATH, WITHOUT_FAULTS, judge, problems
+from tests.soak.judge import AFTERMATH, MAX_SECONDS_WITHOUT_FAULT, judge, problems
 from tests.soak.picture import picture
 from tests.soak.shrink import Schedule, schedule_of, shrunk
 
@@ -492,11 +492,16 @@ def test_recorded_history_is_the_same_when_it_is_read() -> None:
 @pytest.mark.parametrize(
     ("seconds", "faults", "errors", "is_wrong"),
     [
-        (WITHOUT_FAULTS - 1, [], [], False),
-        (WITHOUT_FAULTS + 1, [], [], True),
-        (WITHOUT_FAULTS + 1, [Fault("lag", 1, 2)], [], False),
-        (WITHOUT_FAULTS + 1, [Fault("lag", 1, 2, [], failed=True)], [], True),
-        (WITHOUT_FAULTS + 1, [Fault("lag", 1, 2)], [Error("a fault", "AssertionError")], True),
+        (MAX_SECONDS_WITHOUT_FAULT - 1, [], [], False),
+        (MAX_SECONDS_WITHOUT_FAULT + 1, [], [], True),
+        (MAX_SECONDS_WITHOUT_FAULT + 1, [Fault("lag", 1, 2)], [], False),
+        (MAX_SECONDS_WITHOUT_FAULT + 1, [Fault("lag", 1, 2, [], failed=True)], [], True),
+        (
+            MAX_SECONDS_WITHOUT_FAULT + 1,
+            [Fault("lag", 1, 2)],
+            [Error("a fault", "AssertionError")],
+            True,
+        ),
     ],
 )
 def test_run_with_an_error_or_without_faults_proves_nothing(
@@ -506,7 +511,7 @@ def test_run_with_an_error_or_without_faults_proves_nothing(
     history = recorded(operations, *faults)._replace(errors=errors)
     assert bool(problems(history)) is is_wrong
     soak = pytest.importorskip("tests.soak.__main__")
-    assert soak.report(history) == (soak.UNPROVED if is_wrong else 0)
+    assert soak.report(history) == (soak.INVALID if is_wrong else 0)
 
 
 def test_run_without_operations_proves_nothing() -> None:

@@ -39,7 +39,7 @@ from pinning_middleware.scopes import transactions
 from pinning_middleware.scopes.overrides import OverrideKind, effects_on
 from pinning_middleware.scopes.scope import Scope, current_scope
 from pinning_middleware.scopes.watch import current_watch, note_write
-from pinning_middleware.servers.probe import is_pool_exhausted
+from pinning_middleware.servers.probe import is_connection_pool_exhausted
 from pinning_middleware.servers.registry import registry
 from pinning_middleware.sql import StatementKind
 from pinning_middleware.utils.transactions import count_open_transactions, driver_in_transaction
@@ -66,7 +66,7 @@ class InstrumentedAsyncConnection:
             cursor = await super()._cursor(name)  # type: ignore[misc]
         except (OperationalError, InterfaceError) as error:
             pool = pools().by_replica.get(self.alias)
-            if pool is None or is_pool_exhausted(error) or not self._may_fall_back(pool):
+            if pool is None or is_connection_pool_exhausted(error) or not self._may_fall_back(pool):
                 raise
             endpoint = pool.endpoints[self.alias]
             registry.mark_down(endpoint, Fault.UNREACHABLE, conf.retry_after, error)

@@ -224,13 +224,13 @@ def _on_connection_created(*, connection: Any, **kwargs: Any) -> None:
     elif connection.alias in pools().by_connection:
         raise ImproperlyConfigured(
             f"The connection {connection.alias!r} is a {type(connection).__qualname__}, which is "
-            "not a BaseDatabaseWrapper of Django, so that its writes cannot be seen. Use another "
+            "not a BaseDatabaseWrapper of Django, so its writes cannot be detected. Use another "
             "ENGINE for the aliases in PINNING_REPLICAS."
         )
 
 
 def install() -> None:
-    """Pin the connections that exist, and those that are made without the handler. Idempotent."""
+    """Instrument the existing connections, and those made without the handler. Idempotent."""
     connection_created.connect(_on_connection_created, dispatch_uid="pinning_middleware.connection")
     for connection in connections.all(initialized_only=True):
         instrument(connection)

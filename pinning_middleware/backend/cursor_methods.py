@@ -96,7 +96,7 @@ class DriverMethod:
         return call
 
 
-# What is replaced is not an attribute of Django's class: it passes these names on to the driver's.
+# Django's class has no such attribute: CursorWrapper.__getattr__() returns the driver's.
 record_driver_method = DriverMethod
 
 

@@ -63,7 +63,7 @@ def execute_wrapper(execute: Any, sql: Any, params: Any, many: bool, context: An
 def _execute_statement(execute: Any, sql: Any, params: Any, many: bool, context: Any) -> Any:
     connection, cursor = context["connection"], context["cursor"]
     if connection.is_connecting:
-        # A receiver of connection_created sets up the session; that is no work of the scope.
+        # A receiver of connection_created sets up the session. This is not part of the scope.
         return execute(sql, params, many, context)
     known = pools()
     pool = known.by_connection.get(connection.alias)
@@ -159,7 +159,7 @@ def _may_run_anywhere(call: Call, statement: Statement) -> bool:
 
 
 def intended_alias(cursor: Any) -> str:
-    """Return the alias that a cursor was opened on, also if it reads from another one by now."""
+    """Return the alias that a cursor was opened on, even if it reads from another one by now."""
     # Not by getattr(), which Django's cursors pass on to the driver's.
     return str(cursor.__dict__.get("pinning_alias") or cursor.db.alias)
 

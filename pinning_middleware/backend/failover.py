@@ -32,7 +32,7 @@ from pinning_middleware.backend.former_primary import (
     reopen,
     reopen_elsewhere,
 )
-from pinning_middleware.backend.read_errors import Verdict, is_unresponsive, judge
+from pinning_middleware.backend.read_errors import ErrorAction, classify_error, is_unresponsive
 from pinning_middleware.backend.writes import sql_text
 from pinning_middleware.conf import conf
 from pinning_middleware.reasons import Fault, Reason
@@ -52,7 +52,7 @@ from pinning_middleware.servers.liveness import ServerUnresponsive
 from pinning_middleware.servers.probe import (
     CONNECTION_ERRORS,
     endpoint_for,
-    is_pool_exhausted,
+    is_connection_pool_exhausted,
     state_of,
     without_failover,
 )
@@ -116,7 +116,7 @@ def execute_read(pool: Pool, call: Call) -> Any:
     for alias in _candidates(pool, call, first.alias, outcome):
         next_outcome = _try_connection(pool, call, connections[alias])
         if isinstance(next_outcome, _Served):
-            # The alias may have refused the statement in turn, so that the primary ran it.
+            # This alias may also have refused the statement; then the primary has run it.
             served = call.cursor.db.alias
             _report_failover(pool, call, first.alias, served, first_rejection)
             return next_outcome.result
@@ -160,7 +160,7 @@ def _run_without_failover(pool: Pool, call: Call, may_reopen: bool = True) -> An
         if not (may_reopen and may_fail_over(connection, call)):
             raise
         ran_for = time.monotonic() - began
-        if judge(pool, call, connection, error, ran_for) is not Verdict.REOPEN:
+        if classify_error(pool, call, connection, error, ran_for) is not ErrorAction.REOPEN:
             raise
         reopen(call)
         return _run_without_failover(pool, call, may_reopen=False)
@@ -206,14 +206,14 @@ def _try_once(
         result = _run_watched(pool, call, connection)
     except (DatabaseError, InterfaceError) as error:
         ran_for = None if began is None else time.monotonic() - began
-        verdict = judge(pool, call, connection, error, ran_for)
-        if verdict is Verdict.RAISE:
+        action = classify_error(pool, call, connection, error, ran_for)
+        if action is ErrorAction.RAISE:
             raise
-        if isinstance(verdict, Refusal):
-            return _move_refused(pool, call, error, verdict)
-        if verdict is Verdict.ELSEWHERE:
+        if isinstance(action, Refusal):
+            return _move_refused(pool, call, error, action)
+        if action is ErrorAction.ELSEWHERE:
             return Rejection(Reason.FAILOVER, error)
-        if verdict is Verdict.REOPEN:
+        if action is ErrorAction.REOPEN:
             return _Lost(error, has_run=began is not None)
         return _take_out(connection, error)
     if pool.tracks_reads:
@@ -289,7 +289,7 @@ def _take_out(connection: BaseDatabaseWrapper, error: Exception) -> Rejection:
 
     Raise the error if only the site's own pool had no connection, which is no fault of the server.
     """
-    if is_pool_exhausted(error):
+    if is_connection_pool_exhausted(error):
         raise error
     endpoint = endpoint_for(connection)
     # Of several servers, the one that does not answer has been taken out.
@@ -424,7 +424,7 @@ def _report_failover(
             "error": str(cause),
         },
     )
-    read_retried.send_robust(pool.primary, failed=failed, served=served, error=cause)
+    read_retried.send_robust(pool.primary, failed=failed, served=served, error=rejection.error)
     if failed == pool.primary:
         send_fallback(pool, call.scope, served, Reason.PRIMARY_DOWN)
     elif served == pool.primary:

@@ -18,7 +18,7 @@ def named_alias(original: property) -> property:
     """
     Make a queryset with ``using()`` follow no decision that was made for another read.
 
-    Django asks the router for ``queryset.db`` also if no read follows, and opens the cursor later.
+    Django asks the router for ``queryset.db`` even if no read follows, and opens the cursor later.
     """
 
     def db(self: Any) -> str:

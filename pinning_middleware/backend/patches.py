@@ -1,7 +1,7 @@
 """
 Every change that the package makes to Django and to the drivers, in one table. Classes that
-override `from_db()` or `close()` themselves are wrapped when they are met, in `instances` and
-`responses`; `connection` adds the mixin to the class of each connection.
+override `from_db()` or `close()` themselves are wrapped when they are first used, in `instances`
+and `responses`; `connection` adds the mixin to the class of each connection.
 
 Each row names the attribute that is replaced, why, the ticket if Django has one, and the test that
 fails without it. The replacements are defined in the modules they belong to. The adapters
@@ -157,7 +157,7 @@ PATCHES = (
         "psycopg_pool.pool.ConnectionPool",
         ("getconn",),
         psycopg_pool.bounded_getconn,
-        "A probe must not wait for a connection of the pool as long as the site's own code may.",
+        "A probe must not wait for a pooled connection as long as the site's own code may.",
         "tests/real/test_unresponsive.py",
         is_optional=True,
     ),

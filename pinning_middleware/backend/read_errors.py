@@ -1,4 +1,4 @@
-"""Judge the error of a read: what it means for its server, and what becomes of the read."""
+"""Classify the error of a read: what it means for its server, and whether the read is retried."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pinning_middleware.servers.registry import registry
 from pinning_middleware.utils.transactions import is_transaction_open
 
 
-class Verdict(Enum):
+class ErrorAction(Enum):
     """What becomes of a read after an error."""
 
     # Another server would raise the same error, or failover is not possible.
@@ -42,13 +42,13 @@ class Verdict(Enum):
     TAKE_OUT = auto()
 
 
-def judge(
+def classify_error(
     pool: Pool,
     call: Call,
     connection: BaseDatabaseWrapper,
     error: Exception,
     ran_for: float | None,
-) -> Verdict | Refusal:
+) -> ErrorAction | Refusal:
     """
     Return what becomes of a read, or why a standby refuses it for being one.
 
@@ -62,35 +62,35 @@ def judge(
         if isinstance(error, ReplayWaits):
             _take_out_blocked(pool, connection)
         connection.close()
-        return Verdict.RAISE if in_transaction else Verdict.ELSEWHERE
+        return ErrorAction.RAISE if in_transaction else ErrorAction.ELSEWHERE
     if in_transaction or call.many:
-        return Verdict.RAISE
+        return ErrorAction.RAISE
     refusal = None
     if has_run and may_run_on_primary(pool, call):
         refusal = refusal_of(connection, error)
     if refusal is not None:
         return refusal
     if not isinstance(error, CONNECTION_ERRORS):
-        return Verdict.RAISE
+        return ErrorAction.RAISE
     if ran_for is not None and has_timed_out(connection, error, ran_for):
         if state_modified(connection) or answers_probe(connection, error):
-            return Verdict.RAISE
+            return ErrorAction.RAISE
         connection.close()
-        return Verdict.ELSEWHERE
+        return ErrorAction.ELSEWHERE
     if has_run and _waited_for_lock(pool, connection, error):
         if not may_fail_over(connection, call):
-            return Verdict.RAISE
+            return ErrorAction.RAISE
         _take_out_blocked(pool, connection)
-        return Verdict.ELSEWHERE
+        return ErrorAction.ELSEWHERE
     if not _is_lost(connection, error):
         is_sites_own = has_run and not _is_retryable(connection, error)
-        return Verdict.RAISE if is_sites_own else Verdict.ELSEWHERE
+        return ErrorAction.RAISE if is_sites_own else ErrorAction.ELSEWHERE
     if has_run and state_modified(connection):
-        return Verdict.RAISE
+        return ErrorAction.RAISE
     was_made = connection.connection is not None
     connection.close()
     can_reopen = was_made and not is_unresponsive(connection, error)
-    return Verdict.REOPEN if can_reopen else Verdict.TAKE_OUT
+    return ErrorAction.REOPEN if can_reopen else ErrorAction.TAKE_OUT
 
 
 def _waited_for_lock(pool: Pool, connection: BaseDatabaseWrapper, error: Exception) -> bool:

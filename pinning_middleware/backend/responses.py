@@ -10,11 +10,11 @@ from weakref import WeakSet
 
 from django.http.response import HttpResponseBase
 
-_adopted: WeakSet[type[Any]] = WeakSet()
+_wrapped_classes: WeakSet[type[Any]] = WeakSet()
 
 
 def render_within(response: Any, context: AbstractContextManager[object]) -> None:
-    """Have a template response rendered inside a context, and inside those that are given later."""
+    """Render a template response inside a context. A later context encloses the earlier ones."""
     inner = response.__dict__.get("pinning_render_contexts", ())
     response.pinning_render_contexts = (*inner, context)
 
@@ -39,12 +39,12 @@ def close_within(response: HttpResponseBase, context: AbstractContextManager[obj
     ``close()`` that its class overrides. The context is entered once.
     """
     kind = type(response)
-    if kind not in _adopted:
+    if kind not in _wrapped_classes:
         # A class may override close(), and call the overridden one first.
         for base in kind.__mro__:
             if issubclass(base, HttpResponseBase) and "close" in vars(base):
                 _wrap_close(base)
-        _adopted.add(kind)
+        _wrapped_classes.add(kind)
     response.pinning_close_context = context  # type: ignore[attr-defined]
 
 

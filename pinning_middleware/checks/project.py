@@ -116,7 +116,7 @@ def _check_first(number: str, setting: str, path: str, why: str) -> Iterator[Che
     places = [n for n, entry in enumerate(entries) if entry == path or _is_instance(entry, path)]
     if places[:1] == [0]:
         return
-    problem = f"{path} is not the first entry of" if places else f"{path} is missing in"
+    problem = f"{path} is not the first entry of" if places else f"{path} is missing from"
     yield warning(
         number,
         f"{_pools_setting()} is set, but {problem} {setting}.",
@@ -132,11 +132,11 @@ def check_other_routers() -> list[CheckMessage]:
             f"{type(other).__name__}.{method}() returns the replica {alias!r} {when}.",
             "Return the primary that a model belongs to; PinningRouter selects the replica.",
         )
-        for other, method, when, alias in _answers(conf.readonly_aliases)
+        for other, method, when, alias in _returned_replicas(conf.readonly_aliases)
     ]
 
 
-def _answers(replicas: Container[str]) -> Iterator[tuple[Any, str, str, str]]:
+def _returned_replicas(replicas: Container[str]) -> Iterator[tuple[Any, str, str, str]]:
     """Yield the first replica that each method of the other routers returns, and for what."""
     for other in router.routers:
         if _is_instance(other, ROUTER):
@@ -288,7 +288,7 @@ def check_sessions_saved_every_request() -> Iterator[CheckMessage]:
     yield warning(
         "W020",
         "SESSION_SAVE_EVERY_REQUEST is set and sessions are stored in the database, so every "
-        "visitor with a session is pinned to the primary.",
+        "user with a session is pinned to the primary.",
         "Set it to False, or SESSION_ENGINE to 'django.contrib.sessions.backends.cache' with a "
         "cache that is shared.",
     )
@@ -307,13 +307,13 @@ def check_recorded_requests() -> Iterator[CheckMessage]:
         if missing := [table for table in tables if table.lower() not in ignored]:
             yield warning(
                 "W021",
-                f"{package} stores every request in the database, so every visitor is pinned "
+                f"{package} stores every request in the database, so every user is pinned "
                 "to the primary.",
                 f"Add its tables to PINNING_IGNORED_TABLES: {', '.join(map(repr, missing))}.",
             )
 
 
-# What is cached for everybody
+# What is cached for all users
 
 
 @check
@@ -327,16 +327,16 @@ def check_shared_caches() -> list[CheckMessage]:
     return [
         warning(
             "W022",
-            f"{package} caches {', '.join(missing)} for everybody, and a lagging replica can "
+            f"{package} caches {', '.join(missing)} for all users, and a lagging replica can "
             "refill the cache with an old value.",
             f"Add {', '.join(map(repr, missing))} to PINNING_PRIMARY_MODELS.{also}",
         )
-        for package, models, also in _cached_for_everybody()
+        for package, models, also in _cached_for_all_users()
         if (missing := [label for label in models if not _is_listed(label, listed)])
     ]
 
 
-def _cached_for_everybody() -> Iterator[tuple[str, list[str], str]]:
+def _cached_for_all_users() -> Iterator[tuple[str, list[str], str]]:
     """Yield packages that cache models for all users, with the models and a further hint."""
     if apps.is_installed("django.contrib.sites"):
         # SITE_CACHE, a dict of each process.

@@ -1,4 +1,4 @@
-"""The aliases that the code of a router names, also if it returns them in some requests only."""
+"""The aliases that the code of a router names, even if it returns them in some requests only."""
 
 from __future__ import annotations
 

@@ -305,7 +305,9 @@ def _check_places(name: str, pools: dict[str, dict[str, int]]) -> Iterator[Check
             else:
                 problem = ""
             if problem:
-                hint = "Set each alias once: a replica has one primary, and is no primary itself."
+                hint = (
+                    "Set each alias once: a replica has one primary, and is not itself a primary."
+                )
                 yield error("E003", f"{name} {problem}.", hint)
             seen.add(alias)
 
@@ -369,7 +371,7 @@ def check_dry_run() -> Iterator[CheckMessage]:
             yield error(
                 "E027",
                 f"PINNING_DRY_RUN contains {alias!r}, which has replicas in "
-                f"{conf.effective_name(primaries[alias])}, so that there is no dry run.",
+                f"{conf.effective_name(primaries[alias])}, so there is no dry run.",
                 f"Remove {alias!r} from PINNING_DRY_RUN, or its replicas.",
             )
     yield from _check_assumed_lags(lags)

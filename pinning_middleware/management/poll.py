@@ -134,19 +134,19 @@ class ServerPoll:
         connection = self._connections.get(alias)
         if connection is None:
             connection = self._connections[alias] = connect.dedicated_connection(alias)
-        report = probe(connection)
-        if report is None:
+        result = probe(connection)
+        if result is None:
             self._check_reachable(connection)
             return _Reply()
         replay: Row = ()
-        if report.server.is_replica and connection.vendor == "postgresql":
+        if result.server.is_replica and connection.vendor == "postgresql":
             replay = fetch(connection, _REPLAY)
-        if not report.server.is_replica:
+        if not result.server.is_replica:
             self.refusals[alias] = standby_limits(connection)
         database = ""
         if connection.vendor in _DATABASE:
             database = str(fetch(connection, _DATABASE[connection.vendor])[0] or "")
-        return _Reply(report.server, replay, database)
+        return _Reply(result.server, replay, database)
 
     def _check_reachable(self, connection: BaseDatabaseWrapper) -> None:
         """Check whether a server that reports no position accepts connections."""

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from django.db import connections
 
-# The settings and options that say how to reach a server; all others may change what a statement
+# The settings and options that define how to reach a server; all others may change what a statement
 # returns.
 _TRANSPORT: Final = re.compile(
     r"(?:fallback_)?application_name|channel_binding|client_flag|connect_timeout|gssencmode"
@@ -26,7 +26,7 @@ _HARMLESS: Final = re.compile(
 _ASSIGNMENT: Final = re.compile(
     r"(?:SET\s+)?(?:SESSION\s+|@@(?:SESSION\.)?)?(\w+)\s*:?=", re.IGNORECASE
 )
-# The options that say which server an alias resolves to.
+# The options that select the server of an alias.
 _LOCATION: Final = (
     *("service", "host", "hostaddr", "port", "target_session_attrs", "load_balance_hosts"),
     *("read_default_file", "unix_socket"),

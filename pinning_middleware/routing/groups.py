@@ -27,10 +27,10 @@ class Rotations:
         """Whether all replicas of a rotation are out of it."""
         return any(not rotation and bool(rotation.weights) for rotation in self._all)
 
-    def draw(self) -> None:
+    def randomise(self) -> None:
         """Start each at a random place."""
         for rotation in self._all:
-            rotation.draw()
+            rotation.randomise()
 
     def exclude(self, names: Collection[str]) -> None:
         """Exclude these names; an empty collection readmits all."""

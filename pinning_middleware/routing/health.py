@@ -212,7 +212,7 @@ class Health:
         if self.is_only_server(state_of(connection), certain=max_lag is not None):
             return None
         server, now = state_of(connection).server, time.monotonic()
-        if server is None or now - server.lag_measured > 2 * monitor.SAMPLE_EVERY:
+        if server is None or now - server.lag_measured > 2 * monitor.SAMPLE_INTERVAL:
             if server is not None:
                 server.lag_measured = now
             server = self._measure_lag(connection)
@@ -225,10 +225,10 @@ class Health:
         return Fault.LAG if exceeds and not is_only else None
 
     def sample_lag(self) -> None:
-        """Have the monitors measure the lag for the next ``monitor.NEEDED`` seconds."""
+        """Have the monitors measure the lag for the next ``monitor.WORK_LASTS`` seconds."""
         now = time.monotonic()
         if now >= self._next_sample and self.supports_positions:
-            self._next_sample = now + monitor.SAMPLE_EVERY
+            self._next_sample = now + monitor.SAMPLE_INTERVAL
             self._request_samples()
 
     def _request_samples(self) -> None:
@@ -246,5 +246,5 @@ def _serves(server: Server, is_last_replica: bool) -> bool:
 def _pause(fault: Fault | None) -> float:
     """Return the seconds until a server with this fault is probed again."""
     if fault in (Fault.STALE_RESTART, Fault.LAG, Fault.REPLAY_WAITS):
-        return monitor.SAMPLE_EVERY
+        return monitor.SAMPLE_INTERVAL
     return conf.retry_after

@@ -25,7 +25,7 @@ from pinning_middleware.utils import clock
 
 def announce(scope: Scope) -> None:
     """
-    Pass on a fact that has just become visible, if the scope is closed: to the scope around it, or
+    Pass on a fact that has just become visible, if the scope is closed: to the enclosing scope, or
     to the stores that need no response. An open scope does so at its end.
     """
     if scope.on_late_change is not None:
@@ -48,7 +48,8 @@ def outgoing_pins(scope: Scope) -> dict[PinKey, Pin]:
     """
     if not conf.enabled:
         return {}
-    # No read waits for these probes, so that what earlier ones of the thread spent does not count.
+    # No read waits for these probes, so the time that earlier ones of this thread spent does not
+    # count.
     read_budget.renew()
     now = clock.now()
     pins = live(scope.inherited_pins, now, conf.seconds)

@@ -83,6 +83,7 @@ def decide(pool: Pool, scope: Scope, model: object = None) -> Decision:
         return _primary(pool, reason)
     if state.is_pinned:
         state = _to_inherited_pin(pool, scope, state)
+    # The rest of rule 4, and rule 5.
     if (reason := reason_besides_pins(pool, scope, state, effects, model)) is not None:
         return _primary(pool, reason)
     # Rule 6: inherited pins.

@@ -94,7 +94,8 @@ class Pool:
 
     def sample_lag(self) -> None:
         """
-        Have the lag of the replicas measured for the next ``monitor.NEEDED`` seconds. Does no I/O.
+        Have the lag of the replicas measured for the next ``monitor.WORK_LASTS`` seconds. Does no
+        I/O.
         """
         if self.supports_positions and (aliases := self._monitored()):
             self.health.monitors.sample_lag(aliases)
@@ -114,7 +115,7 @@ class Pool:
         )
 
     def dry_run_pin(self, state: PoolState) -> Pin | None:
-        """Return the pin that tells a dry run when the scope wrote, None outside a dry run."""
+        """Return the pin that a dry run records when the scope wrote; None outside a dry run."""
         return None
 
     def current_position(self) -> Position | None:

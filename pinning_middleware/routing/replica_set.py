@@ -32,7 +32,7 @@ from pinning_middleware.utils.transactions import is_transaction_open
 # Seconds that the first read under a `max_lag` waits until a lag has been measured.
 FIRST_LAG_TIMEOUT: Final = 0.25
 # Seconds for which a measured lag counts.
-LAG_VALID_FOR: Final = 3 * monitor.SAMPLE_EVERY
+LAG_VALID_FOR: Final = 3 * monitor.SAMPLE_INTERVAL
 # Seconds past ``retry_at`` after which a read starts the monitor of a replica again: its thread may
 # have failed to start.
 MONITOR_OVERDUE: Final = 5.0
@@ -124,7 +124,7 @@ class ReplicaSet:
                 self._readmit_reachable()
             if is_primary:
                 # No replica can substitute for it for long.
-                registry.schedule_retry(endpoint, monitor.SAMPLE_EVERY)
+                registry.schedule_retry(endpoint, monitor.SAMPLE_INTERVAL)
             self.monitors.retry_until_up(endpoint.alias)
 
     def _wake_monitor(self, endpoint: Endpoint) -> None:
@@ -141,7 +141,7 @@ class ReplicaSet:
 
     def begin_after_fork(self) -> None:
         """In a forked process: randomise the rotation and the retry times, start the monitors."""
-        self.rotations.draw()
+        self.rotations.randomise()
         for endpoint in self.endpoints.values():
             endpoint.draw_jitter()
             if endpoint.out_of_rotation:
@@ -356,7 +356,7 @@ class ReplicaSet:
         since, until = self._lag_needed
         # If an earlier caller already waited in vain, later callers do not wait.
         since = since if now < until else now
-        self._lag_needed = since, now + monitor.NEEDED
+        self._lag_needed = since, now + monitor.WORK_LASTS
         left = since + FIRST_LAG_TIMEOUT - now
         if (
             left > 0
@@ -393,7 +393,7 @@ class ReplicaSet:
         until, alias = self._substitute
         if now >= until or alias in self.out_of_rotation:
             alias = next(iter(self.freshest_first()), None)
-            self._substitute = now + monitor.SAMPLE_EVERY, alias
+            self._substitute = now + monitor.SAMPLE_INTERVAL, alias
         return alias
 
     def freshest_first(self) -> list[str]:

@@ -55,7 +55,7 @@ class Rotation:
         self._tiers = dict(tiers or {})
         self.exclude(())
         self._first_tier = self.names
-        self.draw()
+        self.randomise()
 
     def is_fallback(self, name: str) -> bool:
         """Return whether a name is of a tier above the lowest."""
@@ -64,7 +64,7 @@ class Rotation:
     def __bool__(self) -> bool:
         return bool(self._round)
 
-    def draw(self) -> None:
+    def randomise(self) -> None:
         """Start at a random place."""
         start = random.randrange(max(len(self._round), 1))
         self._count: Iterator[int] = itertools.count(start)

@@ -43,7 +43,7 @@ def take_decision(alias: str) -> Decision | None:
     Return the decision that a new cursor of this alias follows; None if the code named the alias.
 
     Django asks the router and opens the cursor in separate calls, so that a decision which no read
-    followed is taken by the next raw read of the same alias, also if the code named that.
+    followed is taken by the next raw read of the same alias, even if the code named that.
     """
     decision = _pending.get()
     if decision is None:

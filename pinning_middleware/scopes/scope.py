@@ -150,9 +150,9 @@ class PoolState(NamedTuple):
             last_searched=None,
         )
 
-    def merge_outer(self, outer: PoolState) -> PoolState:
+    def merge_parent(self, parent: PoolState) -> PoolState:
         """Return this state merged with that of the enclosing scope."""
-        return self._merge_own(outer).inherit(outer.inherited, outer.observed)
+        return self._merge_own(parent).inherit(parent.inherited, parent.observed)
 
     def merge_inner(self, inner: PoolState) -> PoolState:
         """Return this state merged with that of an inner scope that has ended."""
@@ -243,7 +243,7 @@ class Scope:
             self.inherited_pins = pins
 
     def state(self, key: PoolKey) -> PoolState:
-        """Return the state of a pool, also if nothing has happened to it yet."""
+        """Return the state of a pool, even if nothing has happened to it yet."""
         state = self.pools.get(key)
         if state is not None:
             return state
@@ -251,7 +251,7 @@ class Scope:
             return _INITIAL
         state = PoolState(*pins_of(self.inherited_pins, key.primary))
         outer = _INITIAL if self.parent is None else self.parent.state(key)
-        return state if outer is _INITIAL else state.merge_outer(outer)
+        return state if outer is _INITIAL else state.merge_parent(outer)
 
     def update(self, key: PoolKey, change: Callable[[PoolState], PoolState]) -> PoolState:
         """Replace the state of a pool by what ``change`` makes of it, and return that."""
@@ -262,8 +262,8 @@ class Scope:
 
     def has_state_for(self, key: PoolKey) -> bool:
         """
-        Return whether anything has happened to a pool here or in a scope around this one, or that
-        one began with pins.
+        Return whether anything has happened to a pool here or in an enclosing scope, or whether an
+        enclosing scope began with pins.
         """
         outer = self.parent
         return key in self.pools or (
@@ -364,7 +364,7 @@ class Scope:
         self.parent = parent
         for key in self.pools:
             outer = parent.state(key)
-            self.update(key, lambda state, outer=outer: state.merge_outer(outer))  # type: ignore[misc]
+            self.update(key, lambda state, outer=outer: state.merge_parent(outer))  # type: ignore[misc]
         if not parent.is_ambient:
             self.prefers_primary = self.prefers_primary or parent.prefers_primary
             self.offloaded = self.offloaded or parent.offloaded

@@ -18,7 +18,7 @@ from django.db import OperationalError
 # read, so that a read waits no longer than 1.5 s.
 READ_BUDGET: Final = 1.4
 
-# Seconds after which a thread that only connects, and runs no statement, has a new one.
+# Seconds without spending after which a thread that only connects gets a new budget.
 RENEWED_AFTER: Final = 1.0
 
 

@@ -35,7 +35,7 @@ from pinning_middleware.servers.probe import CONNECTION_ERRORS, endpoint_for, pr
 from pinning_middleware.servers.psycopg_pool import (
     apply_pool_timeouts,
     get_live_connection,
-    has_pool,
+    has_connection_pool,
 )
 from pinning_middleware.servers.registry import RECENT_FOR, Endpoint, registry
 from pinning_middleware.utils.race import first_result
@@ -71,7 +71,7 @@ class ConnectTimeout(OperationalError):
 class BoundedConnect(Base):  # type: ignore[misc]
     """
     A mixin of connection classes that limits the time for connecting, and for getting a connection
-    of Django's pool, and retries an attempt that fails at once.
+    of Django's connection pool, and retries an attempt that fails immediately.
 
     Applies if another server could serve, or to a probe. Otherwise the driver's behaviour is kept.
     """
@@ -87,8 +87,9 @@ class BoundedConnect(Base):  # type: ignore[misc]
         """Return the driver's parameters, with a timeout unless OPTIONS has one."""
         params: dict[str, Any] = super().get_connection_params()
         dialect = dialect_for(self)
-        # The parameters of a pool apply to all its connections, also if a probe creates the pool.
-        is_probe = probing.get() and not has_pool(self)
+        # The parameters of a connection pool apply to all its connections, even if a probe creates
+        # it.
+        is_probe = probing.get() and not has_connection_pool(self)
         if dialect is not None and (is_probe or _always_needs_timeout(self)):
             params.setdefault(dialect.connect_timeout, DRIVER_TIMEOUT)
         return params
@@ -102,7 +103,7 @@ class BoundedConnect(Base):  # type: ignore[misc]
         get_new_connection = super().get_new_connection
         if not _needs_timeout(self):
             return get_new_connection(conn_params)
-        if has_pool(self):
+        if has_connection_pool(self):
             apply_pool_timeouts(self, _always_needs_timeout(self), CONNECT_TIMEOUT)
             raw = get_live_connection(
                 self,
@@ -280,10 +281,9 @@ def _bounded_class(base: Any) -> Any:
 def dedicated_connection(
     alias: str, host: tuple[str, str] | None = None, *, for_read: bool = False
 ) -> BaseDatabaseWrapper:
-    """
-    Return a new connection for the package's own use, not from a pool, for any thread; to one host
-    and port of the alias's list if ``host`` is given. ``for_read``: a read waits for it, so that
-    connecting takes no longer than what is left of its budget.
+    """Return a new connection for the package's own use, not from a connection pool, for any
+    thread; to one host and port of the alias's list if ``host`` is given. ``for_read``: a read
+    waits for it, so that connecting takes no longer than what is left of its budget.
     """
     settings = connections.settings[alias]
     if host is not None:

@@ -93,7 +93,7 @@ class ConnectionState:
 
     @property
     def is_standby(self) -> bool:
-        """Whether the server has said that it is one. Does no I/O."""
+        """Whether the server has reported that it is a standby. Does no I/O."""
         return (
             self._parameter_status is not None
             and self._parameter_status(b"in_hot_standby") == b"on"

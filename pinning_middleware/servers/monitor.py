@@ -4,9 +4,9 @@ samples replication lag, polls for waiting requests, resolves hidden timelines, 
 write until the replicas have replayed it.
 
 One lazily started daemon thread per alias, with its own connection, so that an unresponsive server
-cannot block the others. The thread and its connection end after IDLE seconds without work; no error
-ends them. If a thread cannot be started, callers wait no longer than their own limit, and a read of
-the pool starts it when a retry is overdue.
+cannot block the others. The thread and its connection end after IDLE_TIMEOUT seconds without work;
+no error ends them. If a thread cannot be started, callers wait no longer than their own limit, and
+a read of the pool starts it when a retry is overdue.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ Work = Literal["resolve", "replay", "sessions", "hosts", "check"]
 logger = logging.getLogger("pinning_middleware.servers")
 
 # Seconds between two samples.
-SAMPLE_EVERY = 1.0
-# Maximum seconds between two samples for the older one to tell how far a replica lags.
+SAMPLE_INTERVAL = 1.0
+# Maximum seconds between two samples from which a lag is computed.
 MAX_SAMPLE_GAP = 5.0
 # Seconds without work after which a monitor ends.
-IDLE = 5.0
+IDLE_TIMEOUT = 5.0
 # Seconds that a monitor goes on with what it was last requested to sample or to track.
-NEEDED = 10.0
+WORK_LASTS = 10.0
 # Seconds between two probes while a request waits: the first pause, doubled up to the second.
 FIRST_PAUSE, MAX_PAUSE = 0.001, 0.02
 # Seconds between two searches for the sessions of slow reads.
@@ -65,8 +65,8 @@ SESSION_SEARCH_INTERVAL = 0.25
 AFTER_SLOW_READ = 60.0
 # Seconds after a write until its replicas are probed: a healthy one has replayed it by then.
 TRACK_AFTER = 0.005
-# Seconds until the next probe, doubled up to SAMPLE_EVERY.
-TRACK_EVERY = 0.1
+# Seconds until the next probe, doubled up to SAMPLE_INTERVAL.
+TRACK_INTERVAL = 0.1
 # Seconds for which retries stay as frequent after another replica has returned: failures that began
 # together often end together.
 URGENT_FOR = 2.0
@@ -97,13 +97,13 @@ class Monitor:
         self._written: Position | None = None
         self._tracked: Position | None = None
         self._track_at = self._track_until = 0.0
-        self._track_pause = TRACK_EVERY
+        self._track_pause = TRACK_INTERVAL
         # The pause between two attempts while no other replica is left.
         self._retry_pause = LAST_REPLICA_RETRY_INTERVAL
         # Last monotonic time at which no replica was in rotation.
         self._none_left_at = -math.inf
         self._last_check = self._last_search = self._last_hosts = 0.0
-        self._busy_until = time.monotonic() + IDLE
+        self._busy_until = time.monotonic() + IDLE_TIMEOUT
         self._connections: dict[str, BaseDatabaseWrapper] = {}
         # The server that a new connection of the primary's alias has reached lately.
         self._reopened_to: Server | None = None
@@ -127,9 +127,9 @@ class Monitor:
         with self.condition:
             if self.is_stopping:
                 return False
-            self._stay_for(IDLE)
+            self._stay_for(IDLE_TIMEOUT)
             if sampling:
-                self._sampling_until = time.monotonic() + NEEDED
+                self._sampling_until = time.monotonic() + WORK_LASTS
             self._resolving = self._resolving or resolving
             self.condition.notify_all()
         return True
@@ -143,13 +143,13 @@ class Monitor:
             if self.is_stopping:
                 return False
             now = time.monotonic()
-            has_expired, self._track_until = now >= self._track_until, now + NEEDED
-            self._stay_for(IDLE)
+            has_expired, self._track_until = now >= self._track_until, now + WORK_LASTS
+            self._stay_for(IDLE_TIMEOUT)
             if is_new:
                 self._written = position
             if self._tracked is None or has_expired:
-                self._tracked, self._track_pause = position, TRACK_EVERY
-                self._track_at = max(now + TRACK_AFTER, self._last_check + TRACK_EVERY)
+                self._tracked, self._track_pause = position, TRACK_INTERVAL
+                self._track_at = max(now + TRACK_AFTER, self._last_check + TRACK_INTERVAL)
                 self.condition.notify_all()
         return True
 
@@ -162,7 +162,7 @@ class Monitor:
             if self.is_stopping:
                 return False
             self._waiters += by
-            self._stay_for(IDLE)
+            self._stay_for(IDLE_TIMEOUT)
             self.condition.notify_all()
         return True
 
@@ -258,8 +258,8 @@ class Monitor:
             self._stay_for(AFTER_SLOW_READ)
             work.append((self._last_search + SESSION_SEARCH_INTERVAL, "sessions"))
         if endpoint.unresponsive_hosts:
-            self._stay_for(IDLE)
-            work.append((self._last_hosts + SAMPLE_EVERY, "hosts"))
+            self._stay_for(IDLE_TIMEOUT)
+            work.append((self._last_hosts + SAMPLE_INTERVAL, "hosts"))
         if (due := self._next_check(now, pause)) is not None:
             work.append((due, "check"))
         return work
@@ -270,13 +270,13 @@ class Monitor:
         if self._waiters:
             times.append(self._last_check + pause)
         if now < self._sampling_until:
-            times.append(self._last_check + SAMPLE_EVERY)
+            times.append(self._last_check + SAMPLE_INTERVAL)
         endpoint = self._endpoint
         if endpoint.out_of_rotation:
             is_urgent = self._is_urgent(endpoint)
-            interval = self._retry_pause * endpoint.jitter if is_urgent else SAMPLE_EVERY
+            interval = self._retry_pause * endpoint.jitter if is_urgent else SAMPLE_INTERVAL
             times.append(min(endpoint.retry_at, self._last_check + interval))
-            self._stay_for(IDLE)
+            self._stay_for(IDLE_TIMEOUT)
         elif self._tracked is not None and now < self._track_until:
             times.append(self._track_at)
         return min(times) if times else None
@@ -372,10 +372,10 @@ class Monitor:
             if reached(tracked):
                 is_newest = self._written is None or reached(self._written)
                 self._tracked = None if is_newest else self._written
-                self._track_pause = TRACK_EVERY
+                self._track_pause = TRACK_INTERVAL
             self._track_at = now + self._track_pause
             if self._tracked is tracked:
-                self._track_pause = min(2 * self._track_pause, SAMPLE_EVERY)
+                self._track_pause = min(2 * self._track_pause, SAMPLE_INTERVAL)
 
     def _resolve_timeline(self) -> None:
         """Probe the primary, the replica until it has caught up, and the primary again."""
@@ -508,7 +508,7 @@ def _retry_interval(endpoint: Endpoint) -> float:
         endpoint.out_of_rotation in (Fault.STALE_RESTART, Fault.LAG, Fault.REPLAY_WAITS)
         or endpoint.alias == endpoint.pool
     ):
-        return SAMPLE_EVERY
+        return SAMPLE_INTERVAL
     return max(conf.retry_after, LAST_REPLICA_MAX_INTERVAL)
 
 
@@ -553,7 +553,7 @@ class Monitors:
                     other.condition.notify_all()
 
     def sample_lag(self, aliases: tuple[str, ...]) -> None:
-        """Measure the lag of these replicas every second for the next NEEDED seconds."""
+        """Measure the lag of these replicas every second for the next WORK_LASTS seconds."""
         for alias in (self.primary, *aliases):
             self._assign(alias, lambda monitor: monitor.schedule(sampling=True))
 

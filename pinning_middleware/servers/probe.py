@@ -92,10 +92,11 @@ def probing_allowed(connection: BaseDatabaseWrapper) -> bool:
     return False
 
 
-def is_pool_exhausted(error: BaseException) -> bool:
+def is_connection_pool_exhausted(error: BaseException) -> bool:
     """
     Return whether an error of connecting means that no connection of psycopg's pool became free in
-    time. All may be in use by this process, which is no fault of the server.
+    time. All may be in use by this process, which is not a fault of the
+    server.
     """
     module = sys.modules.get("psycopg_pool")
     if module is None:
@@ -230,7 +231,9 @@ def _probe_once(connection: BaseDatabaseWrapper, dialect: Dialect, is_trial: boo
     try:
         connection.ensure_connection()
     except CONNECTION_ERRORS as error:
-        if not (is_trial or is_pool_exhausted(error) or isinstance(error, BudgetExhausted)):
+        if not (
+            is_trial or is_connection_pool_exhausted(error) or isinstance(error, BudgetExhausted)
+        ):
             registry.mark_down(endpoint, Fault.UNREACHABLE, conf.retry_after, error)
         raise
     finally:
@@ -374,8 +377,8 @@ def _detect_load_balancing(endpoint: Endpoint, dialect: Dialect, query: Query) -
     if endpoint.splits_reads_and_writes:
         endpoint.pooler_mixes_servers = True
         logger.error(
-            "%s resolves to pgpool-II with load_balance_mode = on, so that any of its servers "
-            "answers a read; positions are ignored. Set load_balance_mode = off.",
+            "%s resolves to pgpool-II with load_balance_mode = on, so any of its servers "
+            "may answer a read; positions are ignored. Set load_balance_mode = off.",
             endpoint.alias,
         )
 

@@ -1,10 +1,10 @@
 """
 Connections from Django's psycopg pool.
 
-A read waits for one as long as the site's pool settings specify, since a pool whose connections are
-all in use is no fault of its server. While it waits, a fresh connection outside of the pool checks
-whether the server can be reached. Connections that the server closed while they were idle are
-discarded, at most ``max_size + 1`` of them for each read.
+A read waits for one as long as the site's settings of the connection pool specify: if all its
+connections are in use, that is not a fault of the server. While it waits, a fresh connection
+outside of the pool checks whether the server can be reached. Connections that the server closed
+while they were idle are discarded, at most ``max_size + 1`` of them for each read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Final
 from weakref import WeakValueDictionary
 
 from pinning_middleware.servers.budget import read_budget
-from pinning_middleware.servers.probe import endpoint_for, is_pool_exhausted, probing
+from pinning_middleware.servers.probe import endpoint_for, is_connection_pool_exhausted, probing
 from pinning_middleware.servers.session_check import is_ready
 
 # Seconds that a read waits for a connection until a check of whether the server can be reached.
@@ -31,17 +31,17 @@ CHECK_VALID_FOR: Final = 1.0
 # Seconds that ``getconn()`` waits now, if not as long as the pool's own timeout.
 _limit: ContextVar[float | None] = ContextVar("pinning_pool_limit", default=None)
 # The pools of the replicas, by alias.
-_pools: WeakValueDictionary[str, Any] = WeakValueDictionary()
+_connection_pools: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
-def has_pool(connection: Any) -> bool:
+def has_connection_pool(connection: Any) -> bool:
     """Return whether a connection belongs to Django's pool of its alias."""
     return bool(connection.settings_dict["OPTIONS"].get("pool"))
 
 
 def close_for_good(connection: Any) -> None:
     """Close a connection. One that belongs to a pool is not returned to it, but replaced."""
-    if connection.connection is not None and has_pool(connection):
+    if connection.connection is not None and has_connection_pool(connection):
         # If it were closed first, the pool would log a warning.
         connection.connection._expire_at = 0.0
     connection.close()
@@ -60,7 +60,7 @@ def apply_pool_timeouts(connection: Any, always: bool, timeout: float) -> None:
     is_set = isinstance(options, dict) and "timeout" in options
     if always:
         pool._check = None
-        _pools[connection.alias] = pool
+        _connection_pools[connection.alias] = pool
     elif not hasattr(pool, "pinning_probe_timeout"):
         pool.pinning_probe_timeout = None if is_set else timeout
         if (check := getattr(pool, "_check", None)) is not None:
@@ -126,7 +126,7 @@ def _get_in_time(
             return get()
         except Exception as error:
             waited = time.monotonic() - began
-            if not is_pool_exhausted(error):
+            if not is_connection_pool_exhausted(error):
                 read_budget.spend(waited)
                 raise
             if endpoint.is_down or _claim_check(pool):
@@ -157,7 +157,7 @@ def _claim_check(pool: Any) -> bool:
 
 def fail_waiting_reads(alias: str, why: str) -> None:
     """Let the reads fail that wait for a connection of a replica's pool: its server is down."""
-    pool = _pools.get(alias)
+    pool = _connection_pools.get(alias)
     if pool is None:
         return
     from psycopg import OperationalError

@@ -123,7 +123,7 @@ class Server:
         self.retry_position_at = 0.0
         # Positions that the server reported in a history that has ended since. They do not count
         # for as long as the server reports them unchanged.
-        self._disputed: dict[str, int] = {}
+        self._invalidated: dict[str, int] = {}
         self.timeline_hidden = False
         # A timeline that the server has reached, so that it is on no older one. None if unknown.
         self.checkpoint_timeline: str | None = None
@@ -154,20 +154,20 @@ class Server:
         self.position = {}
         return is_new
 
-    def dispute(self, points: Points) -> None:
+    def invalidate(self, points: Points) -> None:
         """
-        Ignore these points until the server reports others or ``confirm()`` is called. Also clear
-        the minimum position.
+        Ignore these points until the server reports others or ``revalidate()`` is called. Also
+        clear the minimum position.
         """
-        self._disputed |= points
+        self._invalidated |= points
         self.position = {log: n for log, n in self.position.items() if points.get(log) != n}
         self.clear_minimum()
 
-    def confirm(self, points: Points) -> None:
-        """Accept disputed points again that the primary has reached since."""
-        for log, end in tuple(self._disputed.items()):
+    def revalidate(self, points: Points) -> None:
+        """Accept invalidated points again that the primary has reached since."""
+        for log, end in tuple(self._invalidated.items()):
             if points.get(log, -1) >= end:
-                self._disputed.pop(log, None)
+                self._invalidated.pop(log, None)
 
     def apply_report(self, report: Report, sent_at: float) -> None:
         """Store a report. ``sent_at``: monotonic time at which the probe was sent."""
@@ -188,10 +188,10 @@ class Server:
         points = {
             log: end
             for log, end in replayed.items()
-            if not is_unresolved(log) and self._disputed.get(log) != end
+            if not is_unresolved(log) and self._invalidated.get(log) != end
         }
         for log in points:
-            self._disputed.pop(log, None)
+            self._invalidated.pop(log, None)
         if is_sequential and (report.is_complete or report.has_new_history):
             self.position = points
         else:
@@ -380,8 +380,8 @@ class ServerRegistry:
         self._lock = ForkSafeLock()
         self._servers: dict[Identity, Server] = {}
         self._endpoints: dict[str, Endpoint] = {}
-        # By system: a primary's last reports. By pool: its positions over a longer time, since two
-        # clusters of MariaDB have no names that tell them apart.
+        # By system: a primary's last reports. By pool: its positions over a longer time, since
+        # clusters of MariaDB have no identifiers.
         self._primary_samples: dict[str, deque[PrimarySample]] = {}
         self._lag_samples: dict[str, deque[tuple[float, Position]]] = {}
         self.listeners: list[Callable[[Endpoint], None]] = []
@@ -496,12 +496,12 @@ class ServerRegistry:
         for pool in self._pools_of(server):
             self._lag_samples.pop(pool, None)
         for other in self._others_in_pools_of(server):
-            other.dispute(other.position)
+            other.invalidate(other.position)
 
     def _compare_with_primary(self, primary: Server, written: Position, sent_at: float) -> None:
-        """Dispute what servers reported of a log beyond what their primary had later."""
+        """Invalidate what servers reported of a log beyond what their primary had later."""
         for other in self._others_in_pools_of(primary):
-            other.confirm(written.points)
+            other.revalidate(written.points)
             if other.last_probed < sent_at:
                 ahead = {
                     log: end
@@ -509,7 +509,7 @@ class ServerRegistry:
                     if end > written.points.get(log, end)
                 }
                 if ahead:
-                    other.dispute(ahead)
+                    other.invalidate(ahead)
 
     def _pools_of(self, server: Server) -> set[str]:
         return {each.pool for each in tuple(self._endpoints.values()) if server in each.servers}

@@ -28,7 +28,7 @@ logger = logging.getLogger("pinning_middleware.servers")
 # connect it to the session's server. The second applies if the alias has several servers.
 ATTEMPT_INTERVAL, BALANCED_ATTEMPT_INTERVAL = 0.25, 0.1
 MAX_ATTEMPTS: Final = 20
-# Seconds between two looks at the connection of a read whose server another read checks.
+# Seconds between two checks of the connection of a read whose server another read checks.
 ANSWER_INTERVAL: Final = 0.02
 # Seconds by which two measurements of how long a read has been running may differ.
 TOLERANCE: Final = 0.3
@@ -112,7 +112,7 @@ def check_session(raw: Any, state: ConnectionState, began: float, seconds: float
     if is_first:
         try:
             status = _check_by_new_connection(raw, state, began, seconds)
-            check.status = _or_answered(status, raw, state, check.began)
+            check.status = _unless_answered(status, raw, state, check.began)
         finally:
             check.done.set()
             with _lock:
@@ -123,12 +123,12 @@ def check_session(raw: Any, state: ConnectionState, began: float, seconds: float
         if _is_answered(raw):
             return SessionStatus.RUNNING
     if check.status not in (SessionStatus.GONE, SessionStatus.WAITS_FOR_LOCK):
-        return _or_answered(check.status, raw, state, check.began)
+        return _unless_answered(check.status, raw, state, check.began)
     # That of the other session is no answer for this one.
     return _check_by_new_connection(raw, state, began, seconds)
 
 
-def _or_answered(
+def _unless_answered(
     status: SessionStatus, raw: Any, state: ConnectionState, since: float
 ) -> SessionStatus:
     """Return READS_ANSWERED in place of UNANSWERED if this read, or another, has been answered."""
@@ -142,7 +142,7 @@ def _is_answered(raw: Any) -> bool:
     try:
         return is_ready(raw.fileno())
     except OSError:
-        # No descriptor is left to look at it.
+        # No file descriptor is left for the selector.
         return False
 
 

@@ -37,7 +37,7 @@ class Read(NamedTuple):
     """
     One completed read.
 
-    - ``alias``: the alias chosen by the routing decision, also if it is a test mirror.
+    - ``alias``: the alias chosen by the routing decision, even if it is a test mirror.
     - ``role``: ``"primary"`` or ``"replica"``.
     - ``reason``: a ``pinning_middleware.reasons.Reason``.
     - ``model``: the model of the first table, or ``None``.

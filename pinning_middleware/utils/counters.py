@@ -16,7 +16,7 @@ class Read(NamedTuple):
     """
     A completed read.
 
-    ``alias``: the alias that was chosen, also if it is a test mirror; ``served``: the alias that
+    ``alias``: the alias that was chosen, even if it is a test mirror; ``served``: the alias that
     served it; ``role``: ``"primary"`` or ``"replica"``, by the chosen alias; ``reason``: a
     ``pinning_middleware.reasons.Reason``; ``server``: the server, if known; ``connection``: the
     connection that it ran on, valid only while the observer is called.
@@ -54,7 +54,7 @@ refusals: Counter[tuple[str, str]] = Counter()
 # Views that ended in 404 on a replica, by what the primary answered (found, missing), or because
 # the budget was spent (refused).
 retries_404: Counter[str] = Counter()
-# Tasks that found no replica which had caught up, and were put back (put_back) or, at last, ran on
+# Tasks that found no replica which had caught up, and were requeued, or in the end ran on
 # the primary (primary).
 task_retries: Counter[str] = Counter()
 # Reads of a dry run that would have missed a write of their own client without pins, by the pool's

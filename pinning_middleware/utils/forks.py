@@ -24,7 +24,7 @@ class ForkSafeLock:
     def __enter__(self) -> None:
         lock = self._lock
         lock.acquire()
-        # Only the holder gets here. Its block must release this lock, also if the block forks.
+        # Only the holder gets here. Its block must release this lock, even if the block forks.
         self._held = lock
 
     def __exit__(self, *exc_info: object) -> None:

@@ -28,7 +28,7 @@ def count_open_transactions(connection: BaseDatabaseWrapper) -> int:
 
 
 def driver_in_transaction(connection: BaseDatabaseWrapper) -> bool | None:
-    """Return whether the driver knows a transaction to be open; None if it cannot tell."""
+    """Return whether the driver knows a transaction to be open; None if unknown."""
     raw = connection.connection
     if raw is None:
         return False

@@ -204,7 +204,7 @@ def test_replica_gauges(watch: Watch, states: None) -> None:
     assert found.values("replica.lag") == {one: 0.5}
     assert found.values("replica.behind") == {one: 4096}
     assert found.values("replica.in_rotation") == {one: 1, other: 0}
-    assert found.values("replica.knowledge.age") == {one: 0.25}
+    assert found.values("replica.probe.age") == {one: 0.25}
     units = {name: found[f"pinning_middleware.replica.{name}"].unit for name in ("lag", "behind")}
     assert units == {"lag": "s", "behind": "By"}
 

@@ -390,9 +390,9 @@ def test_work_inside_a_lock_of_the_cache_reads_the_primary() -> None:
     assert not rename(number, "z")
 
 
-# What is cached for everybody
+# What is cached for all users
 
-cached: Any = load("how-to/sessions-and-caches.md", "What is cached for everybody")["shop/prices"]
+cached: Any = load("how-to/sessions-and-caches.md", "What is cached for all users")["shop/prices"]
 
 
 def read_anywhere() -> list[str]:

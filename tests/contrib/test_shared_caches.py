@@ -1,4 +1,4 @@
-"""What packages cache for everybody, after a write that the replicas do not have."""
+"""What packages cache for all users, after a write that the replicas do not have."""
 
 from __future__ import annotations
 

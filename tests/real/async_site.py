@@ -287,7 +287,7 @@ async def another_users_write(site: Site) -> Any:
 
 
 async def dead_replica(site: Site) -> Any:
-    """The alias of the replica leads to a port that nothing listens on."""
+    """The alias of the replica resolves to a port that nothing listens on."""
     return [await site.visit(site.where) for _ in range(3)]
 
 

@@ -32,7 +32,7 @@ from tests.app.models import Account, Author, Book, Tag
 from . import mariadb, mysql
 from .layouts import Place, chosen, database
 from .layouts.waiting import eventually, missing
-from .ports import ASK_PORT
+from .ports import PORT_QUERY
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -167,7 +167,7 @@ class PostgreSQL:
         for node in self.cluster.replicas:
             node.resume()
         # A replica that replays a new record is streaming again.
-        self["pg"].execute("SELECT pg_logical_emit_message(true, '', 'mended')")
+        self["pg"].execute("SELECT pg_logical_emit_message(true, '', 'repaired')")
         self.cluster.wait_caught_up(timeout=30)
 
     def terminate(self, alias: str) -> None:
@@ -361,7 +361,7 @@ def position_in(token: str | None) -> Any:
 
 def server() -> str:
     """Read in this scope, and return the alias of the server, by its port."""
-    sql = ASK_PORT[connections[OnServers.primary].vendor]
+    sql = PORT_QUERY[connections[OnServers.primary].vendor]
     (book,) = Book.objects.raw(sql)
     return alias_of_port(book.port)
 
@@ -376,7 +376,7 @@ def alias_of_port(port: int) -> str:
 
 def port() -> int:
     """Read in this scope, and return the port of the server."""
-    (book,) = Book.objects.raw(ASK_PORT["postgresql"])
+    (book,) = Book.objects.raw(PORT_QUERY["postgresql"])
     return int(book.port)
 
 

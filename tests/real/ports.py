@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-ASK_PORT: Final = {
+PORT_QUERY: Final = {
     "postgresql": "SELECT 1 AS id, inet_server_port() AS port",
     "mysql": "SELECT 1 AS id, @@port AS port",
 }

@@ -320,7 +320,7 @@ def test_task_with_the_retry_policy_is_put_back_until_a_replica_has_caught_up(
     pg.resume("pg1")
     for one in (sent, followed):
         assert answer(one) == (True, "pg1")
-        assert result(one)["put_back"] >= 1
+        assert result(one)["requeued"] >= 1
         assert result(one)["retries"] == 0, "these are the task's own"
 
 
@@ -333,8 +333,8 @@ def test_task_with_the_retry_policy_reads_the_primary_at_last(
         sent = tasks.see_by_one_retry.delay("new")
     assert answer(sent) == (True, "pg")
     found = result(sent)
-    assert found["put_back"] == 1
-    assert found["stats"]["put_back"] >= found["stats"]["primary"] == 1
+    assert found["requeued"] == 1
+    assert found["stats"]["requeued"] >= found["stats"]["primary"] == 1
 
 
 def test_task_with_the_retry_policy_without_lag_is_not_put_back(
@@ -345,7 +345,7 @@ def test_task_with_the_retry_policy_without_lag_is_not_put_back(
         pg.wait_for()
         sent = tasks.see_by_retry.delay("new")
     seen, alias = answer(sent)
-    assert (seen, alias in REPLICAS, result(sent)["put_back"]) == (True, True, None)
+    assert (seen, alias in REPLICAS, result(sent)["requeued"]) == (True, True, None)
 
 
 def test_task_sent_on_commit(

@@ -585,11 +585,11 @@ def test_connection_closed_at_the_first_probe_is_reopened(
         connections[alias].close()
     identify, lost = Dialect.identify, []
 
-    def lose(self: Any, ask: Any, where: tuple[str, int], way: Any) -> Any:
+    def lose(self: Any, query: Any, driver: tuple[str, int], strategy: Any) -> Any:
         if not lost:
-            lost.append(alias_of_port(where[1]))
+            lost.append(alias_of_port(driver[1]))
             one_book.terminate(lost[0])
-        return identify(self, ask, where, way)
+        return identify(self, query, driver, strategy)
 
     monkeypatch.setattr(Dialect, "identify", lose)
     with unrelated_scope(token):

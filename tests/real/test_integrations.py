@@ -252,6 +252,6 @@ def test_opentelemetry_gauges_of_a_paused_and_a_stopped_replica(pg: PostgreSQL) 
     }
     assert points["in_rotation"] == {"pg1": 1, "pg2": 0}
     assert points["behind"]["pg1"] > 0
-    assert 0 <= points["knowledge.age"]["pg1"] < 30
+    assert 0 <= points["probe.age"]["pg1"] < 30
     pg["pg2"].start()
     make_retry_due("pg2")

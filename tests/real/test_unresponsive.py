@@ -26,7 +26,7 @@ from pinning_middleware.servers.session_check import SessionStatus
 from tests.app.models import Book
 
 from .conftest import (
-    ASK_PORT,
+    PORT_QUERY,
     Asked,
     PostgreSQL,
     SentSignals,
@@ -233,7 +233,7 @@ def test_idle_pool_connections_to_a_frozen_replica_delay_reads_briefly(
 
     def read() -> int:
         with unrelated_scope():
-            (book,) = Book.objects.using("r1").raw(ASK_PORT["postgresql"])
+            (book,) = Book.objects.using("r1").raw(PORT_QUERY["postgresql"])
         return int(book.port)
 
     with ThreadPoolExecutor(4) as threads, as_layout(pg, r1=r1, r2=r2):
@@ -262,7 +262,7 @@ def test_replica_unresponsive_after_an_error_is_detected(
             return execute(*call)
 
         with unrelated_scope(), connections["pg1"].execute_wrapper(fail):
-            (book,) = Book.objects.using("pg1").raw(ASK_PORT["postgresql"])
+            (book,) = Book.objects.using("pg1").raw(PORT_QUERY["postgresql"])
         assert book.port == pg["pg2"].port
         assert pool().replica_set.out_of_rotation == {"pg1"}
     assert ("pg1", threading.current_thread().name) not in connecting
@@ -860,10 +860,10 @@ def test_pooler_whose_connections_are_all_in_use_is_not_unresponsive(
         assert sent_signals == []
 
 
-def test_request_ends_while_a_connection_with_an_error_leads_to_a_frozen_replica(
+def test_request_ends_while_a_connection_with_an_error_is_to_a_frozen_replica(
     pg: PostgreSQL,
 ) -> None:
-    """Django then asks the server whether the connection is usable."""
+    """Django then checks with a query whether the connection is usable."""
     connections["pg1"].ensure_connection()
     connections["pg1"].errors_occurred = True
     with frozen(pg["pg1"]):

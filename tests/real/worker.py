@@ -11,7 +11,7 @@ from django.db import connections, router
 
 from pinning_middleware.celery import propagate_pins
 
-from .ports import ASK_PORT
+from .ports import PORT_QUERY
 
 app = Celery("tests.real.worker")
 app.conf.update(
@@ -37,7 +37,7 @@ def look(*titles: str) -> dict[str, Any]:
     from tests.app.models import Book
 
     seen = Book.objects.filter(title__in=titles).count() == len(titles)
-    (row,) = Book.objects.raw(ASK_PORT[connections[router.db_for_write(Book)].vendor])
+    (row,) = Book.objects.raw(PORT_QUERY[connections[router.db_for_write(Book)].vendor])
     return {"seen": seen, "port": row.port}
 
 
@@ -64,16 +64,16 @@ def see_soon(*titles: str) -> dict[str, Any]:
 @app.task(pinning="retry", pinning_retries=20, max_retries=0)
 def see_by_retry(*titles: str) -> dict[str, Any]:
     request = see_by_retry.request
-    put_back = request.get("pinning_put_back")
-    return {**look(*titles), "put_back": put_back, "retries": request.retries}
+    requeued = request.get("pinning_requeued")
+    return {**look(*titles), "requeued": requeued, "retries": request.retries}
 
 
 @app.task(pinning="retry", pinning_retries=1, max_retries=0)
 def see_by_one_retry(*titles: str) -> dict[str, Any]:
     from pinning_middleware.stats import get_stats
 
-    retries = see_by_one_retry.request.get("pinning_put_back")
-    return {**look(*titles), "put_back": retries, "stats": get_stats()["task_retries"]}
+    retries = see_by_one_retry.request.get("pinning_requeued")
+    return {**look(*titles), "requeued": retries, "stats": get_stats()["task_retries"]}
 
 
 @app.task

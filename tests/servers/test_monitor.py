@@ -14,7 +14,7 @@ from pinning_middleware.pins import Position
 from pinning_middleware.reasons import Fault
 from pinning_middleware.servers import monitor
 from pinning_middleware.servers.dialects.postgresql import PostgreSQL
-from pinning_middleware.servers.monitor import FIRST_PAUSE, SAMPLE_EVERY, Monitor, Monitors
+from pinning_middleware.servers.monitor import FIRST_PAUSE, SAMPLE_INTERVAL, Monitor, Monitors
 from pinning_middleware.servers.registry import (
     LAST_REPLICA_RETRY_INTERVAL,
     Endpoint,
@@ -83,7 +83,7 @@ def test_retry_after_zero_seconds_is_no_busy_loop(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("weight", "interval"), [(1, SAMPLE_EVERY), (0, LAST_REPLICA_RETRY_INTERVAL)]
+    ("weight", "interval"), [(1, SAMPLE_INTERVAL), (0, LAST_REPLICA_RETRY_INTERVAL)]
 )
 def test_last_replica_with_a_weight_is_retried_at_short_intervals(
     weight: int, interval: float
@@ -148,7 +148,7 @@ def test_tracked_replica_is_probed_at_most_ten_times_a_second() -> None:
     tracker = unstarted_monitor("replica1")
     tracker._last_check = time.monotonic()
     tracker.track(Position({"ff-1": 5}), is_new=True)
-    assert seconds_until_next_check(tracker) == pytest.approx(monitor.TRACK_EVERY, abs=0.05)
+    assert seconds_until_next_check(tracker) == pytest.approx(monitor.TRACK_INTERVAL, abs=0.05)
 
 
 def test_tracking_that_has_expired_begins_anew() -> None:
@@ -157,7 +157,7 @@ def test_tracking_that_has_expired_begins_anew() -> None:
     tracker._track_until, tracker._track_at = time.monotonic() - 1, math.inf
     tracker.track(Position({"ff-1": 7}), is_new=True)
     assert tracker._tracked == Position({"ff-1": 7})
-    assert seconds_until_next_check(tracker) <= monitor.TRACK_EVERY
+    assert seconds_until_next_check(tracker) <= monitor.TRACK_INTERVAL
 
 
 def test_other_work_does_not_shorten_the_time_after_a_slow_read() -> None:
@@ -166,7 +166,7 @@ def test_other_work_does_not_shorten_the_time_after_a_slow_read() -> None:
     slow.schedule()
     slow.change_waiters(1)
     slow.track(Position({"ff-1": 5}), is_new=True)
-    assert slow._busy_until - time.monotonic() > monitor.IDLE
+    assert slow._busy_until - time.monotonic() > monitor.IDLE_TIMEOUT
 
 
 def test_log_handler_that_needs_a_monitor_does_not_block_if_no_thread_starts(

@@ -27,12 +27,12 @@ BUDGET = 1.5 + 0.5
 WRITE = 3.0
 
 
-# Exit statuses: a guarantee was broken; the run has not tried what it should. 1 is an exception.
-BROKEN, UNPROVED = 3, 2
+# Exit statuses: a guarantee was broken; the run is not evidence. 1 is an exception.
+BROKEN, INVALID = 3, 2
 
 
 def main() -> int:
-    # What is running must be stopped.
+    # Stop all servers on SIGTERM.
     signal.signal(signal.SIGTERM, lambda *received: sys.exit(1))
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--layout", choices=LAYOUTS, default="aliases")
@@ -146,7 +146,7 @@ def report(history: History, folder: Path | None = None) -> int:
     wrong = problems(history)
     for problem in wrong:
         print(f"The run proves nothing: {problem}")
-    return BROKEN if violations else UNPROVED if wrong else 0
+    return BROKEN if violations else INVALID if wrong else 0
 
 
 def line(violation: Violation, history: History) -> str:

@@ -17,14 +17,14 @@ def move_address(context: FaultContext) -> None:
     """The alias of a replica leads to another replica, or to the primary."""
     alias = _replica_alias(context)
     others = [node for name, node in context.cluster.nodes.items() if name != alias]
-    with _pointing(context, {alias: context.draw.choice(others)}):
+    with _pointing(context, {alias: context.rng.choice(others)}):
         context.wait(1, 3)
 
 
 def swap_addresses(context: FaultContext) -> None:
     """The aliases of the two replicas change places while one of them lags."""
     one, other = context.cluster.replicas
-    lagging = context.draw.choice((one, other))
+    lagging = context.rng.choice((one, other))
     places = {"replica1": other, "replica2": one}
     try:
         lagging.pause()
@@ -42,7 +42,7 @@ def black_hole_replica(context: FaultContext) -> None:
 def delay_replica(context: FaultContext) -> None:
     link = context.links[_replica_alias(context)]
     try:
-        link.delay = context.draw.uniform(0.01, 0.1)
+        link.delay = context.rng.uniform(0.01, 0.1)
         context.wait(0.5, 2)
     finally:
         link.delay = 0.0
@@ -59,13 +59,13 @@ def reset_results(context: FaultContext) -> None:
 
 
 def _replica_alias(context: FaultContext) -> str:
-    return context.draw.choice([alias for alias in context.links if alias != "default"])
+    return context.rng.choice([alias for alias in context.links if alias != "default"])
 
 
 @contextmanager
 def _pointing(context: FaultContext, places: Mapping[str, Place]) -> Iterator[None]:
     """Let aliases lead elsewhere; connections that are open may stay where they are."""
-    cut = context.draw.random() < 0.5
+    cut = context.rng.random() < 0.5
     try:
         for alias, place in places.items():
             context.links[alias].point_to(place, cut)

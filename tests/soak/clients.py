@@ -21,9 +21,9 @@ DEVICES: Final = ("1", "2")
 WRITES: Final = ("orm", "get", "transaction", "cursor", "bulk", "stream", "task")
 SHARE_OF_WRITES: Final = 0.2
 # Minimum and maximum number of reads in one request, each of which chooses a server.
-READS: Final = (1, 6)
+READS_PER_REQUEST: Final = (1, 6)
 # Number of writes after which a device begins a new list, so that reads do not become slower.
-LENGTH: Final = 200
+WRITES_PER_LIST: Final = 200
 # Seconds. A request that takes longer is given up, and recorded without an answer.
 TIMEOUT: Final = 20.0
 THINK_TIME: Final = (0.005, 0.03)
@@ -51,7 +51,7 @@ class Device:
         lists = [*own, self._random.choice(others)] if others else own
         if self._random.random() < SHARE_OF_WRITES:
             return self._write(self._random.choice(WRITES), lists)
-        reads = [f"{self._random.randint(*READS)}"]
+        reads = [f"{self._random.randint(*READS_PER_REQUEST)}"]
         return self._request("read", "GET", "/read/", {"list": lists, "reads": reads})
 
     def _write(self, how: str, lists: list[str]) -> list[Operation]:
@@ -59,7 +59,7 @@ class Device:
         query = {"list": lists, "to": [self.session], "number": [str(self._written)]}
         done = self._request(how, "GET" if how == "get" else "POST", f"/write/{how}/", query)
         wrote = [each._replace(wrote=self._written) for each in done]
-        if self._written == LENGTH:
+        if self._written == WRITES_PER_LIST:
             self._lists, self._written = self._lists + 1, 0
         return wrote
 

@@ -26,13 +26,13 @@ class FaultContext:
     """Acts on the servers of a run; ``wait`` returns early when the run is over."""
 
     def __init__(
-        self, running: Running, draw: random.Random, over: threading.Event, recorder: Recorder
+        self, running: Running, rng: random.Random, over: threading.Event, recorder: Recorder
     ) -> None:
-        self.running, self.draw, self.over = running, draw, over
+        self.running, self.rng, self.over = running, rng, over
         self._recorder = recorder
 
     def wait(self, least: float, most: float) -> None:
-        self.over.wait(self.draw.uniform(least, most))
+        self.over.wait(self.rng.uniform(least, most))
 
     @contextmanager
     def excused(self, name: str, *excuses: str) -> Iterator[None]:
@@ -48,7 +48,7 @@ class FaultContext:
     def replica(self) -> Any:
         """A replica: a node of PostgreSQL's cluster, or the alias of a server with GTIDs."""
         servers = self.running.rig.servers
-        return self.draw.choice(servers.replicas if isinstance(servers, Cluster) else GTID_REPLICAS)
+        return self.rng.choice(servers.replicas if isinstance(servers, Cluster) else GTID_REPLICAS)
 
     @property
     def primary(self) -> Node:

@@ -1,4 +1,4 @@
-"""What goes wrong, one thing after the other, drawn from a seed."""
+"""The faults of a run, one at a time, chosen by a seeded random generator."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .history import Error, Fault, Recorder
 from .promotions import PROMOTIONS
 from .rig import Rig, Running
 
-__all__ = ["FAULTS", "NAMES", "OF_REPLICAS", "schedule"]
+__all__ = ["FAULTS", "NAMES", "REPLICA_FAULTS", "schedule"]
 
 # Seconds between two faults.
 PAUSES: Final = (0.5, 2.0)
@@ -147,10 +147,10 @@ def _all(
 
 def freeze_cache(context: FaultContext) -> None:
     try:
-        os.kill(context.running.cache, signal.SIGSTOP)
+        os.kill(context.running.cache_pid, signal.SIGSTOP)
         context.wait(0.5, 2)
     finally:
-        os.kill(context.running.cache, signal.SIGCONT)
+        os.kill(context.running.cache_pid, signal.SIGCONT)
 
 
 # The clock of the site's processes
@@ -160,7 +160,7 @@ def step_clock(context: FaultContext) -> None:
     """The clock is an hour ahead or behind; positions and session cookies do not depend on it."""
     clock = context.running.clock
     try:
-        clock.step(context.draw.choice((-3600, -20, 20, 3600)))
+        clock.step(context.rng.choice((-3600, -20, 20, 3600)))
         context.wait(0.5, 2)
     finally:
         clock.step(0)
@@ -231,8 +231,8 @@ FAULTS: Final[Mapping[type, Faults]] = {
 NAMES: Final = {
     cause.__name__ for faults in (*FAULTS.values(), ADDRESS_FAULTS, PROMOTIONS) for cause in faults
 }
-# Those by which replicas come and go.
-OF_REPLICAS: Final = tuple(
+# Faults after which a replica leaves the rotation and returns.
+REPLICA_FAULTS: Final = tuple(
     cause.__name__ for cause in (lag, terminate, kill_replica, freeze_replica)
 )
 
@@ -264,14 +264,14 @@ def schedule(
 def _cause_faults(
     running: Running, seed: int, recorder: Recorder, over: threading.Event, names: Sequence[str]
 ) -> None:
-    draw = random.Random(seed)
-    context = FaultContext(running, draw, over, recorder)
+    rng = random.Random(seed)
+    context = FaultContext(running, rng, over, recorder)
     known = _offered(running.rig)
     by_name = {cause.__name__: cause for cause in known}
     given = cycle([by_name[name] for name in names])
     weights = [weight for _, weight in known.values()]
     while not over.is_set():
-        cause = next(given, None) or draw.choices(list(known), weights)[0]
+        cause = next(given, None) or rng.choices(list(known), weights)[0]
         fault = Fault(cause.__name__, time.monotonic(), None, known[cause][0])
         recorder.add(fault)
         failed = True

@@ -33,9 +33,9 @@ class Operation(NamedTuple):
     recorded in their order, with the times of the request. ``kind``: how it reads or
     writes. ``began`` and ``ended``: seconds on one clock. ``status`` of HTTP, 0: no answer.
     ``wrote``: the number that it appends to the list of its session. ``asked``: the lists that it
-    read after that. ``saw``: the highest number of each list; ``rows`` and ``numbers``: how many of
-    them, and how many that differ; ``owners``: those of the rows; ``server``: which server answered
-    the read; ``took``: seconds of the read alone, None if it has not ended.
+    read after that. For each list: ``saw``, the highest number; ``rows``, the number of rows;
+    ``numbers``, the number of distinct numbers; ``owners``, the owners of the rows. ``server``: the
+    server that answered. ``took``: seconds of the read alone, None if it has not ended.
     """
 
     user: str

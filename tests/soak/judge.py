@@ -9,8 +9,8 @@ Weakly Consistent Replicated Data", 1994). Knows nothing of the package.
 The last two concern writes that were acknowledged when the read began: PostgreSQL sends a commit to
 its standbys before it shows it on the primary.
 
-Besides, a read answers for every list that it was asked for. It shows rows of these lists only, no
-number that was never written, every acknowledged number up to the highest, and none twice. A
+In addition, a read answers for every list that it was asked for. It shows rows of these lists only,
+no number that was never written, every acknowledged number up to the highest, and none twice. A
 request fails only while a fault excuses it. No read takes longer than its budget, and no request
 longer than its reads may in all.
 
@@ -37,7 +37,7 @@ WITHOUT_COOKIE = {"stream"}
 # Kinds of operations whose read does not update the pins of their session.
 ISOLATED = {"task"}
 # Seconds after which a run without a successful fault proves nothing.
-WITHOUT_FAULTS = 10.0
+MAX_SECONDS_WITHOUT_FAULT = 10.0
 
 
 class Violation(NamedTuple):
@@ -109,11 +109,13 @@ def judge(history: History) -> list[Violation]:
 
 
 def problems(history: History) -> list[str]:
-    """Return why the run proves nothing, whatever its clients saw."""
+    """Return why the run is not evidence, whatever its clients saw."""
     found = [f"error in {error.where}: {error.text}" for error in history.errors]
     if not history.operations:
         found.append("no operation was recorded")
-    if history.seconds > WITHOUT_FAULTS and all(fault.failed for fault in history.faults):
+    if history.seconds > MAX_SECONDS_WITHOUT_FAULT and all(
+        fault.failed for fault in history.faults
+    ):
         found.append(f"no fault succeeded in {history.seconds:.0f} s")
     return found
 

@@ -14,7 +14,7 @@ __all__ = ["draw"]
 
 WIDTH, LEFT, RIGHT, CHART, GAP, TOP = 1200, 60, 20, 180, 46, 40
 COLORS: Final = ("#2b6cb0", "#c07a00", "#2f855a", "#805ad5", "#b83280", "#52606d")
-# So many points at most, each the longest request and the answers of its time.
+# Maximum number of points. Each covers an interval: its longest request, and its answers.
 POINTS: Final = 600
 STYLE: Final = """\
     .card { fill: #fbfbfa; } .text { fill: #1d2733; } .quiet { fill: #52606d; }
@@ -73,9 +73,9 @@ def picture(history: History) -> str:
     longest: dict[str, dict[int, float]] = {"reads": {}, "writes": {}}
     answers: dict[str, Counter[int]] = defaultdict(Counter)
     for each in history.operations:
-        of = longest["reads" if each.wrote is None else "writes"]
+        durations = longest["reads" if each.wrote is None else "writes"]
         at = chart.point(each)
-        of[at] = max(of.get(at, 0), each.ended - each.began)
+        durations[at] = max(durations.get(at, 0), each.ended - each.began)
         if each.server:
             answers[each.server][at] += 1
     rates = {

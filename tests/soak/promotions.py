@@ -33,7 +33,7 @@ def promote_without_loss(context: FaultContext) -> None:
         old.stop("fast")
         alias = _most_advanced(context)
         context.cluster.nodes[alias].promote()
-        _lead_to(context, alias)
+        _point_primary_to(context, alias)
     old.follow(context.primary)
     old.start()
     context.links[alias].point_to(old)
@@ -68,7 +68,7 @@ def _promote_behind(context: FaultContext, name: str, cut_off: Callable[[], obje
             cut_off()
         alias = _most_advanced(context)
         context.cluster.nodes[alias].promote()
-        _lead_to(context, alias)
+        _point_primary_to(context, alias)
     return alias
 
 
@@ -111,8 +111,8 @@ def _most_advanced(context: FaultContext) -> str:
     return max(replayed, key=replayed.__getitem__)
 
 
-def _lead_to(context: FaultContext, alias: str) -> None:
-    """Let the primary's alias lead to the promoted replica, and the other replica follow it."""
+def _point_primary_to(context: FaultContext, alias: str) -> None:
+    """Let the primary's alias resolve to the promoted replica, and the other replica follow it."""
     nodes = context.cluster.nodes
     nodes["primary"], nodes[alias] = nodes[alias], nodes["primary"]
     context.links["default"].point_to(context.primary)

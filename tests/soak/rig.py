@@ -30,7 +30,7 @@ from .network import Link
 
 __all__ = ["LAYOUTS", "ROLES", "SERVERS", "Rig", "Running", "running"]
 
-# Of the site on PostgreSQL: it may see statistics (pg_monitor), not even timelines, or everything.
+# The site's role on PostgreSQL: with pg_monitor, without privileges, or a superuser.
 ROLES: Final = ("monitor", "plain", "superuser")
 # Requests that run at once under any of these: more than there are devices.
 THREADS: Final = 32
@@ -123,12 +123,12 @@ def _haproxy(stack: ExitStack, cluster: Cluster) -> dict[str, tuple[Place, ...]]
     return {"default": (cluster.primary,), "replicas": (proxy,)}
 
 
-# Of a session pool each connection of the site takes one, for as long as it is open.
-ENOUGH: Final = 2 * THREADS + 16
+# Each open connection of the site occupies one connection of a session pool.
+SESSION_POOL_SIZE: Final = 2 * THREADS + 16
 
 
 def _pgbouncer(
-    mode: str, size: int = ENOUGH
+    mode: str, size: int = SESSION_POOL_SIZE
 ) -> Callable[[ExitStack, Cluster], dict[str, tuple[Place, ...]]]:
     def arrange(stack: ExitStack, cluster: Cluster) -> dict[str, tuple[Place, ...]]:
         def bounced(place: Place) -> tuple[Bouncer]:
@@ -183,8 +183,8 @@ class Running(NamedTuple):
 
     rig: Rig
     port: int
-    cache: int
-    server: int
+    cache_pid: int
+    server_pid: int
     clock: Clock
 
 

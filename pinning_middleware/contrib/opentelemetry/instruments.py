@@ -121,7 +121,7 @@ class Instruments:
                 "Whether a replica is in rotation (1) or out of rotation (0).",
                 lambda s: int(s.state != "out"),
             ),
-            ("knowledge.age", "s", "Time since a replica was last probed.", lambda s: s.age),
+            ("probe.age", "s", "Time since a replica was last probed.", lambda s: s.age),
         ):
             meter.create_observable_gauge(
                 f"{NAME}.replica.{name}",

@@ -2,7 +2,8 @@
 What a database reports about a server: its identity, its role and its replication position.
 
 One file for each database. To add one, subclass ``Dialect``, and add its dotted path to
-``DIALECTS`` under the backend's ``connection.vendor``, in an app's ``ready()``.
+``DIALECTS`` under the backend's ``connection.vendor``, in an app's ``ready()``. Add its lexers to
+``sql.lexers.LEXERS`` too: without them everything but a plain SELECT counts as a write.
 """
 
 from __future__ import annotations
