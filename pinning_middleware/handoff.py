@@ -8,6 +8,8 @@ If messages cannot store one, the pins are kept in ``PINNING_CACHE`` under the t
 
 from __future__ import annotations
 
+from django.db import connections, transaction
+
 from pinning_middleware import tokens
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import POSITION_LIFETIME, PinKey, Pins, merge_pins
@@ -85,6 +87,8 @@ def has_caught_up() -> bool:
     return all(
         decide(pool, scope).reason is not Reason.NOT_CAUGHT_UP
         for pool in pools().by_primary.values()
+        # Its reads run on the primary.
+        if not pool.is_dry_run
     )
 
 
@@ -100,6 +104,21 @@ def save_pins(task_id: str, pins: Pins) -> None:
     """
     if pins:
         cache.save_pins("task", [task_id], _with_later_end(pins, POSITION_LIFETIME - conf.seconds))
+
+
+def save_pins_to_send(task_id: str, *others: Pins) -> None:
+    """
+    Keep the pins of this scope, and others, for a task. While a transaction is open, keep them
+    again when it has been committed: only then the position of its writes is known.
+    """
+
+    def save() -> None:
+        save_pins(task_id, pins_to_send(*others))
+
+    save()
+    for primary in pools().by_primary:
+        if connections[primary].in_atomic_block:
+            transaction.on_commit(save, using=primary, robust=True)
 
 
 def load_pins(task_id: str) -> Pins:

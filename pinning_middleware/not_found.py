@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Final, ParamSpec, TypeVar, overload
 
-from asgiref.sync import iscoroutinefunction
+from asgiref.sync import iscoroutinefunction, markcoroutinefunction
 from django.core.exceptions import ObjectDoesNotExist
 from django.db import InterfaceError, OperationalError
 from django.http import Http404, HttpRequest
@@ -152,21 +152,12 @@ async def _arun(first: _FirstRun, awaitable: Awaitable[Any], again: Callable[[],
 
 
 def _exclude(view: Callable[..., Any]) -> Callable[..., Any]:
-    if iscoroutinefunction(view):
-
-        @functools.wraps(view)
-        async def acall(*args: Any, **kwargs: Any) -> Any:
-            current_scope().retry_404_disabled = True
-            return await view(*args, **kwargs)
-
-        return acall
-
     @functools.wraps(view)
     def call(*args: Any, **kwargs: Any) -> Any:
         current_scope().retry_404_disabled = True
         return view(*args, **kwargs)
 
-    return call
+    return markcoroutinefunction(call) if iscoroutinefunction(view) else call
 
 
 class _FirstRun(AbstractContextManager[None]):
@@ -184,7 +175,7 @@ class _FirstRun(AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         self._scope = scope = current_scope()
-        self._revision = scope.revision
+        self._revision = scope.write_revision
         self._watch.__enter__()
 
     def __exit__(
@@ -216,7 +207,7 @@ class _FirstRun(AbstractContextManager[None]):
     @property
     def _has_written(self) -> bool:
         # A thread that has only the scope is not watched.
-        return self._watch.has_written or self._scope.revision != self._revision
+        return self._watch.has_written or self._scope.write_revision != self._revision
 
     @property
     def _has_read_replica(self) -> bool:

@@ -90,6 +90,8 @@ def parse_dry_run(value: object) -> dict[str, float]:
 
 
 def _parse_pool(primary: Any, replicas: Any) -> PoolSpec:
+    if not isinstance(primary, str):
+        raise ValueError("should contain aliases as strings")
     if isinstance(replicas, (list, tuple)):
         if not all(isinstance(alias, str) for alias in replicas):
             raise ValueError("should contain aliases as strings")
@@ -101,7 +103,7 @@ def _parse_pool(primary: Any, replicas: Any) -> PoolSpec:
     weights: dict[str, int] = {}
     placements: dict[str, Placement] = {}
     for alias, options in replicas.items():
-        if not isinstance(alias, str) or not isinstance(primary, str):
+        if not isinstance(alias, str):
             raise ValueError("should contain aliases as strings")
         if isinstance(options, Mapping):
             placement = _parse_placement(alias, options)

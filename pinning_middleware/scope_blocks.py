@@ -93,7 +93,9 @@ class PinningScope:
             if self._scope.keys:
                 save_keys(self._scope)
         finally:
-            self._leave()
+            self._restore()
+            _report(self._scope)
+            self._scope.close(conf.seconds, self.on_late_change)
 
     async def __aenter__(self) -> PinningScope:
         return self.__enter__()
@@ -108,9 +110,19 @@ class PinningScope:
             if self._scope.keys:
                 await sync_to_async(save_keys)(self._scope)
         finally:
-            self._leave()
+            self._restore()
+            parent = self._scope.parent
+            try:
+                if parent is not None and parent.is_closed:
+                    # It saves its pins now, which may do I/O.
+                    await sync_to_async(_report)(self._scope)
+                else:
+                    _report(self._scope)
+            finally:
+                self._scope.close(conf.seconds, self.on_late_change)
 
-    def _leave(self) -> None:
+    def _restore(self) -> None:
+        """Enter what was entered before the block."""
         assert self._outer is not None
         scope, overrides, block = self._outer
         if self._is_entered():
@@ -121,8 +133,6 @@ class PinningScope:
             elif scope is None and self._scope.revision:
                 # For example a shell, which must know the writes of the block.
                 self._scope.parent = current_scope()
-        _report(self._scope)
-        self._scope.close(conf.seconds, self.on_late_change)
 
     def _is_entered(self) -> bool:
         """Return whether this context is inside the block; a suspended generator may not be."""
@@ -135,7 +145,9 @@ class PinningScope:
 
 
 def _report(scope: Scope) -> None:
-    """Merge the state of a scope into the outer one."""
+    """Merge the state of a scope into the enclosing one; after its end, pin its keys again."""
+    if scope.is_closed and scope.keys:
+        save_keys(scope)
     if scope.parent is not None:
         scope.merge_into(scope.parent)
         announce(scope.parent)

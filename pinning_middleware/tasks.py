@@ -60,7 +60,7 @@ def _connect(signals: Any) -> None:
 
 
 def _save_pins(*, task_result: Any, **kwargs: Any) -> None:
-    handoff.save_pins(task_result.id, handoff.pins_to_send())
+    handoff.save_pins_to_send(task_result.id)
 
 
 def _open_scope(*, task_result: Any, **kwargs: Any) -> None:

@@ -89,7 +89,7 @@ BAD: list[tuple[str, list[Any], str]] = [
     ("PINNING_RETRY_AFTER", NOT_SECONDS, "E005"),
     ("PINNING_MAX_LAG", [value for value in NOT_SECONDS if value is not None], "E005"),
     ("PINNING_POSITIONS", ["False", "wal", 0, 1, None, []], "E015"),
-    ("PINNING_OFFLOAD", ["typo", "no.such", None, 5, 0, 1], "E016"),
+    ("PINNING_OFFLOAD", ["typo", "no.such", ".offload", None, 5, 0, 1], "E016"),
     ("PINNING_RETRY_404", [0, 5, -0.1, 1.5, "True", None, [], float("nan")], "E026"),
     (
         "PINNING_DRY_RUN",
@@ -111,6 +111,7 @@ BAD: list[tuple[str, list[Any], str]] = [
             ["typo"],
             ["pinning_middleware.stores.Typo"],
             ["no.such.module"],
+            [".stores.CookieStore"],
             ["pinning_middleware.stores.user_key"],
             ["pinning_middleware.stores.BaseStore"],
             ["tests.test_checks.MADE"],

@@ -24,7 +24,7 @@ from pinning_middleware import (
     use_replica,
 )
 from pinning_middleware.handoff import token_to_send
-from pinning_middleware.pins import PinKey
+from pinning_middleware.pins import PinKey, PoolKey
 from pinning_middleware.reasons import Reason
 from pinning_middleware.routing import policy
 from pinning_middleware.scopes.scope import PoolState, Scope, current_scope, enter, entered_scope
@@ -504,3 +504,40 @@ def test_scope_makes_no_pins_while_the_package_is_disabled() -> None:
     with override_settings(PINNING_ENABLED=True), pinning_scope(isolated=True):
         follow_keys("order:1")
         assert is_replica(where())
+
+
+@override_settings(PINNING_CONSISTENCY="monotonic-reads")
+def test_monotonic_reads_of_a_database_without_positions_use_replicas() -> None:
+    with pinning_scope(isolated=True):
+        assert Book.objects.count() == 0
+        assert is_replica(where())
+
+
+def test_nested_scope_continues_what_the_outer_scope_has_read() -> None:
+    """Under monotonic-reads it depends on that which replica may serve next."""
+    key = PoolKey("default")
+    older, newer = ("replica1", object()), ("replica2", object())
+    with pinning_scope(isolated=True):
+        outer = current_scope()
+        outer.update(key, lambda state: state._replace(read_from=(newer, older)))
+        with pinning_scope():
+            assert current_scope().state(key).read_from == (newer, older)
+            current_scope().update(key, lambda state: state._replace(read_from=(older, newer)))
+            current_scope().update(key, lambda state: state._replace(revision=1))
+        assert outer.state(key).read_from == (older, newer)
+
+
+def test_late_block_in_an_event_loop_saves_its_pins_in_a_thread() -> None:
+    saved: list[int] = []
+    ended = Scope()
+    ended.close(15, lambda scope: saved.append(threading.get_ident()))
+
+    async def run() -> int:
+        enter(ended)
+        async with pinning_scope():
+            pin_this_request()
+        return threading.get_ident()
+
+    loop = contextvars.copy_context().run(asyncio.run, run())
+    assert saved
+    assert loop not in saved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import re
 import time
@@ -922,3 +923,26 @@ def test_following_a_key_does_not_pin_the_client(
     visit(lambda request: (write(), pin_keys("order:42")))
     phone(lambda request: follow_keys("order:42"))
     assert "pinning" not in phone.browser.cookies
+
+
+def test_key_that_is_pinned_after_the_end_of_a_scope_is_saved() -> None:
+    def late() -> None:
+        Book.objects.create(title="late")
+        pin_keys("order:late")
+
+    with pinning_scope(isolated=True):
+        context = contextvars.copy_context()
+    assert not keyed.load_pins("key", ["order:late"])
+    context.run(late)
+    assert keyed.load_pins("key", ["order:late"])
+
+
+def test_key_of_a_scope_inside_a_long_transaction_is_pinned_again_at_the_commit(
+    clock: FrozenDateTimeFactory,
+) -> None:
+    with transaction.atomic():
+        with pinning_scope():
+            Book.objects.create(title="new")
+            pin_keys("order:42")
+        clock.tick(20)
+    assert keyed.load_pins("key", ["order:42"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from django.db import OperationalError
+from django.db import OperationalError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.backend.session_setup import set_up_session
@@ -15,8 +15,8 @@ from pinning_middleware.reasons import Reason
 from pinning_middleware.routing.compatibility import is_interchangeable
 from pinning_middleware.routing.policy import Rejection
 from pinning_middleware.routing.pool import Pool
-from pinning_middleware.scopes.overrides import Effects
-from pinning_middleware.scopes.scope import Scope
+from pinning_middleware.scopes.overrides import Effects, effects_on
+from pinning_middleware.scopes.scope import Scope, current_scope
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.probe import failover_disabled, state_of, without_failover
 from pinning_middleware.utils.transactions import is_transaction_open
@@ -44,12 +44,17 @@ class UnopenedCursor:
         """Do nothing: there is nothing to close."""
 
 
+class OutOfRotation(OperationalError):
+    """An alias is known to be unreachable, so no attempt to connect was made."""
+
+
 class Call(NamedTuple):
     """
     A statement as an execute wrapper gets it.
 
     ``cursor`` is Django's, from which the caller fetches the rows. ``scope`` and ``effects``: the
-    scope that runs the statement, and what the overrides mean for its pool.
+    scope that runs the statement, and what the overrides mean for its pool. ``written_alias``: the
+    alias for which it is recorded as a write, although it looks like a read.
     """
 
     execute: Callable[..., Any]
@@ -60,20 +65,19 @@ class Call(NamedTuple):
     cursor: Any
     scope: Scope
     effects: Effects
+    written_alias: str | None = None
 
     def run(self) -> Any:
         """Run the statement on the connection that the cursor belongs to now."""
         set_up_session(self.cursor.db)
-        return self.execute(self.sql, self.params, self.many, self.context)
+        if self.written_alias is None:
+            return self.execute(self.sql, self.params, self.many, self.context)
+        with recording_write(self.cursor.db, self.written_alias, self.sql):
+            return self.execute(self.sql, self.params, self.many, self.context)
 
     def as_write(self, alias: str) -> Call:
         """Return the statement as one that is recorded as a write where it runs."""
-
-        def execute(sql: Any, params: Any, many: bool, context: dict[str, Any]) -> Any:
-            with recording_write(context["cursor"].db, alias, sql):
-                return self.execute(sql, params, many, context)
-
-        return self._replace(execute=execute)
+        return self._replace(written_alias=alias)
 
     def move_to(self, connection: BaseDatabaseWrapper) -> None:
         """Replace the driver's cursor by a new one of a connection, which may be the same one."""
@@ -93,6 +97,13 @@ class Call(NamedTuple):
         """
         if self.cursor.db.connection is not raw:
             self.move_to(self.cursor.db)
+
+
+def call_of(pool: Pool, cursor: Any) -> Call:
+    """Return a statement that does nothing, for methods of the driver that bypass the wrappers."""
+    context = {"cursor": cursor, "connection": cursor.db}
+    scope, effects = current_scope(), effects_on(pool.primary)
+    return Call(lambda *args: None, "", None, False, context, cursor, scope, effects)
 
 
 def may_move(connection: BaseDatabaseWrapper) -> bool:
@@ -119,6 +130,7 @@ def may_run_on_primary(pool: Pool, call: Call) -> bool:
         connection.alias != pool.primary
         and may_fail_over(connection, call)
         and is_interchangeable(connection.alias, pool.primary)
+        and not state_modified(connections[pool.primary])
     )
 
 

@@ -11,18 +11,18 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from django.core.exceptions import ImproperlyConfigured
-from django.db import DatabaseError, OperationalError, connections
+from django.db import Error, OperationalError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
 from pinning_middleware.backend.async_connections import InstrumentedAsyncConnection
-from pinning_middleware.backend.call import UnopenedCursor
+from pinning_middleware.backend.call import OutOfRotation, UnopenedCursor
 from pinning_middleware.backend.execute import execute_wrapper
-from pinning_middleware.backend.former_primary import discard
+from pinning_middleware.backend.former_primary import check_before_transaction
 from pinning_middleware.backend.session_setup import set_up_session, undo_session_setup
 from pinning_middleware.backend.writes import record_session_end, record_transaction_end
 from pinning_middleware.conf import conf
-from pinning_middleware.routing.policy import Decision, is_former_primary
+from pinning_middleware.routing.policy import Decision
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.routing.route import take_decision
@@ -64,12 +64,14 @@ class InstrumentedConnection(BoundedConnect):
         unreachable = (*CONNECTION_ERRORS, driver.OperationalError, driver.InterfaceError)
         try:
             super().connect()
-        except (DatabaseError, driver.DatabaseError) as error:
-            if isinstance(error, unreachable) or self.alias not in conf.primary_by_replica:
+        except (Error, driver.Error) as error:
+            if self.alias not in conf.primary_by_replica:
                 raise
-            # A standby refuses to set up the session of a role that is `serializable`. Django would
-            # use the connection as it is.
+            # If only setting up the session failed, the read would run on the connection as it is.
+            # A standby refuses that for a role that is `serializable`, for example.
             self.close()
+            if isinstance(error, unreachable):
+                raise
             raise OperationalError(*error.args) from error.__cause__ or error
         finally:
             self.is_connecting = False
@@ -116,7 +118,7 @@ class InstrumentedConnection(BoundedConnect):
         """Raise OperationalError if the alias is known to be unreachable and may be retried."""
         endpoint = pool.endpoint if self.alias == pool.primary else pool.endpoints[self.alias]
         if endpoint.is_down and self._may_fail_over(pool):
-            raise OperationalError(f"{self.alias} is out of rotation: {endpoint.error}")
+            raise OutOfRotation(f"{self.alias} is out of rotation: {endpoint.error}")
 
     def _may_fail_over(self, pool: Pool) -> bool:
         """Return whether a statement may be run elsewhere if this connection cannot be opened."""
@@ -140,12 +142,15 @@ class InstrumentedConnection(BoundedConnect):
             record_transaction_end(self)
 
     def _leave_former_primary(self) -> None:
-        """Connect anew if the primary's alias resolves to another server by now."""
+        """
+        Connect anew if the primary's alias resolves to another server by now.
+
+        Raise OperationalError if it still resolves to a former primary.
+        """
         pool = pools().by_connection.get(self.alias)
         if pool is None or self.connection is None or failover_disabled.get():
             return
-        if is_former_primary(pool, self, current_scope()):
-            discard(self)
+        check_before_transaction(pool, self, current_scope())
 
     def _take_snapshot(self) -> None:
         """Note what a replica has replayed, if the scope's pins depend on it."""

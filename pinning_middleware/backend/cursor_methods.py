@@ -8,9 +8,10 @@ from typing import Any, Final
 
 from django.db.backends.utils import CursorWrapper
 
-from pinning_middleware.backend.call import UnopenedCursor
+from pinning_middleware.backend.call import UnopenedCursor, call_of
 from pinning_middleware.backend.execute import intended_alias, record_read_of
 from pinning_middleware.backend.failover import admit_cursor
+from pinning_middleware.backend.former_primary import check_primary
 from pinning_middleware.backend.session_setup import is_unmanaged, set_up_session
 from pinning_middleware.backend.writes import classify, record_lock, recording_write
 from pinning_middleware.conf import conf
@@ -42,11 +43,18 @@ def record_callproc(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if is_unmanaged():
             return original(self, procname, params, kparams)
+        _check_primary(self)
         set_up_session(self.db)
         with recording_write(self.db, intended_alias(self), f"CALL {procname}"):
             return original(self, procname, params, kparams)
 
     return callproc
+
+
+def _check_primary(cursor: Any) -> None:
+    pool = pools().by_connection.get(cursor.db.alias)
+    if pool is not None and not failover_disabled.get():
+        check_primary(pool, call_of(pool, cursor))
 
 
 class DriverMethod:
@@ -86,6 +94,7 @@ class DriverMethod:
                     record_read_of(pool, current_scope(), cursor, kind, sql)
                 return result
             alias = intended_alias(cursor)
+            _check_primary(cursor)
             set_up_session(cursor.db)
             recording = recording_write(cursor.db, alias, sql)
             if self.name in _DEFERRED and alias not in conf.readonly_aliases:

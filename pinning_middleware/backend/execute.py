@@ -11,9 +11,14 @@ from typing import Any, Final
 from django.db import DatabaseError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from pinning_middleware.backend.call import Call, UnopenedCursor, may_run_on_primary
+from pinning_middleware.backend.call import (
+    Call,
+    OutOfRotation,
+    UnopenedCursor,
+    may_run_on_primary,
+)
 from pinning_middleware.backend.failover import execute_read
-from pinning_middleware.backend.former_primary import leave_former_primary, record_rejected_write
+from pinning_middleware.backend.former_primary import check_primary, record_rejected_write
 from pinning_middleware.backend.session_setup import (
     is_unmanaged,
     set_up_session,
@@ -31,7 +36,7 @@ from pinning_middleware.backend.writes import (
 from pinning_middleware.conf import conf
 from pinning_middleware.reasons import Reason
 from pinning_middleware.routing.compatibility import is_testing
-from pinning_middleware.routing.policy import Decision, is_former_primary
+from pinning_middleware.routing.policy import Decision
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.overrides import effects_on
@@ -121,8 +126,13 @@ def _execute(pool: Pool, call: Call, connection: BaseDatabaseWrapper, statement:
         call.cursor.__dict__.pop("pinning_alias", None)
     if kind is StatementKind.LOCK:
         record_lock(call.cursor.db.alias)
-    if not bypasses and (kind is StatementKind.WRITE or statement.begins_transaction):
-        _check_primary(pool, call)
+    opened = call.cursor.cursor
+    if isinstance(opened, UnopenedCursor) and isinstance(opened.error, OutOfRotation):
+        # Only a read has an alternative.
+        call.move_to(call.cursor.db)
+    locks_or_writes = kind in (StatementKind.WRITE, StatementKind.LOCK)
+    if not bypasses and (locks_or_writes or statement.begins_transaction):
+        check_primary(pool, call)
     if kind is not StatementKind.WRITE:
         return call.run()
     with recording_write(call.cursor.db, alias, call.sql):
@@ -131,17 +141,6 @@ def _execute(pool: Pool, call: Call, connection: BaseDatabaseWrapper, statement:
         except DatabaseError as error:
             record_rejected_write(call.cursor.db, error)
             raise
-
-
-def _check_primary(pool: Pool, call: Call) -> None:
-    """Leave a former primary before a write, or before a transaction that may write."""
-    connection, raw = call.cursor.db, call.cursor.db.connection
-    if raw is None or connection.in_atomic_block:
-        return
-    if is_former_primary(pool, connection, call.scope):
-        leave_former_primary(pool, call)
-    else:
-        call.renew_cursor(raw)
 
 
 def _may_run_anywhere(call: Call, statement: Statement) -> bool:

@@ -22,14 +22,15 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from pinning_middleware.backend.call import (
     Call,
     UnopenedCursor,
+    call_of,
     may_fail_over,
     may_move,
     may_run_on_primary,
     rejection_error,
+    state_modified,
 )
 from pinning_middleware.backend.former_primary import (
     leave_former_primary,
-    reopen,
     reopen_elsewhere,
 )
 from pinning_middleware.backend.read_errors import ErrorAction, classify_error, is_unresponsive
@@ -42,15 +43,12 @@ from pinning_middleware.routing.policy import Decision, Rejection, admit
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.replica_choice import balance_key
 from pinning_middleware.routing.route import send_fallback
-from pinning_middleware.scopes.overrides import effects_on
-from pinning_middleware.scopes.scope import current_scope
 from pinning_middleware.servers.blocked_reads import track_read
 from pinning_middleware.servers.budget import BudgetExhausted, read_budget
 from pinning_middleware.servers.connection_state import ConnectionState
 from pinning_middleware.servers.dialects import Refusal
 from pinning_middleware.servers.liveness import ServerUnresponsive
 from pinning_middleware.servers.probe import (
-    CONNECTION_ERRORS,
     endpoint_for,
     is_connection_pool_exhausted,
     state_of,
@@ -132,20 +130,16 @@ def admit_cursor(pool: Pool, cursor: Any) -> None:
 
     Raise what ``execute_read()`` raises.
     """
-    context = {"cursor": cursor, "connection": cursor.db}
-    scope, effects = current_scope(), effects_on(pool.primary)
     try:
-        execute_read(
-            pool, Call(lambda *args: None, "", None, False, context, cursor, scope, effects)
-        )
+        execute_read(pool, call_of(pool, cursor))
     finally:
         read_budget.renew()
 
 
-def _run_without_failover(pool: Pool, call: Call, may_reopen: bool = True) -> Any:
+def _run_without_failover(pool: Pool, call: Call) -> Any:
     """
-    Run a read on a primary that no replica may replace. Leave a former primary first; reopen a
-    lost connection once; raise other errors unchanged.
+    Run a read on a primary that no replica may replace. Leave a former primary first; raise the
+    errors unchanged.
     """
     connection, raw = call.cursor.db, call.cursor.db.connection
     rejection = None if raw is None else admit(pool, connection, call.scope, call.effects.routing)
@@ -153,17 +147,7 @@ def _run_without_failover(pool: Pool, call: Call, may_reopen: bool = True) -> An
         leave_former_primary(pool, call, rejection)
     else:
         call.renew_cursor(raw)
-    began = time.monotonic()
-    try:
-        result = call.run()
-    except CONNECTION_ERRORS as error:
-        if not (may_reopen and may_fail_over(connection, call)):
-            raise
-        ran_for = time.monotonic() - began
-        if classify_error(pool, call, connection, error, ran_for) is not ErrorAction.REOPEN:
-            raise
-        reopen(call)
-        return _run_without_failover(pool, call, may_reopen=False)
+    result = call.run()
     if pool.tracks_reads:
         record_observed(pool, call.scope, connection.alias)
     return result
@@ -231,7 +215,10 @@ def _admit(pool: Pool, call: Call) -> Rejection | None:
     if rejection is None:
         call.renew_cursor(raw)
     elif rejection.reason is Fault.DEMOTED and may_move(connection):
-        return None if reopen_elsewhere(pool, call) else rejection
+        if not reopen_elsewhere(pool, connection, call.scope):
+            return rejection
+        call.move_to(connection)
+        return None
     return rejection
 
 
@@ -359,7 +346,7 @@ def _candidates(pool: Pool, call: Call, failed: str, rejection: Rejection) -> It
     """
     skipped = None
     for alias in _alternatives(pool, call, failed, rejection):
-        if not is_interchangeable(failed, alias):
+        if not is_interchangeable(failed, alias) or state_modified(connections[alias]):
             continue
         if alias == pool.primary or read_budget.left >= MIN_LEFT:
             yield alias

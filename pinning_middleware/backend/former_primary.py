@@ -11,11 +11,13 @@ from pinning_middleware.backend.call import Call, may_move, rejection_error
 from pinning_middleware.reasons import Fault
 from pinning_middleware.routing.policy import Rejection, is_former_primary
 from pinning_middleware.routing.pool import Pool
+from pinning_middleware.scopes.scope import Scope
 from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.probe import endpoint_for, state_of, without_failover
 from pinning_middleware.servers.psycopg_pool import close_for_good
 
 _DEMOTED: Final = Rejection(Fault.DEMOTED)
+SAME_ADDRESS: Final = "its address still resolves to the former primary"
 
 
 def leave_former_primary(pool: Pool, call: Call, rejection: Rejection = _DEMOTED) -> None:
@@ -24,46 +26,49 @@ def leave_former_primary(pool: Pool, call: Call, rejection: Rejection = _DEMOTED
 
     Raise OperationalError if it cannot be reopened, or if the alias still resolves to that server.
     """
-    alias = call.cursor.db.alias
-    if not may_move(call.cursor.db):
-        raise rejection_error(alias, rejection, "a transaction is open")
-    if not reopen_elsewhere(pool, call):
-        raise rejection_error(alias, rejection, "its address still resolves to the former primary")
+    connection = call.cursor.db
+    if not may_move(connection):
+        raise rejection_error(connection.alias, rejection, "a transaction is open")
+    if not reopen_elsewhere(pool, connection, call.scope):
+        raise rejection_error(connection.alias, rejection, SAME_ADDRESS)
+    call.move_to(connection)
 
 
-def reopen_elsewhere(pool: Pool, call: Call) -> bool:
+def check_primary(pool: Pool, call: Call) -> None:
+    """Leave a former primary before a write, or before a transaction that may write."""
+    connection, raw = call.cursor.db, call.cursor.db.connection
+    if raw is None or connection.in_atomic_block:
+        return
+    if is_former_primary(pool, connection, call.scope):
+        leave_former_primary(pool, call)
+    else:
+        call.renew_cursor(raw)
+
+
+def check_before_transaction(pool: Pool, connection: BaseDatabaseWrapper, scope: Scope) -> None:
+    """Leave a former primary before Django opens a transaction."""
+    if is_former_primary(pool, connection, scope) and not reopen_elsewhere(pool, connection, scope):
+        raise rejection_error(connection.alias, _DEMOTED, SAME_ADDRESS)
+
+
+def reopen_elsewhere(pool: Pool, connection: BaseDatabaseWrapper, scope: Scope) -> bool:
     """
-    Reopen the connection of a statement until it is a new one.
+    Reopen a connection until it is a new one.
 
     Return whether the alias resolves to another server than a former primary by now. Raise what
     connecting raises.
     """
-    connection, began = call.cursor.db, time.monotonic()
+    began = time.monotonic()
     is_former, is_old = True, True
     while is_former and is_old:
-        _replace(call)
+        discard(connection)
         with without_failover():
-            is_former = is_former_primary(pool, connection, call.scope)
-        is_old = _is_older(connection, began)
+            connection.ensure_connection()
+            is_former = is_former_primary(pool, connection, scope)
+        # A connection pool may have more connections of the same age.
+        raw = connection.connection
+        is_old = raw is not None and state_of(connection).opened_at < began
     return not is_former
-
-
-def reopen(call: Call) -> None:
-    """Reopen the connection of a statement that was lost. Raise what connecting raises."""
-    began = time.monotonic()
-    _replace(call)
-    while _is_older(call.cursor.db, began):
-        _replace(call)
-
-
-def _replace(call: Call) -> None:
-    discard(call.cursor.db)
-    call.move_to(call.cursor.db)
-
-
-def _is_older(connection: BaseDatabaseWrapper, began: float) -> bool:
-    """Return whether a pool has given a connection that was opened before ``began``."""
-    return connection.connection is not None and state_of(connection).opened_at < began
 
 
 def record_rejected_write(connection: BaseDatabaseWrapper, error: Exception) -> None:

@@ -15,7 +15,9 @@ from pinning_middleware.backend.call import (
 from pinning_middleware.backend.read_timeouts import answers_probe, has_timed_out
 from pinning_middleware.reasons import Fault
 from pinning_middleware.routing.pool import Pool
+from pinning_middleware.servers.blocked_reads import ProbeOutcome, probe_afresh
 from pinning_middleware.servers.budget import BudgetExhausted
+from pinning_middleware.servers.connect import CONNECT_TIMEOUT, RETRY_IF_FAILED_WITHIN
 from pinning_middleware.servers.dialects import Refusal, dialect_for
 from pinning_middleware.servers.liveness import ReplayWaits, ServerUnresponsive
 from pinning_middleware.servers.probe import (
@@ -63,7 +65,7 @@ def classify_error(
             _take_out_blocked(pool, connection)
         connection.close()
         return ErrorAction.RAISE if in_transaction else ErrorAction.ELSEWHERE
-    if in_transaction or call.many:
+    if in_transaction or call.many or (has_run and call.written_alias is not None):
         return ErrorAction.RAISE
     refusal = None
     if has_run and may_run_on_primary(pool, call):
@@ -88,8 +90,11 @@ def classify_error(
     if has_run and state_modified(connection):
         return ErrorAction.RAISE
     was_made = connection.connection is not None
-    connection.close()
     can_reopen = was_made and not is_unresponsive(connection, error)
+    was_ended = can_reopen and ran_for is not None and _was_ended(connection, ran_for)
+    connection.close()
+    if was_ended:
+        return ErrorAction.ELSEWHERE
     return ErrorAction.REOPEN if can_reopen else ErrorAction.TAKE_OUT
 
 
@@ -138,6 +143,17 @@ def _is_lost(connection: BaseDatabaseWrapper, error: Exception) -> bool:
             return not connection.is_usable()
         except ServerUnresponsive:
             return True
+
+
+def _was_ended(connection: BaseDatabaseWrapper, ran_for: float) -> bool:
+    """
+    Return whether a running read was ended, by an administrator or by the timeout of a proxy, while
+    its server goes on: running it there once more may end in the same way.
+    """
+    if ran_for < RETRY_IF_FAILED_WITHIN or dialect_for(connection) is None:
+        return False
+    outcome = probe_afresh(state_of(connection), CONNECT_TIMEOUT)
+    return outcome is ProbeOutcome.ANSWERED
 
 
 def _is_retryable(connection: BaseDatabaseWrapper, error: Exception) -> bool:

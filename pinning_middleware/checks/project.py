@@ -21,8 +21,6 @@ from pinning_middleware.checks.settings import is_strings, value_of
 from pinning_middleware.conf import conf
 from pinning_middleware.routing.compatibility import is_interchangeable
 
-__all__: list[str] = []
-
 MIDDLEWARE: Final = "pinning_middleware.middleware.PinningMiddleware"
 ROUTER: Final = "pinning_middleware.routers.PinningRouter"
 CACHE_STORE: Final = "pinning_middleware.stores.CacheStore"
@@ -176,7 +174,9 @@ def check_cookie_attributes() -> Iterator[CheckMessage]:
     if not has_store(COOKIE_STORE):
         return
     cookie, name = conf.cookie, conf.cookie_name
-    if str(cookie["samesite"]).lower() == "none" and not cookie["secure"]:
+    # None, other than "None", sets no attribute.
+    samesite = cookie["samesite"] or ""
+    if str(samesite).lower() == "none" and not cookie["secure"]:
         yield warning(
             "W006",
             "The pinning cookie has SameSite=None without Secure, so browsers reject it.",

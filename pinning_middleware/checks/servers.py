@@ -16,8 +16,6 @@ from pinning_middleware.servers.connect import dedicated_connection
 from pinning_middleware.servers.probe import endpoint_for, probe
 from pinning_middleware.stores.redis_pins import redis_pins
 
-__all__: list[str] = []
-
 
 @register(Tags.database)
 def check_balanced_by_a_pooler(

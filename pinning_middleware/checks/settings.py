@@ -67,10 +67,16 @@ def is_http_token(value: Any) -> bool:
 
 
 def is_function_path(value: Any) -> bool:
+    return isinstance(value, str) and callable(imported(value)[0])
+
+
+def imported(path: str) -> tuple[Any, str]:
+    """Import a dotted path; return it, or None and the error."""
     try:
-        return isinstance(value, str) and callable(import_string(value))
-    except ImportError:
-        return False
+        return import_string(path), ""
+    # A path that begins with a dot raises the latter two.
+    except (ImportError, TypeError, ValueError) as error:
+        return None, str(error)
 
 
 def or_none(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -255,11 +261,8 @@ def _import_error(rule: Rule, value: Any) -> str:
     """Return the error of importing a dotted path, in parentheses, or an empty string."""
     if "dotted path" not in rule.requirement or not isinstance(value, str):
         return ""
-    try:
-        import_string(value)
-    except ImportError as error:
-        return f" ({error})"
-    return ""
+    _, problem = imported(value)
+    return f" ({problem})" if problem else ""
 
 
 @check
@@ -444,10 +447,9 @@ def check_stores() -> Iterator[CheckMessage]:
 
 
 def _problem_of_store(path: str) -> str:
-    try:
-        store = import_string(path)
-    except ImportError as error:
-        return f"cannot be imported ({error})"
+    store, problem = imported(path)
+    if problem:
+        return f"cannot be imported ({problem})"
     if not isinstance(store, type):
         return "is not a class"
     if missing := _missing_methods(store):

@@ -24,7 +24,7 @@ from django.core.handlers.asgi import ASGIRequest
 from pinning_middleware import handoff
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Pins, merge_pins
-from pinning_middleware.routing.outgoing import outgoing_pins
+from pinning_middleware.routing.outgoing import outgoing_pins, save_keys
 from pinning_middleware.scopes.scope import Scope, entered_scope
 from pinning_middleware.stores import base
 
@@ -69,27 +69,34 @@ class PinnedConsumer:
     async def _load(self, stores: tuple[Any, ...]) -> Pins:
         found: list[Pins] = []
         if self._request is not None:
+            _update(self._request, self.scope)
             await base.aload_pins(stores, self._request, found.append)
         return merge_pins(*found)
 
     def _save_late(self, scope: Scope) -> None:
         """Save writes after the end of a message; later messages inherit their pins."""
         self._pins = merge_pins(self._pins or {}, outgoing_pins(scope))
+        if scope.keys:
+            save_keys(scope)
         if self._request is not None:
+            _update(self._request, self.scope)
             stores = (store for store in conf.stores if not store.needs_response)
             base.save_pins(stores, self._request, None, self._pins)
 
     async def _save(self) -> None:
         self._pins = await sync_to_async(handoff.pins_to_send)()
         if self._request is not None:
+            _update(self._request, self.scope)
             await base.asave_pins(conf.stores, self._request, None, self._pins)
 
 
 def _request_of(scope: dict[str, Any]) -> ASGIRequest:
     """Return the connecting request, for the stores."""
-    request = ASGIRequest({"method": "GET", **scope}, BytesIO())
-    # Set by the middleware of Channels.
+    return ASGIRequest({"method": "GET", **scope}, BytesIO())
+
+
+def _update(request: ASGIRequest, scope: dict[str, Any]) -> None:
+    """Set what the middleware of Channels, or the consumer itself, has put into the scope."""
     for name in ("session", "user"):
         if name in scope:
             setattr(request, name, scope[name])
-    return request

@@ -34,13 +34,13 @@ class PinnedHuey:
         # Groups and chords have no ID; their tasks are enqueued one by one.
         if hasattr(task, "id"):
             others = [handoff.pins_of_all_writes()] if _is_chord_callback(task) else []
-            handoff.save_pins(task.id, handoff.pins_to_send(*others))
+            handoff.save_pins_to_send(task.id, *others)
         return super().enqueue(task)  # type: ignore[misc]
 
     def add_schedule(self, task: Any) -> Any:
         # A retry with a delay is enqueued by the scheduler, outside of any scope.
         if _running.get() is task:
-            handoff.save_pins(task.id, handoff.pins_to_send())
+            handoff.save_pins_to_send(task.id)
         return super().add_schedule(task)  # type: ignore[misc]
 
     def execute(self, task: Any, timestamp: Any = None) -> Any:

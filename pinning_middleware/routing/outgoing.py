@@ -128,13 +128,16 @@ def _save_now(pool: Pool, keys: tuple[str, ...]) -> None:
 
 def save_keys(scope: Scope) -> None:
     """
-    Pin the keys of a scope in the cache: with the outgoing pin of the scope, or else one for
-    everything that the primary has committed. Call it when the scope's transactions have ended.
+    Pin the keys of a scope in the cache: with the outgoing pin of the scope if it has pinned the
+    pool itself, or else one for everything that the primary has committed. Call it when the scope's
+    transactions have ended.
     """
+    pinned = {pool.primary for pool, state in _used_pools(scope) if state.is_pinned}
     pins = outgoing_pins(scope)
     for using in dict.fromkeys(using for _, using in scope.keys):
         own = {
-            PinKey(pool.primary): pins.get(PinKey(pool.primary)) or current_pin(pool)
+            key: pins[key] if pool.primary in pinned and key in pins else current_pin(pool)
             for pool in pools().of_primary(using)
+            for key in (PinKey(pool.primary),)
         }
         cache.save_pins("key", [key for key, given in scope.keys if given == using], own)

@@ -30,6 +30,7 @@ from pinning_middleware.scopes.scope import PoolState, Scope
 from pinning_middleware.scopes.transactions import is_explicit_transaction_open
 from pinning_middleware.servers.probe import probing_allowed
 from pinning_middleware.utils import clock
+from pinning_middleware.utils.transactions import is_transaction_open
 
 # Seconds between two searches of a long scope for a replica that has caught up.
 SEARCH_INTERVAL: Final = 1.0
@@ -135,6 +136,8 @@ def admit(
             rotation = pool.replica_set.rotation
             is_last_replica = not rotation and alias in rotation.weights
             fault = pool.health.reject(connection, max_lag, is_last_replica)
+            if fault is not None and is_transaction_open(connection):
+                fault = None
         if fault is not None:
             return Rejection(fault)
     if ignores_pins:

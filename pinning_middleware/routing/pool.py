@@ -48,8 +48,8 @@ class Pool:
         )
         self.replica_set = ReplicaSet(spec, self.health)
         self.refusals = Refusals()
-        self.tracks_reads = tracks_reads
         self.supports_positions = self.health.supports_positions
+        self.tracks_reads = tracks_reads and self.supports_positions
         self.can_replace_primary = conf.primary_down == "stale"
         self._same_as_primary = {a for a in self.replicas if is_same_database(self.primary, a)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import ClassVar, Final
@@ -142,6 +142,9 @@ class ReplicaSet:
     def begin_after_fork(self) -> None:
         """In a forked process: randomise the rotation and the retry times, start the monitors."""
         self.rotations.randomise()
+        for endpoint in (self.health.endpoint, *self.endpoints.values()):
+            # The reads of other threads, which do not exist here.
+            endpoint.slow_sessions.clear()
         for endpoint in self.endpoints.values():
             endpoint.draw_jitter()
             if endpoint.out_of_rotation:
@@ -211,9 +214,14 @@ class ReplicaSet:
         servers = endpoint.recent_servers if open_on is None else [open_on]
         if not probing_allowed(connection):
             return False
-        if servers and not (always or self._claim_probe(servers, wanted)):
-            return False
         probed: set[Server] = set()
+        if servers and not (always or self._claim_probe(servers, wanted)):
+            others = self._others(connection, servers)
+            if not any(self._has_reached(other, wanted) for other in others):
+                return False
+            # It is connected to a server that is known to be behind, and another one is not.
+            probed.update(servers)
+            close_for_good(connection)
         for _ in range(MAX_RECONNECTS):
             try:
                 result = self.health.probe(connection)
@@ -231,11 +239,8 @@ class ReplicaSet:
             if self._has_reached(server, wanted):
                 return True
             probed.add(server)
-            recent = endpoint.recent_servers
-            others = [s for s in recent if s not in probed and not s.out_of_rotation]
-            if not others or state_of(connection).session_modified:
-                return False
-            if not (always or self._claim_probe(others, wanted)):
+            others = self._others(connection, probed)
+            if not others or not (always or self._claim_probe(others, wanted)):
                 return False
             # A new connection may resolve to one of the others.
             close_for_good(connection)
@@ -299,6 +304,13 @@ class ReplicaSet:
         """Return whether all servers behind an alias are known to have reached a position."""
         servers = self.endpoints[alias].recent_servers
         return bool(servers) and all(self._has_reached(server, wanted) for server in servers)
+
+    def _others(self, connection: BaseDatabaseWrapper, known: Collection[Server]) -> list[Server]:
+        """Return the other servers that a new connection of the same alias may resolve to."""
+        if connection.connection is None or state_of(connection).session_modified:
+            return []
+        recent = self.endpoints[connection.alias].recent_servers
+        return [s for s in recent if s not in known and not s.out_of_rotation]
 
     def _claim_probe(self, servers: Iterable[Server], wanted: Position) -> bool:
         """Return whether any of these servers may be probed for a position now."""

@@ -152,11 +152,17 @@ class PoolState(NamedTuple):
 
     def merge_parent(self, parent: PoolState) -> PoolState:
         """Return this state merged with that of the enclosing scope."""
-        return self._merge_own(parent).inherit(parent.inherited, parent.observed)
+        merged = self._merge_own(parent)._replace(
+            read_from=_merge_reads(parent.read_from, self.read_from)
+        )
+        return merged.inherit(parent.inherited, parent.observed)
 
     def merge_inner(self, inner: PoolState) -> PoolState:
         """Return this state merged with that of an inner scope that has ended."""
-        merged = self._merge_own(inner)._replace(revision=self.revision + inner.revision)
+        merged = self._merge_own(inner)._replace(
+            revision=self.revision + inner.revision,
+            read_from=_merge_reads(self.read_from, inner.read_from),
+        )
         return merged.inherit(inner.inherited, inner.observed)
 
     def _merge_own(self, other: PoolState) -> PoolState:
@@ -168,6 +174,13 @@ class PoolState(NamedTuple):
             holds_lock=self.holds_lock or other.holds_lock,
             session_modified=self.session_modified or other.session_modified,
         )
+
+
+def _merge_reads(
+    older: tuple[tuple[str, Any], ...], newer: tuple[tuple[str, Any], ...]
+) -> tuple[tuple[str, Any], ...]:
+    later = {alias for alias, _ in newer}
+    return (*(one for one in older if one[0] not in later), *newer)
 
 
 def _latest(one: float | None, other: float | None) -> float | None:
@@ -405,6 +418,11 @@ class Scope:
         for state in self.pools.values():
             number += state.revision
         return number
+
+    @property
+    def write_revision(self) -> int:
+        """The revision without what the scope has read."""
+        return self.revision - sum(bool(state.read_from) for state in self.pools.values())
 
 
 _scope: ContextVar[Scope | None] = ContextVar("pinning_scope", default=None)

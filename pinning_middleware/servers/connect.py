@@ -197,7 +197,10 @@ def _connect_in_time(
     that the endpoint is down; BudgetExhausted if a read has less time left.
     """
     seconds = CONNECT_TIMEOUT
-    if connection.is_for_read:
+    # The primary comes last: nothing is left to save time for.
+    if connection.is_for_read and (
+        connection.is_dedicated or connection.alias in conf.primary_by_replica
+    ):
         seconds = min(read_budget.left, CONNECT_TIMEOUT)
     endpoint = endpoint_for(connection)
     was_down = endpoint.is_down
@@ -281,16 +284,19 @@ def _bounded_class(base: Any) -> Any:
 def dedicated_connection(
     alias: str, host: tuple[str, str] | None = None, *, for_read: bool = False
 ) -> BaseDatabaseWrapper:
-    """Return a new connection for the package's own use, not from a connection pool, for any
-    thread; to one host and port of the alias's list if ``host`` is given. ``for_read``: a read
-    waits for it, so that connecting takes no longer than what is left of its budget.
+    """
+    Return a new connection for the package's own use, not from a connection pool, for any thread;
+    to one host and port of the alias's list if ``host`` is given. ``for_read``: a read waits for
+    it, so that connecting takes no longer than what is left of its budget.
     """
     settings = connections.settings[alias]
     if host is not None:
         settings = {**settings, "HOST": host[0], "PORT": host[1]}
     options = {name: value for name, value in settings["OPTIONS"].items() if name != "pool"}
     backend: Any = load_backend(settings["ENGINE"])
-    connection = _bounded_class(backend.DatabaseWrapper)({**settings, "OPTIONS": options}, alias)
+    connection = _bounded_class(backend.DatabaseWrapper)(
+        {**settings, "OPTIONS": options, "AUTOCOMMIT": True}, alias
+    )
     connection.is_dedicated, connection.is_for_read = True, for_read
     connection.inc_thread_sharing()
     return connection  # type: ignore[no-any-return]

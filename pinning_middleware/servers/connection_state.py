@@ -89,20 +89,18 @@ class ConnectionState:
         """Whether the server may be a standby, as far as is known. Does no I/O."""
         if self.server is not None and self.server.is_replica is not None:
             return self.server.is_replica
-        return self._parameter_status is None or self._parameter_status(b"in_hot_standby") != b"off"
+        return self._in_hot_standby != b"off"
 
     @property
     def is_standby(self) -> bool:
         """Whether the server has reported that it is a standby. Does no I/O."""
-        return (
-            self._parameter_status is not None
-            and self._parameter_status(b"in_hot_standby") == b"on"
-        )
+        return self._in_hot_standby == b"on"
 
     def was_promoted(self) -> bool:
         """Return whether the server has left recovery since we last checked. Does no I/O."""
-        return (
-            self._parameter_status is not None
-            and self._parameter_status(b"in_hot_standby") == b"off"
-            and not self.promotion_seen
-        )
+        return self._in_hot_standby == b"off" and not self.promotion_seen
+
+    @property
+    def _in_hot_standby(self) -> bytes | None:
+        """What the server reports by itself: "on", "off", or None if it does not (before 14)."""
+        return None if self._parameter_status is None else self._parameter_status(b"in_hot_standby")

@@ -93,16 +93,13 @@ def get_live_connection(
     connected to, since the pool would otherwise retry until its timeout.
     """
     pool = connection.pool
-    raw = _get_in_time(connection, get, check_reachable)
-    if not _is_closed_by_server(raw):
-        return raw
-    pool.putconn(raw)
-    check_reachable()
-    for _ in range(pool.max_size):
+    for number in range(pool.max_size + 1):
         raw = _get_in_time(connection, get, check_reachable)
         if not _is_closed_by_server(raw):
             return raw
         pool.putconn(raw)
+        if not number:
+            check_reachable()
     return _get_in_time(connection, get, check_reachable)
 
 
@@ -126,6 +123,7 @@ def _get_in_time(
             return get()
         except Exception as error:
             waited = time.monotonic() - began
+            _forget_expired(pool)
             if not is_connection_pool_exhausted(error):
                 read_budget.spend(waited)
                 raise
@@ -144,6 +142,14 @@ def _get_in_time(
         finally:
             _limit.reset(token)
         check_after = NEXT_POOL_CHECK_AFTER
+
+
+def _forget_expired(pool: Any) -> None:
+    """Let the pool no longer count those who have stopped waiting (``max_waiting``)."""
+    with pool._lock:
+        waiting = [client for client in pool._waiting if client.error is None]
+        pool._waiting.clear()
+        pool._waiting.extend(waiting)
 
 
 def _claim_check(pool: Any) -> bool:

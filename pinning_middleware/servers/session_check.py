@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import selectors
 import threading
 import time
@@ -92,6 +93,8 @@ class _Check:
 
 _lock = ForkSafeLock()
 _checks: dict[object, _Check] = {}
+# The threads that make them do not exist in a forked process.
+os.register_at_fork(after_in_child=_checks.clear)
 
 
 def check_session(raw: Any, state: ConnectionState, began: float, seconds: float) -> SessionStatus:

@@ -137,17 +137,10 @@ class HeaderStore(TokenStore):
 def make_private(response: HttpResponseBase, vary: str) -> None:
     """Prevent shared caches from storing this response."""
     headers = response.headers
-    present = {name.lower() for name in headers}
-    if "vary" in present:
-        patch_vary_headers(response, (vary,))
-    else:
-        headers["Vary"] = vary
-    if "cache-control" in present:
-        parts = [part.strip() for part in headers["Cache-Control"].split(",") if part.strip()]
-        kept = [p for p in parts if p.partition("=")[0].lower() not in _SHARED_DIRECTIVES]
-        headers["Cache-Control"] = ", ".join([*kept, "private"])
-    else:
-        headers["Cache-Control"] = "private"
-    for name in present:
-        if name.endswith(_SHARED_HEADERS):
+    patch_vary_headers(response, (vary,))
+    parts = [part.strip() for part in headers.get("Cache-Control", "").split(",") if part.strip()]
+    kept = [p for p in parts if p.partition("=")[0].lower() not in _SHARED_DIRECTIVES]
+    headers["Cache-Control"] = ", ".join([*kept, "private"])
+    for name in tuple(headers):
+        if name.lower().endswith(_SHARED_HEADERS):
             del headers[name]

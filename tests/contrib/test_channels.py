@@ -240,3 +240,45 @@ def test_json_consumer(consumer: Any) -> None:
     alias, token = talk(act, open_socket(consumer))
     assert is_replica(alias)
     assert token is None
+
+
+class SignsIn(PinnedConsumer, JsonWebsocketConsumer):
+    """Its first message is the name of its user."""
+
+    def receive_json(self, content: Any, **kwargs: Any) -> None:
+        if content.startswith("user "):
+            self.scope["user"] = User.objects.using("default").get(username=content[5:])
+            self.send_json(["signed in"])
+        else:
+            self.send_json([work(content)])
+
+
+def test_cache_store_follows_a_user_who_signs_in_inside_the_socket(settings: Any) -> None:
+    settings.PINNING_STORES = ["pinning_middleware.stores.CacheStore"]
+    for name in ("ada", "bob"):
+        User.objects.create(username=name)
+
+    async def act(one: Socket, other: Socket) -> list[str]:
+        await one.ask("user ada")
+        await other.ask("user ada")
+        await one.ask("write")
+        return [await other.where()]
+
+    assert talk(act, open_socket(SignsIn), open_socket(SignsIn)) == ["default"]
+
+
+@pytest.mark.parametrize("kind", ["write", "read"])
+def test_user_who_signs_in_inside_a_socket_has_pins_of_the_own_writes_only(
+    settings: Any, kind: str
+) -> None:
+    settings.PINNING_STORES = ["pinning_middleware.stores.CacheStore"]
+    for name in ("carol", "dave"):
+        User.objects.create(username=name)
+
+    async def act(one: Socket, other: Socket) -> str:
+        await one.ask("user carol")
+        await other.ask("user dave")
+        await one.ask(kind)
+        return await other.where()
+
+    assert is_replica(talk(act, open_socket(SignsIn), open_socket(SignsIn)))

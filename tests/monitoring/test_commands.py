@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import pytest
-from django.core.management import call_command
+from django.core.management import CommandError, call_command
 from django.db import connections
 from django.test import override_settings
 
@@ -291,3 +291,35 @@ def test_check_live_row_replicated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(each["visible_after"] is not None for each in found)
     # Without positions, a replica that has caught up is not detected.
     assert all(each["detected_after"] is None for each in found)
+
+
+# Invalid settings
+
+INVALID: list[tuple[dict[str, Any], str]] = [
+    ({"PINNING_REPLICAS": ["typo"]}, "E002"),
+    ({"PINNING_REPLICAS": {"typo": ["replica1"]}}, "E002"),
+    ({"PINNING_REPLICAS": {"default": {"replica1": -1}}}, "E001"),
+    ({"PINNING_REPLICAS": {None: []}}, "E001"),
+    ({"PINNING_MAX_LAG": "five"}, "E005"),
+]
+
+
+@pytest.mark.parametrize(("values", "number"), INVALID)
+@pytest.mark.parametrize("options", [[], ["--json"], ["--live"]])
+def test_check_reports_invalid_settings(
+    values: dict[str, Any], number: str, options: list[str]
+) -> None:
+    with override_settings(**values):
+        code, text = run("pinning_check", *options)
+    assert code == 2
+    assert f"pinning_middleware.{number}" in text
+
+
+@pytest.mark.parametrize(("values", "number"), INVALID)
+def test_status_says_that_settings_are_invalid(values: dict[str, Any], number: str) -> None:
+    with (
+        override_settings(**values),
+        pytest.raises(CommandError, match=r"Run manage\.py pinning_check") as raised,
+    ):
+        run("pinning_status")
+    assert raised.value.returncode == 2

@@ -444,6 +444,26 @@ def test_connection_to_former_primary_is_replaced_before_a_write(
     assert in_thread(lambda: titles(token)) == ["before", "late", "new"]
 
 
+def copy_in(cursor: Any) -> None:
+    with cursor.copy("COPY app_book (title) FROM STDIN") as copy:
+        copy.write_row(["late"])
+
+
+@pytest.mark.parametrize(
+    "act", [copy_in, lambda cursor: cursor.execute("SELECT pg_advisory_lock(7)")]
+)
+def test_connection_to_former_primary_is_replaced_before_a_copy_and_a_lock(
+    own_pg: PostgreSQL, former: Callable[[], str], act: Callable[[Any], object]
+) -> None:
+    write("before")
+    own_pg.wait_for()
+    token = former()
+    with unrelated_scope(token), connections["site"].cursor() as cursor:
+        act(cursor)
+        cursor.execute("SELECT inet_server_port()")
+        assert cursor.fetchone() == (own_pg["pg1"].port,)
+
+
 @pytest.fixture
 def stale() -> Iterator[None]:
     with override_settings(PINNING_PRIMARY_DOWN="stale"):

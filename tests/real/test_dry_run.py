@@ -11,6 +11,7 @@ from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 
 from pinning_middleware import dry_run_report, pin_this_request
+from pinning_middleware.handoff import has_caught_up
 from pinning_middleware.routing import primary_connections
 from pinning_middleware.servers import monitor
 from pinning_middleware.stores import dry_run_counts
@@ -128,3 +129,8 @@ def test_connections_of_a_pinned_client_are_not_probed(
     with unrelated_scope(token):
         Book.objects.create(title="newer")
     assert not probed
+
+
+def test_task_is_not_requeued_until_the_assumed_replica_has_caught_up(pg: PostgreSQL) -> None:
+    with unrelated_scope(write()):
+        assert has_caught_up()

@@ -12,6 +12,7 @@ from django.db import close_old_connections
 from pinning_middleware.reasons import Fault
 from pinning_middleware.routing.policy import decide
 from pinning_middleware.scopes.scope import current_scope
+from pinning_middleware.servers.catch_up import CatchUp
 from pinning_middleware.servers.connect import dedicated_connection
 from pinning_middleware.servers.registry import registry
 from tests.app.models import Book
@@ -111,6 +112,27 @@ def test_server_of_the_current_connection_decides(pg: PostgreSQL) -> None:
             assert titles(token) == ["one"]
             assert port_for(token) == second.port
             assert in_thread(lambda: port_for(token)) == second.port
+
+
+def test_connection_to_a_server_that_is_known_to_be_behind_is_replaced_at_once(
+    pg: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While other reads probe a server that is behind, nothing is known of the one that is not."""
+    with (
+        Forwarder(pg["pg2"]) as address,
+        as_layout(pg, many=database(address, conn_max_age=None)),
+    ):
+        in_thread(probe_replicas)
+        address.point_to(pg["pg1"], cut=False)
+        pg.pause("pg1")
+        token = write("one")
+        pg.wait_for("pg2")
+        assert port_for(token) == pg["pg"].port
+        assert port_for(None) == pg["pg1"].port
+        address.point_to(pg["pg2"], cut=False)
+        in_thread(probe_replicas)
+        monkeypatch.setattr(CatchUp, "claim_probe", lambda self: False)
+        assert port_for(token) == pg["pg2"].port
 
 
 def test_pooled_connections_to_a_lagging_server_are_replaced(

@@ -13,16 +13,20 @@ from typing import Any, NamedTuple
 import pytest
 from django.db import OperationalError, connections, transaction
 from django.db.backends.postgresql.base import DatabaseWrapper
+from django.db.backends.signals import connection_created
 from django.db.backends.utils import CursorWrapper
 from django.db.models import Max
 from django.test import override_settings
 
 from pinning_middleware import pin_this_request, use_replica
+from pinning_middleware.backend import read_errors
 from pinning_middleware.exceptions import ReplicaWriteError
 from pinning_middleware.pins import PoolKey, Position
+from pinning_middleware.reasons import Fault
 from pinning_middleware.scopes.scope import current_scope
 from pinning_middleware.servers.connect import BoundedConnect
 from pinning_middleware.servers.dialects.postgresql import PostgreSQL as Dialect
+from pinning_middleware.servers.probe import probe, state_of
 from pinning_middleware.servers.registry import registry
 from tests.app.models import Author, Book
 from tests.conftest import Visit
@@ -324,6 +328,51 @@ def test_statement_in_a_transaction_on_the_replica_is_not_retried(
     assert Book.objects.using("pg1").count() == 1
 
 
+@pytest.mark.parametrize("setting", [False, True])
+def test_raw_transaction_stays_on_a_replica_that_leaves_the_rotation(
+    one_book: PostgreSQL, setting: bool
+) -> None:
+    connection = connections["pg1"]
+    with unrelated_scope(), connection.cursor() as cursor:
+        if setting:
+            connection.set_autocommit(False)
+        else:
+            cursor.execute("BEGIN")
+        cursor.execute("SELECT 1")
+        assert probe(connection) is not None
+        state = state_of(connection)
+        assert state.server is not None
+        registry.set_status(state.server, Fault.LAG, 1000, "by the test")
+        cursor.execute("SELECT 2")
+        assert (cursor.fetchone(), cursor.db.alias) == ((2,), "pg1")
+        cursor.execute("ROLLBACK")
+        if setting:
+            connection.set_autocommit(True)
+
+
+def test_replica_whose_session_cannot_be_set_up_serves_no_read(one_book: PostgreSQL) -> None:
+    failed: list[str] = []
+    prepared: list[Any] = []
+
+    def set_up(connection: Any, **kwargs: Any) -> None:
+        if connection.alias in REPLICAS and not failed:
+            failed.append(connection.alias)
+            raise OperationalError("canceling statement due to statement timeout")
+        prepared.append(connection.connection)
+
+    for alias in REPLICAS:
+        connections[alias].close()
+    connection_created.connect(set_up)
+    try:
+        for _ in range(4):
+            with unrelated_scope():
+                assert READS["list"]() == ["one"]
+                assert connections[server()].connection in prepared
+    finally:
+        connection_created.disconnect(set_up)
+    assert failed
+
+
 def test_transaction_is_not_started_on_another_server(one_book: PostgreSQL) -> None:
     """A transaction on a replica is not moved to the primary."""
     one_book["pg1"].stop("immediate")
@@ -360,80 +409,19 @@ def test_locking_read_is_never_retried(
     assert sent_signals.of("read_retried") == []
 
 
-@pytest.mark.parametrize("kind", READS)
-def test_read_of_the_primary_is_retried_there_if_its_connection_is_lost(
-    one_book: PostgreSQL, kind: str, sent_signals: SentSignals
-) -> None:
-    with unrelated_scope():
-        pin_this_request()
-        assert READS[kind]() == ["one"]
-        one_book.terminate("pg")
-        assert READS[kind]() == ["one"]
-        assert server() == "pg"
-    assert sent_signals == []
-
-
-def test_read_of_a_primary_that_is_down_raises_its_error(
+def test_error_of_an_explicit_primary_read_propagates(
     one_book: PostgreSQL, sent_signals: SentSignals
 ) -> None:
+    """A function that writes, and that the package does not know, must not run twice."""
     with unrelated_scope():
         pin_this_request()
         assert READS["list"]() == ["one"]
-        one_book["pg"].stop("immediate")
+        one_book.terminate("pg")
         with pytest.raises(OperationalError):
             READS["list"]()
-        one_book["pg"].start()
+        connections["pg"].close()
         assert READS["list"]() == ["one"]
     assert sent_signals == []
-
-
-def test_read_of_the_primary_in_a_transaction_is_not_retried(one_book: PostgreSQL) -> None:
-
-    def read_twice() -> None:
-        with transaction.atomic(using="pg"):
-            assert READS["list"]() == ["one"]
-            one_book.terminate("pg")
-            READS["list"]()
-
-    with unrelated_scope():
-        with pytest.raises(OperationalError):
-            read_twice()
-        assert READS["list"]() == ["one"]
-
-
-def test_read_of_the_primary_that_ends_its_session_is_retried_once(one_book: PostgreSQL) -> None:
-    ran: list[str] = []
-
-    def recording(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
-        ran.append(context["cursor"].db.alias)
-        return execute(sql, params, many, context)
-
-    with unrelated_scope():
-        pin_this_request()
-        connection = connections["pg"]
-        with (
-            connection.execute_wrapper(recording),
-            connection.cursor() as cursor,
-            pytest.raises(OperationalError),
-        ):
-            cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
-    assert ran == ["pg", "pg"]
-    connections["pg"].close()
-
-
-def test_closed_pool_connections_of_the_primary_are_replaced_by_a_read(
-    one_book: PostgreSQL,
-) -> None:
-    layout = {"site": pooled(one_book["pg"]), "r1": database(one_book["pg1"])}
-    with as_layout(one_book, **layout), unrelated_scope():
-        kept = connections["site"].pool  # type: ignore[attr-defined]
-        kept.open()
-        for raw in [kept.getconn() for _ in range(4)]:
-            kept.putconn(raw)
-        pin_this_request()
-        for _ in range(3):
-            one_book.terminate("pg")
-            assert READS["list"]() == ["one"]
 
 
 # Writes are still rejected
@@ -657,6 +645,29 @@ def test_terminated_read_is_retried_a_limited_number_of_times(one_book: PostgreS
         ):
             cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
     assert ran == [alias, alias, OTHER[alias], "pg"]
+
+
+def test_read_that_is_ended_while_it_runs_leaves_its_servers_in_rotation(
+    one_book: PostgreSQL, monkeypatch: pytest.MonkeyPatch, sent_signals: SentSignals
+) -> None:
+    """As by an administrator, or by a proxy with a timeout."""
+    monkeypatch.setattr(read_errors, "RETRY_IF_FAILED_WITHIN", 0.0)
+    ran: list[str] = []
+
+    def recording(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+        ran.append(context["cursor"].db.alias)
+        return execute(sql, params, many, context)
+
+    with unrelated_scope():
+        alias = Book.objects.db
+        with (
+            connections[alias].execute_wrapper(recording),
+            connections[alias].cursor() as cursor,
+            pytest.raises(OperationalError),
+        ):
+            cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+    assert ran == [alias, OTHER[alias], "pg"]
+    assert sent_signals.of("replica_removed") == []
 
 
 # Unresponsive replicas
@@ -913,6 +924,16 @@ def test_lost_connection_does_not_mark_the_primary_down(
         assert READS["values_list"]() == ["one", "two"]
         assert server() == "pg"
     assert sent_signals.of("fell_back_to_primary") == []
+
+
+@pytest.mark.usefixtures("stale")
+def test_write_is_tried_while_the_primary_is_marked_down(one_book: PostgreSQL) -> None:
+    connections["pg"].close()
+    mark_unreachable("pg")
+    with unrelated_scope():
+        Book.objects.create(title="two")
+    connections["pg"].close()
+    assert one_book["pg"].execute("SELECT count(*) FROM app_book", database="site") == [(2,)]
 
 
 @pytest.mark.usefixtures("stale")

@@ -15,7 +15,7 @@ from django.db.backends.signals import connection_created
 from django.test import Client, override_settings
 from freezegun.api import FrozenDateTimeFactory
 
-from pinning_middleware import pin_this_request, use_replica
+from pinning_middleware import use_replica
 from pinning_middleware.exceptions import ReplicaWriteError
 from pinning_middleware.servers import blocked_reads
 from pinning_middleware.servers.connection_state import ConnectionState
@@ -267,17 +267,6 @@ def test_killed_connection_is_retried(one_book: Servers, sent_signals: SentSigna
         assert read() == (first, ["one"])
     assert sent_signals.of("read_retried") == []
     assert sent_signals.of("replica_removed") == []
-
-
-def test_killed_connection_to_the_primary_is_retried(
-    one_book: Servers, sent_signals: SentSignals
-) -> None:
-    with unrelated_scope():
-        pin_this_request()
-        assert read() == ("my", ["one"])
-        one_book.terminate("my")
-        assert read() == ("my", ["one"])
-    assert sent_signals == []
 
 
 @pytest.mark.parametrize("chunked", [False, True])

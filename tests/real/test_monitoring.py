@@ -334,6 +334,17 @@ def test_full_queue_of_a_pool_raises_its_own_error(
     assert sent_signals == []
 
 
+def test_read_that_waits_for_a_pool_is_counted_once(
+    pg: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits several times, since it checks the server meanwhile."""
+    monkeypatch.setattr(psycopg_pool, "NEXT_POOL_CHECK_AFTER", 0.1)
+    pooling = {"min_size": 0, "max_size": 1, "max_waiting": 3}
+    with as_layout(pg, r1=database(pg["pg1"], pool=pooling)):
+        errors = in_threads(lambda _: error_of(lambda: sleep_and_read(0.5)), 4)
+    assert errors == [""] * 4
+
+
 def error_of(function: Callable[[], object]) -> str:
     try:
         function()

@@ -47,3 +47,21 @@ def test_reader_of_a_paused_replica_finds_what_another_browser_wrote(
         counters.reads.clear()
         assert reader.get(path).content == b"new"
         assert {alias for _, alias, _, _ in counters.reads} < {"pg1", "pg2"}
+
+
+def test_view_is_retried_under_monotonic_reads(
+    pg: PostgreSQL, new_browser: Callable[..., Browser], do: Callable[[Callable[..., Any]], str]
+) -> None:
+    """The first read of a request changes its outgoing pins, but is no write."""
+
+    def create(request: Any) -> str:
+        return str(Book.objects.create(title="new").pk)
+
+    def find(request: Any) -> str:
+        return str(get_object_or_404(Book, title="new").title)
+
+    pg.pause()
+    retry_limit.reset()
+    new_browser().post(f"/sync/{do(create)}/")
+    with override_settings(PINNING_RETRY_404=True, PINNING_CONSISTENCY="monotonic-reads"):
+        assert new_browser().get(f"/sync/{do(find)}/").content == b"new"

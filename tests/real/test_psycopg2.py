@@ -81,15 +81,6 @@ def test_lost_connection_is_opened_again(pg: PostgreSQL, site: subprocess.Popen[
     assert read(site) == pg["pg1"].port
 
 
-def test_lost_connection_to_the_primary_is_opened_again(
-    pg: PostgreSQL, site: subprocess.Popen[str]
-) -> None:
-    pg["pg1"].stop("immediate")
-    assert read(site) == pg["pg"].port
-    pg.terminate("pg")
-    assert read(site) == pg["pg"].port
-
-
 def test_read_of_a_crashed_replica_runs_on_the_primary(
     pg: PostgreSQL, site: subprocess.Popen[str]
 ) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from django.db import close_old_connections, connections
 from django.db.backends.postgresql.base import DatabaseWrapper
+from django.test import override_settings
 
 from pinning_middleware import no_failover
 from pinning_middleware.reasons import Fault
@@ -81,6 +82,18 @@ def test_both_replicas_unresponsive_leaves_the_read_to_the_primary(
             assert len(pool().replica_set.out_of_rotation) == 1
             assert port_of_request() == pg["pg"].port
             assert pool().replica_set.out_of_rotation == {"r1", "r2"}
+
+
+def test_primary_that_replicas_may_replace_serves_the_read_when_the_budget_is_spent(
+    pg: PostgreSQL,
+) -> None:
+    with (
+        override_settings(PINNING_PRIMARY_DOWN="stale"),
+        as_layout(pg, **both(pg, conn_max_age=0)),
+        frozen(pg["pg1"], pg["pg2"]),
+    ):
+        connections["site"].close()
+        assert port_of_request() == pg["pg"].port
 
 
 def test_read_begins_with_a_whole_budget_after_a_request_that_used_it_up(pg: PostgreSQL) -> None:

@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from django.db import DatabaseError, NotSupportedError, connections, transaction
+from django.db import (
+    DatabaseError,
+    NotSupportedError,
+    OperationalError,
+    connections,
+    transaction,
+)
+from psycopg.errors import AdminShutdown
 
 from pinning_middleware import no_failover
 from pinning_middleware.backend.execute import intended_alias
@@ -199,6 +206,29 @@ def test_routed_function_that_writes_runs_on_the_primary_and_pins_the_scope(
             assert server() == "pg"
     assert len(refused) == 1
     assert pg["pg"].execute("SELECT count(*) FROM app_author", database="site")[0][0] == 4
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_routed_function_that_writes_is_not_run_again_after_a_lost_connection(
+    pg: PostgreSQL, writing_function: str, is_known: bool
+) -> None:
+    ran: list[str] = []
+
+    def losing(execute: Any, sql: Any, params: Any, many: bool, context: Any) -> Any:
+        execute(sql, params, many, context)
+        ran.append(str(sql))
+        raise OperationalError("lost") from AdminShutdown("terminating connection")
+
+    if is_known:
+        with unrelated_scope():
+            assert run(writing_function) == "pg"
+    connections["pg"].execute_wrappers.append(losing)
+    try:
+        with unrelated_scope(), pytest.raises(OperationalError, match="lost"):
+            run(writing_function)
+    finally:
+        connections["pg"].execute_wrappers.remove(losing)
+    assert ran == [writing_function]
 
 
 def test_session_state_of_a_sequence_is_that_of_the_primary(

@@ -81,6 +81,15 @@ def test_read_in_a_modified_session_is_not_retried_elsewhere(
     assert sent_signals.of("read_retried") == []
 
 
+def test_read_is_not_moved_to_a_connection_with_a_modified_session(pg: PostgreSQL) -> None:
+    with unrelated_scope(), no_failover():
+        run("pg2", "SET work_mem = '65kB'")
+    pg["pg1"].stop("immediate")
+    with unrelated_scope():
+        assert run("pg1", WHICH) == [(pg["pg"].port,)]
+    connections["pg2"].close()
+
+
 @pytest.mark.parametrize("statement", ["LISTEN news", "PREPARE one AS SELECT 1"])
 def test_primary_with_a_modified_session_has_no_substitute(
     pg: PostgreSQL, sent_signals: SentSignals, statement: str

@@ -176,6 +176,58 @@ def test_pooled_connections_to_a_former_primary_are_all_replaced(own_pg: Postgre
             connections["site"].close_pool()
 
 
+POOLED = {"OPTIONS": {"pool": {"min_size": 3, "max_size": 4}}, "CONN_MAX_AGE": 0}
+
+
+@pytest.mark.parametrize("options", [{}, POOLED], ids=["persistent", "pooled"])
+def test_transaction_begins_on_no_connection_to_a_former_primary(
+    own_pg: PostgreSQL, options: dict[str, Any]
+) -> None:
+    with swappable(own_pg, **options) as (site, _):
+        try:
+            connections["site"].ensure_connection()
+            if options:
+                connections["site"].pool.wait()  # type: ignore[attr-defined]
+            write("before")
+            own_pg["pg1"].promote()
+            site.point_to(own_pg["pg1"], cut=False)
+            with unrelated_scope(token_of(on_next_timeline())), transaction.atomic(using="site"):
+                Book.objects.create(title="new")
+            sql = "SELECT count(*) FROM app_book WHERE title = 'new'"
+            assert own_pg["pg1"].execute(sql, database="site") == [(1,)]
+        finally:
+            connections["site"].close()
+            if options:
+                connections["site"].close_pool()  # type: ignore[attr-defined]
+
+
+def test_transaction_is_not_opened_while_the_address_resolves_to_a_former_primary(
+    own_pg: PostgreSQL,
+) -> None:
+    def add() -> None:
+        with transaction.atomic(using="site"):
+            Book.objects.create(title="lost")
+
+    with swappable(own_pg):
+        write("before")
+        own_pg["pg1"].promote()
+        with (
+            unrelated_scope(token_of(on_next_timeline())),
+            pytest.raises(OperationalError, match="still resolves to the former primary"),
+        ):
+            add()
+        sql = "SELECT count(*) FROM app_book WHERE title = 'lost'"
+        assert own_pg["pg"].execute(sql, database="site") == [(0,)]
+
+
+def on_next_timeline() -> dict[str, int]:
+    """Return a position that only a successor of the known primary has."""
+    known = pool().endpoint.server
+    assert known is not None
+    ((log, _),) = known.position.items()
+    return {f"{log.rpartition('-')[0]}-2": 1}
+
+
 def test_standby_behind_the_alias_of_the_primary_serves_no_pin_that_it_has_not_reached(
     pg: PostgreSQL,
 ) -> None:

@@ -92,6 +92,7 @@ def _on_postgresql(
         places = arrange(stack, cluster)
         given = {"user": _user(cluster, role), "conn_max_age": age, **more}
         databases = {alias: database(*them, **given) for alias, them in places.items()}
+        databases["default"]["CONN_HEALTH_CHECKS"] = True
         settings = {
             "DATABASES": databases,
             "PINNING_REPLICAS": [alias for alias in databases if alias != "default"],
@@ -148,6 +149,7 @@ def _with_gtids(kind: type[mariadb.Servers]) -> Layout:
             "default" if alias == "my" else alias: {**entry, "CONN_MAX_AGE": age}
             for alias, entry in servers.entries().items()
         }
+        entries["default"]["CONN_HEALTH_CHECKS"] = True
         return Rig({"DATABASES": entries, "PINNING_REPLICAS": ["my1", "my2"]}, servers, {})
 
     return layout

@@ -50,7 +50,7 @@ from pinning_middleware.testing.clock import reset_window
 from pinning_middleware.testing.reads import tables_of
 from pinning_middleware.utils import counters
 from tests.app.models import Author, Book, Tag
-from tests.conftest import Visit, where
+from tests.conftest import Visit, is_replica, where
 
 pytestmark = pytest.mark.django_db(transaction=True, databases="__all__")
 
@@ -660,3 +660,23 @@ def test_fixtures(
     with capture_reads() as reads, elsewhere, django_assert_num_reads(replica=1):
         Book.objects.get(pk=1)
     assert len(reads) == 1
+
+
+@pytest.mark.django_db(transaction=True, databases="__all__")
+def test_isolated_pins_hides_what_the_thread_has_written() -> None:
+    Book.objects.create(title="of another test")
+    assert not is_replica(where())
+    with isolated_pins():
+        assert is_replica(where())
+        Book.objects.create(title="of this test")
+        assert not is_replica(where())
+    with isolated_pins():
+        assert is_replica(where())
+
+
+@pytest.mark.django_db(transaction=True, databases="__all__")
+def test_isolated_pins_keeps_the_scope_around_it() -> None:
+    with pinning_scope(isolated=True):
+        Book.objects.create(title="x")
+        with isolated_pins():
+            assert where() == "default"

@@ -55,10 +55,14 @@ class Command(BaseCommand):
 
     def handle(self, *args: Any, **options: Any) -> None:
         """Run the checks, print the results, and set the exit status."""
-        chosen = self._pools(options["pool"])
         messages = run_checks(tags=[TAG])
         results: dict[str, dict[str, Any]] = {}
-        if options["live"]:
+        has_errors = any(each.level >= ERROR and not each.is_silenced() for each in messages)
+        # The settings of the pools may be among the errors.
+        chosen = [] if has_errors else self._pools(options["pool"])
+        if options["live"] and has_errors:
+            self.stderr.write("The replicas were not checked. Fix the errors first.")
+        elif options["live"]:
             with _sigterm_as_exit(), silence_server_logs(), ServerPoll() as server_poll:
                 # Do not wait for a primary that the poll has found unresponsive.
                 states = {row.alias: row for row in server_poll.poll()}

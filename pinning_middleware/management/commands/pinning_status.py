@@ -12,7 +12,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import Any, Final
 
-from django.core.management.base import BaseCommand
+from django.core.management.base import BaseCommand, CommandError
 from django.db import connections
 
 from pinning_middleware import dry_run_report
@@ -20,6 +20,7 @@ from pinning_middleware.conf import conf
 from pinning_middleware.dry_run_report import DryRun
 from pinning_middleware.management.poll import ServerPoll, silence_server_logs
 from pinning_middleware.reasons import Reason
+from pinning_middleware.routing.pools import pools
 from pinning_middleware.stats import (
     DEGRADED,
     DOWN,
@@ -64,6 +65,13 @@ class Command(BaseCommand):
 
     def handle(self, *args: Any, **options: Any) -> None:
         """Probe and print, repeatedly with ``--watch``; the last health is the exit status."""
+        try:
+            pools()
+        except Exception as error:
+            raise CommandError(
+                f"The settings of the pools are invalid ({error!r}). Run manage.py pinning_check.",
+                returncode=2,
+            ) from error
         status, watch = 0, options["watch"]
         with (
             silence_server_logs(),

@@ -204,7 +204,9 @@ class PostgreSQL(Dialect):
         if query(ISOLATION) == ("serializable",):
             return Refusal(all_reads=True)
         (names,) = query(UNLOGGED)
-        return Refusal(tables=tuple((names or "").splitlines()))
+        tables = tuple((names or "").splitlines())
+        # Without one, the cause is another: "cached plan must not change result type".
+        return Refusal(tables=tables, is_lasting=bool(tables))
 
     def refusal(self, query: Query, error: BaseException) -> Refusal | None:
         code = self.error_code(error)
