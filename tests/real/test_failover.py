@@ -333,13 +333,14 @@ def test_raw_transaction_stays_on_a_replica_that_leaves_the_rotation(
     one_book: PostgreSQL, setting: bool
 ) -> None:
     connection = connections["pg1"]
+    connection.ensure_connection()
+    assert probe(connection) is not None
     with unrelated_scope(), connection.cursor() as cursor:
         if setting:
             connection.set_autocommit(False)
         else:
             cursor.execute("BEGIN")
         cursor.execute("SELECT 1")
-        assert probe(connection) is not None
         state = state_of(connection)
         assert state.server is not None
         registry.set_status(state.server, Fault.LAG, 1000, "by the test")
