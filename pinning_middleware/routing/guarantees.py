@@ -3,21 +3,29 @@ PINNING_CONSISTENCY. With ``read-your-writes`` a client sees its own writes; wha
 wrote may appear and disappear, and this module has nothing to do.
 
 With ``monotonic-reads`` a client also never sees an older state than it has seen, within a scope
-and after it. The primary counts as having everything. While a commit waits for a synchronous
-standby, a replica may show it although the primary does not yet.
+and after it. The primary counts as having everything, but for commits that wait for a synchronous
+standby: a replica may show them although the primary does not yet.
 https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION
 """
 
 from __future__ import annotations
 
-from django.db import connections
+from django.db import DatabaseError, InterfaceError, connections
 
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Pin, Position, merge_points
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.scopes.scope import PoolState, Scope
+from pinning_middleware.servers.budget import read_budget
 from pinning_middleware.servers.connection_state import ConnectionState
-from pinning_middleware.servers.probe import CONNECTION_ERRORS, state_of
+from pinning_middleware.servers.probe import (
+    CONNECTION_ERRORS,
+    fetch,
+    probing_allowed,
+    state_of,
+    without_failover,
+)
+from pinning_middleware.utils import clock
 
 
 def must_reach(pool: Pool, state: PoolState, alias: str) -> Position | None:
@@ -54,6 +62,31 @@ def record_observed(pool: Pool, scope: Scope, alias: str) -> None:
         return state._replace(read_from=read_from, revision=state.revision + (not state.read_from))
 
     scope.update(pool.key, change)
+
+
+def primary_lacks_observed(pool: Pool, scope: Scope, state: PoolState) -> bool:
+    """
+    Return whether the primary may not show yet what the client has read from a replica, because
+    commits wait for a synchronous standby. Queries the primary once for each scope.
+    """
+    if state.observed is None or not state.observed.is_live(clock.now()):
+        return False
+    if state.primary_hides_commits is None:
+        found = _has_waiting_commits(pool)
+        state = scope.update(pool.key, lambda latest: latest._replace(primary_hides_commits=found))
+    return bool(state.primary_hides_commits)
+
+
+def _has_waiting_commits(pool: Pool) -> bool:
+    connection, sql = connections[pool.primary], pool.dialect and pool.dialect.waiting_commits
+    if not sql or not probing_allowed(connection):
+        return False
+    try:
+        with without_failover(), read_budget.spending():
+            return int(fetch(connection, sql)[0]) > 0
+    except (DatabaseError, InterfaceError):
+        # The read that follows raises the primary's own error.
+        return False
 
 
 def observed_pin(pool: Pool, state: PoolState, now: float) -> Pin | None:

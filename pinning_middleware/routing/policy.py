@@ -18,7 +18,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Pin, Position, merge_optional, merge_positions
 from pinning_middleware.reasons import Fault, Reason
-from pinning_middleware.routing.guarantees import must_reach
+from pinning_middleware.routing.guarantees import must_reach, primary_lacks_observed
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.replica_choice import (
     next_replica,
@@ -182,7 +182,9 @@ def reason_besides_pins(
 ) -> Reason | None:
     """Return why the rest of rule 4, or rule 5, keeps a read on the primary, or None."""
     is_offloaded = scope.offloaded or effects.is_offloaded
-    if scope.prefers_primary and not state.method_ignored and not is_offloaded:
+    by_method = scope.prefers_primary and not state.method_ignored and not is_offloaded
+    # Nothing was written yet, so a replica may serve the read if it shows more.
+    if by_method and not (pool.tracks_reads and primary_lacks_observed(pool, scope, state)):
         return Reason.HTTP_METHOD
     # Rule 5: settings exclude the model, or the scope; or no standby can read the model's table.
     if pool.refusals.includes_model(model) or (conf.primary_models and _is_primary_model(model)):

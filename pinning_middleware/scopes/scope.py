@@ -102,6 +102,8 @@ class PoolState(NamedTuple):
     revision: int = 0
     # When replicas were last probed in vain for the inherited position (monotonic clock).
     last_searched: float | None = None
+    # Whether commits that a replica shows may be hidden on the primary; None if not checked.
+    primary_hides_commits: bool | None = None
     # The aliases that it has read from, oldest first, each with the state of the connection;
     # recorded under monotonic-reads only.
     read_from: tuple[tuple[str, Any], ...] = ()

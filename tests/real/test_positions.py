@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from tests.app.models import Book
 from tests.conftest import Visit
 
 from .conftest import (
+    NODES,
     PostgreSQL,
     SentSignals,
     as_databases,
@@ -56,7 +58,7 @@ from .conftest import (
     unrelated_scope,
     write,
 )
-from .layouts import Forwarder, database
+from .layouts import Forwarder, database, frozen
 
 pytestmark = pytest.mark.real
 
@@ -985,6 +987,48 @@ def test_monotonic_reads_add_one_query(pg: PostgreSQL, act: Any) -> None:
         with queries() as asked:
             act(read)
         assert len(asked.added) == 1
+
+
+@pytest.fixture
+def commit_that_waits(pg: PostgreSQL) -> Iterator[None]:
+    """A commit that pg2 shows, and the primary hides until its synchronous standby confirms it."""
+    primary = pg["pg"]
+    primary.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{NODES['pg1']}'")
+    primary.execute("SELECT pg_reload_conf()")
+    waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+    try:
+        with ThreadPoolExecutor() as threads, frozen(pg["pg1"]):
+            threads.submit(in_thread, create)
+            assert eventually(lambda: primary.execute(waits) == [(1,)])
+            found = "SELECT count(*) FROM app_book"
+            assert eventually(lambda: pg["pg2"].execute(found, database="site") == [(1,)])
+            yield
+    finally:
+        primary.execute("ALTER SYSTEM RESET synchronous_standby_names")
+        primary.execute("SELECT pg_reload_conf()")
+
+
+@pytest.mark.usefixtures("monotonic", "commit_that_waits")
+def test_post_after_reading_a_commit_that_waits_for_a_synchronous_standby(visit: Visit) -> None:
+    """Until it writes, it reads from a replica that shows the commit, as the client has seen it."""
+
+    def read_and_write(request: Any) -> list[str]:
+        return [read()[0], pin_this_request() or read()[0]]  # type: ignore[func-returns-value]
+
+    mark_unreachable("pg1")
+    assert visit(read) == ("pg2", ["new"])
+    assert visit(read, method="post") == ("pg2", ["new"])
+    assert visit(read_and_write, method="post") == ["pg2", "pg"]
+    visit.browser.cookies.clear()
+    assert visit(read, method="post") == ("pg", [])
+
+
+@pytest.mark.usefixtures("monotonic")
+def test_post_of_a_client_that_has_read_a_replica_reads_the_primary(
+    pg: PostgreSQL, visit: Visit
+) -> None:
+    assert visit(read)[0] in REPLICAS
+    assert visit(read, method="post") == ("pg", [])
 
 
 def test_reads_without_monotonic_reads_set_no_pin(pg: PostgreSQL, act: Any) -> None:

@@ -72,6 +72,9 @@ class Dialect:
     # A statement whose only column is whether replay waits for a lock that a query holds; empty if
     # replay never does.
     replay_waits: ClassVar[str] = ""
+    # A statement whose only column is the number of commits that replicas may show already although
+    # the primary does not; empty if there are none.
+    waiting_commits: ClassVar[str] = ""
     # Codes of errors that a server raises because a lock was not granted in time; those that it may
     # raise for other reasons as well.
     lock_errors: ClassVar[frozenset[Any]] = frozenset()

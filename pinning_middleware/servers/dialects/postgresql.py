@@ -131,6 +131,10 @@ class PostgreSQL(Dialect):
         "SELECT pg_is_in_recovery() AND EXISTS (SELECT 1 FROM pg_locks "
         "WHERE mode = 'AccessExclusiveLock' AND NOT granted)"
     )
+    # https://www.postgresql.org/docs/current/monitoring-stats.html#WAIT-EVENT-IPC-TABLE
+    waiting_commits: ClassVar[str] = (
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+    )
     # lock_timeout; statement_timeout or a cancel request.
     lock_errors: ClassVar[frozenset[Any]] = frozenset({"55P03"})
     timeout_errors: ClassVar[frozenset[Any]] = frozenset({"57014"})
