@@ -67,7 +67,7 @@ def propagate_pins(app: Celery) -> None:
     task_postrun.connect(_close_scope, weak=False, dispatch_uid="pinning_middleware.end")
     app.on_after_finalize.connect(_log_invalid_policies, weak=False)
     checks.register(functools.partial(_check_policies, app), TAG)
-    _put_back_before_start()
+    _requeue_before_start()
     _keep_pins_of_duplicates()
 
 
@@ -186,7 +186,7 @@ def _seconds_to_wait(task: Any, policy: object) -> float | None:
     return getattr(task, "pinning_wait", DEFAULT_WAIT if policy == "wait" else 0.0)
 
 
-def _put_back_before_start() -> None:
+def _requeue_before_start() -> None:
     """Extend ``Task.before_start()``, which may raise ``Retry``, unlike receivers of signals."""
     original = Task.before_start
     if hasattr(original, "__wrapped__"):
@@ -195,7 +195,7 @@ def _put_back_before_start() -> None:
     @functools.wraps(original)
     def before_start(self: Any, task_id: str, args: Any, kwargs: Any) -> None:
         if getattr(self, "pinning", None) == "retry" and not self.request.is_eager:
-            _put_back_unless_caught_up(self, args, kwargs)
+            _requeue_unless_caught_up(self, args, kwargs)
         original(self, task_id, args, kwargs)
 
     # Celery calls the hook of its base class only if it comes from elsewhere.
@@ -203,7 +203,7 @@ def _put_back_before_start() -> None:
     Task.before_start = before_start
 
 
-def _put_back_unless_caught_up(task: Any, args: Any, kwargs: Any) -> None:
+def _requeue_unless_caught_up(task: Any, args: Any, kwargs: Any) -> None:
     if handoff.has_caught_up():
         return
     number = getattr(task.request, REQUEUED, None) or 0
@@ -246,7 +246,7 @@ def _keep_pins_of_duplicates() -> None:
 
     @functools.wraps(original)
     def on_duplicate(self: Any, existing_task_id: str, *args: Any, **kwargs: Any) -> Any:
-        handoff.save_pins(existing_task_id, handoff.pins_to_send())
+        handoff.save_pins_to_send(existing_task_id)
         return original(self, existing_task_id, *args, **kwargs)
 
     Singleton.on_duplicate = on_duplicate

@@ -439,7 +439,7 @@ def _count_retry(*, sender: str, failed: str, served: str, error: object, **kwar
         return
     with _lock:
         counters.retries[sender, failed, served] += 1
-    _record_event("read_retried", sender, failed, served, _first_line(error))
+    _record_event("read_retried", sender, failed, served, _first_line(error or ""))
 
 
 def _count_wait(*, sender: str, seconds: float, reached: bool, **kwargs: Any) -> None:

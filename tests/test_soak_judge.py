@@ -656,7 +656,7 @@ class Disturbed:
 
 
 class Moved:
-    """An address, and where it leads to."""
+    """An address, and the server that it resolves to."""
 
     delay, resets = 0.0, False
 

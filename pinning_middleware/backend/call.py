@@ -106,6 +106,13 @@ def call_of(pool: Pool, cursor: Any) -> Call:
     return Call(lambda *args: None, "", None, False, context, cursor, scope, effects)
 
 
+def connect_anyway(call: Call) -> None:
+    """Connect to an alias that is marked as unreachable, for what only its server can run."""
+    opened = call.cursor.cursor
+    if isinstance(opened, UnopenedCursor) and isinstance(opened.error, OutOfRotation):
+        call.move_to(call.cursor.db)
+
+
 def may_move(connection: BaseDatabaseWrapper) -> bool:
     """Return whether a statement of this connection may run on another one."""
     return not is_transaction_open(connection) and not failover_disabled.get()

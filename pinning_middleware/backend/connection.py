@@ -150,6 +150,8 @@ class InstrumentedConnection(BoundedConnect):
         pool = pools().by_connection.get(self.alias)
         if pool is None or self.connection is None or failover_disabled.get():
             return
+        if effects_on(pool.primary).no_failover:
+            return
         check_before_transaction(pool, self, current_scope())
 
     def _take_snapshot(self) -> None:

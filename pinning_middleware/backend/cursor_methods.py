@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from django.db.backends.utils import CursorWrapper
 
-from pinning_middleware.backend.call import UnopenedCursor, call_of
+from pinning_middleware.backend.call import UnopenedCursor, call_of, connect_anyway
 from pinning_middleware.backend.execute import intended_alias, record_read_of
 from pinning_middleware.backend.failover import admit_cursor
 from pinning_middleware.backend.former_primary import check_primary
@@ -53,8 +53,12 @@ def record_callproc(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _check_primary(cursor: Any) -> None:
     pool = pools().by_connection.get(cursor.db.alias)
-    if pool is not None and not failover_disabled.get():
-        check_primary(pool, call_of(pool, cursor))
+    if pool is None or cursor.db.alias != pool.primary:
+        return
+    call = call_of(pool, cursor)
+    connect_anyway(call)
+    if not (failover_disabled.get() or call.effects.no_failover):
+        check_primary(pool, call)
 
 
 class DriverMethod:

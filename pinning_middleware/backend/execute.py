@@ -13,8 +13,8 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.backend.call import (
     Call,
-    OutOfRotation,
     UnopenedCursor,
+    connect_anyway,
     may_run_on_primary,
 )
 from pinning_middleware.backend.failover import execute_read
@@ -126,10 +126,8 @@ def _execute(pool: Pool, call: Call, connection: BaseDatabaseWrapper, statement:
         call.cursor.__dict__.pop("pinning_alias", None)
     if kind is StatementKind.LOCK:
         record_lock(call.cursor.db.alias)
-    opened = call.cursor.cursor
-    if isinstance(opened, UnopenedCursor) and isinstance(opened.error, OutOfRotation):
-        # Only a read has an alternative.
-        call.move_to(call.cursor.db)
+    if kind is not StatementKind.WRITE or alias not in conf.readonly_aliases:
+        connect_anyway(call)
     locks_or_writes = kind in (StatementKind.WRITE, StatementKind.LOCK)
     if not bypasses and (locks_or_writes or statement.begins_transaction):
         check_primary(pool, call)

@@ -16,6 +16,8 @@ from pinning_middleware.servers.dialects import dialect_for
 from pinning_middleware.servers.probe import endpoint_for, state_of, without_failover
 from pinning_middleware.servers.psycopg_pool import close_for_good
 
+# Maximum number of connections that are discarded: not every connection pool replaces them.
+MAX_REOPENS: Final = 100
 _DEMOTED: Final = Rejection(Fault.DEMOTED)
 SAME_ADDRESS: Final = "its address still resolves to the former primary"
 
@@ -59,8 +61,8 @@ def reopen_elsewhere(pool: Pool, connection: BaseDatabaseWrapper, scope: Scope) 
     connecting raises.
     """
     began = time.monotonic()
-    is_former, is_old = True, True
-    while is_former and is_old:
+    is_former = True
+    for _ in range(MAX_REOPENS):
         discard(connection)
         with without_failover():
             connection.ensure_connection()
@@ -68,6 +70,8 @@ def reopen_elsewhere(pool: Pool, connection: BaseDatabaseWrapper, scope: Scope) 
         # A connection pool may have more connections of the same age.
         raw = connection.connection
         is_old = raw is not None and state_of(connection).opened_at < began
+        if not (is_former and is_old):
+            break
     return not is_former
 
 

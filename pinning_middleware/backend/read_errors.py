@@ -16,10 +16,10 @@ from pinning_middleware.backend.read_timeouts import answers_probe, has_timed_ou
 from pinning_middleware.reasons import Fault
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.servers.blocked_reads import ProbeOutcome, probe_afresh
-from pinning_middleware.servers.budget import BudgetExhausted
+from pinning_middleware.servers.budget import BudgetExhausted, read_budget
 from pinning_middleware.servers.connect import CONNECT_TIMEOUT, RETRY_IF_FAILED_WITHIN
 from pinning_middleware.servers.dialects import Refusal, dialect_for
-from pinning_middleware.servers.liveness import ReplayWaits, ServerUnresponsive
+from pinning_middleware.servers.liveness import ReplayWaits, ServerGone, ServerUnresponsive
 from pinning_middleware.servers.probe import (
     CONNECTION_ERRORS,
     endpoint_for,
@@ -60,12 +60,16 @@ def classify_error(
     has_run = ran_for is not None
     # Before the connection is closed, which ends a transaction.
     in_transaction = connection.in_atomic_block or is_transaction_open(connection)
+    is_write = has_run and call.written_alias is not None
     if isinstance(error, (BudgetExhausted, ReplayWaits)):
         if isinstance(error, ReplayWaits):
             _take_out_blocked(pool, connection)
         connection.close()
-        return ErrorAction.RAISE if in_transaction else ErrorAction.ELSEWHERE
-    if in_transaction or call.many or (has_run and call.written_alias is not None):
+        return ErrorAction.RAISE if in_transaction or is_write else ErrorAction.ELSEWHERE
+    if in_transaction or call.many or is_write:
+        if not in_transaction and isinstance(error, (ServerUnresponsive, ServerGone)):
+            # The driver still waits for the answer.
+            connection.close()
         return ErrorAction.RAISE
     refusal = None
     if has_run and may_run_on_primary(pool, call):
@@ -94,7 +98,9 @@ def classify_error(
     was_ended = can_reopen and ran_for is not None and _was_ended(connection, ran_for)
     connection.close()
     if was_ended:
-        return ErrorAction.ELSEWHERE
+        # No replica substitutes for a primary that is up.
+        is_primary = connection.alias == pool.primary
+        return ErrorAction.RAISE if is_primary else ErrorAction.ELSEWHERE
     return ErrorAction.REOPEN if can_reopen else ErrorAction.TAKE_OUT
 
 
@@ -152,7 +158,8 @@ def _was_ended(connection: BaseDatabaseWrapper, ran_for: float) -> bool:
     """
     if ran_for < RETRY_IF_FAILED_WITHIN or dialect_for(connection) is None:
         return False
-    outcome = probe_afresh(state_of(connection), CONNECT_TIMEOUT)
+    with read_budget.spending():
+        outcome = probe_afresh(state_of(connection), min(CONNECT_TIMEOUT, read_budget.left))
     return outcome is ProbeOutcome.ANSWERED
 
 

@@ -59,7 +59,12 @@ def record_observed(pool: Pool, scope: Scope, alias: str) -> None:
             return state
         read_from = (*(one for one in state.read_from if one[0] != alias), source)
         # The first read changes the outgoing pins; later ones do not.
-        return state._replace(read_from=read_from, revision=state.revision + (not state.read_from))
+        is_first = not state.read_from
+        return state._replace(
+            read_from=read_from,
+            revision=state.revision + is_first,
+            first_reads=state.first_reads + is_first,
+        )
 
     scope.update(pool.key, change)
 

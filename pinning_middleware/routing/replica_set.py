@@ -215,14 +215,16 @@ class ReplicaSet:
         if not probing_allowed(connection):
             return False
         probed: set[Server] = set()
+        attempts = MAX_RECONNECTS
         if servers and not (always or self._claim_probe(servers, wanted)):
             others = _other_servers(connection, servers)
             if not any(self._has_reached(other, wanted) for other in others):
                 return False
             # It is connected to a server that is known to be behind, and another one is not.
             probed.update(servers)
+            attempts = 1
             close_for_good(connection)
-        for _ in range(MAX_RECONNECTS):
+        for _ in range(attempts):
             try:
                 result = self.health.probe(connection)
             except CONNECTION_ERRORS:

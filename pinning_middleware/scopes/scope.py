@@ -107,6 +107,8 @@ class PoolState(NamedTuple):
     # The aliases that it has read from, oldest first, each with the state of the connection;
     # recorded under monotonic-reads only.
     read_from: tuple[tuple[str, Any], ...] = ()
+    # How many increments of ``revision`` are those of a scope's first read.
+    first_reads: int = 0
 
     @property
     def is_pinned(self) -> bool:
@@ -163,6 +165,7 @@ class PoolState(NamedTuple):
         """Return this state merged with that of an inner scope that has ended."""
         merged = self._merge_own(inner)._replace(
             revision=self.revision + inner.revision,
+            first_reads=self.first_reads + inner.first_reads,
             read_from=_merge_reads(self.read_from, inner.read_from),
         )
         return merged.inherit(inner.inherited, inner.observed)
@@ -354,6 +357,7 @@ class Scope:
                 cleared=state.cleared or has_pin,
                 revision=state.revision + has_pin,
                 read_from=state.read_from,
+                first_reads=state.first_reads,
             )
 
         self.update(key, change)
@@ -391,7 +395,7 @@ class Scope:
     def merge_into(self, outer: Scope) -> None:
         """Merge the state of this scope into an enclosing one."""
         for key, state in self.pools.items():
-            if state.revision or state.holds_lock or state.session_modified:
+            if state.revision or state.read_from or state.holds_lock or state.session_modified:
                 outer.update(key, lambda before, state=state: before.merge_inner(state))  # type: ignore[misc]
 
     @property
@@ -424,7 +428,7 @@ class Scope:
     @property
     def write_revision(self) -> int:
         """The revision without what the scope has read."""
-        return self.revision - sum(bool(state.read_from) for state in self.pools.values())
+        return self.revision - sum(state.first_reads for state in self.pools.values())
 
 
 _scope: ContextVar[Scope | None] = ContextVar("pinning_scope", default=None)

@@ -95,8 +95,7 @@ def probing_allowed(connection: BaseDatabaseWrapper) -> bool:
 def is_connection_pool_exhausted(error: BaseException) -> bool:
     """
     Return whether an error of connecting means that no connection of psycopg's pool became free in
-    time. All may be in use by this process, which is not a fault of the
-    server.
+    time. All may be in use by this process, which is not a fault of the server.
     """
     module = sys.modules.get("psycopg_pool")
     if module is None:

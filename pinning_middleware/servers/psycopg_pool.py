@@ -145,7 +145,7 @@ def _get_in_time(
 
 
 def _forget_expired(pool: Any) -> None:
-    """Let the pool no longer count those who have stopped waiting (``max_waiting``)."""
+    """Remove expired clients from the queue of the pool, which ``max_waiting`` limits."""
     with pool._lock:
         waiting = [client for client in pool._waiting if client.error is None]
         pool._waiting.clear()

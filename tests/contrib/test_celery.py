@@ -143,7 +143,7 @@ def test_waiting_singleton_inherits_the_pins_of_dropped_calls(single: Any) -> No
     assert is_replica(alias_read_by(single, id="another"))
 
 
-def test_singleton_that_is_put_back_is_sent_again(
+def test_singleton_that_is_requeue_is_sent_again(
     single: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[dict[str, Any]] = []
@@ -153,7 +153,7 @@ def test_singleton_that_is_put_back_is_sent_again(
     single.push_request(id="1", args=(1,), kwargs={}, called_directly=False)
     try:
         with pytest.raises(Retry):
-            adapter._put_back_unless_caught_up(single, (1,), {})
+            adapter._requeue_unless_caught_up(single, (1,), {})
     finally:
         single.pop_request()
     assert [options["task_id"] for options in sent] == ["1", "1"]

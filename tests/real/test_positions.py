@@ -998,6 +998,10 @@ def commit_that_waits(pg: PostgreSQL) -> Iterator[None]:
     waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
     try:
         with ThreadPoolExecutor() as threads, frozen(pg["pg1"]):
+            # The checkpointer applies the setting a moment later, and before a checkpoint.
+            shown = "SHOW synchronous_standby_names"
+            assert eventually(lambda: primary.execute(shown) == [(NODES["pg1"],)])
+            primary.execute("CHECKPOINT")
             threads.submit(in_thread, create)
             assert eventually(lambda: primary.execute(waits) == [(1,)])
             found = "SELECT count(*) FROM app_book"

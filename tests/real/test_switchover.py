@@ -382,7 +382,7 @@ def test_connection_to_a_demoted_server_is_replaced_after_it_was_replaced_and_ca
     servers["my"].execute("START SLAVE SQL_THREAD")
     switch_over(servers, "my1", "my")
     address.point_to(place_of(servers["my"]), cut=False)
-    # Another thread connects to the primary; this one's connection leads to `my1`.
+    # Another thread connects to the primary; this one's connection is to `my1`.
     in_thread(lambda: write("back"))
     with unrelated_scope():
         assert server_number() == number_of(servers, "my")

@@ -14,7 +14,7 @@ __all__ = ["ADDRESS_FAULTS"]
 
 
 def move_address(context: FaultContext) -> None:
-    """The alias of a replica leads to another replica, or to the primary."""
+    """The alias of a replica resolves to another replica, or to the primary."""
     alias = _replica_alias(context)
     others = [node for name, node in context.cluster.nodes.items() if name != alias]
     with _pointing(context, {alias: context.rng.choice(others)}):

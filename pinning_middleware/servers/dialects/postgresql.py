@@ -69,8 +69,8 @@ REPORTS: Final = {
 PGPOOL_BALANCES: Final = "PGPOOL SHOW load_balance_mode"
 # Errors of a standby for being one: a table without WAL (unlogged), or an isolation level that it
 # does not have; a write; a function that needs a primary, or a sequence that the session has not
-# used. Other errors have the same codes, so the server is queried for whether it is a
-# standby; messages are translated. SHOW works where every query fails.
+# used. Other errors have the same codes, so the server is queried for whether it is a standby;
+# messages are translated. SHOW works where every query fails.
 # https://www.postgresql.org/docs/current/hot-standby.html#HOT-STANDBY-USERS
 # https://www.postgresql.org/docs/current/sql-createtable.html#SQL-CREATETABLE-UNLOGGED
 UNSUPPORTED, READ_ONLY, NOT_READY = "0A000", "25006", "55000"
