@@ -18,7 +18,7 @@ from django.db.backends.utils import CursorWrapper
 from django.db.models import Max
 from django.test import override_settings
 
-from pinning_middleware import pin_this_request, use_replica
+from pinning_middleware import pin_this_request, use_primary, use_replica
 from pinning_middleware.backend import read_errors
 from pinning_middleware.exceptions import ReplicaWriteError
 from pinning_middleware.pins import PoolKey, Position
@@ -926,6 +926,22 @@ def test_lost_connection_does_not_mark_the_primary_down(
         assert READS["values_list"]() == ["one", "two"]
         assert server() == "pg"
     assert sent_signals.of("fell_back_to_primary") == []
+
+
+@pytest.mark.usefixtures("stale")
+def test_read_of_the_primary_that_is_ended_while_it_runs_has_no_substitute(
+    one_book: PostgreSQL, monkeypatch: pytest.MonkeyPatch, sent_signals: SentSignals
+) -> None:
+    monkeypatch.setattr(read_errors, "RETRY_IF_FAILED_WITHIN", 0.0)
+    with (
+        unrelated_scope(),
+        use_primary(),
+        connections["pg"].cursor() as cursor,
+        pytest.raises(OperationalError, match="terminating connection"),
+    ):
+        cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+    connections["pg"].close()
+    assert sent_signals.of("fell_back_to_replica") == []
 
 
 @pytest.mark.usefixtures("stale")
