@@ -540,3 +540,25 @@ def test_late_block_in_an_event_loop_saves_its_pins_in_a_thread() -> None:
     loop = contextvars.copy_context().run(asyncio.run, run())
     assert saved
     assert loop not in saved
+
+
+asked_for: list[Any] = []
+
+
+def may_offload(request: Any) -> bool:
+    asked_for.append(request)
+    return True
+
+
+@override_settings(PINNING_OFFLOAD="tests.test_scopes.may_offload")
+def test_offload_function_is_called_once_for_a_request_with_nested_scopes(visit: Visit) -> None:
+    def act(request: Any) -> list[str]:
+        found = []
+        for _ in range(2):
+            with pinning_scope():
+                found.append(where())
+        return [*found, where()]
+
+    asked_for.clear()
+    assert all(is_replica(alias) for alias in visit(act))
+    assert len(asked_for) == 1

@@ -10,15 +10,17 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.backend.session_setup import set_up_session
 from pinning_middleware.backend.writes import recording_write
-from pinning_middleware.conf import conf
 from pinning_middleware.reasons import Reason
 from pinning_middleware.routing.compatibility import is_interchangeable
 from pinning_middleware.routing.policy import Rejection
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.scopes.overrides import Effects, effects_on
 from pinning_middleware.scopes.scope import Scope, current_scope
-from pinning_middleware.servers.dialects import dialect_for
-from pinning_middleware.servers.probe import failover_disabled, state_of, without_failover
+from pinning_middleware.servers.probe import (
+    failover_disabled,
+    is_session_modified,
+    without_failover,
+)
 from pinning_middleware.utils.transactions import is_transaction_open
 
 # Why a read needs the primary, or a replica that has caught up.
@@ -118,16 +120,9 @@ def may_move(connection: BaseDatabaseWrapper) -> bool:
     return not is_transaction_open(connection) and not failover_disabled.get()
 
 
-def state_modified(connection: BaseDatabaseWrapper) -> bool:
-    """Return whether the code has modified the session, and nothing restores it elsewhere."""
-    if conf.session_setup is not None or dialect_for(connection) is None:
-        return False
-    return connection.connection is not None and state_of(connection).session_modified
-
-
 def may_fail_over(connection: BaseDatabaseWrapper, call: Call) -> bool:
     """Return whether a read of this connection may run on another server."""
-    return may_move(connection) and not call.many and not state_modified(connection)
+    return may_move(connection) and not call.many and not is_session_modified(connection)
 
 
 def may_run_on_primary(pool: Pool, call: Call) -> bool:
@@ -137,7 +132,7 @@ def may_run_on_primary(pool: Pool, call: Call) -> bool:
         connection.alias != pool.primary
         and may_fail_over(connection, call)
         and is_interchangeable(connection.alias, pool.primary)
-        and not state_modified(connections[pool.primary])
+        and not is_session_modified(connections[pool.primary])
     )
 
 

@@ -22,7 +22,7 @@ from pinning_middleware.backend.former_primary import check_before_transaction
 from pinning_middleware.backend.session_setup import set_up_session, undo_session_setup
 from pinning_middleware.backend.writes import record_session_end, record_transaction_end
 from pinning_middleware.conf import conf
-from pinning_middleware.routing.policy import Decision
+from pinning_middleware.routing.policy import Decision, own_pin_reason, to_inherited_pin
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.routing.route import take_decision
@@ -159,7 +159,11 @@ class InstrumentedConnection(BoundedConnect):
         pool = pools().by_connection.get(self.alias)
         if pool is None or self.alias == pool.primary or not pool.supports_positions:
             return
-        wanted = current_scope().state(pool.key).required(clock.now()).position
+        scope = current_scope()
+        state = scope.state(pool.key)
+        if state.is_pinned and own_pin_reason(scope, state) is None:
+            state = to_inherited_pin(pool, scope, state)
+        wanted = state.required(clock.now()).position
         if wanted is not None and not failover_disabled.get():
             pool.replica_set.probe_caught_up(self.alias, wanted, always=True)
         server = state_of(self).server if self.connection is not None else None

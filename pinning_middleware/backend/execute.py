@@ -36,6 +36,7 @@ from pinning_middleware.backend.writes import (
 from pinning_middleware.conf import conf
 from pinning_middleware.reasons import Reason
 from pinning_middleware.routing.compatibility import is_testing
+from pinning_middleware.routing.guarantees import record_observed
 from pinning_middleware.routing.policy import Decision
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
@@ -82,6 +83,8 @@ def _execute_statement(execute: Any, sql: Any, params: Any, many: bool, context:
     if pool is None:
         # Another alias of a primary's database.
         is_write = statement.kind is StatementKind.WRITE
+        if statement.kind is StatementKind.LOCK:
+            record_lock(connection.alias)
         with recording_write(connection, connection.alias, sql) if is_write else nullcontext():
             set_up_session(connection)
             return execute(sql, params, many, context)
@@ -132,7 +135,10 @@ def _execute(pool: Pool, call: Call, connection: BaseDatabaseWrapper, statement:
     if not bypasses and (locks_or_writes or statement.begins_transaction):
         check_primary(pool, call)
     if kind is not StatementKind.WRITE:
-        return call.run()
+        result = call.run()
+        if kind is StatementKind.LOCK and pool.tracks_reads and not bypasses:
+            record_observed(pool, call.scope, call.cursor.db.alias)
+        return result
     with recording_write(call.cursor.db, alias, call.sql):
         try:
             return call.run()

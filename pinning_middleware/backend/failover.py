@@ -24,10 +24,8 @@ from pinning_middleware.backend.call import (
     UnopenedCursor,
     call_of,
     may_fail_over,
-    may_move,
     may_run_on_primary,
     rejection_error,
-    state_modified,
 )
 from pinning_middleware.backend.former_primary import (
     leave_former_primary,
@@ -51,6 +49,7 @@ from pinning_middleware.servers.liveness import ServerUnresponsive
 from pinning_middleware.servers.probe import (
     endpoint_for,
     is_connection_pool_exhausted,
+    is_session_modified,
     state_of,
     without_failover,
 )
@@ -214,7 +213,7 @@ def _admit(pool: Pool, call: Call) -> Rejection | None:
     rejection = admit(pool, connection, call.scope, call.effects.routing)
     if rejection is None:
         call.renew_cursor(raw)
-    elif rejection.reason is Fault.DEMOTED and may_move(connection):
+    elif rejection.reason is Fault.DEMOTED and may_fail_over(connection, call):
         if not reopen_elsewhere(pool, connection, call.scope):
             return rejection
         call.move_to(connection)
@@ -346,7 +345,7 @@ def _candidates(pool: Pool, call: Call, failed: str, rejection: Rejection) -> It
     """
     skipped = None
     for alias in _alternatives(pool, call, failed, rejection):
-        if not is_interchangeable(failed, alias) or state_modified(connections[alias]):
+        if not is_interchangeable(failed, alias) or is_session_modified(connections[alias]):
             continue
         if alias == pool.primary or read_budget.left >= MIN_LEFT:
             yield alias

@@ -13,7 +13,12 @@ from pinning_middleware.routing.policy import Rejection, is_former_primary
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.scopes.scope import Scope
 from pinning_middleware.servers.dialects import dialect_for
-from pinning_middleware.servers.probe import endpoint_for, state_of, without_failover
+from pinning_middleware.servers.probe import (
+    endpoint_for,
+    is_session_modified,
+    state_of,
+    without_failover,
+)
 from pinning_middleware.servers.psycopg_pool import close_for_good
 
 # Maximum number of connections that are discarded: not every connection pool replaces them.
@@ -31,8 +36,7 @@ def leave_former_primary(pool: Pool, call: Call, rejection: Rejection = _DEMOTED
     connection = call.cursor.db
     if not may_move(connection):
         raise rejection_error(connection.alias, rejection, "a transaction is open")
-    if not reopen_elsewhere(pool, connection, call.scope):
-        raise rejection_error(connection.alias, rejection, SAME_ADDRESS)
+    _reopen_or_raise(pool, connection, call.scope, rejection)
     call.move_to(connection)
 
 
@@ -49,8 +53,19 @@ def check_primary(pool: Pool, call: Call) -> None:
 
 def check_before_transaction(pool: Pool, connection: BaseDatabaseWrapper, scope: Scope) -> None:
     """Leave a former primary before Django opens a transaction."""
-    if is_former_primary(pool, connection, scope) and not reopen_elsewhere(pool, connection, scope):
-        raise rejection_error(connection.alias, _DEMOTED, SAME_ADDRESS)
+    if is_former_primary(pool, connection, scope):
+        _reopen_or_raise(pool, connection, scope, _DEMOTED)
+
+
+def _reopen_or_raise(
+    pool: Pool, connection: BaseDatabaseWrapper, scope: Scope, rejection: Rejection
+) -> None:
+    if is_session_modified(connection):
+        # A new session would not have what the code has set. The next statement gets one.
+        discard(connection)
+        raise rejection_error(connection.alias, rejection, "its session was modified")
+    if not reopen_elsewhere(pool, connection, scope):
+        raise rejection_error(connection.alias, rejection, SAME_ADDRESS)
 
 
 def reopen_elsewhere(pool: Pool, connection: BaseDatabaseWrapper, scope: Scope) -> bool:

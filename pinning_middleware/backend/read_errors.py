@@ -10,7 +10,6 @@ from pinning_middleware.backend.call import (
     Call,
     may_fail_over,
     may_run_on_primary,
-    state_modified,
 )
 from pinning_middleware.backend.read_timeouts import answers_probe, has_timed_out
 from pinning_middleware.reasons import Fault
@@ -23,6 +22,7 @@ from pinning_middleware.servers.liveness import ReplayWaits, ServerGone, ServerU
 from pinning_middleware.servers.probe import (
     CONNECTION_ERRORS,
     endpoint_for,
+    is_session_modified,
     refusal_of,
     state_of,
     without_failover,
@@ -79,7 +79,7 @@ def classify_error(
     if not isinstance(error, CONNECTION_ERRORS):
         return ErrorAction.RAISE
     if ran_for is not None and has_timed_out(connection, error, ran_for):
-        if state_modified(connection) or answers_probe(connection, error):
+        if is_session_modified(connection) or answers_probe(connection, error):
             return ErrorAction.RAISE
         connection.close()
         return ErrorAction.ELSEWHERE
@@ -91,7 +91,7 @@ def classify_error(
     if not _is_lost(connection, error):
         is_sites_own = has_run and not _is_retryable(connection, error)
         return ErrorAction.RAISE if is_sites_own else ErrorAction.ELSEWHERE
-    if has_run and state_modified(connection):
+    if is_session_modified(connection):
         return ErrorAction.RAISE
     was_made = connection.connection is not None
     can_reopen = was_made and not is_unresponsive(connection, error)

@@ -83,7 +83,7 @@ def decide(pool: Pool, scope: Scope, model: object = None) -> Decision:
     if (reason := own_pin_reason(scope, state)) is not None:
         return _primary(pool, reason)
     if state.is_pinned:
-        state = _to_inherited_pin(pool, scope, state)
+        state = to_inherited_pin(pool, scope, state)
     # The rest of rule 4, and rule 5.
     if (reason := reason_besides_pins(pool, scope, state, effects, model)) is not None:
         return _primary(pool, reason)
@@ -126,6 +126,8 @@ def admit(
     state = scope.state(pool.key)
     if not ignores_pins and (reason := own_pin_reason(scope, state)) is not None:
         return Rejection(reason)
+    if not ignores_pins and state.is_pinned:
+        state = to_inherited_pin(pool, scope, state)
     requirement = state.required(clock.now())
     # In a transaction a statement stays on its server, whatever the server's status.
     if pool.dialect is not None and not connection.in_atomic_block:
@@ -209,7 +211,7 @@ def own_pin_reason(scope: Scope, state: PoolState) -> Reason | None:
     return Reason.WROTE if state.writes else Reason.MANUAL
 
 
-def _to_inherited_pin(pool: Pool, scope: Scope, state: PoolState) -> PoolState:
+def to_inherited_pin(pool: Pool, scope: Scope, state: PoolState) -> PoolState:
     """
     Turn what the scope did into an inherited pin: its window has ended, so that a replica which has
     caught up may serve again. Outside any scope the pin just ends.
@@ -241,6 +243,9 @@ def _may_offload(scope: Scope) -> bool:
         scope.may_offload = False
         # None: it cannot run here; a later read calls it.
         scope.may_offload = scope.offload_predicate()
+        outer = scope.parent
+        while outer is not None and outer.offload_predicate is scope.offload_predicate:
+            outer.may_offload, outer = scope.may_offload, outer.parent
     return bool(scope.may_offload)
 
 

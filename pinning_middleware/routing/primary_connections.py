@@ -14,7 +14,12 @@ from pinning_middleware.reasons import Fault
 from pinning_middleware.scopes.scope import Requirement
 from pinning_middleware.servers.connection_state import ConnectionState
 from pinning_middleware.servers.dialects import Dialect
-from pinning_middleware.servers.probe import CONNECTION_ERRORS, ProbeResult, state_of
+from pinning_middleware.servers.probe import (
+    CONNECTION_ERRORS,
+    ProbeResult,
+    is_session_modified,
+    state_of,
+)
 from pinning_middleware.servers.registry import Endpoint, Server
 
 # Seconds for which a connection cannot be one to a server that has been replaced since.
@@ -115,7 +120,8 @@ class PrimaryConnections:
         try:
             result = self._probe(connection)
         except CONNECTION_ERRORS:
-            if connection.connection is not None and not connection.is_usable():
+            is_lost = connection.connection is not None and not connection.is_usable()
+            if is_lost and not is_session_modified(connection):
                 connection.close()
             result = None
         return None if connection.connection is None else (state_of(connection), result)

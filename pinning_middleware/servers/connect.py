@@ -116,7 +116,7 @@ class BoundedConnect(Base):  # type: ignore[misc]
         # Django's init_connection_state() waits for the server, too.
         state = state_of(self, raw)
         if not state.waits_are_watched:
-            until = time.monotonic() + CONNECT_TIMEOUT
+            until = time.monotonic() + _set_up_time(self)
             self._guard = watchdog.guard(driver_connection(raw), until)
         return raw
 
@@ -237,6 +237,13 @@ def _connect_in_time(
         if hung:
             registry.request_work(endpoint)
     return raw
+
+
+def _set_up_time(connection: Any) -> float:
+    """Return how long setting up a new connection may take (seconds)."""
+    if connection.is_dedicated or connection.alias not in conf.primary_by_replica:
+        return CONNECT_TIMEOUT
+    return max(min(CONNECT_TIMEOUT, read_budget.left), ATTEMPT_INTERVAL)
 
 
 def _rotations(params: dict[str, Any], endpoint: Endpoint, number: int) -> Iterator[dict[str, Any]]:

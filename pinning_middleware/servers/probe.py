@@ -187,9 +187,19 @@ def _probe(connection: BaseDatabaseWrapper, dialect: Dialect, is_trial: bool) ->
             is_open = connection.connection is not None
             if not is_open or isinstance(error, ServerUnresponsive) or connection.is_usable():
                 raise
+            if is_session_modified(connection):
+                # The statement that follows must not run in a new session.
+                raise
             # The connection was lost while it was idle, or right after it was opened.
             connection.close()
             return _probe_once(connection, dialect, is_trial)
+
+
+def is_session_modified(connection: BaseDatabaseWrapper) -> bool:
+    """Return whether the code has modified the session, and nothing restores it elsewhere."""
+    if conf.session_setup is not None or dialect_for(connection) is None:
+        return False
+    return connection.connection is not None and state_of(connection).session_modified
 
 
 def fetch(connection: BaseDatabaseWrapper, sql: str) -> Row:

@@ -52,7 +52,10 @@ class _Watchdog:
         self._is_running = False
 
     def guard(self, raw: Any, until: float) -> Guard | None:
-        fileno = getattr(raw, "fileno", None)
+        # PyMySQL has only its socket.
+        fileno = getattr(raw, "fileno", None) or getattr(
+            getattr(raw, "_sock", None), "fileno", None
+        )
         if fileno is None:
             return None
         try:

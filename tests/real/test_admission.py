@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -441,6 +441,28 @@ def test_connection_to_former_primary_is_replaced_before_a_write(
     token = former()
     with unrelated_scope(token):
         Book.objects.create(title="late")
+    assert in_thread(lambda: titles(token)) == ["before", "late", "new"]
+
+
+@pytest.mark.parametrize("is_atomic", [False, True])
+def test_write_in_a_modified_session_of_a_former_primary_raises(
+    own_pg: PostgreSQL, former: Callable[[], str], is_atomic: bool
+) -> None:
+    """A new connection would not have what the code has set; the next one is used as it is."""
+
+    def add() -> None:
+        with transaction.atomic(using="site") if is_atomic else nullcontext():
+            Book.objects.create(title="late")
+
+    write("before")
+    own_pg.wait_for()
+    with connections["site"].cursor() as cursor:
+        cursor.execute("SET search_path TO public")
+    token = former()
+    with unrelated_scope(token):
+        with pytest.raises(OperationalError, match="its session was modified"):
+            add()
+        add()
     assert in_thread(lambda: titles(token)) == ["before", "late", "new"]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from asgiref.sync import async_to_sync
 from django.core.management import BaseCommand, call_command
-from django.db import connections, transaction
+from django.db import OperationalError, connections, transaction
 from django.test import Client, override_settings
 from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
@@ -29,7 +29,8 @@ from pinning_middleware.routing.pools import pools
 from pinning_middleware.routing.route import route
 from pinning_middleware.scopes.scope import enter
 from pinning_middleware.servers import monitor
-from pinning_middleware.testing import capture_reads
+from pinning_middleware.testing import advance_window, capture_reads
+from pinning_middleware.testing.clock import reset_window
 from sample_site.cluster import Node
 from tests.app.models import Book
 from tests.conftest import Visit
@@ -1033,6 +1034,33 @@ def test_post_of_a_client_that_has_read_a_replica_reads_the_primary(
 ) -> None:
     assert visit(read)[0] in REPLICAS
     assert visit(read, method="post") == ("pg", [])
+
+
+@pytest.mark.usefixtures("monotonic")
+def test_monotonic_reads_after_a_locking_read(pg: PostgreSQL) -> None:
+    pg.pause()
+    in_thread(create)
+    with unrelated_scope() as scope, transaction.atomic(using="pg"):
+        assert len(Book.objects.using("pg").select_for_update()) == 1
+    assert titles(scope.token) == ["new"]
+
+
+@pytest.mark.parametrize("is_atomic", [False, True])
+def test_named_replica_behind_does_not_serve_a_scope_that_has_written_before_the_window(
+    pg: PostgreSQL, is_atomic: bool
+) -> None:
+    pg.pause()
+    try:
+        with unrelated_scope():
+            create()
+            advance_window(20)
+            if is_atomic:
+                with pytest.raises(OperationalError), transaction.atomic(using="pg1"):
+                    Book.objects.using("pg1").count()
+            else:
+                assert Book.objects.using("pg1").count() == 1
+    finally:
+        reset_window()
 
 
 def test_reads_without_monotonic_reads_set_no_pin(pg: PostgreSQL, act: Any) -> None:

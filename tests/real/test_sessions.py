@@ -438,6 +438,21 @@ def test_locking_query_runs_on_the_primary(pg: PostgreSQL) -> None:
         connections["pg"].close()
 
 
+def test_locking_query_of_another_alias_of_the_primary_keeps_the_scope_there(
+    pg: PostgreSQL,
+) -> None:
+    entries = {"r1": database(pg["pg1"]), "again": database(pg["pg"])}
+    with (
+        as_layout(pg, **entries),
+        override_settings(PINNING_REPLICAS={"site": ["r1"]}),
+        unrelated_scope(),
+    ):
+        assert port() == pg["pg1"].port
+        with transaction.atomic(using="again"):
+            list(Book.objects.using("again").select_for_update())
+        assert port() == pg["pg"].port
+
+
 def test_transaction_on_a_replica_is_unaffected(pg: PostgreSQL, sent_signals: SentSignals) -> None:
     with (  # noqa: PT012
         unrelated_scope(),
