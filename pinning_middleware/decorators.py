@@ -104,7 +104,7 @@ class Block(AbstractContextManager[None]):
     def _wrap_response(self, result: Any) -> Any:
         if getattr(result, "streaming", False) is True:
             if getattr(result, "file_to_stream", None) is None:
-                close_within(self, result)
+                run_closers_within(self, result)
                 if result.is_async:
                     result.streaming_content = aiterate_within(self, *async_body_of(result))
                 else:
@@ -185,7 +185,7 @@ def _check_group(group: str, using: str | None) -> None:
         raise ValueError(f"{group!r} is not a group of PINNING_REPLICAS ({known})")
 
 
-def close_within(block: AbstractContextManager[object], response: Any) -> None:
+def run_closers_within(block: AbstractContextManager[object], response: Any) -> None:
     """
     Run the closers of a streaming body inside a block. If the client disconnects, a server closes
     the response, and so the generators, before the iterator of the parts.

@@ -16,6 +16,7 @@ from pinning_middleware.pins import POSITION_LIFETIME, PinKey, Pins, merge_pins
 from pinning_middleware.reasons import Reason
 from pinning_middleware.routing.outgoing import current_pin, outgoing_pins
 from pinning_middleware.routing.policy import decide
+from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scope_blocks import PinningScope
 from pinning_middleware.scopes.scope import Scope, current_scope, entered_scope
@@ -45,8 +46,12 @@ def pins_of_all_writes() -> Pins:
     They are for the callback of a group of tasks: those have finished, each in a scope of its own,
     so that their own pins are no longer known.
     """
-    found = pools().by_primary.values() if conf.enabled else ()
-    return {PinKey(pool.primary): current_pin(pool) for pool in found}
+    return {PinKey(pool.primary): current_pin(pool) for pool in _pools()} if conf.enabled else {}
+
+
+def _pools() -> list[Pool]:
+    """Return the pools that have replicas, that of the legacy interface included."""
+    return [pool for pool in pools().all if pool.primary in conf.pools_by_primary]
 
 
 def pins_of_tokens(*received: object) -> Pins:
@@ -86,7 +91,7 @@ def has_caught_up() -> bool:
     scope = current_scope()
     return all(
         decide(pool, scope).reason is not Reason.NOT_CAUGHT_UP
-        for pool in pools().by_primary.values()
+        for pool in _pools()
         # Its reads run on the primary.
         if not pool.is_dry_run
     )
@@ -116,7 +121,7 @@ def save_pins_to_send(task_id: str, *others: Pins) -> None:
         save_pins(task_id, pins_to_send(*others))
 
     save()
-    for primary in pools().by_primary:
+    for primary in conf.pools_by_primary:
         if connections[primary].in_atomic_block:
             transaction.on_commit(save, using=primary, robust=True)
 

@@ -39,7 +39,7 @@ class ReplicaQuerySet(models.QuerySet[T]):
     def db(self) -> str:
         """The database that this queryset uses if it runs now."""
         if self._db:
-            return self._db
+            return super().db
         if self._for_write:
             return DEFAULT_DB_ALIAS
         pool, scope = pools().legacy, current_scope()
@@ -55,16 +55,6 @@ class ReplicaQuerySet(models.QuerySet[T]):
         if alias in pool.replicas:
             self._chosen = alias
         return alias
-
-    def raw(
-        self,
-        raw_query: Any,
-        params: Any = (),
-        translations: Any = None,
-        using: str | None = None,
-    ) -> models.query.RawQuerySet[T]:
-        """Return a raw query on ``using``, by default on a replica."""
-        return super().raw(raw_query, params, translations, using or self.db)
 
 
 class ReplicaManager(models.Manager[T]):

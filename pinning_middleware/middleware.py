@@ -22,7 +22,7 @@ from pinning_middleware.conf import conf
 from pinning_middleware.decorators import aiterate_within, async_body_of, iterate_within
 from pinning_middleware.not_found import RETRIED_METHODS, retry_404
 from pinning_middleware.pins import Pins
-from pinning_middleware.routing.outgoing import outgoing_pins, queries_primary, save_keys
+from pinning_middleware.routing.outgoing import aoutgoing_pins, outgoing_pins, save_keys
 from pinning_middleware.scopes.overrides import Override, current_overrides, set_overrides
 from pinning_middleware.scopes.scope import Scope, enter, entered_scope
 from pinning_middleware.stores import base
@@ -67,7 +67,7 @@ class PinningMiddleware:
         if self.is_async:
             return self.__acall__(request)
         if not conf.enabled:
-            return self.get_response(request)
+            return self.respond(request)
         outer, response = (entered_scope(), current_overrides()), None
         scope = self.open_scope(request)
         try:
@@ -88,7 +88,7 @@ class PinningMiddleware:
 
     async def __acall__(self, request: HttpRequest) -> HttpResponseBase:
         if not conf.enabled:
-            return await self.get_response(request)  # type: ignore[no-any-return]
+            return await self.arespond(request)  # type: ignore[no-any-return]
         outer, response = (entered_scope(), current_overrides()), None
         scope = self.open_scope(request)
         try:
@@ -201,10 +201,7 @@ class PinningMiddleware:
         self, scope: Scope, request: HttpRequest, response: HttpResponseBase | None
     ) -> None:
         """Async version of ``save_pins()``."""
-        if queries_primary(scope):
-            pins = await sync_to_async(outgoing_pins)(scope)
-        else:
-            pins = outgoing_pins(scope)
+        pins = await aoutgoing_pins(scope)
         await base.asave_pins(_stores_to_save(scope, pins, response), request, response, pins)
         if scope.keys:
             await sync_to_async(save_keys)(scope)

@@ -16,7 +16,6 @@ from collections import Counter
 from contextvars import ContextVar
 from typing import Any, Final
 
-from asgiref.sync import sync_to_async
 from debug_toolbar.panels import Panel
 from django.db import connections
 from django.http import HttpRequest
@@ -24,7 +23,7 @@ from django.http import HttpRequest
 from pinning_middleware import stats
 from pinning_middleware.pins import PinKind, Pins, Position
 from pinning_middleware.reasons import Reason
-from pinning_middleware.routing.outgoing import outgoing_pins, queries_primary
+from pinning_middleware.routing.outgoing import aoutgoing_pins, outgoing_pins
 from pinning_middleware.scopes.scope import Scope, entered_scope
 from pinning_middleware.utils import clock
 from pinning_middleware.utils.counters import Read, observers
@@ -117,13 +116,8 @@ class PinningPanel(Panel):
     async def _arecord_pins(self, awaitable: Any) -> Any:
         response = await awaitable
         if (scope := _scope_of_request()) is not None:
-            outgoing = None
-            if scope.revision and queries_primary(scope):
-                # The result is cached in the scope, so the middleware does not query again.
-                outgoing = await sync_to_async(outgoing_pins)(scope)
-            elif scope.revision:
-                outgoing = outgoing_pins(scope)
-            self._pins = _pins(scope, outgoing)
+            # The pins stay in the scope, so the middleware does not query the primary again.
+            self._pins = _pins(scope, await aoutgoing_pins(scope) if scope.revision else None)
         return response
 
     def generate_stats(self, request: HttpRequest, response: Any) -> None:

@@ -135,7 +135,11 @@ def servers() -> list[ServerState]:
 def with_freshest_serving(rows: list[ServerState]) -> list[ServerState]:
     """Return the rows, with the freshest replica of each pool in rotation if all of them lag."""
     for pool in {row.pool for row in rows}:
-        replicas = [row for row in rows if row.pool == pool and row.configured == "replica"]
+        replicas = [
+            row
+            for row in rows
+            if row.pool == pool and row.configured == "replica" and not row.groups
+        ]
         lagging = [row for row in replicas if row.reason == Fault.LAG and row.weight != 0]
         if lagging and all(row.state == "out" for row in replicas):
             freshest = min(lagging, key=lambda row: row.lag or 0.0)

@@ -165,7 +165,8 @@ def _state() -> dict[str, Any]:
         "dry_run": " ".join(
             text for run in dry_run_report.of_this_process() for text in run.summary
         ),
-        "events": [_event(event) for event in reversed(stats.recent_events)][:SHOWN_EVENTS],
+        # Other threads may add events meanwhile.
+        "events": [_event(event) for event in tuple(stats.recent_events)[: -SHOWN_EVENTS - 1 : -1]],
     }
 
 
@@ -175,9 +176,9 @@ def _summary(rows: list[ServerState]) -> dict[str, str]:
             "state": "degraded",
             "text": "PINNING_ENABLED is False: every read goes to the primary.",
         }
-    probed = [row for row in rows if row.state != "unknown"]
-    has_replica = any(row.configured == "replica" for row in probed)
-    worst = stats.health(probed) if has_replica else OK
+    # A server that was not probed yet is in rotation.
+    assumed = [row._replace(state="in") if row.state == "unknown" else row for row in rows]
+    worst = stats.health(assumed) if rows else OK
     sentences = []
     for pool in dict.fromkeys(row.pool for row in rows):
         aliases = {row.alias for row in rows if row.pool == pool and row.configured == "replica"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from io import StringIO
@@ -674,3 +675,16 @@ def test_missing_middleware_and_router_are_warnings() -> None:
         "pinning_middleware.W003",
     ]
     assert all(text.startswith("PINNING_DRY_RUN is set, but") for _, text, _ in found)
+
+
+def test_read_goes_on_if_no_thread_can_be_started(
+    tag: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(dry_run_counts, "has_thread", False)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        read()
+    assert not dry_run_counts.has_thread

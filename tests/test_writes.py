@@ -9,6 +9,7 @@ import pytest
 from asgiref.sync import async_to_sync, sync_to_async
 from django.contrib.sessions.models import Session
 from django.db import DatabaseError, connection, connections, transaction
+from django.db.backends.sqlite3.base import SQLiteCursorWrapper
 from django.test import override_settings
 from django.utils import timezone
 
@@ -20,6 +21,8 @@ from pinning_middleware import (
     use_primary,
     use_replica,
 )
+from pinning_middleware.pins import PoolKey
+from pinning_middleware.scopes.scope import current_scope
 from tests.app.models import Author, Book, Tag
 from tests.conftest import Visit, is_replica, where
 
@@ -123,6 +126,19 @@ def test_stored_procedure_pins() -> None:
         with pytest.raises(AttributeError), connection.cursor() as cursor:
             cursor.callproc("procedure", [1])
         assert is_pinned()
+
+
+def test_stored_procedure_may_have_modified_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by set_config(): what it has set, replicas do not have."""
+
+    def call(self: Any, *args: Any) -> None:
+        pass
+
+    monkeypatch.setattr(SQLiteCursorWrapper, "callproc", call, raising=False)
+    with pinning_scope(), connection.cursor() as cursor:
+        cursor.callproc("set_tenant", ["north"])
+        assert current_scope().state(PoolKey("default")).session_modified
+    connection.close()
 
 
 @pytest.mark.parametrize("method", ["copy", "copy_expert", "copy_from", "stream"])

@@ -9,7 +9,11 @@ from typing import Any, Final
 from django.db.backends.utils import CursorWrapper
 
 from pinning_middleware.backend.call import UnopenedCursor, call_of, connect_anyway
-from pinning_middleware.backend.execute import intended_alias, record_read_of
+from pinning_middleware.backend.execute import (
+    intended_alias,
+    record_modified_session,
+    record_read_of,
+)
 from pinning_middleware.backend.failover import admit_cursor
 from pinning_middleware.backend.former_primary import check_primary
 from pinning_middleware.backend.session_setup import is_unmanaged, set_up_session
@@ -46,7 +50,9 @@ def record_callproc(original: Callable[..., Any]) -> Callable[..., Any]:
         _check_primary(self)
         set_up_session(self.db)
         with recording_write(self.db, intended_alias(self), f"CALL {procname}"):
-            return original(self, procname, params, kparams)
+            result = original(self, procname, params, kparams)
+        _record_session(self)
+        return result
 
     return callproc
 
@@ -59,6 +65,13 @@ def _check_primary(cursor: Any) -> None:
     connect_anyway(call)
     if not (failover_disabled.get() or call.effects.no_failover):
         check_primary(pool, call)
+
+
+def _record_session(cursor: Any) -> None:
+    """Record that a statement may have modified the session."""
+    pool = pools().by_connection.get(cursor.db.alias)
+    if pool is not None and cursor.db.connection is not None:
+        record_modified_session(pool, cursor.db)
 
 
 class DriverMethod:
@@ -82,7 +95,10 @@ class DriverMethod:
             keyword, sql = STATEMENT_ARGUMENTS[self.name], _STATEMENTS.get(self.name, _UNREADABLE)
             if keyword:
                 sql = args[0] if args else kwargs.get(keyword, _UNREADABLE)
-            kind = classify(cursor.db, sql).kind
+            statement = classify(cursor.db, sql)
+            kind = statement.kind
+            # Nothing suggests that an unreadable statement sets anything.
+            modifies_session = statement.modifies_session and sql is not _UNREADABLE
             pool = pools().by_connection.get(cursor.db.alias)
             if kind is not StatementKind.WRITE:
                 if pool is not None:
@@ -93,6 +109,8 @@ class DriverMethod:
                     if kind is StatementKind.LOCK:
                         record_lock(cursor.db.alias)
                 result = getattr(cursor.cursor, self.name)(*args, **kwargs)
+                if modifies_session:
+                    _record_session(cursor)
                 is_read = kind in (StatementKind.READ, StatementKind.LOCK)
                 if is_read and pool is not None and cursor.db.connection is not None:
                     record_read_of(pool, current_scope(), cursor, kind, sql)
@@ -101,6 +119,8 @@ class DriverMethod:
             _check_primary(cursor)
             set_up_session(cursor.db)
             recording = recording_write(cursor.db, alias, sql)
+            if modifies_session and alias not in conf.readonly_aliases:
+                _record_session(cursor)
             if self.name in _DEFERRED and alias not in conf.readonly_aliases:
                 return _DEFERRED[self.name](recording, cursor, *args, **kwargs)
             with recording:

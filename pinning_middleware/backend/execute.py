@@ -98,7 +98,7 @@ def _execute_statement(execute: Any, sql: Any, params: Any, many: bool, context:
         call = Call(execute, sql, params, many, context, cursor, scope, effects)
         result = _execute(pool, call, connection, statement)
     if statement.modifies_session:
-        _record_modified_session(pool, cursor.db)
+        record_modified_session(pool, cursor.db)
     if statement.kind in (StatementKind.READ, StatementKind.LOCK):
         record_read_of(pool, scope, cursor, statement.kind, sql)
     return result
@@ -167,7 +167,7 @@ def intended_alias(cursor: Any) -> str:
     return str(cursor.__dict__.get("pinning_alias") or cursor.db.alias)
 
 
-def _record_modified_session(pool: Pool, connection: Any) -> None:
+def record_modified_session(pool: Pool, connection: Any) -> None:
     """Record that a statement of the code has modified its session."""
     if dialect_for(connection) is not None:
         state_of(connection).session_modified = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 
+from asgiref.sync import sync_to_async
 from django.db import transaction
 
 from pinning_middleware.conf import conf
@@ -92,6 +93,13 @@ def _pin_for_writes(scope: Scope, pool: Pool, state: PoolState) -> Pin | None:
         pool.track(position)
         scope.made_pins = {**scope.made_pins, pool.key: (state.revision, pin)}
     return pin
+
+
+async def aoutgoing_pins(scope: Scope) -> dict[PinKey, Pin]:
+    """Async version of ``outgoing_pins()``: without a thread if it queries nothing."""
+    if queries_primary(scope):
+        return await sync_to_async(outgoing_pins)(scope)
+    return outgoing_pins(scope)
 
 
 def current_pin(pool: Pool) -> Pin:

@@ -46,7 +46,7 @@ class Pools:
         # Aliases outside every pool that are the database of a primary.
         self.same_as_primary = {
             alias: primary
-            for primary in self.by_primary
+            for primary in conf.pools_by_primary
             for alias in connections.settings
             if alias not in self.by_connection and is_same_database(primary, alias)
         }

@@ -243,15 +243,16 @@ def _unwrapped(text: str) -> tuple[bool, str]:
 
 
 def _executes(option: list[str]) -> bool:
-    # X is a quoted option, which may be any.
+    # X is a quoted option, which may be any; so may one with Unicode escapes.
     name, off = option[:1], option[1:] in (["OFF"], ["FALSE"], ["0"])
-    return name in (["ANALYZE"], ["ANALYSE"], ["X"]) and not off
+    return name in (["ANALYZE"], ["ANALYSE"], ["X"], ["U&"]) and not off
 
 
 def _alters(text: str, vendor: str) -> bool:
     executed, text = _unwrapped(text)
     if not executed:
-        return False
+        # MySQL may store the plan in a variable.
+        return vendor == "mysql" and bool(words.SESSION_TARGET.search(text))
     if (
         contains(words.TRANSACTION_CONFIG.sub(" ", text), words.CALLS_SESSION)
         or words.SESSION_TARGET.search(text)

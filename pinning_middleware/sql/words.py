@@ -105,18 +105,8 @@ FIRST_WORD = re.compile(r"(?:[\s(]|--[^\r\n]*+\r?\n|/\*[^*/!]*+\*/)*+(\w+)")
 MAY_NOT_WRITE: Final = frozenset(
     {
         *("ABORT", "ANALYZE", "BEGIN", "CLOSE", "COMMIT", "COPY", "DEALLOCATE", "DECLARE"),
-        *(
-            "DESC",
-            "DESCRIBE",
-            "DISCARD",
-            "END",
-            "EXPLAIN",
-            "FETCH",
-            "LISTEN",
-            "LOCK",
-            "MOVE",
-            "PRAGMA",
-        ),
+        *("DESC", "DESCRIBE", "DISCARD", "END", "EXPLAIN", "FETCH", "LISTEN", "LOCK"),
+        *("MOVE", "PRAGMA"),
         *("RELEASE", "RESET", "ROLLBACK", "SAVEPOINT", "SELECT", "SET", "SHOW", "START"),
         *("TABLE", "UNLISTEN", "UNLOCK", "USE", "VALUES", "WAIT", "WITH"),
     }

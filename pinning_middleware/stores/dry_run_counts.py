@@ -147,7 +147,11 @@ def start() -> None:
             target=_flush_repeatedly, args=[end], name="pinning-dry-run", daemon=True
         )
         _thread = thread, end
-    thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            # No thread can be started now; a later read tries again.
+            _thread, has_thread = None, False
 
 
 def _today() -> int:

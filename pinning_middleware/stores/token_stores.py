@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from django.http import HttpRequest
     from django.http.response import HttpResponseBase
 
+# The value of the cookie of django-multidb-router.
+MULTIDB_VALUE = "y"
 # What lets shared caches store a response: directives of Cache-Control, and suffixes of the headers
 # that override it (for example Cloudflare-CDN-Cache-Control, and X-Accel-Expires of nginx).
 _SHARED_DIRECTIVES = ("public", "private", "s-maxage")
@@ -63,7 +65,9 @@ class CookieStore(TokenStore):
     def read(self, request: HttpRequest) -> list[str]:
         names = (conf.cookie_name, conf.seen_cookie_name)
         # Django's test client sends a deleted cookie as an empty one.
-        return [token for name in names if (token := request.COOKIES.get(name))]
+        tokens = [token for name in names if (token := request.COOKIES.get(name))]
+        # Processes that still run django-multidb-router set the same cookie.
+        return [t for t in tokens if not (t == MULTIDB_VALUE and conf.uses_multidb_names)]
 
     def write(self, request: HttpRequest, response: HttpResponseBase, pins: Pins) -> None:
         # Compare with all loaded pins; one that expired meanwhile was not removed.

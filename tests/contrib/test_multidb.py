@@ -27,6 +27,7 @@ from pinning_middleware.contrib.multidb.pinning import (
     use_primary_db,
 )
 from pinning_middleware.scopes.scope import enter, entered_scope
+from pinning_middleware.utils.counters import rejected_tokens
 from tests.app.models import Book
 from tests.conftest import is_replica, where
 
@@ -334,6 +335,28 @@ def test_get_replica_round_robin() -> None:
 def test_get_replica_of_a_disabled_site() -> None:
     with override_settings(PINNING_ENABLED=False):
         assert multidb.get_replica() == "default"
+
+
+def test_cookie_of_the_other_package_is_not_counted_as_rejected(site: Any) -> None:
+    client = Client()
+    client.cookies["multidb_pin_writes"] = "y"
+    before = dict(rejected_tokens)
+    client.get("/look/")
+    assert dict(rejected_tokens) == before
+
+
+def test_get_replica_in_a_dry_run(site: Any) -> None:
+    site.REPLICA_DATABASES = []
+    with override_settings(PINNING_DRY_RUN={"default": 2}):
+        assert multidb.get_replica() == "default"
+
+
+@override_settings(PINNING_ENABLED=False)
+def test_hooks_of_a_subclass_run_while_pinning_is_disabled(site: Any) -> None:
+    site.MIDDLEWARE = [f"{__name__}.Subclass"]
+    response = Client().get("/closed/")
+    assert response.content == b"closed"
+    assert response.headers["X-Reads"] == "default"
 
 
 def test_get_replica_without_replicas(site: Any) -> None:

@@ -297,3 +297,11 @@ def test_format_duration(seconds: float, text: str) -> None:
 )
 def test_format_size(number: int, text: str) -> None:
     assert stats.format_size(number) == text
+
+
+def test_replica_of_a_group_does_not_serve_for_others_that_are_out() -> None:
+    down = state("replica", "out", reason="unreachable")
+    late = state("replica", "out", reason="lag", lag=16.0, groups=("reports",))
+    rows = [WELL_PRIMARY, down, late]
+    assert stats.with_freshest_serving(rows) == rows
+    assert stats.health(rows) == DOWN

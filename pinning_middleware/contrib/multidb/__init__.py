@@ -39,7 +39,7 @@ __all__ = [
 def get_replica() -> str:
     """Return the next replica of ``default``, or ``default`` if none is usable."""
     pool = pools().default
-    if pool is None or not pool.has_replicas:
+    if pool is None or not pool.has_replicas or pool.is_dry_run:
         return DEFAULT_DB_ALIAS
     return pool.replica_set.next() or DEFAULT_DB_ALIAS
 

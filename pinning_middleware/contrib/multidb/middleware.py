@@ -13,6 +13,7 @@ from pinning_middleware.middleware import PinningMiddleware
 from pinning_middleware.pins import Pin, PinKey
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.scope import current_scope, enter
+from pinning_middleware.stores.token_stores import MULTIDB_VALUE
 from pinning_middleware.utils import clock
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ __all__ = [
 ]
 
 READ_ONLY_METHODS = frozenset({"GET", "TRACE", "HEAD", "OPTIONS"})
-# The value of django-multidb-router's cookie.
-_YES = "y"
 
 
 def pinning_cookie() -> str:
@@ -67,11 +66,13 @@ class PinningRouterMiddleware(PinningMiddleware):
 
     def process_request(self, request: HttpRequest) -> HttpResponseBase | None:
         """Inherit the pin of a cookie without a position or an end."""
+        if not conf.enabled:
+            return None
         if not _is_inside(request):
             # Nothing has left the scope of the request before.
             enter(None)
             self.load_pins(self.open_scope(request), request, conf.stores_at_start)
-        if request.COOKIES.get(conf.cookie_name) == _YES:
+        if request.COOKIES.get(conf.cookie_name) == MULTIDB_VALUE:
             # The legacy cookie contains no time: the write may have just ended.
             pin = Pin(clock.now() + conf.seconds)
             current_scope().inherit({PinKey(alias): pin for alias in pools().by_primary})
@@ -81,6 +82,8 @@ class PinningRouterMiddleware(PinningMiddleware):
         self, request: HttpRequest, response: HttpResponseBase
     ) -> HttpResponseBase:
         """Pin the client of a response that the code has marked."""
+        if not conf.enabled:
+            return response
         if getattr(response, "_db_write", False):
             pin_this_request()
         if not _is_inside(request):

@@ -172,16 +172,12 @@ def _observe_reads(options: CallbackOptions) -> Iterator[Observation]:
     for observation in _flatten(stats.get_stats()["reads"], labels, {}):
         attributes = observation.attributes or {}
         pool, alias, address, reason = (str(attributes[label]) for label in labels)
-        counted[pool, alias, address or _only_address(pool, alias), reason] += observation.value
+        # Of servers that were not identified, the configured address, which does not change.
+        address = address or stats.address_of(alias, None) or alias
+        counted[pool, alias, address, reason] += observation.value
     for key, number in counted.items():
         role = "primary" if key[1] == key[0] else "replica"
         yield Observation(number, {**dict(zip(labels, key, strict=True)), "role": role})
-
-
-def _only_address(pool: str, alias: str) -> str:
-    """Return the address behind an alias, for reads of an unidentified server."""
-    found = [s.address for s in stats.servers() if (s.pool, s.alias) == (pool, alias)]
-    return (found[0] if len(found) == 1 else "") or alias
 
 
 _running: Instruments | None = None
