@@ -24,10 +24,12 @@ from pinning_middleware.backend.call import (
     UnopenedCursor,
     call_of,
     may_fail_over,
+    may_move,
     may_run_on_primary,
     rejection_error,
 )
 from pinning_middleware.backend.former_primary import (
+    discard,
     leave_former_primary,
     reopen_elsewhere,
 )
@@ -106,6 +108,9 @@ def execute_read(pool: Pool, call: Call) -> Any:
         return outcome.result
     first_rejection = outcome
     if not may_fail_over(first, call):
+        if outcome.reason is Fault.DEMOTED and may_move(first):
+            # The next statement gets a new session.
+            discard(first)
         raise rejection_error(first.alias, outcome, "its transaction or session cannot be moved")
     if first.alias == pool.primary:
         # The replicas are the last resort while the primary is down: give them a full budget.
@@ -213,7 +218,11 @@ def _admit(pool: Pool, call: Call) -> Rejection | None:
     rejection = admit(pool, connection, call.scope, call.effects.routing)
     if rejection is None:
         call.renew_cursor(raw)
-    elif rejection.reason is Fault.DEMOTED and may_fail_over(connection, call):
+    elif (
+        rejection.reason is Fault.DEMOTED
+        and may_move(connection)
+        and not is_session_modified(connection)
+    ):
         if not reopen_elsewhere(pool, connection, call.scope):
             return rejection
         call.move_to(connection)

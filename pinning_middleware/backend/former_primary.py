@@ -24,7 +24,6 @@ from pinning_middleware.servers.psycopg_pool import close_for_good
 # Maximum number of connections that are discarded: not every connection pool replaces them.
 MAX_REOPENS: Final = 100
 _DEMOTED: Final = Rejection(Fault.DEMOTED)
-SAME_ADDRESS: Final = "its address still resolves to the former primary"
 
 
 def leave_former_primary(pool: Pool, call: Call, rejection: Rejection = _DEMOTED) -> None:
@@ -65,7 +64,9 @@ def _reopen_or_raise(
         discard(connection)
         raise rejection_error(connection.alias, rejection, "its session was modified")
     if not reopen_elsewhere(pool, connection, scope):
-        raise rejection_error(connection.alias, rejection, SAME_ADDRESS)
+        raise rejection_error(
+            connection.alias, rejection, "its address still resolves to the former primary"
+        )
 
 
 def reopen_elsewhere(pool: Pool, connection: BaseDatabaseWrapper, scope: Scope) -> bool:

@@ -61,11 +61,15 @@ def classify_error(
     # Before the connection is closed, which ends a transaction.
     in_transaction = connection.in_atomic_block or is_transaction_open(connection)
     is_write = has_run and call.written_alias is not None
+    is_modified = is_session_modified(connection) or (
+        isinstance(error, ServerUnresponsive) and error.ended_modified_session
+    )
     if isinstance(error, (BudgetExhausted, ReplayWaits)):
         if isinstance(error, ReplayWaits):
             _take_out_blocked(pool, connection)
         connection.close()
-        return ErrorAction.RAISE if in_transaction or is_write else ErrorAction.ELSEWHERE
+        must_stay = in_transaction or is_write or is_modified
+        return ErrorAction.RAISE if must_stay else ErrorAction.ELSEWHERE
     if in_transaction or call.many or is_write:
         if not in_transaction and isinstance(error, (ServerUnresponsive, ServerGone)):
             # The driver still waits for the answer.
@@ -91,7 +95,9 @@ def classify_error(
     if not _is_lost(connection, error):
         is_sites_own = has_run and not _is_retryable(connection, error)
         return ErrorAction.RAISE if is_sites_own else ErrorAction.ELSEWHERE
-    if is_session_modified(connection):
+    if is_modified:
+        if isinstance(error, (ServerUnresponsive, ServerGone)):
+            connection.close()
         return ErrorAction.RAISE
     was_made = connection.connection is not None
     can_reopen = was_made and not is_unresponsive(connection, error)

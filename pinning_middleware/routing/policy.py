@@ -217,6 +217,9 @@ def to_inherited_pin(pool: Pool, scope: Scope, state: PoolState) -> PoolState:
     caught up may serve again. Outside any scope the pin just ends.
     """
     position = None if scope.is_ambient else pool.current_position()
+    if position is None and not scope.is_ambient and pool.supports_positions:
+        # Unknown now, as inside a transaction: at the end of the scope it may be known.
+        return state
     pin = None if position is None else Pin(clock.now(), None, position)
 
     def change(latest: PoolState) -> PoolState:

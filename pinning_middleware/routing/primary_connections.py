@@ -119,7 +119,10 @@ class PrimaryConnections:
         """
         try:
             result = self._probe(connection)
-        except CONNECTION_ERRORS:
+        except CONNECTION_ERRORS as error:
+            if getattr(error, "ended_modified_session", False):
+                # The statement must not run in a new session.
+                raise
             is_lost = connection.connection is not None and not connection.is_usable()
             if is_lost and not is_session_modified(connection):
                 connection.close()

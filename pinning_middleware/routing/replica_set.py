@@ -222,9 +222,9 @@ class ReplicaSet:
                 return False
             # It is connected to a server that is known to be behind, and another one is not.
             probed.update(servers)
-            attempts = 1
+            attempts = len(others) + len(servers)
             close_for_good(connection)
-        for _ in range(attempts):
+        for left in reversed(range(attempts)):
             try:
                 result = self.health.probe(connection)
             except CONNECTION_ERRORS:
@@ -242,7 +242,7 @@ class ReplicaSet:
                 return True
             probed.add(server)
             others = _other_servers(connection, probed)
-            if not others or not (always or self._claim_probe(others, wanted)):
+            if not left or not others or not (always or self._claim_probe(others, wanted)):
                 return False
             # A new connection may resolve to one of the others.
             close_for_good(connection)

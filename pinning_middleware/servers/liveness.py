@@ -43,7 +43,12 @@ CANCEL_TIMEOUT: Final = 0.1
 
 
 class ServerUnresponsive(OperationalError):
-    """A server did not answer in time."""
+    """
+    A server did not answer in time. ``ended_modified_session``: the connection was closed, and its
+    session had what the code had set.
+    """
+
+    ended_modified_session = False
 
 
 class ServerGone(OperationalError):

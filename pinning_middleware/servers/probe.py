@@ -274,8 +274,9 @@ def _query_for(connection: BaseDatabaseWrapper, state: ConnectionState) -> Query
         try:
             with connection.wrap_database_errors, probe_deadline(raw, state):
                 return fetch(raw, sql, state)
-        except ServerUnresponsive:
+        except ServerUnresponsive as error:
             # A late reply may still arrive on this connection, so it must not be reused.
+            error.ended_modified_session = is_session_modified(connection)
             connection.close()
             raise
 

@@ -143,7 +143,7 @@ def test_waiting_singleton_inherits_the_pins_of_dropped_calls(single: Any) -> No
     assert is_replica(alias_read_by(single, id="another"))
 
 
-def test_singleton_that_is_requeue_is_sent_again(
+def test_singleton_that_is_requeued_is_sent_again(
     single: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[dict[str, Any]] = []

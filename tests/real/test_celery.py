@@ -306,7 +306,7 @@ def test_task_with_the_wait_policy_times_out(pg: PostgreSQL, worker: Worker) -> 
         assert answer(tasks.see_soon.delay("new")) == (True, "pg")
 
 
-def test_task_with_the_retry_policy_is_requeue_until_a_replica_has_caught_up(
+def test_task_with_the_retry_policy_is_requeued_until_a_replica_has_caught_up(
     pg: PostgreSQL, worker: Worker
 ) -> None:
     pg.pause()
@@ -337,7 +337,7 @@ def test_task_with_the_retry_policy_reads_the_primary_at_last(
     assert found["stats"]["requeued"] >= found["stats"]["primary"] == 1
 
 
-def test_task_with_the_retry_policy_without_lag_is_not_requeue(
+def test_task_with_the_retry_policy_without_lag_is_not_requeued(
     pg: PostgreSQL, worker: Worker
 ) -> None:
     with pinning_scope():
