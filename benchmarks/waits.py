@@ -58,6 +58,8 @@ class Fault(NamedTuple):
     begin: Callable[[Cluster, ExitStack], object]
     age: int | None = None
     replicas: Callable[[Cluster, Variant], dict[str, dict[str, Any]]] | None = None
+    pool: bool = False
+    asgi: bool = False
 
 
 def stop(*numbers: int, pause: float = 0.0) -> Callable[[Cluster, ExitStack], None]:
@@ -96,6 +98,8 @@ def black_holes(cluster: Cluster, how: Variant) -> dict[str, dict[str, Any]]:
 FAULTS: Final = {
     "a replica is frozen": Fault(stop(0)),
     "a replica is frozen, CONN_MAX_AGE = 0": Fault(stop(0), 0),
+    "a replica is frozen, connection pool": Fault(stop(0), pool=True),
+    "a replica is frozen, ASGI": Fault(stop(0), asgi=True),
     "both, 1.5 s apart": Fault(stop(0, 1, pause=1.5)),
     "both at the same time, CONN_MAX_AGE = 0": Fault(stop(0, 1), 0),
     "one host of a list, CONN_MAX_AGE = 0": Fault(stop(0), 0, host_list),
@@ -109,10 +113,10 @@ _LISTENERS: list[Any] = []
 
 
 @contextmanager
-def reading(found: list[float | None]) -> Iterator[None]:
+def reading(found: list[float | None], asgi: bool) -> Iterator[None]:
     """Read in eight threads; append the duration of each read, or None if it failed."""
     over = threading.Event()
-    with served() as make:
+    with served(asgi) as make:
 
         def read() -> None:
             from django.db import connections
@@ -140,7 +144,7 @@ def measure(name: str) -> Found:
 
     logging.getLogger("pinning_middleware").addHandler(logging.NullHandler())
     fault = FAULTS[name]
-    how = Variant(age=fault.age)
+    how = Variant(age=fault.age, pool=fault.pool, asgi=fault.asgi)
     _LISTENERS.extend(socket.create_server(("127.0.0.1", 0), backlog=100) for _ in range(2))
     replicas = fault.replicas
     found: list[float | None] = []
@@ -148,7 +152,7 @@ def measure(name: str) -> Found:
         for node in cluster.replicas:
             node.execute("ALTER SYSTEM SET max_standby_streaming_delay = '30s'")
             node.execute("SELECT pg_reload_conf()")
-        with _chosen(cluster, replicas, how), reading(found):
+        with _chosen(cluster, replicas, how), reading(found, how.asgi):
             time.sleep(BEFORE)
             with ExitStack() as stack:
                 fault.begin(cluster, stack)
