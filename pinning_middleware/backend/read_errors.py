@@ -101,7 +101,12 @@ def classify_error(
         return ErrorAction.RAISE
     was_made = connection.connection is not None
     can_reopen = was_made and not is_unresponsive(connection, error)
-    was_ended = can_reopen and ran_for is not None and _was_ended(connection, ran_for)
+    was_ended = (
+        can_reopen
+        and ran_for is not None
+        and not isinstance(error, ServerGone)
+        and _was_ended(connection, ran_for)
+    )
     connection.close()
     if was_ended:
         # No replica substitutes for a primary that is up.
@@ -163,6 +168,9 @@ def _was_ended(connection: BaseDatabaseWrapper, ran_for: float) -> bool:
     its server goes on: running it there once more may end in the same way.
     """
     if ran_for < RETRY_IF_FAILED_WITHIN or dialect_for(connection) is None:
+        return False
+    if len(endpoint_for(connection).recent_servers) > 1:
+        # Another server may answer the probe.
         return False
     with read_budget.spending():
         outcome = probe_afresh(state_of(connection), min(CONNECT_TIMEOUT, read_budget.left))

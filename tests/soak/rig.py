@@ -92,7 +92,8 @@ def _on_postgresql(
         places = arrange(stack, cluster)
         given = {"user": _user(cluster, role), "conn_max_age": age, **more}
         databases = {alias: database(*them, **given) for alias, them in places.items()}
-        databases["default"]["CONN_HEALTH_CHECKS"] = True
+        # A connection pool whose server was down reconnects after growing pauses.
+        databases["default"]["CONN_HEALTH_CHECKS"] = "pool" not in more
         settings = {
             "DATABASES": databases,
             "PINNING_REPLICAS": [alias for alias in databases if alias != "default"],
