@@ -37,12 +37,6 @@ BEFORE, DURING = 2.0, 6.0
 # A wait that a user notices (seconds).
 LONG = 1.6
 ROOT: Final = Path(__file__).resolve().parent.parent
-# Runs a module of this folder with the package of another checkout.
-START: Final = (
-    "import runpy, sys; here, package = sys.argv[1:3]; sys.path.insert(0, package); "
-    "import pinning_middleware; sys.path[0] = here; sys.argv[:3] = ['waits']; "
-    "runpy.run_module('benchmarks.waits', run_name='__main__')"
-)
 
 
 class Found(NamedTuple):
@@ -179,7 +173,8 @@ def _chosen(cluster: Cluster, replicas: Any, how: Variant) -> Iterator[None]:
 
 def run(name: str, checkout: Path) -> Found:
     """Measure one fault in a new process with the package of a checkout."""
-    command = [sys.executable, "-P", "-c", START, str(ROOT), str(checkout), "--measure", name]
+    module = [sys.executable, "-m", "benchmarks.other", str(checkout), "waits"]
+    command = [*module, "--measure", name]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return Found(*json.loads(done.stdout.splitlines()[-1]))
 
