@@ -83,7 +83,7 @@ def classify_error(
     if not isinstance(error, CONNECTION_ERRORS):
         return ErrorAction.RAISE
     if ran_for is not None and has_timed_out(connection, error, ran_for):
-        if is_session_modified(connection) or answers_probe(connection, error):
+        if is_modified or answers_probe(connection, error):
             return ErrorAction.RAISE
         connection.close()
         return ErrorAction.ELSEWHERE

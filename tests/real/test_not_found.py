@@ -19,6 +19,14 @@ from tests.real.conftest import PostgreSQL
 pytestmark = pytest.mark.real
 
 
+def create(request: Any) -> str:
+    return str(Book.objects.create(title="new").pk)
+
+
+def find(request: Any) -> str:
+    return str(get_object_or_404(Book, title="new").title)
+
+
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_reader_of_a_paused_replica_finds_what_another_browser_wrote(
     pg: PostgreSQL,
@@ -26,12 +34,6 @@ def test_reader_of_a_paused_replica_finds_what_another_browser_wrote(
     do: Callable[[Callable[..., Any]], str],
     kind: str,
 ) -> None:
-    def create(request: Any) -> str:
-        return str(Book.objects.create(title="new").pk)
-
-    def find(request: Any) -> str:
-        return str(get_object_or_404(Book, title="new").title)
-
     pg.pause()
     retry_limit.reset()
     writer, reader, path = new_browser(), new_browser(), f"/{kind}/{do(find)}/"
@@ -53,13 +55,6 @@ def test_view_is_retried_under_monotonic_reads(
     pg: PostgreSQL, new_browser: Callable[..., Browser], do: Callable[[Callable[..., Any]], str]
 ) -> None:
     """The first read of a request changes its outgoing pins, but is no write."""
-
-    def create(request: Any) -> str:
-        return str(Book.objects.create(title="new").pk)
-
-    def find(request: Any) -> str:
-        return str(get_object_or_404(Book, title="new").title)
-
     pg.pause()
     retry_limit.reset()
     new_browser().post(f"/sync/{do(create)}/")

@@ -92,7 +92,7 @@ def _on_postgresql(
         places = arrange(stack, cluster)
         given = {"user": _user(cluster, role), "conn_max_age": age, **more}
         databases = {alias: database(*them, **given) for alias, them in places.items()}
-        # A connection pool whose server was down reconnects after growing pauses.
+        # With a connection pool, requests would wait long after a crash, in place of failing.
         databases["default"]["CONN_HEALTH_CHECKS"] = "pool" not in more
         settings = {
             "DATABASES": databases,
