@@ -135,7 +135,7 @@ class PrimaryConnections:
         """
         Return DEMOTED if a pin's position shows that another server is the primary by now.
 
-        What a connection lacks that was opened for this very position is lost, as after a failover
+        What a connection lacks that was opened for this very position is lost, as after a promotion
         or a restore from a backup.
         """
         dialect = self.dialect
