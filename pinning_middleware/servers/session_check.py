@@ -161,7 +161,8 @@ def _check_by_new_connection(
     }
     host = {"host": raw.info.host, "port": raw.info.port, "hostaddr": raw.info.hostaddr or None}
     text = conninfo.make_conninfo(**{**parameters, **host, "password": raw.info.password or None})
-    until = time.monotonic() + seconds
+    # Later than the race ends, which judges those that are left.
+    until = time.monotonic() + seconds + ATTEMPT_INTERVAL
     attempt = partial(_query_session, text.encode(), raw.info.backend_pid, state, began, until)
     has_several = len(state.endpoint.servers) > 1
     interval = BALANCED_ATTEMPT_INTERVAL if has_several else ATTEMPT_INTERVAL

@@ -82,16 +82,18 @@ def first_result(
     Return the result of the attempt that succeeds first.
 
     The next attempt is started ``interval`` seconds after the last one, beside those that still
-    run, or as soon as one has raised ``retry``. Raise any other error of an attempt; the last error
-    if no attempt is left; TimeoutError after ``seconds``, or when ``give_up()`` is true, which is
-    called every GIVE_UP_INTERVAL seconds. ``discard`` is called with the results of attempts that
-    end later.
+    run, or as soon as one has raised ``retry``. Raise any other error of an attempt; the last
+    ``retry`` if no attempt is left, or after ``seconds`` if none has run for ``interval``; else
+    TimeoutError after ``seconds``, or when ``give_up()`` is true, which is called every
+    GIVE_UP_INTERVAL seconds. ``discard`` is called with the results of attempts that end later.
     """
     waiting, race = iter(attempts), _Race(discard)
     now = next_start = time.monotonic()
-    until, error, is_exhausted = now + seconds, None, False
+    until, error, is_exhausted, is_given_up = now + seconds, None, False, False
     try:
-        while now < until and not give_up():
+        while now < until:
+            if is_given_up := give_up():
+                break
             if not is_exhausted and now >= next_start:
                 attempt = next(waiting, None)
                 if attempt is None:
@@ -114,6 +116,8 @@ def first_result(
             next_start = now
     finally:
         race.end()
-    if error is not None and not race.running:
+    # One that has only just begun does not outweigh those that have ended.
+    is_overdue = race.running > 1 or (race.running == 1 and now >= next_start)
+    if error is not None and not is_overdue and not is_given_up:
         raise error
     raise TimeoutError(f"no answer within {seconds:.1f} s")

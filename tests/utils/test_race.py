@@ -66,6 +66,26 @@ def test_no_answer_in_time_raises_timeout_error(never: threading.Event) -> None:
         first_result([never.wait], seconds=0.05, interval=1)
 
 
+@pytest.mark.parametrize(("interval", "expected"), [(30, KeyError), (0.01, TimeoutError)])
+def test_error_counts_at_the_end_unless_an_attempt_is_overdue(
+    never: threading.Event, interval: float, expected: type[Exception]
+) -> None:
+    attempts = [partial(fail, KeyError()), never.wait]
+    with pytest.raises(expected):
+        first_result(attempts, seconds=0.1, interval=interval, retry=KeyError)
+
+
+def test_attempts_that_are_given_up_raise_timeout_error_after_an_error(
+    never: threading.Event,
+) -> None:
+    answers = iter([False, False, True])
+    attempts = [partial(fail, KeyError()), never.wait]
+    with pytest.raises(TimeoutError):
+        first_result(
+            attempts, seconds=1000, interval=1000, retry=KeyError, give_up=lambda: next(answers)
+        )
+
+
 def test_attempts_are_given_up_when_there_is_nothing_to_wait_for(never: threading.Event) -> None:
     answers = iter([False, False, True])
     with pytest.raises(TimeoutError):
