@@ -89,6 +89,23 @@ def lose_write_of_other_device(history: History) -> History:
     return replaced(history, old, saw={**old.saw, other: old.saw[other] - 1})
 
 
+def lose_write_of_a_task(history: History) -> History:
+    """Show a session of another user less than a task wrote that pinned the key of its list."""
+    operations = [
+        Operation("ada", "ada/1", "by-task", 900, 901, 200, wrote=9),
+        Operation("bob", "bob/1", "read", 902, 903, 200, saw={"ada/1": 8}),
+    ]
+    return history._replace(operations=[*history.operations, *operations])
+
+
+def lose_write_after_a_response(history: History) -> History:
+    operations = [
+        Operation("ada", "ada/1", "after", 900, 901, 200, wrote=9),
+        Operation("ada", "ada/1", "read", 902, 903, 200, saw={"ada/1": 8}),
+    ]
+    return history._replace(operations=[*history.operations, *operations])
+
+
 def go_back(history: History) -> History:
     """Show an older state of another user than the same session has seen."""
     peer = "bob/1"
@@ -180,6 +197,8 @@ PLANTED = {
     lose_own_write: "read your writes",
     lose_write_of_the_same_request: "read your writes",
     lose_write_of_other_device: "read your writes",
+    lose_write_of_a_task: "followed keys",
+    lose_write_after_a_response: "read your writes",
     go_back: "monotonic reads",
     show_an_answer_without_its_question: "writes follow reads",
     show_a_foreign_row: "foreign row",
@@ -299,6 +318,34 @@ def test_fault_of_the_cache_excuses_pins_only_during_the_write_or_the_read(
         Operation("ada", "ada/2", "read", 50, 51, 200, saw={"ada/1": 0}),
     ]
     assert guarantees(recorded(operations, Fault("frozen", began, ended, ["pins"]))) == found
+
+
+@pytest.mark.parametrize(
+    ("began", "ended", "found"),
+    [
+        (10, 20, set()),
+        (52, 60, {"read your writes", "followed keys", "monotonic reads"}),
+    ],
+)
+@pytest.mark.parametrize("again", [False, True], ids=["written before", "written again"])
+def test_cache_that_lost_its_pins_excuses_reads_until_they_are_saved_again(
+    began: float, ended: float, found: set[str], again: bool
+) -> None:
+    """It was emptied at some time between the write and the read."""
+    operations = [
+        Operation("ada", "ada/1", "by-task", 0, 1, 200, wrote=1),
+        Operation("ada", "ada/2", "stream", 2, 3, 200, wrote=1, saw={"ada/1": 1, "ada/2": 1}),
+        Operation("ada", "ada/2", "read", 50, 51, 200, saw={"ada/1": 0}),
+    ]
+    if again:
+        saw = {"ada/1": 1, "ada/2": 2}
+        operations[2:2] = [
+            Operation("ada", "ada/1", "by-task", 30, 31, 200, wrote=2),
+            Operation("ada", "ada/2", "stream", 32, 33, 200, wrote=2, saw=saw),
+        ]
+        found = {"read your writes", "followed keys", "monotonic reads"}
+    killed = Fault("killed", began, ended, ["pins", "stored pins"])
+    assert guarantees(recorded(operations, killed)) == found
 
 
 @pytest.mark.parametrize(
@@ -634,7 +681,12 @@ def test_fault_is_recorded_before_it_ends(faults: Any, monkeypatch: pytest.Monke
 class Disturbed:
     """Takes every order to servers, and keeps those that were not undone."""
 
-    UNDOES: ClassVar = {"resume": "pause", "start": "stop", "repair": "stop", "thaw": "freeze"}
+    UNDOES: ClassVar = {
+        "resume": {"pause"},
+        "start": {"stop", "terminate"},
+        "repair": {"stop"},
+        "thaw": {"freeze"},
+    }
 
     def __init__(self, fails: bool) -> None:
         self.fails = fails
@@ -646,7 +698,7 @@ class Disturbed:
     def __getattr__(self, name: str) -> Callable[..., None]:
         def order(*args: object) -> None:
             if name in self.UNDOES:
-                self.orders.discard(self.UNDOES[name])
+                self.orders -= self.UNDOES[name]
                 return
             self.orders.add(name)
             if self.fails:
@@ -679,13 +731,14 @@ class Stepped:
     [
         *("lag", "lag_of_all", "kill_replica", "kill_both_replicas", "kill_primary"),
         *("freeze_replica", "freeze_primary", "gtid_lag", "gtid_kill_replica"),
+        *("gtid_kill_primary", "kill_cache"),
         *("move_address", "swap_addresses", "black_hole_replica", "delay_replica"),
         *("reset_results", "step_clock"),
     ],
 )
 @pytest.mark.parametrize("fails", [True, False], ids=["order fails", "wait fails"])
 def test_fault_that_fails_undoes_itself(faults: Any, name: str, fails: bool) -> None:
-    primary, one, two, gtid = servers = [Disturbed(fails) for _ in range(4)]
+    primary, one, two, gtid, cache = servers = [Disturbed(fails) for _ in range(5)]
     nodes = {"primary": primary, "replica1": one, "replica2": two}
     links = {"default": Moved(primary), "replica1": Moved(one), "replica2": Moved(two)}
     clock = Stepped()
@@ -695,13 +748,13 @@ def test_fault_that_fails_undoes_itself(faults: Any, name: str, fails: bool) -> 
         cluster=SimpleNamespace(nodes=nodes, replicas=[one, two]),
         gtid=gtid,
         links=links,
-        running=SimpleNamespace(clock=clock),
+        running=SimpleNamespace(clock=clock, cache=cache),
         rng=random.Random(1),
         wait=fail,
     )
     with pytest.raises(AssertionError, match="planted"):
         cause_named(faults, name)(context)
-    assert [server.orders for server in servers] == [set()] * 4
+    assert [server.orders for server in servers] == [set()] * 5
     assert [link.place for link in links.values()] == list(nodes.values())
     assert {(link.delay, link.resets) for link in links.values()} == {(0.0, False)}
     assert clock.ahead == 0

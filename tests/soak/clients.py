@@ -18,7 +18,10 @@ from .history import Error, Operation, Recorder
 __all__ = ["Device", "run"]
 
 DEVICES: Final = ("1", "2")
-WRITES: Final = ("orm", "get", "transaction", "cursor", "bulk", "stream", "task")
+WRITES: Final = (
+    *("orm", "get", "transaction", "cursor", "bulk"),
+    *("stream", "after", "task", "by-task"),
+)
 SHARE_OF_WRITES: Final = 0.2
 # Minimum and maximum number of reads in one request, each of which chooses a server.
 READS_PER_REQUEST: Final = (1, 6)
@@ -27,6 +30,8 @@ WRITES_PER_LIST: Final = 200
 # Seconds. A request that takes longer is given up, and recorded without an answer.
 TIMEOUT: Final = 20.0
 THINK_TIME: Final = (0.005, 0.03)
+# Seconds between two questions whether a write after the response is done.
+WRITTEN_INTERVAL: Final = 0.01
 
 
 class Device:
@@ -56,12 +61,28 @@ class Device:
 
     def _write(self, how: str, lists: list[str]) -> list[Operation]:
         self._written += 1
-        query = {"list": lists, "to": [self.session], "number": [str(self._written)]}
-        done = self._request(how, "GET" if how == "get" else "POST", f"/write/{how}/", query)
+        query = {"to": [self.session], "number": [str(self._written)]}
+        if how == "after":
+            done = [self._write_after(query)]
+        else:
+            method = "GET" if how == "get" else "POST"
+            done = self._request(how, method, f"/write/{how}/", {"list": lists, **query})
         wrote = [each._replace(wrote=self._written) for each in done]
         if self._written == WRITES_PER_LIST:
             self._lists, self._written = self._lists + 1, 0
         return wrote
+
+    def _write_after(self, query: dict[str, list[str]]) -> Operation:
+        """Return the operation of a write that begins after its response, once it has ended."""
+        (done,) = self._request("after", "POST", "/write/after/", query)
+        is_pending = done.succeeded
+        while is_pending and done.ended - done.began < TIMEOUT:
+            (seen,) = self._request("after", "GET", "/written/", query)
+            done = done._replace(ended=seen.ended, status=seen.status)
+            is_pending = seen.status == 404
+            if is_pending:
+                time.sleep(WRITTEN_INTERVAL)
+        return done
 
     def _request(
         self, kind: str, method: str, path: str, query: dict[str, list[str]]
@@ -80,7 +101,7 @@ class Device:
             self._connection.close()
             self._connection = self._connect()
             status = 0
-        ended, asked = time.monotonic(), query["list"]
+        ended, asked = time.monotonic(), query.get("list", [])
         done = Operation(self.user, self.session, kind, began, ended, status, asked=asked)
         return [done._replace(**answer) for answer in answers]
 

@@ -16,10 +16,19 @@ from .history import Fault, Recorder
 from .network import Link
 from .rig import Running
 
-__all__ = ["LOST_WRITES", "PINS", "READS", "WRITES", "FaultContext"]
+__all__ = [
+    "GTID_PRIMARY",
+    "LOST_WRITES",
+    "PINS",
+    "READS",
+    "STORED_PINS",
+    "WRITES",
+    "FaultContext",
+]
 
 READS, WRITES, PINS, LOST_WRITES = "reads", "writes", "pins", "lost writes"
-GTID_REPLICAS: Final = ("my1", "my2")
+STORED_PINS: Final = "stored pins"
+GTID_PRIMARY, GTID_REPLICAS = "my", ("my1", "my2")
 
 
 class FaultContext:

@@ -14,13 +14,14 @@ from itertools import cycle
 from typing import Final
 
 import psycopg
+from redis import Redis
 
 from sample_site.cluster import Cluster, Node
 from tests.real import mariadb
 from tests.real.layouts import copy_data, rejoin, restart_behind
 
 from .address_faults import ADDRESS_FAULTS
-from .context import PINS, READS, WRITES, FaultContext
+from .context import GTID_PRIMARY, PINS, READS, STORED_PINS, WRITES, FaultContext
 from .history import Error, Fault, Recorder
 from .promotions import PROMOTIONS
 from .rig import Rig, Running
@@ -146,11 +147,22 @@ def _all(
 
 
 def freeze_cache(context: FaultContext) -> None:
+    process = Redis.from_url(context.running.cache.connection_url).info("server")["process_id"]
     try:
-        os.kill(context.running.cache_pid, signal.SIGSTOP)
+        os.kill(process, signal.SIGSTOP)
         context.wait(0.5, 2)
     finally:
-        os.kill(context.running.cache_pid, signal.SIGCONT)
+        os.kill(process, signal.SIGCONT)
+
+
+def kill_cache(context: FaultContext) -> None:
+    """The cache crashes, and starts empty."""
+    cache = context.running.cache
+    try:
+        cache.terminate()
+        context.wait(0.5, 2)
+    finally:
+        cache.start()
 
 
 # The clock of the site's processes
@@ -179,9 +191,17 @@ def gtid_lag(context: FaultContext) -> None:
 
 
 def gtid_kill_replica(context: FaultContext) -> None:
+    _kill_gtid_server(context, context.replica, 1, 3)
+
+
+def gtid_kill_primary(context: FaultContext) -> None:
+    _kill_gtid_server(context, GTID_PRIMARY, 0.5, 2)
+
+
+def _kill_gtid_server(context: FaultContext, alias: str, least: float, most: float) -> None:
     try:
-        context.gtid[context.replica].stop()
-        context.wait(1, 3)
+        context.gtid[alias].stop()
+        context.wait(least, most)
     finally:
         context.gtid.repair()
 
@@ -189,6 +209,11 @@ def gtid_kill_replica(context: FaultContext) -> None:
 def gtid_freeze_replica(context: FaultContext) -> None:
     with context.gtid[context.replica].frozen():
         context.wait(1, 3)
+
+
+def gtid_freeze_primary(context: FaultContext) -> None:
+    with context.gtid[GTID_PRIMARY].frozen():
+        context.wait(0.5, 2)
 
 
 def gtid_terminate(context: FaultContext) -> None:
@@ -215,6 +240,7 @@ FAULTS: Final[Mapping[type, Faults]] = {
         freeze_primary: ([READS, WRITES], 1),
         kill_primary: ([READS, WRITES], 1),
         freeze_cache: ([PINS], 1),
+        kill_cache: ([PINS, STORED_PINS], 1),
         step_clock: ([], 1),
     },
     mariadb.Servers: {
@@ -222,7 +248,10 @@ FAULTS: Final[Mapping[type, Faults]] = {
         gtid_terminate: ([], 2),
         gtid_kill_replica: ([], 2),
         gtid_freeze_replica: ([], 2),
+        gtid_freeze_primary: ([READS, WRITES], 1),
+        gtid_kill_primary: ([READS, WRITES], 1),
         freeze_cache: ([PINS], 1),
+        kill_cache: ([PINS, STORED_PINS], 1),
         step_clock: ([], 1),
     },
 }

