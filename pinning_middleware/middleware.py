@@ -218,7 +218,8 @@ def _stores_to_save(
 ) -> tuple[BaseStore, ...]:
     if pins == scope.inherited_pins:
         return ()
-    counters.pin_events["set"] += bool(pins)
+    if pins:
+        counters.pin_events["set"] += 1
     return tuple(store for store in conf.stores if response is not None or not store.needs_response)
 
 

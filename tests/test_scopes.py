@@ -122,7 +122,7 @@ def test_invalid_token_raises_no_error(token: str | None) -> None:
     with pinning_scope(token) as scope:
         assert is_replica(where())
     assert scope.token is None
-    assert rejected_tokens.total() == bool(token)
+    assert sum(rejected_tokens.values()) == bool(token)
     rejected_tokens.clear()
 
 

@@ -317,7 +317,7 @@ def test_headers_of_shared_caches_are_removed(visit: Visit) -> None:
 
 
 def test_unpinning_deletes_the_cookie_and_an_empty_one_is_valid(visit: Visit) -> None:
-    before = rejected_tokens.total()
+    before = sum(rejected_tokens.values())
     visit(write)
     visit(lambda request: unpin_this_request())
     assert visit.response.cookies["pinning"].value == ""
@@ -325,7 +325,7 @@ def test_unpinning_deletes_the_cookie_and_an_empty_one_is_valid(visit: Visit) ->
     assert is_replica(visit())
     visit(lambda request: unpin_this_request())
     assert not visit.response.cookies
-    assert rejected_tokens.total() == before
+    assert sum(rejected_tokens.values()) == before
 
 
 def test_unpinning_one_pool_keeps_the_other_in_the_cookie(visit: Visit) -> None:
@@ -350,11 +350,11 @@ def test_unpinning_sends_an_empty_header(client: Token) -> None:
 def test_forged_token_header_is_ignored_and_counted(
     client: Token, token: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = rejected_tokens.total()
+    before = sum(rejected_tokens.values())
     client.token = token
     assert is_replica(client())
     assert client.response.status_code == 200
-    assert rejected_tokens.total() == before + 1
+    assert sum(rejected_tokens.values()) == before + 1
 
 
 def test_token_header_expires_with_its_window(client: Token, clock: FrozenDateTimeFactory) -> None:

@@ -378,6 +378,8 @@ class ServerRegistry:
 
     def __init__(self) -> None:
         self._lock = ForkSafeLock()
+        # A report that is stored while another invalidates positions must not restore them.
+        self._reporting = ForkSafeLock()
         self._servers: dict[Identity, Server] = {}
         self._endpoints: dict[str, Endpoint] = {}
         # By system: a primary's last reports. By pool: its positions over a longer time, since
@@ -460,10 +462,22 @@ class ServerRegistry:
         """
         Store a server's report. A primary's report also resolves hidden timelines of its replicas.
         """
-        has_new_history = report.has_new_history and sent_at >= server.last_probed
+        with self._reporting:
+            has_new_history = bool(report.has_new_history) and sent_at >= server.last_probed
+            self._apply_report(server, report, sent_at, has_new_history)
+        if has_new_history:
+            logger.warning(
+                "%s:%s reports fewer transactions than before: its log was reset, or a backup "
+                "restored. Its recorded replication position was discarded.",
+                *server.identity.host_and_port,
+            )
+
+    def _apply_report(
+        self, server: Server, report: Report, sent_at: float, has_new_history: bool
+    ) -> None:
         server.apply_report(report, sent_at)
         system = server.system
-        if has_new_history:
+        if has_new_history and not server.is_replica:
             self._begin_new_history(server)
         if report.written and not report.is_replica:
             if report.has_new_history is not None:
@@ -482,16 +496,9 @@ class ServerRegistry:
 
     def _begin_new_history(self, server: Server) -> None:
         """
-        Forget what was known of a log that began again. If it is a primary's, what the others
-        replayed of it is of the history that has ended.
+        Forget what was known of a primary's log that began again: what the others replayed of it is
+        of the history that has ended.
         """
-        logger.warning(
-            "%s:%s reports fewer transactions than before: its log was reset, or a backup "
-            "restored. Its recorded replication position was discarded.",
-            *server.identity.host_and_port,
-        )
-        if server.is_replica:
-            return
         self._primary_samples.pop(server.system, None)
         for pool in self._pools_of(server):
             self._lag_samples.pop(pool, None)

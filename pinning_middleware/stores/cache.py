@@ -61,7 +61,8 @@ def save_pins(
     """Merge pins into those of each key, and remove those of `forget` that did not change."""
     names = _names(namespace, keys)
     if not breaker.allows_saves:
-        counters.pin_events["lost"] += bool(pins)
+        if pins:
+            counters.pin_events["lost"] += 1
         return
     pins = within_window(pins, clock.now())
     with breaker.guard(), _counting_lost(pins), _context():
@@ -80,7 +81,8 @@ def _counting_lost(pins: Pins) -> Iterator[None]:
     try:
         yield
     except Exception:
-        counters.pin_events["lost"] += bool(pins)
+        if pins:
+            counters.pin_events["lost"] += 1
         raise
 
 

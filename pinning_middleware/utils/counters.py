@@ -2,12 +2,13 @@
 Counters of this process, and the observers of reads and writes.
 
 They are incremented without a lock: with the GIL, CPython switches threads only at calls and jumps.
+A ``Counter`` would lose events, since it calls a Python function for a new key.
 """
 
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
@@ -41,25 +42,25 @@ write_observers: list[Callable[[str, str], None]] = []
 # By the pool's primary, the alias that served the read, its server (None: unknown), and the reason.
 reads: defaultdict[tuple[str, str, Any, str], int] = defaultdict(int)
 # By event of a pin: set, inherited, rejected; lost, if the cache did not accept it.
-pin_events: Counter[str] = Counter()
+pin_events: defaultdict[str, int] = defaultdict(int)
 # By the reason that a token was ignored for.
-rejected_tokens: Counter[str] = Counter()
+rejected_tokens: defaultdict[str, int] = defaultdict(int)
 # By the pool's primary and the reason; by the pool's primary, the alias that failed and the one
 # that served.
-fallbacks: Counter[tuple[str, str]] = Counter()
-retries: Counter[tuple[str, str, str]] = Counter()
+fallbacks: defaultdict[tuple[str, str], int] = defaultdict(int)
+retries: defaultdict[tuple[str, str, str], int] = defaultdict(int)
 # Reads that every standby refuses for being one, by the pool's primary and the name of the table,
 # the statement or the role.
-refusals: Counter[tuple[str, str]] = Counter()
+refusals: defaultdict[tuple[str, str], int] = defaultdict(int)
 # Views that ended in 404 on a replica, by what the primary answered (found, missing), or because
 # the budget was spent (refused).
-retries_404: Counter[str] = Counter()
+retries_404: defaultdict[str, int] = defaultdict(int)
 # Tasks that found no replica which had caught up, and were requeued, or in the end ran on
 # the primary (primary).
-task_retries: Counter[str] = Counter()
+task_retries: defaultdict[str, int] = defaultdict(int)
 # Reads of a dry run that would have missed a write of their own client without pins, by the pool's
 # primary.
-missed_writes: Counter[str] = Counter()
+missed_writes: defaultdict[str, int] = defaultdict(int)
 # Waits for replicas to catch up, by the pool's primary: their number (count), how many ended with a
 # replica (reached), and their total time (seconds).
 waits: defaultdict[tuple[str, str], float] = defaultdict(int)
