@@ -26,6 +26,7 @@ NAMES = (
     "endpoints",
     "faults",
     "herds",
+    "recovery",
     "unresponsive",
     "waits",
     "statements",

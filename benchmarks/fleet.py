@@ -26,7 +26,6 @@ from sample_site.cluster import Cluster, Node
 from sample_site.wal import INSERTED, REPLAYED, end_of_log
 
 CLIENTS = 12
-READS_PER_WRITE = 6
 THINK_TIME = 0.02
 
 # The settings of each strategy. Without PINNING_REPLICAS this package does not move reads of a
@@ -61,6 +60,14 @@ OURS: Final = "pinning_middleware"
 # The database roles that a site may use.
 SUPERUSER, MONITOR, PLAIN = "superuser", "monitor", "plain"
 ROLES: Final = {SUPERUSER: "postgres", MONITOR: "site_monitor", PLAIN: "site_plain"}
+
+
+class Load(NamedTuple):
+    """How often a client reads after each write, and for how long replicas are paused (seconds)."""
+
+    reads_per_write: int = 6
+    least: float = 0.2
+    most: float = 1.5
 
 
 class Variant(NamedTuple):
@@ -332,6 +339,7 @@ def run(
     cluster: Cluster,
     observer: ReplayObserver | None = None,
     asgi: bool = False,
+    reads_per_write: int = Load().reads_per_write,
 ) -> Tally:
     """Run all clients at the same time for this many reads, and return their tally."""
     from django.test import override_settings
@@ -343,7 +351,8 @@ def run(
 
         name = f"{strategy}-{number}".replace(" ", "-")
         with psycopg.connect(cluster.primary.conninfo(), autocommit=True) as primary:
-            mine = _work(name, reads // CLIENTS, Browser(make()), primary, watching)
+            each = reads // CLIENTS
+            mine = _work(name, each, reads_per_write, Browser(make()), primary, watching)
         connections.close_all()
         with lock:
             total.add(mine)
@@ -366,7 +375,12 @@ def _together(work: Callable[[int], None]) -> None:
 
 
 def _work(
-    name: str, reads: int, browser: Browser, primary: psycopg.Connection, observer: ReplayObserver
+    name: str,
+    reads: int,
+    reads_per_write: int,
+    browser: Browser,
+    primary: psycopg.Connection,
+    observer: ReplayObserver,
 ) -> Tally:
     tally, number, position = Tally(), 0, 0
 
@@ -382,7 +396,7 @@ def _work(
         # Everything that this client wrote is before this position.
         ((inserted,),) = primary.execute(INSERTED).fetchall()
         position = end_of_log(inserted)
-        for _ in range(READS_PER_WRITE):
+        for _ in range(reads_per_write):
             time.sleep(THINK_TIME)
             before = observer.caught_up(position)
             answer = timed("read", "GET", f"/{name}/")
@@ -416,14 +430,14 @@ def meanwhile(*troubles: Callable[[threading.Event], None]) -> Iterator[None]:
             thread.join()
 
 
-def lag(cluster: Cluster) -> Callable[[threading.Event], None]:
-    """Return a function that pauses one replica at a time for 0.2 to 1.5 s."""
+def lag(cluster: Cluster, load: Load = Load()) -> Callable[[threading.Event], None]:  # noqa: B008
+    """Return a function that pauses one replica at a time."""
 
     def trouble(over: threading.Event) -> None:
         while not over.is_set():
             node = random.choice(cluster.replicas)
             node.pause()
-            over.wait(random.uniform(0.2, 1.5))
+            over.wait(random.uniform(load.least, load.most))
             node.resume()
 
     return trouble

@@ -1,12 +1,13 @@
 """
 The time of a whole request with one query on a real cluster, compared with a site without the
-package and, optionally, with another checkout of the package:
+package, with one of django-multidb-router and, optionally, with another checkout of the package:
 
     python -m benchmarks.overhead
     python -m benchmarks.overhead --against ../pinning_middleware-0.1
 
 Each site is a process of its own, because the package affects every connection; the processes
-alternate. With another checkout it is run twice, to show the difference between two equal sites.
+alternate. With another checkout it is run twice, to show the difference between two equal sites,
+and the other package is left out.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ ROUNDS = int(os.environ.get("ROUNDS", "150"))
 BLOCK = 12
 KINDS = ("unpinned read", "write", "first pinned read", "later pinned reads")
 ROOT: Final = Path(__file__).resolve().parent.parent
-PACKAGE, PLAIN = "package", "plain"
+PACKAGE, PLAIN, MULTIDB = "package", "plain", "multidb"
+# The cookies of the packages.
+COOKIES: Final = {"pinning", "multidb_pin_writes"}
 INSERTED: Final = "SELECT pg_current_wal_insert_lsn()::text"
 REPLAYED: Final = "SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn"
 
@@ -62,6 +65,9 @@ class Site:
             settings.INSTALLED_APPS = ["benchmarks"]
             settings.MIDDLEWARE = []
             settings.DATABASE_ROUTERS = ["benchmarks.overhead.PlainRouter"]
+        if name == MULTIDB:
+            settings.MIDDLEWARE = ["multidb.middleware.PinningRouterMiddleware"]
+            settings.DATABASE_ROUTERS = ["multidb.PinningReplicaRouter"]
         os.environ["DJANGO_SETTINGS_MODULE"] = "benchmarks.settings"
         django.setup()
         from django.core.handlers.wsgi import WSGIHandler
@@ -72,7 +78,8 @@ class Site:
         self._factory = RequestFactory()
         self._numbers = itertools.count()
         self._name = f"{name}-{os.getpid()}"
-        self._token = ""
+        # The Cookie header of a pin.
+        self._pin_cookie = ""
         self._direct = [self._connect(connections.settings[alias]) for alias in connections]
 
     def block(self, kind: str) -> list[float]:
@@ -84,7 +91,7 @@ class Site:
         seconds = []
         for _ in range(BLOCK):
             if kind == "unpinned read":
-                self._token = ""
+                self._pin_cookie = ""
             elif kind == "first pinned read":
                 self._pin()
             seconds.append(self._request("POST" if kind == "write" else "GET"))
@@ -101,15 +108,15 @@ class Site:
 
     def _request(self, method: str) -> float:
         path = f"/one/?{self._name}-{next(self._numbers)}"
-        headers = {"Cookie": f"pinning={self._token}"} if self._token else None
+        headers = {"Cookie": self._pin_cookie} if self._pin_cookie else None
         environ = self._factory.generic(method, path, headers=headers).environ
         began = time.perf_counter()
         response = self._handler(environ, lambda status, headers: None)
         response.close()
         seconds = time.perf_counter() - began
         assert response.status_code < 300, response.content
-        if "pinning" in response.cookies:
-            self._token = response.cookies["pinning"].value
+        for name in COOKIES & response.cookies.keys():
+            self._pin_cookie = f"{name}={response.cookies[name].value}"
         return seconds
 
     def _connect(self, entry: dict[str, Any]) -> psycopg.Connection:
@@ -162,7 +169,10 @@ def compare(rounds: int, other: Path | None) -> None:
     """Measure the sites alternately, in changing order, and print the ratios of their times."""
     sites = {"here": (PACKAGE, ROOT), "plain": (PLAIN, ROOT)}
     pairs = [("here", "plain")]
-    if other is not None:
+    if other is None:
+        sites["multidb"] = MULTIDB, ROOT
+        pairs += [("multidb", "plain"), ("here", "multidb")]
+    else:
         sites |= {"other": (PACKAGE, other), "other again": (PACKAGE, other)}
         pairs += [("other", "plain"), ("here", "other"), ("other again", "other")]
     with contextlib.ExitStack() as stack:
@@ -178,12 +188,14 @@ def compare(rounds: int, other: Path | None) -> None:
     for kind, rows in took.items():
         for one, two in pairs:
             text = ratio([(row[one], row[two]) for row in rows])
-            print(f"{kind:20} {one:>11} / {two:6} {text}", flush=True)
+            print(f"{kind:20} {one:>11} / {two:7} {text}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead")
-    parser.add_argument("name", nargs="?", choices=(PACKAGE, PLAIN), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "name", nargs="?", choices=(PACKAGE, PLAIN, MULTIDB), help=argparse.SUPPRESS
+    )
     parser.add_argument("--against", type=Path, help="another checkout of this repository")
     options = parser.parse_args()
     if options.name is not None:
