@@ -249,7 +249,11 @@ def _is_staff(request: HttpRequest) -> bool:
     # Django caches the evaluated user there; do not evaluate it here.
     known = request.__dict__
     user = known.get("_cached_user", known.get("_acached_user"))
-    return user is not None and _is_true(user, "is_staff") and _is_true(user, "is_active")
+    try:
+        return user is not None and _is_true(user, "is_staff") and _is_true(user, "is_active")
+    except Exception:
+        # A property of the site, which may query the database.
+        return False
 
 
 def _is_true(user: Any, name: str) -> bool:
@@ -265,7 +269,7 @@ class _PostResponse(AbstractContextManager[None]):
     outside of it.
     """
 
-    # The revision of the scope that the middleware saves before streaming content begins.
+    # The revision of the scope that was saved last, before and during streaming content.
     _saved_revision = 0
 
     def __init__(self, middleware: PinningMiddleware, scope: Scope, request: HttpRequest) -> None:
@@ -294,12 +298,17 @@ class _PostResponse(AbstractContextManager[None]):
 
     def begin(self) -> None:
         """Close the scope: later writes are saved as soon as they end."""
-        save = functools.partial(_save_late, self._middleware, self._request)
+        # It must not refer to the scope.
+        save = functools.partial(_save_change, self._middleware, self._request)
         self._scope.close(self._seconds, save)
 
     def begin_after_stream(self, response: Any) -> None:
-        """Have streaming content generated inside the scope, which is closed at its end."""
+        """
+        Have streaming content generated inside the scope, which is closed at its end. Writes of the
+        content are saved as soon as they end, since it may go on for hours.
+        """
         self._saved_revision = self._scope.revision
+        self._scope.on_late_change = self._save
         close_within(response, _closing(self))
         if response.is_async:
             parts: Any = aiterate_within(self, *async_body_of(response))
@@ -311,16 +320,36 @@ class _PostResponse(AbstractContextManager[None]):
     def finish(self) -> None:
         """Close the scope after streaming content, and save its writes."""
         if not self._scope.is_closed:
+            # First, so that a write during the save is saved, too.
+            self.begin()
             if self._scope.revision != self._saved_revision:
                 _save_late(self._middleware, self._request, self._scope)
-            self.begin()
 
     async def afinish(self) -> None:
         """Async version of ``finish()``."""
         if not self._scope.is_closed:
+            self.begin()
             if self._scope.revision != self._saved_revision:
                 await sync_to_async(_save_late)(self._middleware, self._request, self._scope)
-            self.begin()
+
+    def _save(self, scope: Scope) -> None:
+        self._saved_revision = scope.revision
+        _save_change(self._middleware, self._request, scope)
+
+
+# Saves that the event loop has begun.
+_saves: set[asyncio.Future[None]] = set()
+
+
+def _save_change(middleware: PinningMiddleware, request: HttpRequest, scope: Scope) -> None:
+    """Save a write after the response; in an event loop soon, without blocking it."""
+    if not _in_event_loop():
+        _save_late(middleware, request, scope)
+        return
+    save = asyncio.ensure_future(sync_to_async(_save_late)(middleware, request, scope))
+    # The loop itself keeps no reference.
+    _saves.add(save)
+    save.add_done_callback(_saves.discard)
 
 
 def _save_late(middleware: PinningMiddleware, request: HttpRequest, scope: Scope) -> None:

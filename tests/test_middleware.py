@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import io
 import logging
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from inspect import isawaitable
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 from asgiref.sync import SyncToAsync, async_to_sync, sync_to_async
 from django.core.handlers.base import BaseHandler
 from django.core.handlers.wsgi import WSGIHandler
-from django.db import connections
+from django.db import connections, transaction
 from django.http import FileResponse, HttpResponse, StreamingHttpResponse
 from django.test import AsyncRequestFactory, RequestFactory, override_settings
 from django.test.utils import CaptureQueriesContext
@@ -459,6 +461,32 @@ def test_abandoned_streaming_content_is_saved(kept: list[Any], browser: Browser,
     assert entered_scope() is None
 
 
+def test_write_during_the_save_of_streaming_content_is_saved(
+    monkeypatch: pytest.MonkeyPatch, kept: list[Any], stream: Any
+) -> None:
+    contexts: list[contextvars.Context] = []
+    save = stores.RecordingStore.save
+
+    def save_slowly(self: Any, *args: Any) -> None:
+        save(self, *args)
+        if len(kept) == 2:
+            # A thread of the request, while its content ends.
+            with ThreadPoolExecutor(1) as threads:
+                threads.submit(contexts[0].run, write).result(20)
+
+    def parts() -> Iterator[bytes]:
+        contexts.append(contextvars.copy_context())
+        with transaction.atomic():
+            yield b"begun"
+            write()
+        yield b"written"
+        pin_this_request()
+
+    monkeypatch.setattr(stores.RecordingStore, "save", save_slowly)
+    stream(parts)
+    assert len(kept) == 3
+
+
 def test_scope_is_inactive_between_chunks(browser: Browser, do: Any) -> None:
     """Other work of the same thread between two chunks is not part of the request."""
 
@@ -780,3 +808,25 @@ def test_keys_pinned_by_streaming_content_are_saved(stream: Any) -> None:
 
     stream(parts)
     assert set(keyed.load_pins("key", ["order:42"])) == {PinKey("default")}
+
+
+# The staff's Server-Timing header
+
+
+class QueryingUser:
+    is_active = True
+
+    @property
+    def is_staff(self) -> bool:
+        return Book.objects.exists()
+
+
+def test_property_of_the_user_that_queries_prevents_no_pin(browser: Browser, do: Any) -> None:
+    """In an event loop, Django refuses the query."""
+
+    def act(request: Any) -> str:
+        request._cached_user = QueryingUser()
+        return write()
+
+    browser.get(f"/sync/{do(act)}/")
+    assert "pinning" in browser.cookies

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import logging
 import re
@@ -18,7 +19,7 @@ from django.contrib.sessions.backends.cache import SessionStore as CacheSession
 from django.core.management import call_command
 from django.db import connections, transaction
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
-from django.test import RequestFactory, TestCase, override_settings
+from django.test import AsyncClient, RequestFactory, TestCase, override_settings
 from django.test.utils import CaptureQueriesContext
 from freezegun.api import FrozenDateTimeFactory
 
@@ -659,22 +660,34 @@ def test_write_of_a_streaming_body_pins_the_user(
     async def abody() -> AsyncIterator[bytes]:
         yield (await sync_to_async(write)()).encode()
 
+    def body() -> Iterator[bytes]:
+        yield write().encode()
+
     def act(request: Any) -> StreamingHttpResponse:
-        body = (do().encode() for do in [write])
-        return StreamingHttpResponse(abody() if visit.browser.is_async else body)
+        return StreamingHttpResponse(abody() if visit.browser.is_async else body())
 
     response = send(visit, act)
     assert is_replica(phone())
     content = response.streaming_content
     if visit.browser.is_async:
-        assert async_to_sync(_all_of)(content) == [b"written"]
+        assert async_to_sync(_next_part)(content) == b"written"
     else:
-        assert list(content) == [b"written"]
+        assert next(content) == b"written"
+    # The content may go on for hours.
+    assert phone() == "default"
+    if visit.browser.is_async:
+        async_to_sync(_close)(content)
+    else:
+        response.close()
     assert phone() == "default"
 
 
-async def _all_of(content: AsyncIterator[bytes]) -> list[bytes]:
-    return [part async for part in content]
+async def _next_part(content: AsyncIterator[bytes]) -> bytes:
+    return await anext(content)
+
+
+async def _close(content: Any) -> None:
+    await content.aclose()
 
 
 def test_view_that_raises_after_a_write_pins_the_user(
@@ -946,3 +959,57 @@ def test_key_of_a_scope_inside_a_long_transaction_is_pinned_again_at_the_commit(
             pin_keys("order:42")
         clock.tick(20)
     assert keyed.load_pins("key", ["order:42"])
+
+
+def test_key_outside_a_scope_is_pinned_at_once_without_autocommit(with_keys: None) -> None:
+    connection = connections["default"]
+    connection.set_autocommit(False)
+    try:
+        Book.objects.create(title="new")
+        pin_keys("order:42")
+        (pin,) = keyed.load_pins("key", ["order:42"]).values()
+        assert pin.position is None
+    finally:
+        connection.rollback()
+        connection.set_autocommit(True)
+
+
+async def ada_key(request: Any) -> str:
+    return "ada"
+
+
+@override_settings(
+    PINNING_STORES=["pinning_middleware.stores.CacheStore"],
+    PINNING_USER_KEY="tests.test_stores.ada_key",
+)
+def test_pin_that_an_event_loop_sets_after_its_response_is_saved(do: Callable[..., str]) -> None:
+    """By an asynchronous key, and without blocking the loop."""
+
+    async def requests() -> None:
+        client, finish = AsyncClient(), asyncio.Event()
+        tasks: list[asyncio.Task[None]] = []
+
+        async def late() -> None:
+            await finish.wait()
+            pin_this_request()
+
+        async def act(request: Any) -> HttpResponse:
+            tasks.append(asyncio.get_running_loop().create_task(late()))
+            return HttpResponse()
+
+        async def alias() -> str:
+            found: list[str] = []
+            await client.get(f"/async/{do(lambda request: found.append(where()))}/")
+            return found[0]
+
+        await client.get(f"/async/{do(act)}/")
+        assert is_replica(await alias())
+        finish.set()
+        await tasks[0]
+        for _ in range(2000):
+            if (found := await alias()) == "default":
+                break
+            await asyncio.sleep(0.01)
+        assert found == "default"
+
+    asyncio.run(requests())

@@ -47,9 +47,12 @@ class PinnedConsumer:
                 await super().dispatch(message)  # type: ignore[misc]
             finally:
                 scope = entered_scope()
-                if scope is not None and scope.revision:
-                    # A disconnect cancels the consumer, but must not cancel the save.
-                    await asyncio.shield(self._save())
+                if scope is not None:
+                    # Also what another task writes during the save.
+                    scope.on_late_change = self._save_late
+                    if scope.revision:
+                        # A disconnect cancels the consumer, but must not cancel the save.
+                        await asyncio.shield(self._save())
 
     def pinning_token(self) -> str | None:
         """Return the outgoing token of this message so far, or None if there are no pins."""

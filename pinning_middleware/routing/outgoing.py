@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 
 from asgiref.sync import sync_to_async
-from django.db import transaction
+from django.db import connections, transaction
 
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Pin, PinKey, PinKind, live
@@ -115,7 +115,10 @@ def _used_pools(scope: Scope) -> list[tuple[Pool, PoolState]]:
 
 
 def pin_keys(scope: Scope, keys: tuple[str, ...], using: str | None) -> None:
-    """Pin keys when the scope ends; outside any scope at once, or when the transaction commits."""
+    """
+    Pin keys when the scope ends; outside any scope at once, or when the transaction commits. If the
+    code has turned off autocommit, at once, without a position.
+    """
     found = pools().of_primary(using)
     if not conf.enabled:
         return
@@ -127,7 +130,11 @@ def pin_keys(scope: Scope, keys: tuple[str, ...], using: str | None) -> None:
         announce(scope)
         return
     for pool in found:
-        transaction.on_commit(functools.partial(_save_now, pool, keys), using=pool.primary)
+        connection = connections[pool.primary]
+        if connection.in_atomic_block or connection.get_autocommit():
+            transaction.on_commit(functools.partial(_save_now, pool, keys), using=pool.primary)
+        else:
+            _save_now(pool, keys)
 
 
 def _save_now(pool: Pool, keys: tuple[str, ...]) -> None:

@@ -223,11 +223,14 @@ def to_inherited_pin(pool: Pool, scope: Scope, state: PoolState) -> PoolState:
     pin = None if position is None else Pin(clock.now(), None, position)
 
     def change(latest: PoolState) -> PoolState:
-        # Another thread may have begun to write meanwhile.
+        # Another thread may have begun to write, or pinned the scope, meanwhile.
         writes = {k: w for k, w in latest.writes.items() if state.writes.get(k) is not w}
         inherited = merge_optional(latest.inherited, pin)
         return latest._replace(
-            writes=writes, pinned_at=None, pinned_until=None, inherited=inherited
+            writes=writes,
+            pinned_at=None if latest.pinned_at == state.pinned_at else latest.pinned_at,
+            pinned_until=None if latest.pinned_until == state.pinned_until else latest.pinned_until,
+            inherited=inherited,
         )
 
     return scope.update(pool.key, change)

@@ -11,6 +11,7 @@ read it without a lock.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
+_numbers = itertools.count()
+
 # Held while a state is replaced, never during I/O.
 _lock = ForkSafeLock()
 
@@ -43,10 +46,11 @@ class Write(NamedTuple):
     """
     The latest write of a scope on one connection. ``visible_at``: when its transaction ended
     (seconds since the epoch), None while it is open. ``connection``: None after that, since the
-    thread that it belongs to may have ended.
+    thread that it belongs to may have ended. A later write has a higher ``number``.
     """
 
     connection: BaseDatabaseWrapper | None
+    number: int
     visible_at: float | None = None
 
     @property
@@ -172,13 +176,30 @@ class PoolState(NamedTuple):
 
     def _merge_own(self, other: PoolState) -> PoolState:
         return self._replace(
-            writes={**self.writes, **other.writes} if other.writes else self.writes,
+            writes=_merge_writes(self.writes, other.writes),
             pinned_at=_latest(self.pinned_at, other.pinned_at),
             pinned_until=_latest(self.pinned_until, other.pinned_until),
             pinned_for_scope=self.pinned_for_scope or other.pinned_for_scope,
             holds_lock=self.holds_lock or other.holds_lock,
             session_modified=self.session_modified or other.session_modified,
         )
+
+
+def _merge_writes(one: Mapping[int, Write], other: Mapping[int, Write]) -> Mapping[int, Write]:
+    """Return the latest write of each connection, as it is known to have ended."""
+    if not other:
+        return one
+    merged = dict(one)
+    for connection, write in other.items():
+        known = merged.get(connection)
+        # One scope may still take a write for open that the other has seen end.
+        is_later = known is None or (write.number, write.visible_at is not None) > (
+            known.number,
+            known.visible_at is not None,
+        )
+        if is_later:
+            merged[connection] = write
+    return merged
 
 
 def _merge_reads(
@@ -303,8 +324,10 @@ class Scope:
     def record_write(self, key: PoolKey, connection: BaseDatabaseWrapper) -> None:
         """Record the latest write on a connection, which becomes an outgoing pin."""
 
+        number = next(_numbers)
+
         def change(state: PoolState) -> PoolState:
-            writes = {**state.writes, id(connection): Write(connection)}
+            writes = {**state.writes, id(connection): Write(connection, number)}
             return state._replace(writes=writes, revision=state.revision + 1)
 
         self.update(key, change)
@@ -313,7 +336,9 @@ class Scope:
         """Record that the transaction of a connection has ended (seconds since the epoch)."""
 
         def change(state: PoolState) -> PoolState:
-            writes = {**state.writes, id(connection): Write(None, at)}
+            known = state.writes.get(id(connection))
+            number = next(_numbers) if known is None else known.number
+            writes = {**state.writes, id(connection): Write(None, number, at)}
             return state._replace(writes=writes, revision=state.revision + 1)
 
         for key, state in self.pools.items():

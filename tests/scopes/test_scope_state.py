@@ -8,6 +8,7 @@ import gc
 import threading
 import time
 import weakref
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -25,8 +26,9 @@ from pinning_middleware import (
     use_primary,
 )
 from pinning_middleware.middleware import PinningMiddleware
-from pinning_middleware.pins import PinKey, PoolKey
+from pinning_middleware.pins import PinKey, PoolKey, Position
 from pinning_middleware.routing.outgoing import outgoing_pins
+from pinning_middleware.routing.policy import to_inherited_pin
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.scopes.scope import current_scope, enter, entered_scope
 from pinning_middleware.stores import cache
@@ -360,3 +362,44 @@ def test_unpinning_compares_pins_by_value() -> None:
     with pinning_scope(scope.token, isolated=True) as later:
         assert is_pinned()
         assert outgoing_pins(current_scope()) == later.pins
+
+
+@pytest.mark.parametrize("is_open", [True, False], ids=["outer write is open", "outer has ended"])
+def test_inner_scope_that_ends_late_keeps_the_later_write_of_its_outer_scope(
+    clock: FrozenDateTimeFactory, is_open: bool
+) -> None:
+    """As a child task whose scope ends after a write of the view."""
+    with ExitStack() as stack:
+        outer = stack.enter_context(pinning_scope(isolated=True))
+        inner = pinning_scope()
+        with inner:
+            write()
+            clock.tick(14)
+            # The view goes on meanwhile.
+            enter(outer._scope)
+            if is_open:
+                stack.enter_context(transaction.atomic())
+            write()
+            enter(inner._scope)
+        state = outer._scope.state(PoolKey("default"))
+        assert state.has_open_write == is_open
+        clock.tick(2)
+        assert where() == "default"
+
+
+def test_pin_that_is_set_while_an_expired_one_is_replaced_is_kept(
+    clock: FrozenDateTimeFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = pools().by_primary["default"]
+
+    def pin_meanwhile() -> Position:
+        pin_this_request("default", 60)
+        return Position({"log": 1})
+
+    with pinning_scope(isolated=True) as scope:
+        pin_this_request()
+        clock.tick(16)
+        monkeypatch.setattr(pool, "current_position", pin_meanwhile)
+        state = scope._scope.state(pool.key)
+        assert to_inherited_pin(pool, scope._scope, state).pinned_until is not None
+        assert where() == "default"
