@@ -100,6 +100,13 @@ class InstrumentedConnection(BoundedConnect):
         cursor.db.last_opened = cursor.cursor, decision
         return cursor
 
+    def create_cursor(self, name: str | None = None) -> Any:
+        """Return a cursor of the driver, on the server if it has a name."""
+        cursor = super().create_cursor(name)
+        if name is not None and self.alias in pools().by_connection:
+            state_of(self).named_cursors.add(cursor)
+        return cursor
+
     def _cursor_or_error(self, pool: Pool, name: str | None) -> Any:
         # A queryset's iterator() looks at the settings of the alias that it was routed to, which
         # is another one than this after a failover, and for a test mirror.

@@ -45,7 +45,7 @@ def record_callproc(original: Callable[..., Any]) -> Callable[..., Any]:
     def callproc(
         self: CursorWrapper, procname: str, params: Any = None, kparams: Any = None
     ) -> Any:
-        if is_unmanaged():
+        if is_unmanaged() or _is_connecting(self):
             return original(self, procname, params, kparams)
         _check_primary(self)
         set_up_session(self.db)
@@ -55,6 +55,11 @@ def record_callproc(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return callproc
+
+
+def _is_connecting(cursor: Any) -> bool:
+    """Return whether a receiver of ``connection_created`` sets up a session."""
+    return bool(getattr(cursor.db, "is_connecting", False))
 
 
 def _check_primary(cursor: Any) -> None:
@@ -90,7 +95,7 @@ class DriverMethod:
             getattr(cursor.cursor, self.name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if is_unmanaged():
+            if is_unmanaged() or _is_connecting(cursor):
                 return getattr(cursor.cursor, self.name)(*args, **kwargs)
             keyword, sql = STATEMENT_ARGUMENTS[self.name], _STATEMENTS.get(self.name, _UNREADABLE)
             if keyword:

@@ -340,7 +340,7 @@ def _run_tracked(call: Call, connection: BaseDatabaseWrapper, state: ConnectionS
         return result
     except (DatabaseError, InterfaceError) as error:
         if read is not None and read.was_given_up:
-            raise ServerUnresponsive(f"{state.alias} does not answer") from error
+            raise read.error() from error
         raise
     finally:
         if read is not None:

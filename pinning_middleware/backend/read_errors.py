@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
+from django.db import OperationalError
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.backend.call import (
@@ -83,7 +84,7 @@ def classify_error(
     if not isinstance(error, CONNECTION_ERRORS):
         return ErrorAction.RAISE
     if ran_for is not None and has_timed_out(connection, error, ran_for):
-        if is_modified or answers_probe(connection, error):
+        if is_modified or answers_probe(connection, error, ran_for):
             return ErrorAction.RAISE
         connection.close()
         return ErrorAction.ELSEWHERE
@@ -158,7 +159,8 @@ def _is_lost(connection: BaseDatabaseWrapper, error: Exception) -> bool:
     with without_failover():
         try:
             return not connection.is_usable()
-        except ServerUnresponsive:
+        except OperationalError:
+            # The server does not answer, or not in what is left of the budget.
             return True
 
 

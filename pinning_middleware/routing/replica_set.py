@@ -434,8 +434,14 @@ def _replayed(endpoint: Endpoint) -> int:
 
 
 def _other_servers(connection: BaseDatabaseWrapper, known: Collection[Server]) -> list[Server]:
-    """Return the other servers that a new connection of the same alias may resolve to."""
-    if connection.connection is None or state_of(connection).session_modified:
+    """
+    Return the other servers that a new connection of the same alias may resolve to, none if the
+    present connection must not be closed.
+    """
+    if connection.connection is None:
         return []
-    recent = state_of(connection).endpoint.recent_servers
+    state = state_of(connection)
+    if state.session_modified or state.has_open_iterator:
+        return []
+    recent = state.endpoint.recent_servers
     return [s for s in recent if s not in known and not s.out_of_rotation]

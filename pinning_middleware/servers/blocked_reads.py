@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from pinning_middleware.servers.budget import read_budget
+from pinning_middleware.servers.budget import BudgetExhausted, read_budget
 from pinning_middleware.servers.connect import ConnectTimeout, dedicated_connection
 from pinning_middleware.servers.connection_state import ConnectionState, driver_session
 from pinning_middleware.servers.dialects import dialect_for
@@ -107,6 +107,13 @@ class BlockedRead:
         _tracker.remove(self)
         if self.was_given_up:
             read_budget.spend(time.monotonic() - self.answered_at)
+
+    def error(self) -> Exception:
+        """Return the error of a read that was given up."""
+        if self.limit < DEADLINE:
+            # Too little time for a verdict on the server.
+            return BudgetExhausted(f"{self.state.alias} did not answer in time")
+        return ServerUnresponsive(f"{self.state.alias} does not answer")
 
     def give_up(self) -> None:
         """Shut down the socket."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 from pinning_middleware.servers.registry import Endpoint, Server
 
@@ -46,6 +47,8 @@ class ConnectionState:
         self.rejected_write = False
         # A connection pooler is in between, which may switch servers at any time.
         self.behind_pooler = False
+        # The server-side cursors of iterators, which end with the connection.
+        self.named_cursors: WeakSet[Any] = WeakSet()
         # The SQL of the probe that is prepared on the connection, and of the one to prepare if it
         # is repeated.
         self.prepared: str | None = None
@@ -60,6 +63,11 @@ class ConnectionState:
         pgconn = getattr(raw, "pgconn", None)
         self._parameter_status = getattr(pgconn, "parameter_status", None)
         self.promotion_seen = False
+
+    @property
+    def has_open_iterator(self) -> bool:
+        """Whether an iterator still fetches rows by a server-side cursor."""
+        return any(not cursor.closed for cursor in tuple(self.named_cursors))
 
     @property
     def may_be_any_server(self) -> bool:

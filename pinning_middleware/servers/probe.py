@@ -42,7 +42,14 @@ from pinning_middleware.servers.liveness import (
     probe_deadline,
     watch_waits,
 )
-from pinning_middleware.servers.registry import Endpoint, Identity, Report, Server, registry
+from pinning_middleware.servers.registry import (
+    RECENT_FOR,
+    Endpoint,
+    Identity,
+    Report,
+    Server,
+    registry,
+)
 from pinning_middleware.utils.transactions import driver_in_transaction
 
 logger = logging.getLogger("pinning_middleware.servers")
@@ -241,7 +248,10 @@ def _probe_once(connection: BaseDatabaseWrapper, dialect: Dialect, is_trial: boo
         connection.ensure_connection()
     except CONNECTION_ERRORS as error:
         if not (
-            is_trial or is_connection_pool_exhausted(error) or isinstance(error, BudgetExhausted)
+            is_trial
+            or is_connection_pool_exhausted(error)
+            or isinstance(error, BudgetExhausted)
+            or _refuses_only_this(connection, dialect, endpoint, error)
         ):
             registry.mark_down(endpoint, Fault.UNREACHABLE, conf.retry_after, error)
         raise
@@ -263,6 +273,18 @@ def _probe_once(connection: BaseDatabaseWrapper, dialect: Dialect, is_trial: boo
         endpoint.must_reidentify = False
         registry.mark_up(endpoint)
     return ProbeResult(server, report)
+
+
+def _refuses_only_this(
+    connection: BaseDatabaseWrapper, dialect: Dialect, endpoint: Endpoint, error: Exception
+) -> bool:
+    """
+    Return whether a server refuses a connection of the package's own while it answers the site's
+    reads: no further connection may be allowed.
+    """
+    is_answering = time.monotonic() - endpoint.answered_at < RECENT_FOR
+    is_dedicated = getattr(connection, "is_dedicated", False)
+    return is_dedicated and is_answering and dialect.is_from_server(error)
 
 
 def _query_for(connection: BaseDatabaseWrapper, state: ConnectionState) -> Query:
@@ -290,6 +312,11 @@ def _fetch_with_cursor(raw: Any, sql: str, state: ConnectionState) -> Row:
         return tuple(cursor.fetchone() or ())
     finally:
         cursor.close()
+        if getattr(raw, "autocommit", True) is False:
+            # Just after a commit, Django turns autocommit on again, which psycopg2 refuses inside
+            # the transaction that it has begun for the probe.
+            # https://www.psycopg.org/docs/connection.html#connection.autocommit
+            raw.rollback()
 
 
 def _fetch_with_libpq(raw: Any, sql: str, state: ConnectionState) -> Row:

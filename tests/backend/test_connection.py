@@ -34,10 +34,11 @@ def test_connection_of_another_kind_is_ignored_outside_pools() -> None:
 
 @pytest.mark.django_db(transaction=True, databases="__all__")
 @pytest.mark.parametrize("alias", ["default", "replica1"])
-def test_statement_of_a_connection_created_receiver_is_no_write(alias: str) -> None:
+@pytest.mark.parametrize("method", ["execute", "executescript"])
+def test_statement_of_a_connection_created_receiver_is_no_write(alias: str, method: str) -> None:
     def set_up(connection: Any, **kwargs: Any) -> None:
         with connection.cursor() as cursor:
-            cursor.execute("PRAGMA optimize")
+            getattr(cursor, method)("PRAGMA optimize")
 
     connection = connections.create_connection(alias)
     connection_created.connect(set_up)

@@ -7,8 +7,9 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import pytest
-from django.db import close_old_connections
+from django.db import close_old_connections, connections
 
+from pinning_middleware import tokens
 from pinning_middleware.reasons import Fault
 from pinning_middleware.routing.policy import decide
 from pinning_middleware.scopes.scope import current_scope
@@ -58,6 +59,12 @@ def behind(pg: PostgreSQL, way: str, conn_max_age: int | None = None) -> Iterato
         yield
 
 
+def both_are_known() -> bool:
+    with closing(dedicated_connection("many")) as connection:
+        pool().health.probe(connection)
+    return len(endpoint("many").recent_servers) == 2
+
+
 WAYS = [("hosts", 0), ("hosts", None), ("haproxy", 0), ("haproxy", None), ("pool", 0)]
 
 
@@ -76,11 +83,6 @@ def test_own_writes_are_always_visible(pg: PostgreSQL, way: str, conn_max_age: i
                     seen.append((found, port()))
                 close_old_connections()
         return seen
-
-    def both_are_known() -> bool:
-        with closing(dedicated_connection("many")) as connection:
-            pool().health.probe(connection)
-        return len(endpoint("many").recent_servers) == 2
 
     pg.pause("pg1")
     with behind(pg, way, conn_max_age):
@@ -377,3 +379,23 @@ def test_unpinned_read_does_not_probe(pg: PostgreSQL) -> None:
                 assert port_for(None) == pg["pg1"].port
             assert asked.questions == {}
             assert asked["site"] == []
+
+
+def test_iterator_of_a_server_that_is_behind_keeps_its_connection(pg: PostgreSQL) -> None:
+    """Another server behind the alias has the write that a read inside the loop requires."""
+    for number in range(10):
+        write(f"{number}")
+    pg.wait_for()
+    with behind(pg, "hosts"), unrelated_scope():
+        assert eventually(both_are_known)
+        rows = Book.objects.using("many").iterator(chunk_size=2)
+        titles_seen = [next(rows).title]
+        probed = pool().health.probe(connections["many"])
+        assert probed is not None
+        server = probed.server
+        lagging = "pg1" if server.identity.port == pg["pg1"].port else "pg2"
+        pg.pause(lagging)
+        current_scope().inherit(tokens.loads(write("new")))
+        assert Book.objects.filter(title="new").exists()
+        titles_seen += [book.title for book in rows]
+    assert set(titles_seen) >= {f"{number}" for number in range(10)}

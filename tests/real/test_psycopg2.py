@@ -54,11 +54,22 @@ def running_site(entries: dict[str, dict[str, Any]]) -> Iterator[subprocess.Pope
 
 def read(site: subprocess.Popen[str], seconds: float = 0) -> int:
     """Return the port of the server that answered a read of so many seconds."""
+    return ask(site, f"{seconds}")
+
+
+def ask(site: subprocess.Popen[str], line: str) -> int:
     assert site.stdin is not None
     assert site.stdout is not None
-    site.stdin.write(f"{seconds}\n")
+    site.stdin.write(f"{line}\n")
     site.stdin.flush()
     return int(site.stdout.readline())
+
+
+def test_position_that_is_queried_at_a_commit_begins_no_transaction(
+    pg: PostgreSQL, site: subprocess.Popen[str]
+) -> None:
+    """Django turns autocommit on again after that, which psycopg2 refuses in a transaction."""
+    assert ask(site, "write") == 2
 
 
 def test_read_of_a_frozen_replica_runs_on_the_primary(

@@ -21,6 +21,7 @@ from pinning_middleware.routing.pools import pools
 from pinning_middleware.routing.route import route
 from pinning_middleware.servers import liveness
 from pinning_middleware.servers.connect import BoundedConnect
+from pinning_middleware.servers.monitor import Monitor
 from pinning_middleware.servers.probe import endpoint_for
 from pinning_middleware.servers.session_check import SessionStatus
 from tests.app.models import Book
@@ -709,6 +710,23 @@ def test_server_with_too_many_connections_is_not_unresponsive(
             pg["pg"].execute(f"ALTER ROLE {user} CONNECTION LIMIT -1")
     assert set(found) <= {SessionStatus.RUNNING}
     assert sent_signals == []
+
+
+def test_monitor_without_a_free_connection_takes_out_no_server_that_answers(
+    pg: PostgreSQL, sent_signals: SentSignals
+) -> None:
+    user = make_role(pg.cluster)
+    with as_layout(pg, r1=database(pg["pg1"], conn_max_age=None, user=user)), unrelated_scope():
+        assert port() == pg["pg1"].port
+        pg["pg"].execute(f"ALTER ROLE {user} CONNECTION LIMIT 1")
+        pg.wait_for("pg1")
+        try:
+            checker = Monitor("r1", "site", pool().health.update_status)
+            assert checker._probe("r1") is None
+            assert port() == pg["pg1"].port
+        finally:
+            pg["pg"].execute(f"ALTER ROLE {user} CONNECTION LIMIT -1")
+    assert sent_signals.of("replica_removed") == []
 
 
 # Probes

@@ -6,8 +6,12 @@ import os
 import socket
 from typing import Any
 
+import pytest
+
 from pinning_middleware.servers.blocked_reads import BlockedRead
+from pinning_middleware.servers.budget import READ_BUDGET, BudgetExhausted, read_budget
 from pinning_middleware.servers.connection_state import ConnectionState
+from pinning_middleware.servers.liveness import ServerUnresponsive
 from pinning_middleware.servers.registry import Endpoint
 
 
@@ -46,3 +50,17 @@ def test_descriptor_that_was_reused_is_left_alone() -> None:
         assert is_open(one, other)
         if one.fileno() != number:
             os.close(number)
+
+
+@pytest.mark.parametrize(("left", "expected"), [(1.4, ServerUnresponsive), (0.3, BudgetExhausted)])
+def test_read_with_little_budget_left_ends_without_a_verdict_on_its_server(
+    left: float, expected: type[Exception]
+) -> None:
+    near, far = socket.socketpair()
+    with near, far:
+        read_budget.renew()
+        read_budget.spend(READ_BUDGET - left)
+        try:
+            assert type(read_on(near.fileno()).error()) is expected
+        finally:
+            read_budget.renew()

@@ -574,3 +574,13 @@ def test_later_timeline_than_all_of_a_server_supersedes_it(
     points: Points, other: Points, expected: bool
 ) -> None:
     assert PostgreSQL().supersedes(points, other) is expected
+
+
+@pytest.mark.parametrize(
+    ("read_only", "is_replica"),
+    [(0, False), (1, True), ("OFF", False), ("ON", True), ("NO_LOCK", True)],
+)
+def test_read_only_of_mariadb_is_a_number_or_a_text(read_only: int | str, is_replica: bool) -> None:
+    """It is a text from MariaDB 12.0.1 on."""
+    row = ("0-1-5", "0-2-9", 2, read_only, "")
+    assert MySQL().read(row, server("mariadb"), 0).is_replica is is_replica

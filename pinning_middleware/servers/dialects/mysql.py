@@ -107,6 +107,15 @@ def _has_interval(points: Points, name: str, last: int) -> bool:
     return any(other == log and begin <= first and end >= last for (other, begin), end in intervals)
 
 
+def _is_on(value: object) -> bool:
+    """
+    Return whether ``read_only`` is set. From MariaDB 12.0.1 on it is a text.
+
+    https://jira.mariadb.org/browse/MDEV-36425
+    """
+    return str(value).upper() not in ("0", "OFF")
+
+
 def _replicated_as(name: str) -> str:
     """Return what a replica replicates or ignores as a whole: MariaDB's domain, MySQL's log."""
     domain, dash, server = name.partition("-")
@@ -196,7 +205,7 @@ class MySQL(Dialect):
             log for log in written if domains and _replicated_as(log) not in domains
         )
         position = Position(written, optional) if written else None
-        is_replica = bool(read_only) or not has_written if replayed else None
+        is_replica = _is_on(read_only) or not has_written if replayed else None
         # Only the last GTID of each domain is reported for what was replayed, but every log has
         # one that was written, and none ever becomes smaller.
         has_new_history = any(
@@ -217,7 +226,7 @@ class MySQL(Dialect):
         optional = frozenset(log for log in points if _split(log)[0].partition(":")[0] not in own)
         is_replica: bool | None = None
         if points:
-            is_replica = bool(read_only) or len(optional) == len(points)
+            is_replica = _is_on(read_only) or len(optional) == len(points)
         if name:
             # In a group without a primary every member that accepts writes is one.
             is_replica = False if single_primary == "on" else None
