@@ -101,13 +101,13 @@ def pin_keys(*keys: str, using: str | None = None) -> None:
 
 def follow_keys(*keys: str) -> None:
     """Let this scope inherit the pins of these keys."""
-    current_scope().inherit(cache.load_pins("key", keys))
+    current_scope().inherit(cache.load_pins("key", keys), of_client=False)
 
 
 async def afollow_keys(*keys: str) -> None:
     """Async version of ``follow_keys()``."""
     scope = current_scope()
-    scope.inherit(await sync_to_async(cache.load_pins)("key", keys))
+    scope.inherit(await sync_to_async(cache.load_pins)("key", keys), of_client=False)
 
 
 @overload

@@ -216,7 +216,9 @@ def _restore(scope: Scope | None, overrides: Override | None) -> None:
 def _stores_to_save(
     scope: Scope, pins: Pins, response: HttpResponseBase | None
 ) -> tuple[BaseStore, ...]:
-    if pins == scope.inherited_pins:
+    # The pins of a followed key may cover those of a write, but the client does not have them.
+    has_pinned = any(state.is_pinned for state in scope.pools.values())
+    if pins == scope.client_pins and not has_pinned:
         return ()
     if pins:
         counters.pin_events["set"] += 1

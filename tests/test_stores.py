@@ -938,6 +938,21 @@ def test_following_a_key_does_not_pin_the_client(
     assert "pinning" not in phone.browser.cookies
 
 
+def test_write_is_saved_although_a_followed_key_has_a_later_pin(
+    with_keys: None, visit: Visit
+) -> None:
+    """Another request has pinned the key between the write and the look-up."""
+
+    def act(request: Any) -> None:
+        write()
+        keyed.save_pins("key", ["order:42"], {DEFAULT: Pin(time.time() + 15.5)})
+        follow_keys("order:42")
+
+    visit(act)
+    assert "pinning" in visit.browser.cookies
+    assert visit() == "default"
+
+
 def test_key_that_is_pinned_after_the_end_of_a_scope_is_saved() -> None:
     def late() -> None:
         Book.objects.create(title="late")

@@ -239,6 +239,8 @@ class Scope:
     parent: Scope | None = None
     # The pins that it began with, and those that it inherited later.
     inherited_pins: Pins = _NOTHING
+    # Those of them that its client, or its message, had; the others are of keys that it follows.
+    client_pins: Pins = _NOTHING
     # The request's method is one of PINNING_PRIMARY_METHODS.
     prefers_primary = False
     # offload_this_request() was called.
@@ -279,7 +281,7 @@ class Scope:
         # scope inside this one chooses its own.
         self.replicas: dict[PoolKey, dict[str | None, ReplicaChoice]] = {}
         if pins:
-            self.inherited_pins = pins
+            self.inherited_pins = self.client_pins = pins
 
     def state(self, key: PoolKey) -> PoolState:
         """Return the state of a pool, even if nothing has happened to it yet."""
@@ -387,10 +389,12 @@ class Scope:
 
         self.update(key, change)
 
-    def inherit(self, pins: Pins) -> None:
-        """Inherit further pins of earlier scopes."""
+    def inherit(self, pins: Pins, *, of_client: bool = True) -> None:
+        """Inherit further pins of earlier scopes: of its client's, or of keys that it follows."""
         if not pins:
             return
+        if of_client:
+            self.client_pins = merge_pins(self.client_pins, pins)
         self.inherited_pins = merge_pins(self.inherited_pins, pins)
         for key in self.pools:
             self.update(key, lambda state, key=key: state.inherit(*pins_of(pins, key.primary)))  # type: ignore[misc]
