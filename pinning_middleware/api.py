@@ -91,7 +91,8 @@ def pin_keys(*keys: str, using: str | None = None) -> None:
     scope that calls ``follow_keys()`` with them.
 
     They are saved in the cache ``PINNING_CACHE`` when the scope ends; outside any scope at once, or
-    when the open transaction commits. ``using`` is the alias of a primary, None for every pool.
+    when the open transaction commits. Without autocommit they are saved at once, and require the
+    primary for the window. ``using`` is the alias of a primary, None for every pool.
     Raise ValueError for any other alias, TypeError or ValueError for a key that is not a
     non-empty string.
     """

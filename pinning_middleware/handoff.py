@@ -70,11 +70,9 @@ def task_scope(
     Return the scope of a task, as a context manager.
 
     By default it is isolated unless another scope is open: a worker processes unrelated tasks one
-    after another, while a task that runs synchronously uses its caller's scope. Its caller may also
-    be a shell, so its writes pin what this thread does outside any scope. ``wait`` replaces
+    after another, while a task that runs synchronously uses its caller's scope. ``wait`` replaces
     ``PINNING_WAIT`` (seconds).
     """
-    may_be_called = isolated is None
     if isolated is None:
         outer = entered_scope()
         isolated = outer is None or outer.is_ambient
@@ -83,9 +81,7 @@ def task_scope(
         scope.prefers_primary = True
     if wait is not None:
         scope.max_wait = wait
-    block = PinningScope(scope=scope, isolated=isolated)
-    block.pins_ambient = may_be_called
-    return block
+    return PinningScope(scope=scope, isolated=isolated)
 
 
 def has_caught_up() -> bool:

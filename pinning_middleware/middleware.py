@@ -271,7 +271,7 @@ class _PostResponse(AbstractContextManager[None]):
     outside of it.
     """
 
-    # The revision of the scope that was saved last, before and during streaming content.
+    # The revision of the scope that the middleware saves before streaming content begins.
     _saved_revision = 0
 
     def __init__(self, middleware: PinningMiddleware, scope: Scope, request: HttpRequest) -> None:
@@ -300,17 +300,12 @@ class _PostResponse(AbstractContextManager[None]):
 
     def begin(self) -> None:
         """Close the scope: later writes are saved as soon as they end."""
-        # It must not refer to the scope.
         save = functools.partial(_save_change, self._middleware, self._request)
         self._scope.close(self._seconds, save)
 
     def begin_after_stream(self, response: Any) -> None:
-        """
-        Have streaming content generated inside the scope, which is closed at its end. Writes of the
-        content are saved as soon as they end, since it may go on for hours.
-        """
+        """Have streaming content generated inside the scope, which is closed at its end."""
         self._saved_revision = self._scope.revision
-        self._scope.on_late_change = self._save
         close_within(response, _closing(self))
         if response.is_async:
             parts: Any = aiterate_within(self, *async_body_of(response))
@@ -333,10 +328,6 @@ class _PostResponse(AbstractContextManager[None]):
             self.begin()
             if self._scope.revision != self._saved_revision:
                 await sync_to_async(_save_late)(self._middleware, self._request, self._scope)
-
-    def _save(self, scope: Scope) -> None:
-        self._saved_revision = scope.revision
-        _save_change(self._middleware, self._request, scope)
 
 
 # Saves that the event loop has begun.

@@ -47,8 +47,6 @@ class PinningScope:
         self._is_isolated = isolated
         # If isolated, called with the scope for writes after the end of the block.
         self.on_late_change: Callable[[Scope], None] = _report
-        # Whether the writes of an isolated block also pin the code around it, outside any scope.
-        self.pins_ambient = False
         self._outer: tuple[Scope | None, Override | None, PinningScope | None] | None = None
 
     @property
@@ -132,8 +130,7 @@ class PinningScope:
             enter(scope)
             if self._is_isolated:
                 set_overrides(overrides)
-            is_outside = scope is None or (self._is_isolated and scope.is_ambient)
-            if is_outside and (self.pins_ambient or not self._is_isolated) and self._scope.revision:
+            elif scope is None and self._scope.revision:
                 # For example a shell, which must know the writes of the block.
                 self._scope.parent = current_scope()
 

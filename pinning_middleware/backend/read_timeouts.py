@@ -11,11 +11,10 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.conf import conf
 from pinning_middleware.reasons import Fault
-from pinning_middleware.servers.blocked_reads import ProbeOutcome, probe_afresh
+from pinning_middleware.servers.blocked_reads import PROBE_TIMEOUT, ProbeOutcome, probe_afresh
 from pinning_middleware.servers.budget import read_budget
 from pinning_middleware.servers.connect import CONNECT_TIMEOUT
 from pinning_middleware.servers.dialects import dialect_for
-from pinning_middleware.servers.liveness import DEADLINE
 from pinning_middleware.servers.probe import endpoint_for, state_of
 from pinning_middleware.servers.registry import registry
 
@@ -33,11 +32,11 @@ def answers_probe(connection: BaseDatabaseWrapper, error: Exception, ran_for: fl
     """
     Return whether the server of a connection answers a probe over a new connection.
 
-    Otherwise it is taken out of rotation, and the ``ran_for`` seconds of the read count. Another
-    server behind the alias is judged by nothing.
+    Otherwise it is taken out of rotation, and the ``ran_for`` seconds of the read are subtracted
+    from its budget. Another server behind the alias is judged by nothing.
     """
     endpoint, state = endpoint_for(connection), state_of(connection)
-    seconds = min(CONNECT_TIMEOUT, max(read_budget.left - ran_for, DEADLINE))
+    seconds = min(CONNECT_TIMEOUT, max(read_budget.left - ran_for, PROBE_TIMEOUT))
     with read_budget.spending():
         outcome, server = probe_afresh(state, seconds), state.server
     if outcome is not ProbeOutcome.ANSWERED:

@@ -134,7 +134,9 @@ def pin_keys(scope: Scope, keys: tuple[str, ...], using: str | None) -> None:
         if connection.in_atomic_block or connection.get_autocommit():
             transaction.on_commit(functools.partial(_save_now, pool, keys), using=pool.primary)
         else:
-            _save_now(pool, keys)
+            # A position would not include what is not committed yet.
+            pins = {PinKey(pool.primary): Pin(clock.now() + conf.seconds)}
+            cache.save_pins("key", keys, pins)
 
 
 def _save_now(pool: Pool, keys: tuple[str, ...]) -> None:

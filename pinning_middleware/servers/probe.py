@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 from django.db import DatabaseError, InterfaceError, OperationalError
@@ -42,14 +42,7 @@ from pinning_middleware.servers.liveness import (
     probe_deadline,
     watch_waits,
 )
-from pinning_middleware.servers.registry import (
-    RECENT_FOR,
-    Endpoint,
-    Identity,
-    Report,
-    Server,
-    registry,
-)
+from pinning_middleware.servers.registry import Endpoint, Identity, Report, Server, registry
 from pinning_middleware.utils.transactions import driver_in_transaction
 
 logger = logging.getLogger("pinning_middleware.servers")
@@ -58,6 +51,8 @@ logger = logging.getLogger("pinning_middleware.servers")
 probe_logger = logging.getLogger("pinning_middleware.probes")
 
 CONNECTION_ERRORS = (OperationalError, InterfaceError)
+# Seconds since its last answer to a read for which a server counts as one that answers.
+ANSWERS_WITHIN: Final = 1.0
 # The name of the prepared statement on a connection.
 _PREPARED = b"pinning_position"
 
@@ -279,10 +274,10 @@ def _refuses_only_this(
     connection: BaseDatabaseWrapper, dialect: Dialect, endpoint: Endpoint, error: Exception
 ) -> bool:
     """
-    Return whether a server refuses a connection of the package's own while it answers the site's
-    reads: no further connection may be allowed.
+    Return whether a server refuses a connection of the package's own, but has answered a read of
+    the site within the last second: it may allow no further connection.
     """
-    is_answering = time.monotonic() - endpoint.answered_at < RECENT_FOR
+    is_answering = time.monotonic() - endpoint.answered_at < ANSWERS_WITHIN
     is_dedicated = getattr(connection, "is_dedicated", False)
     return is_dedicated and is_answering and dialect.is_from_server(error)
 

@@ -83,9 +83,10 @@ def first_result(
 
     The next attempt is started ``interval`` seconds after the last one, beside those that still
     run, or as soon as one has raised ``retry``. Raise any other error of an attempt; the last
-    ``retry`` if no attempt is left, or after ``seconds`` if none has run for ``interval``; else
-    TimeoutError after ``seconds``, or when ``give_up()`` is true, which is called every
-    GIVE_UP_INTERVAL seconds. ``discard`` is called with the results of attempts that end later.
+    ``retry`` if no attempt is left, or if after ``seconds`` only one is left that began less than
+    ``interval`` ago; else TimeoutError after ``seconds``, or when ``give_up()`` is true, which is
+    called every GIVE_UP_INTERVAL seconds. ``discard`` is called with the results of attempts that
+    end later.
     """
     waiting, race = iter(attempts), _Race(discard)
     now = next_start = time.monotonic()
@@ -114,10 +115,10 @@ def first_result(
             if not isinstance(error, retry):
                 raise error
             next_start = now
+        # One that has only just begun does not outweigh those that have ended.
+        is_overdue = race.running > 1 or (race.running == 1 and now >= next_start)
     finally:
         race.end()
-    # One that has only just begun does not outweigh those that have ended.
-    is_overdue = race.running > 1 or (race.running == 1 and now >= next_start)
     if error is not None and not is_overdue and not is_given_up:
         raise error
     raise TimeoutError(f"no answer within {seconds:.1f} s")

@@ -13,7 +13,6 @@ from huey import MemoryHuey
 from pinning_middleware import handoff, pinning_scope
 from pinning_middleware.contrib.huey import PinnedHuey
 from tests.app.models import Book
-from tests.conftest import is_replica, where
 
 pytestmark = pytest.mark.django_db(transaction=True, databases="__all__")
 
@@ -62,20 +61,3 @@ def test_task_of_a_long_transaction_keeps_the_pin_until_after_its_commit(
     assert handoff.load_pins(task.id)
     clock.tick(10)
     assert handoff.load_pins(task.id)
-
-
-def test_task_that_runs_at_once_pins_its_caller_outside_any_scope() -> None:
-    """For example in a shell, or in a management command."""
-    huey = Huey("tests", immediate=True)
-
-    @huey.task()  # type: ignore[untyped-decorator]
-    def write() -> None:
-        Book.objects.create(title="new")
-
-    @huey.task()  # type: ignore[untyped-decorator]
-    def read() -> str:
-        return where()
-
-    assert is_replica(read()())
-    write()
-    assert where() == "default"
