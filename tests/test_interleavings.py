@@ -18,7 +18,6 @@ from pinning_middleware.reasons import Fault
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.routing.rotation import Rotation
 from pinning_middleware.scopes.scope import Scope
-from pinning_middleware.servers import catch_up
 from pinning_middleware.servers.catch_up import CatchUp
 from pinning_middleware.servers.registry import Endpoint, Identity, Report, registry
 from pinning_middleware.utils import counters
@@ -124,7 +123,7 @@ def test_server_that_is_behind_is_probed_by_one_thread_at_a_time(
 ) -> None:
     behind, now = CatchUp(), time.monotonic()
     # freezegun does not stop the clock of functions that a thread calls directly.
-    monkeypatch.setattr(catch_up.time, "monotonic", lambda: now)
+    monkeypatch.setattr("pinning_middleware.servers.catch_up.time.monotonic", lambda: now)
     behind.record_probe(Position({"log": 5}), lambda position: False)
     for _ in range(50):
         now += 1
