@@ -4,8 +4,8 @@ tests, and list the changes that no test notices:
 
     python -m tests.mutants [--sample N] [module ...]
 
-Works on copies of the tree. Annotations are not changed, since they are not evaluated. A sample is
-the same one each time.
+Works on copies of the tree. Left out are changes without an effect: of annotations, which are not
+evaluated, of the sizes of caches, and of ``is`` to ``==``. A sample is the same one each time.
 """
 
 from __future__ import annotations
@@ -53,13 +53,21 @@ name = "local"
 """
 
 
-def annotated_lines(source: str) -> set[tuple[int, int]]:
-    """Return the positions (line, column) that belong to annotations."""
+# What is compared by identity here is None, a member of an enum or an object without ``__eq__``.
+EQUIVALENT: Final = ("_Is_Eq", "_IsNot_NotEq")
+
+
+def without_effect(source: str) -> set[tuple[int, int]]:
+    """Return the positions (line, column) of annotations and of the sizes of caches."""
+    tree = list(ast.walk(ast.parse(source)))
     nodes = [
         annotation
-        for node in ast.walk(ast.parse(source))
+        for node in tree
         for annotation in (getattr(node, "annotation", None), getattr(node, "returns", None))
         if isinstance(annotation, ast.expr)
+    ]
+    nodes += [
+        node.value for node in tree if isinstance(node, ast.keyword) and node.arg == "maxsize"
     ]
     return {
         (line, column)
@@ -74,7 +82,7 @@ def annotated_lines(source: str) -> set[tuple[int, int]]:
 
 def choose(session: Path, source: str, sample: int | None) -> None:
     """Delete the mutants that are not to be tested."""
-    annotated = annotated_lines(source)
+    ignored = without_effect(source)
     with sqlite3.connect(session) as database:
         rows = database.execute(
             "SELECT job_id, start_pos_row, start_pos_col FROM mutation_specs ORDER BY job_id"
@@ -85,7 +93,11 @@ def choose(session: Path, source: str, sample: int | None) -> None:
                 "FROM mutation_specs"
             )
         )
-        jobs = [job for *_, row, column, job in places if (row, column) not in annotated]
+        jobs = [
+            job
+            for operator, _, row, column, job in places
+            if (row, column) not in ignored and not operator.endswith(EQUIVALENT)
+        ]
         kept = set(random.Random(1).sample(jobs, min(sample or len(jobs), len(jobs))))
         for job, *_ in rows:
             if job not in kept:

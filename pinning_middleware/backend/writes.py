@@ -103,14 +103,11 @@ def classify(connection: BaseDatabaseWrapper, sql: Any) -> Statement:
 
 
 def _classify(text: str, vendor: str) -> Statement:
-    kind = kind_of(text, vendor, conf.writing_functions)
-    # Of several statements the kind is that of the most severe one.
-    may_control = kind is not StatementKind.READ or ";" in text
     return Statement(
-        kind,
+        kind_of(text, vendor, conf.writing_functions),
         alters_session(text, vendor),
-        may_control and begins_transaction(text, vendor),
-        may_control and ends_transaction(text, vendor),
+        begins_transaction(text, vendor),
+        ends_transaction(text, vendor),
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 from django.db import DatabaseError, connection
+from psycopg.sql import SQL
 
 from pinning_middleware.backend.writes import classify, sql_text
 from pinning_middleware.reasons import Fault
@@ -15,33 +17,72 @@ from pinning_middleware.servers.registry import registry
 from pinning_middleware.sql import StatementKind
 from tests.app.models import Tag
 
-# Template strings are a syntax error for an older Python.
-TEMPLATES = {
-    't"SELECT {number}::int"': ("SELECT %s::int", StatementKind.READ),
-    't"SELECT {number:l}"': ("SELECT %s", StatementKind.READ),
-    't"INSERT INTO {table:i} VALUES ({number})"': (
-        'INSERT INTO "app_tag" VALUES (%s)',
-        StatementKind.WRITE,
-    ),
-    't"WITH gone AS ({delete:q}) SELECT 1"': (
-        "WITH gone AS (DELETE FROM app_tag WHERE id = %s RETURNING 1) SELECT 1",
-        StatementKind.WRITE,
-    ),
-    't"{composed:q} LIMIT {number}"': ("SELECT 1 LIMIT %s", StatementKind.READ),
-}
+if sys.version_info >= (3, 14):
+    from string.templatelib import Interpolation, Template
+else:
+
+    class Interpolation(NamedTuple):
+        """What the package uses of a value in a template string of Python 3.14."""
+
+        value: object
+        expression: str = ""
+        conversion: str | None = None
+        format_spec: str = ""
+
+    class Template:
+        """What the package uses of a template string of Python 3.14."""
+
+        def __init__(self, *parts: str | Interpolation) -> None:
+            self.parts = parts
+
+        def __iter__(self) -> Iterator[str | Interpolation]:
+            return iter(self.parts)
+
+        @property
+        def interpolations(self) -> tuple[Interpolation, ...]:
+            return tuple(part for part in self.parts if isinstance(part, Interpolation))
 
 
-@pytest.mark.skipif(sys.version_info < (3, 14), reason="template strings need Python 3.14")
-@pytest.mark.parametrize("source", TEMPLATES)
-def test_template_string_is_classified_with_the_parts_it_contains(source: str) -> None:
-    from psycopg import sql
+def value(of: object, format_spec: str = "") -> Interpolation:
+    return Interpolation(of, "", None, format_spec)
 
-    names: dict[str, Any] = {"number": 1, "table": "app_tag", "composed": sql.SQL("SELECT 1")}
-    names["delete"] = eval('t"DELETE FROM app_tag WHERE id = {number} RETURNING 1"', names)
-    template = eval(source, names)
-    text, kind = TEMPLATES[source]
+
+DELETE = Template("DELETE FROM app_tag WHERE id = ", value(1), " RETURNING 1")
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "kind"),
+    [
+        (Template("SELECT ", value(1), "::int"), "SELECT %s::int", StatementKind.READ),
+        (Template("SELECT ", value(1, "l")), "SELECT %s", StatementKind.READ),
+        (Template("SELECT ", value("id", "i")), 'SELECT "id"', StatementKind.READ),
+        (
+            Template("INSERT INTO ", value("app_tag", "i"), " VALUES (", value(1), ")"),
+            'INSERT INTO "app_tag" VALUES (%s)',
+            StatementKind.WRITE,
+        ),
+        (
+            Template("WITH gone AS (", value(DELETE, "q"), ") SELECT 1"),
+            "WITH gone AS (DELETE FROM app_tag WHERE id = %s RETURNING 1) SELECT 1",
+            StatementKind.WRITE,
+        ),
+        (
+            Template(value(SQL("SELECT 1"), "q"), " LIMIT ", value(1)),
+            "SELECT 1 LIMIT %s",
+            StatementKind.READ,
+        ),
+    ],
+)
+def test_template_string_is_classified_with_the_parts_it_contains(
+    template: Template, text: str, kind: StatementKind
+) -> None:
     assert sql_text(connection, template) == text
     assert classify(connection, template).kind is kind
+
+
+@pytest.mark.parametrize("statement", [object(), None, 5])
+def test_statement_of_an_unknown_type_is_a_write(statement: object) -> None:
+    assert classify(connection, statement).kind is StatementKind.WRITE
 
 
 def test_composed_statement_of_psycopg2_is_classified_without_a_connection() -> None:
