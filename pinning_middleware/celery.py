@@ -189,7 +189,7 @@ def _seconds_to_wait(task: Any, policy: object) -> float | None:
 def _requeue_before_start() -> None:
     """Extend ``Task.before_start()``, which may raise ``Retry``, unlike receivers of signals."""
     original = Task.before_start
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, "pinning_original"):
         return
 
     @functools.wraps(original)
@@ -200,6 +200,7 @@ def _requeue_before_start() -> None:
 
     # Celery calls the hook of its base class only if it comes from elsewhere.
     before_start.__module__ = __name__
+    before_start.pinning_original = original  # type: ignore[attr-defined]
     Task.before_start = before_start
 
 
@@ -241,7 +242,7 @@ def _keep_pins_of_duplicates() -> None:
     except ImportError:
         return
     original = Singleton.on_duplicate
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, "pinning_original"):
         return
 
     @functools.wraps(original)
@@ -249,4 +250,5 @@ def _keep_pins_of_duplicates() -> None:
         handoff.save_pins_to_send(existing_task_id)
         return original(self, existing_task_id, *args, **kwargs)
 
+    on_duplicate.pinning_original = original  # type: ignore[attr-defined]
     Singleton.on_duplicate = on_duplicate

@@ -1,3 +1,5 @@
+"""The exceptions that a site may catch."""
+
 from __future__ import annotations
 
 from django.db import DatabaseError
@@ -10,7 +12,7 @@ class ReplicaWriteError(DatabaseError):
 
 
 class InvalidToken(ValueError):
-    """A token that is forged, altered, oversized or unreadable; ``reason`` is one word."""
+    """A token was rejected; ``reason`` is "oversized", "signature" or "content"."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

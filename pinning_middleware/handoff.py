@@ -77,10 +77,7 @@ def task_scope(
         outer = entered_scope()
         isolated = outer is None or outer.is_ambient
     scope = Scope(pins)
-    if prefer_primary:
-        scope.prefers_primary = True
-    if wait is not None:
-        scope.max_wait = wait
+    scope.prefers_primary, scope.max_wait = prefer_primary, wait
     return PinningScope(scope=scope, isolated=isolated)
 
 
@@ -92,7 +89,7 @@ def has_caught_up() -> bool:
     return all(
         decide(pool, scope).reason is not Reason.NOT_CAUGHT_UP
         for pool in _pools()
-        # Its reads run on the primary.
+        # In a dry run all reads run on the primary.
         if not pool.is_dry_run
     )
 
@@ -128,8 +125,7 @@ def save_pins_to_send(task_id: str, *others: Pins) -> None:
 
 def load_pins(task_id: str) -> Pins:
     """Return the pins that are kept for a task."""
-    kept = cache.load_pins("task", [task_id]) if conf.enabled else {}
-    return _with_later_end(kept, conf.seconds - POSITION_LIFETIME)
+    return _with_later_end(cache.load_pins("task", [task_id]), conf.seconds - POSITION_LIFETIME)
 
 
 def _with_later_end(pins: Pins, seconds: float) -> Pins:

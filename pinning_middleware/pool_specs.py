@@ -28,7 +28,7 @@ class Placement(NamedTuple):
 
 class PoolSpec(NamedTuple):
     """
-    A pool as described by the settings. Its key in a scope begins with the primary's alias.
+    A pool as described by the settings; ``key`` identifies it in a scope.
 
     ``placements`` has the replicas with a tier or groups; for all others the defaults apply.
     ``assumed_lag`` is set for a dry run, which has no replicas (seconds).

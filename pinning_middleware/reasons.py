@@ -34,7 +34,10 @@ class Reason(_Described):
     TRANSACTION = "transaction", "a transaction is open on the primary"
     LOCK = "lock", "a locking read keeps the rest of the request on the primary"
     SESSION_STATE = "session_state", "the code has changed session state on the primary"
-    HTTP_METHOD = "http_method", "the request's method is one of PINNING_PRIMARY_METHODS"
+    HTTP_METHOD = (
+        "http_method",
+        "the request's method is one of PINNING_PRIMARY_METHODS, or its task prefers the primary",
+    )
     MANUAL = "manual", "pin_this_request()"
     USE_PRIMARY = "use_primary", "inside use_primary"
     USE_REPLICA = "use_replica", "inside use_replica"
@@ -49,12 +52,15 @@ class Reason(_Described):
 
 
 class Fault(_Described):
-    """Why a server, or everything an alias resolves to, is out of rotation."""
+    """
+    Why a server, or everything an alias resolves to, is out of rotation; ``DEMOTED``: why a
+    connection must not be used.
+    """
 
     UNREACHABLE = "unreachable", "connecting to it fails"
     UNRESPONSIVE = "unresponsive", "it accepts connections but does not answer"
     PROMOTED = "promoted", "it is not a replica of this pool's primary"
-    DEMOTED = "demoted", "the primary's alias has resolved to another server since"
+    DEMOTED = "demoted", "the connection is to a former primary"
     STALE_RESTART = "stale_restart", "it has restarted and not yet replayed what it had before"
     LAG = "lag", "it lags more than PINNING_MAX_LAG"
     REPLAY_WAITS = "replay_waits", "its replay waits for a lock that a query holds"

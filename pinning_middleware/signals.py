@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 # A token was ignored. Arguments: reason ("oversized", "signature" or "content"). The sender is the
-# store's class.
+# store's class, or None for a token of a task or of ``pinning_scope()``.
 token_rejected = Signal()
 
 # A replica left the rotation. Arguments: replica (alias), reason (a Fault), seconds (until it is

@@ -16,7 +16,6 @@ from django.db import connections
 
 from pinning_middleware import signals
 from pinning_middleware.conf import conf
-from pinning_middleware.pins import Points
 from pinning_middleware.reasons import Fault
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
@@ -260,15 +259,11 @@ def format_position(server: Server, vendor: str) -> str | None:
             if server.strategy == LSN
             else str(server.replayed_offset)
         )
-    points = dict(sorted(server.position.items()))
+    points = sorted(server.position.items())
     if server.system == "mysql":
-        points_of = (log.partition("/") for log in points)
-        starts = [f"{log}:{first or 1}" for log, _, first in points_of]
-        return (
-            ",".join(f"{start}-{end}" for start, end in zip(starts, points.values(), strict=True))
-            or None
-        )
-    return ",".join(f"{log}-{point}" for log, point in points.items()) or None
+        parts = ((*log.partition("/")[::2], end) for log, end in points)
+        return ",".join(f"{log}:{first or 1}-{end}" for log, first, end in parts) or None
+    return ",".join(f"{log}-{point}" for log, point in points) or None
 
 
 def _format_lsn(point: int) -> str:
@@ -281,15 +276,9 @@ def _bytes_behind(pool: Pool, server: Server) -> int | None:
         return None
     if server.strategy != LSN or _vendor(pool.primary) != "postgresql" or not server.is_replica:
         return None
-    return (
-        max(0, _highest_offset(primary.position) - server.replayed_offset)
-        if primary.position
-        else None
-    )
-
-
-def _highest_offset(position: Points) -> int:
-    return max(position.values(), default=0)
+    if not primary.position:
+        return None
+    return max(0, max(primary.position.values()) - server.replayed_offset)
 
 
 # Health
@@ -370,7 +359,7 @@ def get_stats() -> dict[str, Any]:
     - ``refusals``: pool → name of a table, a statement or a role → number of reads that went to the
       primary because every standby refuses them.
     - ``retry_404``: number of views that ended in 404 on a replica and were ``found`` or
-      ``missing`` on the primary, or ``refused`` since the limit was reached.
+      ``missing`` on the primary, or ``refused`` because the limit was reached.
     - ``task_retries``: number of tasks that were ``requeued`` until a replica has caught up, or
       that read the ``primary`` in the end.
     - ``waits``: pool → ``count`` of waits for a replica, ``reached`` of those that ended with one,

@@ -85,7 +85,7 @@ def _close(task: str | None) -> None:
 def _close_scope_on_interrupt(kind: Any) -> None:
     """Close the scope of a task on Ctrl-C, for which no ``task_finished`` is sent."""
     call = kind.call
-    if getattr(call, "_pinning", False):
+    if hasattr(call, "pinning_original"):
         return
 
     @functools.wraps(call)
@@ -96,5 +96,5 @@ def _close_scope_on_interrupt(kind: Any) -> None:
             _close(_running.get())
             raise
 
-    closing._pinning = True  # type: ignore[attr-defined]
+    closing.pinning_original = call  # type: ignore[attr-defined]
     kind.call = closing

@@ -44,7 +44,7 @@ def dumps(pins: Pins) -> str:
         logging.WARNING,
         "too long",
         "The token of %d pools is too long. Its positions are omitted, so its pins last until the "
-        "window ends.",
+        "window ends. CacheStore has no such limit.",
         len(pins),
         extra={"pools": len(pins)},
     )

@@ -16,7 +16,7 @@ from django.apps import apps
 from django.utils.module_loading import import_string
 
 import pinning_middleware
-from pinning_middleware.backend.patches import PATCHES, Patch
+from pinning_middleware.backend.patches import PATCHES, Patch, replace
 from pinning_middleware.scopes.scope import PoolState
 
 FOLDER = Path(pinning_middleware.__file__).parent
@@ -292,6 +292,27 @@ def test_patches_name_their_owner_reason_and_test(patch: Patch) -> None:
     assert patch.why.strip()
     assert not patch.ticket or patch.ticket.startswith("https://")
     assert (ROOT / patch.test).is_file()
+
+
+def test_attribute_that_is_missing_is_not_replaced() -> None:
+    class Owner:
+        pass
+
+    with pytest.raises(AttributeError, match="moved"):
+        replace(Owner, "moved", lambda original: original)
+
+
+def test_attribute_of_a_base_class_is_wrapped() -> None:
+    class Base:
+        def run(self) -> str:
+            return "base"
+
+    class Owner(Base):
+        pass
+
+    replace(Owner, "run", lambda original: lambda self: f"wrapped {original(self)}")
+    assert Owner().run() == "wrapped base"
+    assert Base().run() == "base"
 
 
 def test_each_attribute_is_patched_once() -> None:

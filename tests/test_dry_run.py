@@ -474,7 +474,7 @@ def test_status_page_shows_the_dry_run(tag: None) -> None:
 
 
 def test_health_check_warns_that_there_is_no_replica() -> None:
-    with pytest.raises(ServiceWarning, match="every read of 'default' to the primary"):
+    with pytest.raises(ServiceWarning, match="Every read of 'default' goes to the primary"):
         Replicas().run()
 
 

@@ -108,8 +108,8 @@ class InstrumentedConnection(BoundedConnect):
         return cursor
 
     def _cursor_or_error(self, pool: Pool, name: str | None) -> Any:
-        # A queryset's iterator() looks at the settings of the alias that it was routed to, which
-        # is another one than this after a failover, and for a test mirror.
+        # A queryset's iterator() reads the settings of the alias that it was routed to, which
+        # differs from this one after a failover, and for a test mirror.
         if self.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS"):
             name = None
         try:
@@ -162,7 +162,7 @@ class InstrumentedConnection(BoundedConnect):
         check_before_transaction(pool, self, current_scope())
 
     def _take_snapshot(self) -> None:
-        """Note what a replica has replayed, if the scope's pins depend on it."""
+        """Record what a replica has replayed, if the scope's pins depend on it."""
         pool = pools().by_connection.get(self.alias)
         if pool is None or self.alias == pool.primary or not pool.supports_positions:
             return

@@ -80,9 +80,12 @@ def _record_session(cursor: Any) -> None:
 
 
 class DriverMethod:
-    """A descriptor that returns the driver's method of this name, and records its writes."""
+    """
+    A descriptor that returns the driver's method of this name, and records its writes. Django's
+    class has no such attribute: ``CursorWrapper.__getattr__()`` returns the driver's.
+    """
 
-    pinning_original: Any = None
+    pinning_original: Any
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -134,10 +137,6 @@ class DriverMethod:
         return call
 
 
-# Django's class has no such attribute: CursorWrapper.__getattr__() returns the driver's.
-record_driver_method = DriverMethod
-
-
 @contextmanager
 def _copying(
     recording: AbstractContextManager[None], cursor: CursorWrapper, *args: Any, **kwargs: Any
@@ -159,7 +158,7 @@ _DEFERRED: Final[dict[str, Callable[..., Any]]] = {"copy": _copying, "stream": _
 
 def open_before_recording(original: Callable[..., Any]) -> Callable[..., Any]:
     """
-    Wrap the method by which django-debug-toolbar records a statement. It looks at the driver's
+    Wrap the method by which django-debug-toolbar records a statement. It reads the driver's
     connection first, which is missing if the server of the cursor could not be reached.
     """
 

@@ -35,7 +35,6 @@ from pinning_middleware.backend.writes import (
 )
 from pinning_middleware.conf import conf
 from pinning_middleware.reasons import Reason
-from pinning_middleware.routing.compatibility import is_testing
 from pinning_middleware.routing.guarantees import record_observed
 from pinning_middleware.routing.policy import Decision
 from pinning_middleware.routing.pool import Pool
@@ -108,8 +107,7 @@ def _execute(pool: Pool, call: Call, connection: BaseDatabaseWrapper, statement:
     kind = statement.kind
     is_replica = connection.alias != pool.primary
     bypasses = failover_disabled.get() or call.effects.no_failover
-    is_setup = is_testing() and is_test_setup(sql_text(connection, call.sql))
-    is_read = kind is StatementKind.READ and not is_setup
+    is_read = kind is StatementKind.READ and not is_test_setup(connection, call.sql)
     if not bypasses and (is_read or _may_run_anywhere(call, statement)):
         return execute_read(pool, call)
     alias = intended_alias(call.cursor)
@@ -137,7 +135,7 @@ def _execute(pool: Pool, call: Call, connection: BaseDatabaseWrapper, statement:
     if kind is not StatementKind.WRITE:
         result = call.run()
         if kind is StatementKind.LOCK and pool.tracks_reads and not bypasses:
-            record_observed(pool, call.scope, call.cursor.db.alias)
+            record_observed(pool, call.scope, call.cursor.db)
         return result
     with recording_write(call.cursor.db, alias, call.sql):
         try:

@@ -153,7 +153,7 @@ def _run_without_failover(pool: Pool, call: Call) -> Any:
         call.renew_cursor(raw)
     result = call.run()
     if pool.tracks_reads:
-        record_observed(pool, call.scope, connection.alias)
+        record_observed(pool, call.scope, connection)
     return result
 
 
@@ -205,7 +205,7 @@ def _try_once(
             return _Lost(error, has_run=began is not None)
         return _take_out(connection, error)
     if pool.tracks_reads:
-        record_observed(pool, call.scope, connection.alias)
+        record_observed(pool, call.scope, connection)
     return _Served(result)
 
 

@@ -93,7 +93,7 @@ def reopen_elsewhere(pool: Pool, connection: BaseDatabaseWrapper, scope: Scope) 
 
 def record_rejected_write(connection: BaseDatabaseWrapper, error: Exception) -> None:
     """
-    Note that a server rejected a write because it is read-only: if it is a former primary, a new
+    Record that a server rejected a write because it is read-only: if it is a former primary, a new
     connection resolves to another server.
     """
     dialect = dialect_for(connection)

@@ -83,7 +83,7 @@ def read_primary_while_saving(original: Callable[..., Any]) -> Callable[..., Any
 def fetch_peers_by_route(original: Callable[..., Any]) -> Callable[..., Any]:
     """
     Wrap ``DeferredAttribute.fetch_many()``, which reads deferred fields from the database that the
-    first instance belongs to and asks no router, unlike ``fetch_one()``.
+    first instance belongs to and calls no router, unlike ``fetch_one()``.
     """
 
     def fetch_many(self: Any, instances: list[Model]) -> Any:

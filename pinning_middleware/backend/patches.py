@@ -30,7 +30,7 @@ from pinning_middleware.backend import (
 )
 from pinning_middleware.servers import liveness, psycopg_pool
 
-# Takes the original function and returns its replacement.
+# Takes the original attribute and returns its replacement.
 Wrap = Callable[[Any], Any]
 
 
@@ -40,7 +40,8 @@ class Patch(NamedTuple):
 
     ``owner``: dotted path of its class or module; ``names``: the attributes; ``wrap``: makes the
     replacement of the original; ``app``: the app without which there is nothing to replace;
-    ``is_optional``: whether the module, or the attribute, may be missing.
+    ``is_optional``: whether the module, or the attribute, may be missing; ``is_new``: whether the
+    attribute is added to the owner. ``wrap`` then takes its name.
     """
 
     owner: str
@@ -51,6 +52,7 @@ class Patch(NamedTuple):
     app: str = "django"
     ticket: str = ""
     is_optional: bool = False
+    is_new: bool = False
 
 
 PATCHES = (
@@ -73,9 +75,10 @@ PATCHES = (
     Patch(
         "django.db.backends.utils.CursorWrapper",
         tuple(cursor_methods.STATEMENT_ARGUMENTS),
-        cursor_methods.record_driver_method,
+        cursor_methods.DriverMethod,
         "The driver's own methods do not pass the execute wrappers.",
         "tests/test_writes.py",
+        is_new=True,
     ),
     Patch(
         "debug_toolbar.panels.sql.tracking.NormalCursorMixin",
@@ -120,7 +123,7 @@ PATCHES = (
         "django.db.models.query_utils.DeferredAttribute",
         ("fetch_many",),
         instances.fetch_peers_by_route,
-        "FETCH_PEERS of Django 6.1 asks no router for the database of a deferred field.",
+        "FETCH_PEERS of Django 6.1 calls no router for the database of a deferred field.",
         "tests/backend/test_instances.py",
         is_optional=True,
     ),
@@ -182,7 +185,7 @@ def install() -> None:
             for name in patch.names:
                 if patch.is_optional and not hasattr(owner, name):
                     continue
-                replace(owner, name, patch.wrap)
+                replace(owner, name, patch.wrap, is_new=patch.is_new)
     # Classes that override these methods themselves.
     instances.install()
     connection.install()
@@ -207,12 +210,15 @@ def _import(path: str) -> Any:
         return import_module(path)
 
 
-def replace(owner: Any, name: str, wrap: Wrap) -> None:
-    """Replace an attribute by what ``wrap`` makes of it, unless that has been done."""
-    original = vars(owner).get(name)
-    if hasattr(original, "pinning_original"):
+def replace(owner: Any, name: str, wrap: Wrap, *, is_new: bool = False) -> None:
+    """
+    Replace an attribute by what ``wrap`` makes of it, unless that has been done. Raise
+    AttributeError if it is missing and is not to be added (``is_new``).
+    """
+    if hasattr(vars(owner).get(name), "pinning_original"):
         return
-    replacement: Any = wrap(name if original is None else original)
+    original = None if is_new else getattr(owner, name)
+    replacement: Any = wrap(name if is_new else original)
     if original is not None:
         functools.update_wrapper(replacement, original)
     replacement.pinning_original = original

@@ -33,7 +33,7 @@ def answers_probe(connection: BaseDatabaseWrapper, error: Exception, ran_for: fl
     Return whether the server of a connection answers a probe over a new connection.
 
     Otherwise it is taken out of rotation, and the ``ran_for`` seconds of the read are subtracted
-    from its budget. Another server behind the alias is judged by nothing.
+    from its budget. If another server behind the alias answers, no status changes.
     """
     endpoint, state = endpoint_for(connection), state_of(connection)
     seconds = min(CONNECT_TIMEOUT, max(read_budget.left - ran_for, PROBE_TIMEOUT))

@@ -125,8 +125,8 @@ class Recorded(NamedTuple):
 def record_lock(alias: str) -> None:
     """Record a locking read on a primary."""
     scope = current_scope()
-    for spec in _pools_written(alias):
-        scope.record_lock(spec)
+    for key in _pools_written(alias):
+        scope.record_lock(key)
 
 
 def record_write_started(connection: BaseDatabaseWrapper, alias: str, sql: Any) -> Recorded | None:
@@ -138,7 +138,7 @@ def record_write_started(connection: BaseDatabaseWrapper, alias: str, sql: Any) 
     keys = _pools_written(alias)
     if not keys:
         if (primary := conf.readonly_aliases.get(alias)) is not None:
-            _reject(sql_text(connection, sql), alias, primary)
+            _reject(connection, sql, alias, primary)
         return None
     for observe in tuple(write_observers):
         observe(alias, sql_text(connection, sql))
@@ -198,23 +198,24 @@ def recording_write(connection: BaseDatabaseWrapper, alias: str, sql: Any) -> It
 
 
 def _pools_written(alias: str) -> tuple[PoolKey, ...]:
-    """Return the pools that a write through this alias pins."""
+    """Return the keys of the pools that a write through this alias pins."""
     primary = pools().same_as_primary.get(alias, alias)
     return tuple(spec.key for spec in conf.pools_by_primary.get(primary, ()))
 
 
-def is_test_setup(text: str) -> bool:
+def is_test_setup(connection: BaseDatabaseWrapper, sql: Any) -> bool:
     """
     Return whether a statement belongs to the creation of test databases. A replica that is not a
     test mirror gets an empty one of its own, in which Django records the migrations that it did not
     run.
     """
-    return is_testing() and _TEST_SETUP.search(text) is not None
+    return is_testing() and _TEST_SETUP.search(sql_text(connection, sql)) is not None
 
 
-def _reject(text: str, alias: str, primary: str) -> None:
-    if is_test_setup(text):
+def _reject(connection: BaseDatabaseWrapper, sql: Any, alias: str, primary: str) -> None:
+    if is_test_setup(connection, sql):
         return
+    text = sql_text(connection, sql)
     raise ReplicaWriteError(
         f"{alias!r} is a replica of {primary!r}, so this write was not sent: {text[:80]!r}. "
         f"Write with .using({primary!r}), or let the router choose."

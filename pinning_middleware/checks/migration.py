@@ -24,7 +24,7 @@ REPLACEMENTS: Final = {
 # The same names as those of django-multidb-router.
 _CONTRIB: Final = "pinning_middleware.contrib."
 SETTINGS: Final = {
-    **{older: ours for ours, olders in MULTIDB_ALIASES.items() for older in olders},
+    **{legacy: name for name, legacy_names in MULTIDB_ALIASES.items() for legacy in legacy_names},
     "REPLICATED_DATABASE_SLAVES": "PINNING_REPLICAS",
     "REPLICATED_DATABASE_DOWNTIME": "PINNING_RETRY_AFTER",
     "REPLICATED_FORCE_MASTER_COOKIE_NAME": "PINNING_COOKIE_NAME (a name of its own)",
@@ -38,7 +38,7 @@ SETTINGS: Final = {
     "REPLICATED_CHECK_STATE_ON_WRITE": "",
     "REPLICATED_MANAGE_ATOMIC_REQUESTS": "",
 }
-_READ: Final = frozenset(older for olders in MULTIDB_ALIASES.values() for older in olders)
+_READ: Final = frozenset(legacy for names in MULTIDB_ALIASES.values() for legacy in names)
 # The legacy interface of this package reads it as well.
 _KEPT: Final = ("SLAVE_DATABASES",)
 _NO_REPLACEMENT: Final = "Remove it: this package needs no such setting."
@@ -51,14 +51,14 @@ def check_leftovers(**kwargs: Any) -> list[CheckMessage]:
 
 
 def _settings() -> Iterator[CheckMessage]:
-    for name, ours in SETTINGS.items():
+    for name, replacement in SETTINGS.items():
         if name in _KEPT or not hasattr(settings, name):
             continue
         is_read = name in _READ and conf.uses_multidb_names
-        if is_read and not hasattr(settings, ours):
+        if is_read and not hasattr(settings, replacement):
             continue
-        reason = f"{ours} takes precedence" if is_read else "it is not used here"
-        hint = f"Set {ours} instead, and remove it." if ours else _NO_REPLACEMENT
+        reason = f"{replacement} takes precedence" if is_read else "it is not used here"
+        hint = f"Set {replacement} instead, and remove it." if replacement else _NO_REPLACEMENT
         yield warning("W201", f"{name} is a setting of another package: {reason}.", hint)
 
 
@@ -101,11 +101,11 @@ def _routers() -> Iterator[CheckMessage]:
             continue
         found: dict[str, set[str]] = {}
         for model in apps.get_models():
-            if (written := _ask(other, "db_for_write", model)) is None:
+            if (written := _call_router(other, "db_for_write", model)) is None:
                 # A database that it does not write may be a separate one.
                 continue
             primary = written or DEFAULT_DB_ALIAS
-            aliases = {_ask(other, "db_for_read", model) for _ in range(_TIMES)}
+            aliases = {_call_router(other, "db_for_read", model) for _ in range(_TIMES)}
             replicas = {
                 alias
                 for alias in aliases
@@ -136,7 +136,7 @@ def _may_replicate(alias: str, primary: str) -> bool:
 
 def _replicas_in_code(other: Any) -> set[str]:
     """Return the aliases that a router names for reads only, in some requests for example."""
-    answers = {_ask(other, "db_for_write", model) for model in apps.get_models()}
+    answers = {_call_router(other, "db_for_write", model) for model in apps.get_models()}
     if None in answers:
         # A database that it does not write may be a separate one.
         return set()
@@ -151,7 +151,7 @@ def _replicas_in_code(other: Any) -> set[str]:
     return {alias for alias in found if _may_replicate(alias, DEFAULT_DB_ALIAS)}
 
 
-def _ask(other: Any, action: str, model: Any) -> str | None:
+def _call_router(other: Any, action: str, model: Any) -> str | None:
     """Return its answer, "" if it has none, or None if it cannot be called."""
     try:
         alias = getattr(other, action)(model)

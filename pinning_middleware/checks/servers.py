@@ -46,7 +46,10 @@ def check_balanced_by_a_pooler(
 
 
 def check_evictions() -> list[CheckMessage]:
-    """Called by ``pinning_check --live``: a missing pin does not show that it was evicted."""
+    """
+    Warn if the server of the cache has evicted keys: a missing pin alone does not show that. Called
+    by ``pinning_check --live``.
+    """
     redis = redis_pins() if has_store(CACHE_STORE) else None
     evicted = 0 if redis is None else redis.evicted_keys()
     if not evicted:

@@ -39,6 +39,9 @@ class PinnedConsumer:
     _request: ASGIRequest | None = None
 
     async def dispatch(self, message: Any) -> None:
+        if not conf.enabled:
+            await super().dispatch(message)  # type: ignore[misc]
+            return
         inherited = merge_pins(await self._begin(), await self._load(conf.stores_at_view))
         block = handoff.task_scope(inherited, isolated=True)
         block.on_late_change = self._save_late
@@ -78,9 +81,10 @@ class PinnedConsumer:
 
     def _save_late(self, scope: Scope) -> None:
         """Save writes after the end of a message; later messages inherit their pins."""
-        self._pins = merge_pins(self._pins or {}, outgoing_pins(scope))
+        pins = outgoing_pins(scope)
+        self._pins = merge_pins(self._pins or {}, pins)
         if scope.keys:
-            save_keys(scope)
+            save_keys(scope, pins)
         if self._request is not None:
             _update(self._request, self.scope)
             stores = (store for store in conf.stores if not store.needs_response)

@@ -52,7 +52,10 @@ class Replicas(HealthCheck):  # type: ignore[misc]
         if pool is None:
             raise ServiceUnavailable(f"{self.pool!r} is not a primary in PINNING_REPLICAS")
         if not pool.has_replicas or pool.is_dry_run:
-            raise ServiceWarning(f"The settings send every read of {self.pool!r} to the primary")
+            raise ServiceWarning(
+                f"Every read of {self.pool!r} goes to the primary: see PINNING_ENABLED, "
+                "PINNING_DRY_RUN and the weights in PINNING_REPLICAS"
+            )
         used = [alias for alias, weight in pool.replica_set.rotations.weights.items() if weight]
         with ThreadPoolExecutor(len(used)) as threads:
             results = threads.map(lambda alias: _probe(pool, alias), used)

@@ -49,7 +49,7 @@ class PinnedJob(Job):
         jobs = [self, *dependencies]
         pins = handoff.pins_of_tokens(*[job.meta.get(META) for job in jobs])
         if len(dependencies) < len(self._dependency_ids):
-            # One has expired with its pins, which a result_ttl of 0 makes it do at once.
+            # A dependency has expired, and its pins with it; with result_ttl=0 it does at once.
             return merge_pins(pins, handoff.pins_of_all_writes())
         return pins
 

@@ -256,6 +256,15 @@ class MissingPrivilege(NamedTuple):
     purpose: str
 
 
+# ER_SPECIFIC_ACCESS_DENIED_ERROR of MySQL and MariaDB.
+_ACCESS_DENIED: Final = 1227
+_TIMELINE: Final = (
+    "with it, a replica reports its timeline; without it, the primary is probed before and after "
+    "the replica"
+)
+_REPLICATION: Final = "to show whether replication is running, and why it has stopped"
+
+
 def missing_privileges(pool: Pool) -> list[MissingPrivilege]:
     """Return the privileges that would let the servers of a pool report more."""
     missing = []
@@ -270,16 +279,10 @@ def missing_privileges(pool: Pool) -> list[MissingPrivilege]:
                 with no_failover(), connections[alias].cursor() as cursor:
                     cursor.execute("SHOW REPLICA STATUS")
             except DatabaseError as error:
-                if pool.dialect is not None and pool.dialect.error_code(error) == 1227:
+                dialect = pool.dialect
+                if dialect is not None and dialect.error_code(error) == _ACCESS_DENIED:
                     privilege = "REPLICATION CLIENT"
                     if any(server.system == "mariadb" for server in endpoint.recent_servers):
                         privilege = "SLAVE MONITOR"
                     missing.append(MissingPrivilege(alias, privilege, _REPLICATION))
     return missing
-
-
-_TIMELINE: Final = (
-    "with it, a replica reports its timeline; without it, the primary is probed before and after "
-    "the replica"
-)
-_REPLICATION: Final = "to show whether replication is running, and why it has stopped"

@@ -23,7 +23,7 @@ from pinning_middleware.servers.probe import endpoint_for, fetch, probe, standby
 from pinning_middleware.servers.registry import Server, registry
 from pinning_middleware.stats import DRAINED, ServerState, servers, with_freshest_serving
 
-# Maximum duration of a poll (seconds): connecting may take two seconds, a probe one.
+# Maximum duration of a poll (seconds).
 TIMEOUT: Final = 2.5
 
 # What any role may read on a PostgreSQL standby: whether replay is paused, whether a WAL receiver
@@ -64,9 +64,9 @@ class ServerPoll:
         # By the alias of a primary, what every standby refuses to the role.
         self.refusals: dict[str, Refusal] = {}
 
-    def poll(self, seconds: float = TIMEOUT) -> list[ServerState]:
-        """Probe every server once, within a deadline (seconds); return their states."""
-        deadline = time.monotonic() + seconds
+    def poll(self) -> list[ServerState]:
+        """Probe every server once, for at most ``TIMEOUT`` seconds; return their states."""
+        deadline = time.monotonic() + TIMEOUT
         replies: dict[str, _Reply] = {}
         polled = [pool for pool in pools().all if pool.replicas]
         aliases = dict.fromkeys(
@@ -252,14 +252,12 @@ def silence_server_logs() -> Iterator[None]:
     processes have already logged.
     """
     logger = logging.getLogger("pinning_middleware.servers")
-    silence = _Silence()
-    logger.addFilter(silence)
+    logger.addFilter(_suppress)
     try:
         yield
     finally:
-        logger.removeFilter(silence)
+        logger.removeFilter(_suppress)
 
 
-class _Silence(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return False
+def _suppress(record: logging.LogRecord) -> bool:
+    return False

@@ -5,8 +5,8 @@ The pool of a dry run has one assumed replica. It has caught up with a write onc
 has passed since, so that ``decide()`` decides as it would with a real one.
 ``redirect_to_primary()`` then sends the read to the primary, with the reason of that decision.
 
-A pin does not tell when its client wrote: ``pin_this_request()`` makes pins, too. So the pool adds
-one of its own kind, ``PinKind.DRY_RUN``, which requires nothing.
+A pin does not record when its client wrote: ``pin_this_request()`` makes pins, too. So the pool
+adds one of its own kind, ``PinKind.DRY_RUN``, which requires nothing.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class AssumedReplica(ReplicaSet):
         return ASSUMED_REPLICA if self._has_caught_up() else None
 
     def wait_caught_up(self, wanted: Position, seconds: float) -> str | None:
-        """Return whether waiting would help, without doing so."""
+        """Return the replica if it will have caught up within ``seconds``. Do not wait."""
         return ASSUMED_REPLICA if self._has_caught_up(seconds) else None
 
     def within_lag(
@@ -81,11 +81,13 @@ class DryRunPool(Pool):
 
     def __init__(self, spec: PoolSpec) -> None:
         super().__init__(spec)
-        self.replica_set = AssumedReplica(spec, self.health)
         self.has_replicas = conf.enabled
         self.can_replace_primary = False
         # No connection is judged: reads run on the primary as if the package were not there.
         self.dialect = None
+
+    def _make_replica_set(self) -> ReplicaSet:
+        return AssumedReplica(self.spec, self.health)
 
     def is_mirror(self, alias: str) -> bool:
         return alias == ASSUMED_REPLICA or super().is_mirror(alias)

@@ -10,7 +10,10 @@ https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATIO
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from django.db import DatabaseError, InterfaceError, connections
+from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.conf import conf
 from pinning_middleware.pins import Pin, Position, merge_points
@@ -49,14 +52,14 @@ def must_reach(pool: Pool, state: PoolState, alias: str) -> Position | None:
     return position
 
 
-def record_observed(pool: Pool, scope: Scope, alias: str) -> None:
-    """Record which alias answered a read; only for a pool that ``tracks_reads``."""
-    connection = connections[alias]
+def record_observed(pool: Pool, scope: Scope, connection: BaseDatabaseWrapper) -> None:
+    """Record which connection answered a read; only for a pool that ``tracks_reads``."""
+    alias = connection.alias
     source = alias, None if connection.connection is None else state_of(connection)
+    if scope.state(pool.key).read_from[-1:] == (source,):
+        return
 
     def change(state: PoolState) -> PoolState:
-        if state.read_from[-1:] == (source,):
-            return state
         read_from = (*(one for one in state.read_from if one[0] != alias), source)
         # The first read changes the outgoing pins; later ones do not.
         is_first = not state.read_from
@@ -94,11 +97,17 @@ def _has_waiting_commits(pool: Pool) -> bool:
         return False
 
 
-def observed_pin(pool: Pool, state: PoolState, now: float) -> Pin | None:
-    """Return the pin for what the scope has read, or None. May probe the servers."""
+def observed_pin(
+    pool: Pool, state: PoolState, now: float, query_position: Callable[[], Position | None]
+) -> Pin | None:
+    """
+    Return the pin for what the scope has read, or None. May probe the servers.
+    ``query_position`` returns that of the primary.
+    """
     position: Position | None = None
     for alias, known in state.read_from:
-        reached = _position_of(pool, alias, known)
+        is_primary = alias == pool.primary
+        reached = query_position() if is_primary else _position_of(pool, alias, known)
         if reached is None:
             # A server that failed after the read cannot report: only the window ends the pin.
             return Pin(now + conf.seconds) if pool.supports_positions else None

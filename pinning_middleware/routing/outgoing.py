@@ -9,12 +9,13 @@ change.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 from asgiref.sync import sync_to_async
 from django.db import connections, transaction
 
 from pinning_middleware.conf import conf
-from pinning_middleware.pins import Pin, PinKey, PinKind, live
+from pinning_middleware.pins import Pin, PinKey, PinKind, Pins, Position, live
 from pinning_middleware.routing.guarantees import observed_pin
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
@@ -60,11 +61,13 @@ def outgoing_pins(scope: Scope) -> dict[PinKey, Pin]:
             for kind in PinKind:
                 pins.pop(PinKey(pool.primary, kind), None)
     for pool, state in used:
+        # One query for both of its pins.
+        query_position = functools.cache(pool.current_position)
         for kind, pin in (
             (PinKind.WRITTEN, state.inherited),
-            (PinKind.WRITTEN, _pin_for_writes(scope, pool, state)),
+            (PinKind.WRITTEN, _pin_for_writes(scope, pool, state, query_position)),
             (PinKind.OBSERVED, state.observed),
-            (PinKind.OBSERVED, observed_pin(pool, state, now)),
+            (PinKind.OBSERVED, observed_pin(pool, state, now, query_position)),
             (PinKind.DRY_RUN, pool.dry_run_pin(state)),
         ):
             if pin is not None and pin.is_live(now, conf.seconds):
@@ -75,7 +78,9 @@ def outgoing_pins(scope: Scope) -> dict[PinKey, Pin]:
     return pins
 
 
-def _pin_for_writes(scope: Scope, pool: Pool, state: PoolState) -> Pin | None:
+def _pin_for_writes(
+    scope: Scope, pool: Pool, state: PoolState, query_position: Callable[[], Position | None]
+) -> Pin | None:
     """Return the pin for what the scope itself did to a pool; may query the primary."""
     if not state.is_pinned:
         return None
@@ -83,7 +88,7 @@ def _pin_for_writes(scope: Scope, pool: Pool, state: PoolState) -> Pin | None:
     if known is not None and known[0] == state.revision:
         return known[1]
     # A position includes only the transactions that had ended when it was queried.
-    position = None if state.has_open_write else pool.current_position()
+    position = None if state.has_open_write else query_position()
     now = clock.now()
     end = state.own_pin_end(conf.seconds, now)
     if end is None or (position is None and end <= now):
@@ -143,14 +148,15 @@ def _save_now(pool: Pool, keys: tuple[str, ...]) -> None:
     cache.save_pins("key", keys, {PinKey(pool.primary): current_pin(pool)})
 
 
-def save_keys(scope: Scope) -> None:
+def save_keys(scope: Scope, pins: Pins | None = None) -> None:
     """
     Pin the keys of a scope in the cache: with the outgoing pin of the scope if it has pinned the
     pool itself, or else one for everything that the primary has committed. Call it when the scope's
-    transactions have ended.
+    transactions have ended. ``pins``: its outgoing pins, if they are known.
     """
     pinned = {pool.primary for pool, state in _used_pools(scope) if state.is_pinned}
-    pins = outgoing_pins(scope)
+    if pins is None:
+        pins = outgoing_pins(scope)
     for using in dict.fromkeys(using for _, using in scope.keys):
         own = {
             key: pins[key] if pool.primary in pinned and key in pins else current_pin(pool)

@@ -46,12 +46,15 @@ class Pool:
         self.primary_connections = PrimaryConnections(
             self.endpoint, self.dialect, self.health.probe
         )
-        self.replica_set = ReplicaSet(spec, self.health)
+        self.replica_set = self._make_replica_set()
         self.refusals = Refusals()
         self.supports_positions = self.health.supports_positions
         self.tracks_reads = tracks_reads and self.supports_positions
         self.can_replace_primary = conf.primary_down == "stale"
         self._same_as_primary = {a for a in self.replicas if is_same_database(self.primary, a)}
+
+    def _make_replica_set(self) -> ReplicaSet:
+        return ReplicaSet(self.spec, self.health)
 
     def __repr__(self) -> str:
         return f"<Pool {self.primary}>"

@@ -24,7 +24,7 @@ from pinning_middleware.servers.registry import Endpoint, Server
 
 # Seconds for which a connection cannot be one to a server that has been replaced since.
 FRESH_FOR: Final = 1.0
-# Maximum number of points of a log for which it is noted when connections were opened anew.
+# Maximum number of offsets of a log in ``Endpoint.reopened_for``.
 MAX_NOTED: Final = 64
 
 

@@ -1,1 +1,1 @@
-"""One unit of work: what it did, and the blocks that are open in it. No I/O."""
+"""One unit of work: what it did, and the overrides that are active in it. No I/O."""

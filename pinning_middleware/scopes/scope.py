@@ -192,7 +192,7 @@ def _merge_writes(one: Mapping[int, Write], other: Mapping[int, Write]) -> Mappi
     merged = dict(one)
     for connection, write in other.items():
         known = merged.get(connection)
-        # One scope may still take a write for open that the other has seen end.
+        # One scope may still consider a write open whose end the other has recorded.
         is_later = known is None or (write.number, write.visible_at is not None) > (
             known.number,
             known.visible_at is not None,
@@ -241,7 +241,7 @@ class Scope:
     inherited_pins: Pins = _NOTHING
     # Those of them that its client, or its message, had; the others are of keys that it follows.
     client_pins: Pins = _NOTHING
-    # The request's method is one of PINNING_PRIMARY_METHODS.
+    # The request's method is one of PINNING_PRIMARY_METHODS, or its task prefers the primary.
     prefers_primary = False
     # offload_this_request() was called.
     offloaded = False
@@ -265,7 +265,7 @@ class Scope:
     routes: tuple[tuple[str, str], ...] = ()
     # The fallbacks that were signalled.
     signalled: frozenset[tuple[PoolKey, str]] = frozenset()
-    # The pins made for its writes, each with the revision that it covers: to make one costs a round
+    # The pins made for its writes, each with the revision that it covers: making one costs a round
     # trip.
     made_pins: Mapping[PoolKey, tuple[int, Pin]] = _NOTHING
     # Monotonic time at which a closed scope expires, so that code which still runs no longer

@@ -184,7 +184,7 @@ class _ReadTracker:
             if outcome is ProbeOutcome.UNANSWERED and seconds >= DEADLINE:
                 mark_unresponsive(state)
         except Exception:
-            # Of a receiver of connection_created, for example.
+            # Raised by a receiver of connection_created, for example.
             logger.exception("Could not probe the server of a slow read of %s.", state.alias)
         is_unanswered = outcome is not ProbeOutcome.ANSWERED
         with self._condition:

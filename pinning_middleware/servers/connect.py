@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 else:
     Base = object
 
-# Seconds.
+# Maximum seconds to connect.
 CONNECT_TIMEOUT: Final = 1.0
 # Seconds after which the driver gives up an abandoned attempt, unless OPTIONS has a value. Drivers
 # wait for minutes by default; libpq takes no less.

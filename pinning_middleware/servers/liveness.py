@@ -183,7 +183,7 @@ class _SlowRead:
 
     def _found(self, seen_at: float, waits_for_lock: bool) -> None:
         """
-        Note that the server ran the session at some time, so that it executes the read. Raise
+        Record that the server ran the session at some time, so that it executes the read. Raise
         ReplayWaits if it waits for a lock too long.
         """
         self.last_seen, self.check_after = seen_at, NEXT_CHECK_AFTER

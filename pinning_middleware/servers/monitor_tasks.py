@@ -6,14 +6,13 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from django.db import DatabaseError, InterfaceError
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from pinning_middleware.servers.connect import ConnectTimeout, dedicated_connection
 from pinning_middleware.servers.dialects import Row, dialect_for
-from pinning_middleware.servers.dialects.postgresql import STARTED
+from pinning_middleware.servers.dialects.postgresql import STARTED, is_true
 from pinning_middleware.servers.probe import fetch
 from pinning_middleware.servers.registry import Endpoint
 from pinning_middleware.servers.session_check import session_query
@@ -27,13 +26,13 @@ Attempt = Callable[[Callable[[BaseDatabaseWrapper], Row]], Row | None]
 def find_sessions(endpoint: Endpoint, attempt: Attempt) -> None:
     """Search for the sessions of slow reads, on the connection that the monitor has."""
     for session in tuple(endpoint.slow_sessions):
-        asked_at = time.monotonic()
+        sent_at = time.monotonic()
         sql = f"{session_query(session.pid)}, {STARTED}"
         row = attempt(partial(fetch, sql=sql))
         if row is None:
             return
-        if _is_true(row[0]) and session.started in ("", row[2]):
-            session.waits_for_lock, session.seen_at = _is_true(row[1]), asked_at
+        if is_true(row[0]) and session.started in ("", row[2]):
+            session.waits_for_lock, session.seen_at = is_true(row[1]), sent_at
 
 
 def query_replay_waits(connection: BaseDatabaseWrapper, attempt: Attempt) -> bool:
@@ -42,7 +41,7 @@ def query_replay_waits(connection: BaseDatabaseWrapper, attempt: Attempt) -> boo
     if dialect is None or not dialect.replay_waits:
         return False
     row = attempt(partial(fetch, sql=dialect.replay_waits))
-    return row is not None and _is_true(row[0])
+    return row is not None and is_true(row[0])
 
 
 def retry_hosts(endpoint: Endpoint) -> None:
@@ -58,8 +57,3 @@ def retry_hosts(endpoint: Endpoint) -> None:
         finally:
             connection.close()
         endpoint.unresponsive_hosts.discard(host)
-
-
-def _is_true(value: Any) -> bool:
-    # A value that was fetched without a cursor is text.
-    return value is True or value == "t"

@@ -391,7 +391,7 @@ def _identify(
             endpoint.pooler_mixes_servers = True
             logger.warning(
                 "%s resolves to several servers behind a connection pooler; positions are ignored, "
-                "and %s.",
+                "and %s. Give each server an alias of its own.",
                 state.alias,
                 _without_positions(endpoint),
             )

@@ -127,7 +127,7 @@ def check_session(raw: Any, state: ConnectionState, began: float, seconds: float
             return SessionStatus.RUNNING
     if check.status not in (SessionStatus.GONE, SessionStatus.WAITS_FOR_LOCK):
         return _unless_answered(check.status, raw, state, check.began)
-    # That of the other session is no answer for this one.
+    # The result applies to the first caller's session only: check this one as well.
     return _check_by_new_connection(raw, state, began, seconds)
 
 
@@ -161,7 +161,7 @@ def _check_by_new_connection(
     }
     host = {"host": raw.info.host, "port": raw.info.port, "hostaddr": raw.info.hostaddr or None}
     text = conninfo.make_conninfo(**{**parameters, **host, "password": raw.info.password or None})
-    # Later than the race ends, which judges those that are left.
+    # Later than ``first_result()`` ends, which decides about attempts that are still running.
     until = time.monotonic() + seconds + ATTEMPT_INTERVAL
     attempt = partial(_query_session, text.encode(), raw.info.backend_pid, state, began, until)
     has_several = len(state.endpoint.servers) > 1
@@ -180,7 +180,7 @@ def _check_by_new_connection(
     except (TimeoutError, _PoolerAnswered):
         return SessionStatus.UNANSWERED
     except Exception:
-        # Of this process, such as too many open files: nothing is known of the server.
+        # An error of this process, such as too many open files, says nothing of the server.
         logger.exception("Could not check whether the server of %s answers.", state.alias)
         return SessionStatus.RUNNING
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from django.http import HttpRequest
     from django.http.response import HttpResponseBase
 
-# A user's key must never be that of an order.
+# Separates users, custom keys and tasks whose keys have the same text.
 Namespace: TypeAlias = Literal["user", "key", "task"]
 
 breaker = CircuitBreaker()
@@ -41,10 +41,13 @@ key_prefix = ""
 
 
 def load_pins(namespace: Namespace, keys: Sequence[str]) -> dict[PinKey, Pin]:
-    """Return the merged live pins of these keys, or none if the cache is unavailable."""
+    """
+    Return the merged live pins of these keys, or none if the cache is unavailable or
+    ``PINNING_ENABLED`` is false.
+    """
     names = _names(namespace, keys)
     found: dict[PinKey, Pin] = {}
-    if not breaker.allows_loads:
+    if not conf.enabled or not breaker.allows_loads:
         return found
     with breaker.guard(), _context():
         cache, redis = caches[conf.cache], redis_pins()
@@ -90,7 +93,7 @@ def _merged(row: Any, pins: Pins, forget: Pins) -> dict[PinKey, Pin]:
     known = unpack(row) if row else {}
     # Packing rounds, so compare packed values.
     forgotten = unpack(pack(forget))
-    kept = {alias: pin for alias, pin in known.items() if forgotten.get(alias) != pin}
+    kept = {key: pin for key, pin in known.items() if forgotten.get(key) != pin}
     return merge_pins(kept, pins)
 
 
@@ -159,7 +162,7 @@ class CacheStore(BaseStore):
 
     def _ended(self, request: HttpRequest, pins: Pins) -> Pins:
         """Return the loaded pins that `unpin_this_request()` has ended."""
-        return {a: pin for a, pin in loaded_pins(request, self).items() if a not in pins}
+        return {key: pin for key, pin in loaded_pins(request, self).items() if key not in pins}
 
 
 def _last_key(request: HttpRequest, key: str | None) -> str | None:

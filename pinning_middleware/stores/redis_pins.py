@@ -70,10 +70,10 @@ class RedisPins:
 
     def save(self, name: str, pins: Pins, forget: Pins) -> None:
         """Merge pins into those of a key, and remove those of `forget` that did not change."""
-        for alias, pin in forget.items():
+        for key, pin in forget.items():
             # One by one: a newer pin of one pool does not keep that of another.
-            if alias not in pins:
-                fields = dict(_fields({alias: pin}))
+            if key not in pins:
+                fields = dict(_fields({key: pin}))
                 if not self._run(_FORGET, name, fields):
                     self._forget(name, fields)
         if pins:
@@ -102,7 +102,7 @@ class RedisPins:
             self._scripts_allowed = False
             logger.warning(
                 "Cache %r does not run scripts, so pins of parallel requests are merged by best "
-                "effort: %s",
+                "effort; allow EVAL for its user: %s",
                 conf.cache,
                 error,
                 extra={"cache": conf.cache, "error": str(error)},

@@ -65,9 +65,9 @@ class CookieStore(TokenStore):
     def read(self, request: HttpRequest) -> list[str]:
         names = (conf.cookie_name, conf.seen_cookie_name)
         # Django's test client sends a deleted cookie as an empty one.
-        tokens = [token for name in names if (token := request.COOKIES.get(name))]
+        received = [token for name in names if (token := request.COOKIES.get(name))]
         # Processes that still run django-multidb-router set the same cookie.
-        return [t for t in tokens if not (t == MULTIDB_VALUE and conf.uses_multidb_names)]
+        return [t for t in received if not (t == MULTIDB_VALUE and conf.uses_multidb_names)]
 
     def write(self, request: HttpRequest, response: HttpResponseBase, pins: Pins) -> None:
         # Compare with all loaded pins; one that expired meanwhile was not removed.

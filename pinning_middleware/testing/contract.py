@@ -157,7 +157,7 @@ class StoreContract:
     def test_save_without_one_pool_removes_its_pin(self) -> None:
         pins = _pins()
         request = self.after(pins)
-        kept = {alias: pin for alias, pin in self.load(request).items() if alias.primary == "users"}
+        kept = {key: pin for key, pin in self.load(request).items() if key.primary == "users"}
         assert_same(self.load(self.save(request, kept)), {PinKey("users"): pins[PinKey("users")]})
 
     def test_save_of_no_pins_without_loaded_pins(self) -> None:
@@ -176,10 +176,10 @@ class StoreContract:
 def assert_same(found: Pins, expected: Pins) -> None:
     """Assert that pins are equal, up to rounding."""
     assert set(found) == set(expected)
-    for alias, pin in expected.items():
-        assert found[alias].position == pin.position
-        assert abs(found[alias].until - pin.until) < _ROUNDING
-        ends = found[alias].primary_only_end, pin.primary_only_end
+    for key, pin in expected.items():
+        assert found[key].position == pin.position
+        assert abs(found[key].until - pin.until) < _ROUNDING
+        ends = found[key].primary_only_end, pin.primary_only_end
         assert abs(max(0.0, ends[0]) - max(0.0, ends[1])) < _ROUNDING
 
 

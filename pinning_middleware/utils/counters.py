@@ -53,7 +53,7 @@ retries: defaultdict[tuple[str, str, str], int] = defaultdict(int)
 # the statement or the role.
 refusals: defaultdict[tuple[str, str], int] = defaultdict(int)
 # Views that ended in 404 on a replica, by what the primary answered (found, missing), or because
-# the budget was spent (refused).
+# the limit was reached (refused).
 retries_404: defaultdict[str, int] = defaultdict(int)
 # Tasks that found no replica which had caught up, and were requeued, or in the end ran on
 # the primary (primary).

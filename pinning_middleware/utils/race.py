@@ -115,7 +115,7 @@ def first_result(
             if not isinstance(error, retry):
                 raise error
             next_start = now
-        # One that has only just begun does not outweigh those that have ended.
+        # An attempt that has only just begun does not turn the error of the others into a timeout.
         is_overdue = race.running > 1 or (race.running == 1 and now >= next_start)
     finally:
         race.end()

@@ -209,6 +209,27 @@ def test_cache_store_shares_pins_of_pages_and_sockets(
     assert page(look) == "default"
 
 
+@override_settings(
+    SESSION_ENGINE="django.contrib.sessions.backends.cache",
+    PINNING_STORES=["pinning_middleware.stores.CacheStore"],
+)
+def test_message_of_a_process_where_the_package_is_disabled_leaves_pins_of_others(
+    consumer: Any,
+) -> None:
+    user = User.objects.create(username="one")
+
+    async def write(socket: Socket) -> None:
+        await socket.where("write")
+
+    async def read(socket: Socket) -> str:
+        return await socket.where()
+
+    talk(write, open_socket(consumer, user=user))
+    with override_settings(PINNING_ENABLED=False):
+        talk(write, open_socket(consumer, user=user))
+    assert talk(read, open_socket(consumer, user=user)) == "default"
+
+
 @pytest.mark.parametrize("store", ["BrokenStore", "BrokenLateStore"])
 def test_unavailable_store_is_logged(
     consumer: Any, store: str, caplog: pytest.LogCaptureFixture

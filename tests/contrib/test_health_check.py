@@ -119,7 +119,7 @@ def test_warning_if_settings_use_no_replica(settings: dict[str, Any]) -> None:
     with override_settings(**settings):
         error = result()
     assert type(error) is ServiceWarning
-    assert "The settings send" in error.message
+    assert "goes to the primary: see PINNING_ENABLED" in error.message
 
 
 def test_check_counts_no_read_and_opens_no_scope() -> None:

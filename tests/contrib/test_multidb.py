@@ -26,6 +26,8 @@ from pinning_middleware.contrib.multidb.pinning import (
     use_master,
     use_primary_db,
 )
+from pinning_middleware.decorators import Block
+from pinning_middleware.scopes.overrides import OverrideKind
 from pinning_middleware.scopes.scope import enter, entered_scope
 from pinning_middleware.utils.counters import rejected_tokens
 from tests.app.models import Book
@@ -307,6 +309,12 @@ def test_use_primary_db_nested() -> None:
                 assert is_replica(where())
             unpin_this_thread()
             assert where() == "default"
+
+
+def test_thread_is_pinned_while_a_view_is_run_again_on_the_primary() -> None:
+    with pinning_scope(), Block(OverrideKind.RETRY_404):
+        assert where() == "default"
+        assert this_thread_is_pinned()
 
 
 def test_use_primary_db_decorates_async_functions() -> None:

@@ -256,7 +256,7 @@ def test_pooler_of_several_servers_is_detected(
     said = [one.getMessage() for one in caplog.records if "connection pooler" in one.getMessage()]
     assert said == [
         "many resolves to several servers behind a connection pooler; positions are ignored, "
-        "and it serves no pinned reads."
+        "and it serves no pinned reads. Give each server an alias of its own."
     ]
 
 

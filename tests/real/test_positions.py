@@ -990,6 +990,18 @@ def test_monotonic_reads_add_one_query(pg: PostgreSQL, act: Any) -> None:
         assert len(asked.added) == 1
 
 
+@pytest.mark.usefixtures("monotonic")
+def test_monotonic_reads_after_a_write_query_the_primary_once(pg: PostgreSQL, act: Any) -> None:
+    def create_and_read(request: Any) -> None:
+        create()
+        assert server() == "pg"
+
+    act(create_and_read)
+    with queries() as asked:
+        act(create_and_read)
+    assert len(asked.added) == 1
+
+
 @pytest.fixture
 def commit_that_waits(pg: PostgreSQL) -> Iterator[None]:
     """A commit that pg2 shows, and the primary hides until its synchronous standby confirms it."""

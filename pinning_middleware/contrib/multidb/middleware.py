@@ -69,7 +69,7 @@ class PinningRouterMiddleware(PinningMiddleware):
         if not conf.enabled:
             return None
         if not _is_inside(request):
-            # Nothing has left the scope of the request before.
+            # No code has left the scope of the previous request.
             enter(None)
             self.load_pins(self.open_scope(request), request, conf.stores_at_start)
         if request.COOKIES.get(conf.cookie_name) == MULTIDB_VALUE:

@@ -30,9 +30,9 @@ T = TypeVar("T")
 
 def this_thread_is_pinned() -> bool:
     """Return whether reads go to the primary, by a pin or the innermost context manager."""
-    block = effects_on(DEFAULT_DB_ALIAS).routing
-    if block is not None:
-        return block.kind is OverrideKind.PRIMARY
+    override = effects_on(DEFAULT_DB_ALIAS).routing
+    if override is not None:
+        return override.kind is not OverrideKind.REPLICA
     scope = entered_scope()
     return scope is not None and (scope.prefers_primary or is_pinned())
 

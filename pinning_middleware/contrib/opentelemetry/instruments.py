@@ -172,7 +172,7 @@ def _observe_reads(options: CallbackOptions) -> Iterator[Observation]:
     for observation in _flatten(stats.get_stats()["reads"], labels, {}):
         attributes = observation.attributes or {}
         pool, alias, address, reason = (str(attributes[label]) for label in labels)
-        # Of servers that were not identified, the configured address, which does not change.
+        # The configured address, which does not change, stands for servers not identified yet.
         address = address or stats.address_of(alias, None) or alias
         counted[pool, alias, address, reason] += observation.value
     for key, number in counted.items():

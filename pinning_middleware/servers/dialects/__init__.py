@@ -3,7 +3,9 @@ What a database reports about a server: its identity, its role and its replicati
 
 One file for each database. To add one, subclass ``Dialect``, and add its dotted path to
 ``DIALECTS`` under the backend's ``connection.vendor``, in an app's ``ready()``. Add its lexers to
-``sql.lexers.LEXERS`` too: without them everything but a plain SELECT counts as a write.
+``sql.lexers.LEXERS`` too: without them everything but a plain SELECT counts as a write. What a
+dialect does not cover is optional, and known for single vendors only: the check of a slow session
+(PostgreSQL), and details of ``pinning_status`` and ``pinning_check``.
 """
 
 from __future__ import annotations

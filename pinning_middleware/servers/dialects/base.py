@@ -1,3 +1,5 @@
+"""The interface of a dialect."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -67,7 +69,7 @@ class Dialect:
     connect_timeout: ClassVar[str] = "connect_timeout"
     # Codes (SQLSTATE or number) of errors that another server would not raise.
     retryable_errors: ClassVar[frozenset[Any]] = frozenset()
-    # Those of them after which the connection is lost.
+    # The subset of them after which the connection is lost.
     connection_lost_errors: ClassVar[frozenset[Any]] = frozenset()
     # A statement whose only column is whether replay waits for a lock that a query holds; empty if
     # replay never does.
@@ -75,9 +77,9 @@ class Dialect:
     # A statement whose only column is the number of commits that replicas may show already although
     # the primary does not; empty if there are none.
     waiting_commits: ClassVar[str] = ""
-    # Codes of errors that a server raises because a lock was not granted in time; those that it may
-    # raise for other reasons as well.
+    # Codes of errors that a server raises because a lock was not granted in time.
     lock_errors: ClassVar[frozenset[Any]] = frozenset()
+    # Codes of errors for a timeout, of a lock among others.
     timeout_errors: ClassVar[frozenset[Any]] = frozenset()
     # Codes of errors for a write to a server that is read-only, as a replica is.
     read_only_errors: ClassVar[frozenset[Any]] = frozenset()

@@ -108,8 +108,8 @@ def end_of_record(lsn: int) -> int:
     return lsn - lsn % PAGE if lsn % PAGE in (HEADER, SEGMENT_HEADER) else lsn
 
 
-def _is_true(value: Any) -> bool:
-    # A value that was fetched without a cursor is text.
+def is_true(value: Any) -> bool:
+    """Return a boolean of a row; one that was fetched without a cursor is text."""
     return value is True or value == "t"
 
 
@@ -156,7 +156,7 @@ class PostgreSQL(Dialect):
         started, address, port, pid, sees_all, *row = query(f"SELECT {columns}")
         # inet_server_addr() is NULL over a Unix socket.
         identity = Identity(started, address or driver.host, int(port or driver.port))
-        return Identification(identity, int(pid), not _is_true(sees_all)), tuple(row)
+        return Identification(identity, int(pid), not is_true(sees_all)), tuple(row)
 
     def system(self, query: Query, identity: Identity) -> str:
         return f"{int(query(SYSTEM)[0]):x}"
@@ -175,7 +175,7 @@ class PostgreSQL(Dialect):
         return query(f"SELECT {REPORTS[strategy]}")
 
     def read(self, row: Row, server: Server, strategy: int) -> Report:
-        in_recovery, point, timeline = _is_true(row[0]), row[1], row[2]
+        in_recovery, point, timeline = is_true(row[0]), row[1], row[2]
         if point is None:
             raise PositionUnavailable("it does not replay any WAL")
         value = parse_lsn(point) if strategy == LSN else int(point)
