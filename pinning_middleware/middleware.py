@@ -195,7 +195,7 @@ class PinningMiddleware:
         pins = outgoing_pins(scope)
         base.save_pins(_stores_to_save(scope, pins, response), request, response, pins)
         if scope.keys:
-            save_keys(scope, pins)
+            save_keys(scope)
 
     async def asave_pins(
         self, scope: Scope, request: HttpRequest, response: HttpResponseBase | None
@@ -204,7 +204,7 @@ class PinningMiddleware:
         pins = await aoutgoing_pins(scope)
         await base.asave_pins(_stores_to_save(scope, pins, response), request, response, pins)
         if scope.keys:
-            await sync_to_async(save_keys)(scope, pins)
+            await sync_to_async(save_keys)(scope)
 
 
 def _restore(scope: Scope | None, overrides: Override | None) -> None:

@@ -53,7 +53,7 @@ name = "local"
 """
 
 
-# What is compared by identity here is None, a member of an enum or an object without ``__eq__``.
+# What is compared by identity here is None, a member of an enum, or a value that may be shared.
 EQUIVALENT: Final = ("_Is_Eq", "_IsNot_NotEq")
 
 

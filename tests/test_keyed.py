@@ -120,6 +120,13 @@ def test_one_call_saves_many_keys(
     assert parts(fetch(*names)) == about(pins)
 
 
+def test_no_pins_are_loaded_while_the_package_is_disabled(cache: BaseCache) -> None:
+    keyed.save_pins("key", ["a"], {DEFAULT: pin(5, 1)})
+    with override_settings(PINNING_ENABLED=False):
+        assert keyed.load_pins("key", ["a"]) == {}
+    assert set(keyed.load_pins("key", ["a"])) == {DEFAULT}
+
+
 @pytest.mark.parametrize("key", ["x" * 300, "with blanks\n", "ä€😀", "a|b"])
 def test_any_text_is_a_valid_key(cache: BaseCache, key: str) -> None:
     """Including keys that memcached refuses and Django warns of."""

@@ -81,10 +81,9 @@ class PinnedConsumer:
 
     def _save_late(self, scope: Scope) -> None:
         """Save writes after the end of a message; later messages inherit their pins."""
-        pins = outgoing_pins(scope)
-        self._pins = merge_pins(self._pins or {}, pins)
+        self._pins = merge_pins(self._pins or {}, outgoing_pins(scope))
         if scope.keys:
-            save_keys(scope, pins)
+            save_keys(scope)
         if self._request is not None:
             _update(self._request, self.scope)
             stores = (store for store in conf.stores if not store.needs_response)

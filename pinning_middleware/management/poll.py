@@ -252,12 +252,12 @@ def silence_server_logs() -> Iterator[None]:
     processes have already logged.
     """
     logger = logging.getLogger("pinning_middleware.servers")
-    logger.addFilter(_suppress)
+
+    def suppress(record: logging.LogRecord) -> bool:
+        return False
+
+    logger.addFilter(suppress)
     try:
         yield
     finally:
-        logger.removeFilter(_suppress)
-
-
-def _suppress(record: logging.LogRecord) -> bool:
-    return False
+        logger.removeFilter(suppress)

@@ -15,7 +15,7 @@ from asgiref.sync import sync_to_async
 from django.db import connections, transaction
 
 from pinning_middleware.conf import conf
-from pinning_middleware.pins import Pin, PinKey, PinKind, Pins, Position, live
+from pinning_middleware.pins import Pin, PinKey, PinKind, Position, live
 from pinning_middleware.routing.guarantees import observed_pin
 from pinning_middleware.routing.pool import Pool
 from pinning_middleware.routing.pools import pools
@@ -148,15 +148,14 @@ def _save_now(pool: Pool, keys: tuple[str, ...]) -> None:
     cache.save_pins("key", keys, {PinKey(pool.primary): current_pin(pool)})
 
 
-def save_keys(scope: Scope, pins: Pins | None = None) -> None:
+def save_keys(scope: Scope) -> None:
     """
     Pin the keys of a scope in the cache: with the outgoing pin of the scope if it has pinned the
     pool itself, or else one for everything that the primary has committed. Call it when the scope's
-    transactions have ended. ``pins``: its outgoing pins, if they are known.
+    transactions have ended.
     """
     pinned = {pool.primary for pool, state in _used_pools(scope) if state.is_pinned}
-    if pins is None:
-        pins = outgoing_pins(scope)
+    pins = outgoing_pins(scope)
     for using in dict.fromkeys(using for _, using in scope.keys):
         own = {
             key: pins[key] if pool.primary in pinned and key in pins else current_pin(pool)

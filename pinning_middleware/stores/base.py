@@ -26,7 +26,7 @@ logger = logging.getLogger("pinning_middleware.pins")
 class BaseStore:
     """
     Base class of stores. Subclasses must provide `load` and `save`; a store that needs no thread
-    in async code may provide `aload` and `asave` as well, and one for ASGI only just these two.
+    in async code may provide `aload` and `asave` as well.
 
     An error raised by a method is logged. The other stores and the response are not affected.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -206,3 +207,17 @@ def test_message_of_a_chord_has_a_token_whatever_the_arguments_are(app: Celery) 
         _task_stack.pop()
         task.pop_request()
     assert adapter.HEADER in headers
+
+
+def test_task_is_extended_although_another_library_has_wrapped_its_method(
+    monkeypatch: pytest.MonkeyPatch, app: Celery
+) -> None:
+    original = Task.before_start.pinning_original
+
+    @functools.wraps(original)
+    def before_start(*args: Any) -> None:
+        original(*args)
+
+    monkeypatch.setattr(Task, "before_start", before_start)
+    adapter.propagate_pins(app)
+    assert Task.before_start.pinning_original is before_start

@@ -230,6 +230,19 @@ def test_message_of_a_process_where_the_package_is_disabled_leaves_pins_of_other
     assert talk(read, open_socket(consumer, user=user)) == "default"
 
 
+class Scopeless(PinnedConsumer, AsyncJsonWebsocketConsumer):
+    async def receive_json(self, content: Any, **kwargs: Any) -> None:
+        await self.send_json([repr(entered_scope())])
+
+
+@override_settings(PINNING_ENABLED=False)
+def test_message_has_no_scope_while_the_package_is_disabled() -> None:
+    async def act(socket: Socket) -> str:
+        return await socket.where()
+
+    assert talk(act, open_socket(Scopeless)) == "None"
+
+
 @pytest.mark.parametrize("store", ["BrokenStore", "BrokenLateStore"])
 def test_unavailable_store_is_logged(
     consumer: Any, store: str, caplog: pytest.LogCaptureFixture
