@@ -53,7 +53,7 @@ name = "local"
 """
 
 
-# What is compared by identity here is None, a member of an enum, or a value that may be shared.
+# These compare None, members of enums, and values whose identity only saves work.
 EQUIVALENT: Final = ("_Is_Eq", "_IsNot_NotEq")
 
 

@@ -79,7 +79,7 @@ class Dialect:
     waiting_commits: ClassVar[str] = ""
     # Codes of errors that a server raises because a lock was not granted in time.
     lock_errors: ClassVar[frozenset[Any]] = frozenset()
-    # Codes of errors that a server raises for a timeout, of a lock for example, or other reasons.
+    # Codes of errors that a server raises if a lock was not granted in time, or for other reasons.
     timeout_errors: ClassVar[frozenset[Any]] = frozenset()
     # Codes of errors for a write to a server that is read-only, as a replica is.
     read_only_errors: ClassVar[frozenset[Any]] = frozenset()
