@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, Phase
 from hypothesis import settings as hypothesis_settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
+from pinning_middleware.not_found import retry_limit
 from pinning_middleware.routing.pools import pools
 from pinning_middleware.routing.route import take_decision
 from pinning_middleware.scopes.overrides import current_overrides, set_overrides
@@ -100,8 +101,10 @@ def outside_any_scope() -> Iterator[None]:
     enter(outer)
     set_overrides(blocks)
     monitor.stop()
-    # Reset rate-limited logging and the status of servers, too.
+    # Reset rate-limited logging and the status of servers, too. A test that stopped the clock has
+    # left times that are ahead of it.
     rate_limit._last_logged.clear()
+    retry_limit.reset()
     counters.reads.clear()
     if any(endpoint.status_since for pool in pools().all for endpoint in pool.endpoints.values()):
         setting_changed.send(

@@ -31,7 +31,7 @@ from pinning_middleware import (
     retry_404,
     use_replica,
 )
-from pinning_middleware.not_found import RetryLimit, retry_limit
+from pinning_middleware.not_found import RetryLimit
 from pinning_middleware.reasons import Reason
 from pinning_middleware.scopes.scope import current_scope
 from pinning_middleware.stats import get_stats
@@ -54,7 +54,6 @@ runs: list[str] = []
 @pytest.fixture(autouse=True)
 def fresh_limit() -> Iterator[None]:
     runs.clear()
-    retry_limit.reset()
     counters.retries_404.clear()
     with override_settings(PINNING_RETRY_404=True):
         yield

@@ -17,7 +17,6 @@ from strawberry.django.views import AsyncGraphQLView
 from strawberry.django.views import GraphQLView as StrawberryView
 
 from pinning_middleware import pinning_scope, retry_404
-from pinning_middleware.not_found import retry_limit
 from pinning_middleware.stats import get_stats
 from tests.app.models import Book
 from tests.conftest import Browser
@@ -74,7 +73,6 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         module = ModuleType(name)
         module.schema = graphene.Schema(query=Query)  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, name, module)
-    retry_limit.reset()
     with override_settings(ROOT_URLCONF=Site()):
         yield
 

@@ -9,7 +9,6 @@ import pytest
 from django.shortcuts import get_object_or_404
 from django.test import override_settings
 
-from pinning_middleware.not_found import retry_limit
 from pinning_middleware.reasons import Reason
 from pinning_middleware.utils import counters
 from tests.app.models import Book
@@ -35,7 +34,6 @@ def test_reader_of_a_paused_replica_finds_what_another_browser_wrote(
     kind: str,
 ) -> None:
     pg.pause()
-    retry_limit.reset()
     writer, reader, path = new_browser(), new_browser(), f"/{kind}/{do(find)}/"
     writer.post(f"/{kind}/{do(create)}/")
     assert reader.get(path).status_code == 404
@@ -56,7 +54,6 @@ def test_view_is_retried_under_monotonic_reads(
 ) -> None:
     """The first read of a request changes its outgoing pins, but is no write."""
     pg.pause()
-    retry_limit.reset()
     new_browser().post(f"/sync/{do(create)}/")
     with override_settings(PINNING_RETRY_404=True, PINNING_CONSISTENCY="monotonic-reads"):
         assert new_browser().get(f"/sync/{do(find)}/").content == b"new"
